@@ -1,0 +1,18 @@
+"""Checkpoints: a reference becomes named tensors that are read when asked for; only this opens weight files."""
+
+from diffract.checkpoints.reader import Checkpoint, Factors, row_blocks, tensor_digest
+from diffract.checkpoints.reference import Reference, open_checkpoint
+from diffract.checkpoints.tensors import FLOATS, TORCH_DTYPES, TensorInfo, machine_epsilon
+
+__all__ = [
+    "FLOATS",
+    "TORCH_DTYPES",
+    "Checkpoint",
+    "Factors",
+    "Reference",
+    "TensorInfo",
+    "machine_epsilon",
+    "open_checkpoint",
+    "row_blocks",
+    "tensor_digest",
+]

@@ -1,0 +1,171 @@
+"""From a reference to a checkpoint: folder, file, hub name, adapter, mapping, module."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffract.checkpoints import adapter
+from diffract.checkpoints.arrays import open_mapping, open_module, open_npz
+from diffract.checkpoints.files import LocalFile, LocalFolder
+from diffract.checkpoints.folder import (
+    SAFETENSORS,
+    TORCH,
+    TORCH_SUFFIXES,
+    Folder,
+    find_shards,
+    open_safetensors,
+    open_shards,
+    parse_object,
+    read_config,
+    read_object,
+)
+from diffract.checkpoints.pickles import open_pickle, open_pickles
+from diffract.checkpoints.reader import Checkpoint
+from diffract.errors import CheckpointError, printable
+
+Reference = str | Path | Mapping[str, Any] | torch.nn.Module | Checkpoint
+"""What ``open`` takes."""
+
+_HUB = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?:@(?P<revision>[^@\s]+))?", re.ASCII)
+
+
+def open_checkpoint(
+    reference: Reference, *, base: Reference | None = None, download: bool = False
+) -> Checkpoint:
+    """Open a checkpoint; only headers are read, of ``.npz`` and old PyTorch files everything.
+
+    Args:
+        reference: A safetensors, ``.bin``/``.pt``/``.pth`` or ``.npz`` file; a folder of them; a PEFT LoRA
+            folder; ``org/name@revision`` on the hub; a mapping of arrays; an ``nn.Module``.
+        base: The base of an adapter, where its config does not name one that can be opened.
+        download: Fetch a hub reference whole into the hub's cache instead of reading byte ranges.
+
+    Returns:
+        The checkpoint, lazily read.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, or it is damaged.
+    """
+    if isinstance(reference, Checkpoint):
+        return reference
+    found = _open(reference, base, download=download)
+    if not found.infos:
+        raise CheckpointError(f"{found.reference}: the checkpoint holds no tensors. Is this the right one?")
+    return found
+
+
+def _open(reference: Reference, base: Reference | None, *, download: bool) -> Checkpoint:
+    if isinstance(reference, torch.nn.Module):
+        return open_module(reference)
+    if isinstance(reference, Mapping):
+        return open_mapping(reference)
+    try:
+        path = Path(reference).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (TypeError, ValueError, OSError, RuntimeError) as error:
+        raise CheckpointError(f"{printable(reference)!r} is no checkpoint: {printable(error)}.") from error
+    if is_folder:
+        return _open_folder(path, base, download=download)
+    if is_file:
+        return _open_file(path)
+    match = _HUB.fullmatch(reference) if isinstance(reference, str) else None
+    if match:
+        return _open_hub(match["repo"], match["revision"], base, download=download)
+    raise CheckpointError(
+        f"no checkpoint at {printable(reference)!r}: expected a file, a folder, or org/name@revision on the "
+        "hub. Check the name."
+    )
+
+
+def _open_hub(repo: str, revision: str | None, base: Reference | None, *, download: bool) -> Checkpoint:
+    from diffract.checkpoints.hub import download_hub, find_hub_folder, open_hub_folder
+
+    if download:
+        path = download_hub(repo, revision)
+        return replace(_open_folder(path, base, download=True), reference=f"{repo}@{path.name}")
+    folder = find_hub_folder(repo, revision)
+    if adapter.CONFIG in folder.names:
+        return _open_adapter(folder, base, download=False)
+    return open_hub_folder(folder)
+
+
+def _open_file(path: Path) -> Checkpoint:
+    config = read_config(LocalFolder(path.parent))
+    if path.suffix == ".npz":
+        return replace(open_npz(path), config=config)
+    if path.suffix in TORCH_SUFFIXES:
+        return replace(open_pickle(path), config=config)
+    if path.suffix == ".safetensors":
+        found, metadata = open_safetensors(LocalFile(path))
+        return replace(found, config=config or _metadata_config(metadata, found.reference))
+    raise CheckpointError(
+        f"{printable(path, 1000)!r}: unknown kind of file, expected .safetensors, .bin, .pt, .pth or .npz."
+    )
+
+
+def _metadata_config(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
+    """A lone file may carry its configuration in its metadata, under ``config``."""
+    text = metadata.get("config", "")
+    return (
+        parse_object(text.encode(), f"{where}, config in its metadata")
+        if text.lstrip().startswith("{")
+        else {}
+    )
+
+
+def _open_folder(path: Path, base: Reference | None, *, download: bool) -> Checkpoint:
+    folder = LocalFolder(path)
+    if adapter.CONFIG in folder.names:
+        return _open_adapter(folder, base, download=download)
+    config = read_config(folder)
+    shards = find_shards(folder, SAFETENSORS, (".safetensors",))
+    if shards.files:
+        return replace(open_shards(folder, shards), config=config)
+    pickles = find_shards(folder, TORCH, TORCH_SUFFIXES)
+    if pickles.files:
+        return replace(open_pickles(folder, pickles), config=config)
+    raise CheckpointError(
+        f"folder {folder.where!r} holds no .safetensors, .bin, .pt or .pth files. Is this the right folder?"
+    )
+
+
+def _open_adapter(folder: Folder, base: Reference | None, *, download: bool) -> Checkpoint:
+    config = read_object(folder, adapter.CONFIG) or {}
+    adapter.refuse_more_than_factors(config, folder.where)
+    if adapter.WEIGHTS not in folder.names:
+        raise CheckpointError(
+            f"{folder.where}: adapter weights {adapter.WEIGHTS} are missing. Save the adapter as safetensors."
+        )
+    found = _adapter_base(folder, config) if base is None else base
+    with ExitStack() as opened:
+        weights = opened.enter_context(open_safetensors(folder.open(adapter.WEIGHTS))[0])
+        opened_base = open_checkpoint(found, download=download)
+        owns_base = opened_base is not found
+        if owns_base:
+            opened.callback(opened_base.close)
+        merged = adapter.open_adapter(
+            weights, opened_base, config, reference=folder.where, owns_base=owns_base
+        )
+        opened.pop_all()
+    return merged
+
+
+def _adapter_base(folder: Folder, config: Mapping[str, Any]) -> str | Path:
+    """The base that an adapter names: a path, one relative to the adapter, or a name on the hub."""
+    found, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not found or not isinstance(found, str):
+        raise CheckpointError(
+            f"{folder.where}: {adapter.CONFIG} names no base model. Pass --adapter-base MODEL."
+        )
+    beside = folder.path / found if isinstance(folder, LocalFolder) else Path(found)
+    for path in (Path(found), beside):
+        if path.exists():
+            return path
+    return f"{found}@{revision}" if revision else found

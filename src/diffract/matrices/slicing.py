@@ -1,0 +1,193 @@
+"""Cut tensors into labelled matrices: attention heads, fused parts, experts.
+
+Legend of ranges: a range is a half-open pair of rows along the output axis, or of columns along the input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from diffract.architectures import Architecture, Dimensions, Place, require_heads
+from diffract.errors import ArchitectureError, printable
+from diffract.matrices.matrix import Matrix
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """One piece of a tensor along one axis, before it becomes a matrix."""
+
+    part: str
+    span: Range | None = None
+    axis: str = "out"
+    head: int | None = None
+    kv_head: int | None = None
+
+
+def slice_tensor(name: str, shape: tuple[int, ...], dtype: str, architecture: Architecture, *, heads: bool = True) -> list[Matrix]:
+    """Return the matrices of one tensor.
+
+    Args:
+        name: Tensor name.
+        shape: Stored shape.
+        dtype: Stored dtype.
+        architecture: Reads the name.
+        heads: Cut attention projections into heads.
+
+    Returns:
+        Matrices in storage order; none for a tensor with fewer than two axes (1-D, scalars).
+
+    Raises:
+        ArchitectureError: The tensor's shape contradicts the configuration.
+    """
+    place = architecture.place(name)
+    if place is None:
+        return _generic(name, shape, dtype)
+    if len(shape) != (3 if place.role.stacked else 2):
+        return _generic(name, shape, dtype)
+    out, inner = shape[-2:] if not place.role.transposed else shape[:-3:-1]
+    cuts = list(_cuts(name, (out, inner), architecture, place, heads=heads))
+    experts = range(shape[0]) if place.role.stacked else [None]
+    return [_matrix(name, (out, inner), dtype, place, cut, index) for index in experts for cut in cuts]
+
+
+def _generic(name: str, shape: tuple[int, ...], dtype: str) -> list[Matrix]:
+    """A tensor that nothing describes: 2-D is one matrix, 3-D one matrix per leading index, more are left."""
+    if len(shape) == 2:
+        return [Matrix(name, name, (shape[0], shape[1]), dtype, block="other")]
+    if len(shape) == 3:
+        whole = Matrix(name, name, (shape[1], shape[2]), dtype, block="other")
+        return [replace(whole, name=f"{name}[{i}]", index=i) for i in range(shape[0])]
+    return []
+
+
+def _cuts(name: str, shape: Range, architecture: Architecture, place: Place, *, heads: bool) -> Iterator[_Cut]:
+    role = place.role
+    attention = [_is_head_part(part) for part in role.part]
+    if role.whole or not any(attention):
+        yield from _even_blocks(name, role.part, shape[0])
+    elif place.head is not None:
+        yield _Cut(role.part[0], head=place.head, kv_head=place.head)
+    elif len(role.part) == 1 and not heads:
+        yield _Cut(role.part[0])
+    else:
+        dims = require_heads(architecture)
+        sizes = tuple(size or dims.head_dim or 0 for size in architecture.head_dims(role))
+        cut = _groups if role.packing == "groups" else _blocks
+        pieces = list(cut(role.part, sizes, dims))
+        _check_extent(name, shape, pieces, dims)
+        if heads:
+            yield from pieces
+        elif role.packing == "blocks":
+            yield from _join(pieces)
+        else:  # parts of one projection do not lie together, so the fused tensor stays whole
+            yield _Cut(_fused_part(role.part))
+
+
+def _is_head_part(part: str) -> bool:
+    block, _, projection = part.rpartition(".")
+    return block.split(".")[-1] in ("attn", "cross_attn") and projection in ("q", "k", "v", "o")
+
+
+def _fused_part(parts: tuple[str, ...]) -> str:
+    block = parts[0].rpartition(".")[0]
+    return f"{block}.{''.join(p.rpartition('.')[2] for p in parts)}"
+
+
+def _even_blocks(name: str, parts: tuple[str, ...], out: int) -> Iterator[_Cut]:
+    """Fused parts of equal size, one after another (gate and up)."""
+    if len(parts) == 1:
+        yield _Cut(parts[0])
+        return
+    if out % len(parts):
+        raise ArchitectureError(f"tensor {printable(name)!r}: {out} rows do not hold {len(parts)} equal parts {parts}.")
+    size = out // len(parts)
+    for i, part in enumerate(parts):
+        yield _Cut(part, (i * size, (i + 1) * size))
+
+
+def _blocks(parts: tuple[str, ...], sizes: tuple[int, ...], dims: Dimensions) -> Iterator[_Cut]:
+    """All heads of q, then all of k, then all of v; a lone part is the simplest case of it."""
+    start = 0
+    for part, size in zip(parts, sizes, strict=True):
+        for i in range(_head_count(part, dims)):
+            yield _head_cut(part, (start, start + size), i, dims)
+            start += size
+
+
+def _groups(parts: tuple[str, ...], sizes: tuple[int, ...], dims: Dimensions) -> Iterator[_Cut]:
+    """Per key-value head: q of every query head that shares it, then its k, then its v."""
+    start = 0
+    for kv in range(dims.kv_heads or 0):
+        for part, size in zip(parts, sizes, strict=True):
+            own = range(kv * dims.group, (kv + 1) * dims.group) if part.endswith(".q") else [kv]
+            for i in own:
+                yield _head_cut(part, (start, start + size), i, dims)
+                start += size
+
+
+def _head_count(part: str, dims: Dimensions) -> int:
+    return (dims.heads if part.endswith((".q", ".o")) else dims.kv_heads) or 0
+
+
+def _head_cut(part: str, span: Range, i: int, dims: Dimensions) -> _Cut:
+    axis = "in" if part.endswith(".o") else "out"
+    if part.endswith((".q", ".o")):
+        return _Cut(part, span, axis, head=i, kv_head=i // dims.group)
+    return _Cut(part, span, axis, kv_head=i, head=i if dims.group == 1 else None)
+
+
+def _check_extent(name: str, shape: Range, pieces: list[_Cut], dims: Dimensions) -> None:
+    axis = pieces[0].axis
+    got = shape[0] if axis == "out" else shape[1]
+    expected = max(piece.span[1] for piece in pieces if piece.span)
+    if got != expected:
+        raise ArchitectureError(
+            f"tensor {printable(name)!r} has {got} {'rows' if axis == 'out' else 'columns'}, but the config's "
+            f"{dims.heads} heads, {dims.kv_heads} key-value heads and head_dim {dims.head_dim} make {expected}. "
+            "Correct config.json, pass --architecture FILE, or --no-heads to take whole matrices."
+        )
+
+
+def _join(pieces: list[_Cut]) -> Iterator[_Cut]:
+    """Whole projections of a fused tensor: the span from the first head of each part to its last."""
+    for part in dict.fromkeys(piece.part for piece in pieces):
+        spans = [p.span for p in pieces if p.part == part and p.span]
+        yield _Cut(part, (spans[0][0], spans[-1][1]), pieces[0].axis)
+
+
+def _matrix(name: str, shape: Range, dtype: str, place: Place, cut: _Cut, index: int | None) -> Matrix:
+    out, inner = shape
+    along_out = cut.span if cut.axis == "out" else None
+    along_in = cut.span if cut.axis == "in" else None
+    out = along_out[1] - along_out[0] if along_out else out
+    inner = along_in[1] - along_in[0] if along_in else inner
+    block, _, projection = cut.part.rpartition(".")
+    matrix = Matrix(
+        name="",
+        tensor=name,
+        shape=(out, inner),
+        dtype=dtype,
+        layer=place.layer,
+        block=block,
+        projection=projection,
+        head=cut.head,
+        kv_head=cut.kv_head,
+        expert=index if index is not None else place.expert,
+        index=index,
+        rows=along_in if place.role.transposed else along_out,
+        cols=along_out if place.role.transposed else along_in,
+        transposed=place.role.transposed,
+    )
+    return replace(matrix, name=_label(matrix))
+
+
+def _label(matrix: Matrix) -> str:
+    """``L3.attn.q.h5``, ``L3.attn.k.kv1``, ``L3.mlp.gate.e7``, ``embed``: readable, and unique within a model."""
+    own = [matrix.projection] if matrix.block == matrix.projection else [matrix.block, matrix.projection]
+    layer = [] if matrix.layer is None else [f"L{matrix.layer}"]
+    expert = [] if matrix.expert is None else [f"e{matrix.expert}"]
+    head = [f"h{matrix.head}"] if matrix.head is not None else [f"kv{matrix.kv_head}"] if matrix.kv_head is not None else []
+    return ".".join([*layer, *(o for o in own if o), *expert, *head])
