@@ -1,0 +1,108 @@
+"""A base matrix W0 and its tuned W1 = W0 + D: spectra of all three, and how their singular vectors lie to each other.
+
+From products of the short side alone, P0 and P1 being the short-side vectors of W0 and W1:
+
+    short overlap   |P0^T P1|                       long overlap   |S0^-1 P0^T (W0 W1^T) P1 S1^-1|
+    C_ii = (P0^T (W0 D^T) P0)_ii / s0_i             energies of D along each base singular direction, likewise
+
+so neither the long-side vectors nor D's are ever formed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from diffract.linalg.products import product
+from diffract.linalg.spectrum import GRAM_RESOLVES, GRAM_VECTORS, Spectrum, gram_eigen, lapack
+from diffract.linalg.sums import PairSums
+
+
+@dataclass(frozen=True)
+class PairSpectrum:
+    """What two stacks of b matrices have to do with each other.
+
+    Attributes:
+        base, tuned: Spectra of W0 and W1, without vectors.
+        left_overlap: (b, M, M), |U0^T U1|; rows are base vectors.
+        right_overlap: (b, M, M), |V0^T V1|.
+        diagonal: (b, M), C_ii = u0_i^T D v0_i.
+        energy: (b, M), ||u0_i^T D||^2.
+    """
+
+    base: Spectrum
+    tuned: Spectrum
+    left_overlap: Tensor
+    right_overlap: Tensor
+    diagonal: Tensor
+    energy: Tensor
+
+
+def pair_from_sums(sums: PairSums) -> PairSpectrum:
+    """Return the pair's spectra and overlaps from summed products; see ``weak_pairs`` for where that is too coarse."""
+    S0, P0 = gram_eigen(sums.base_gram)
+    S1, P1 = gram_eigen(sums.tuned_gram)
+    inverse0, inverse1 = _inverse(S0), _inverse(S1)
+    across = product(product(P0.mT, sums.base_gram + sums.cross), P1) * inverse0[:, :, None] * inverse1[:, None, :]
+    mixed = product(P0.mT, sums.cross)
+    diagonal = (mixed * P0.mT).sum(-1) * inverse0
+    short, long = product(P0.mT, P1).abs_(), across.abs_()
+    if sums.side == "rows":
+        energy = (product(P0.mT, sums.delta_gram) * P0.mT).sum(-1)
+        left, right = short, long
+    else:
+        energy = product(P0.mT, sums.cross).square().sum(-1) * inverse0.square()
+        left, right = long, short
+    spectra = [Spectrum(S, ("gram",) * len(S), GRAM_RESOLVES * S[:, 0]) for S in (S0, S1)]
+    return PairSpectrum(*spectra, left, right, diagonal, energy)
+
+
+def weak_pairs(pair: PairSpectrum) -> list[int]:
+    """Return the pairs whose last sigmas are too small for vectors from Gram matrices."""
+    weak = [s.S[:, -1] <= GRAM_VECTORS * s.S[:, 0] for s in (pair.base, pair.tuned)]
+    return (weak[0] | weak[1]).nonzero().flatten().tolist()
+
+
+def pair_from_matrices(base: Float[Tensor, "b m n"], tuned: Float[Tensor, "b m n"]) -> PairSpectrum:
+    """Return the pair's spectra and overlaps by LAPACK on the matrices themselves."""
+    first, second = lapack(base, vectors=True), lapack(tuned, vectors=True)
+    assert first.U is not None and first.Vh is not None and second.U is not None and second.Vh is not None
+    along = product(first.U.mT.contiguous(), tuned.double() - base.double())
+    return PairSpectrum(
+        base=replace(first, U=None, Vh=None),
+        tuned=replace(second, U=None, Vh=None),
+        left_overlap=product(first.U.mT, second.U).abs_(),
+        right_overlap=product(first.Vh, second.Vh.mT).abs_(),
+        diagonal=(along * first.Vh).sum(-1),
+        energy=along.square().sum(-1),
+    )
+
+
+def replace_pairs(pair: PairSpectrum, places: list[int], found: PairSpectrum) -> PairSpectrum:
+    """Return a pair record with those at ``places`` exchanged."""
+    at = torch.tensor(places, device=pair.diagonal.device)
+    put = lambda old, new: old.index_copy(0, at, new)  # noqa: E731
+    return PairSpectrum(
+        base=_put_spectrum(pair.base, places, found.base),
+        tuned=_put_spectrum(pair.tuned, places, found.tuned),
+        left_overlap=put(pair.left_overlap, found.left_overlap),
+        right_overlap=put(pair.right_overlap, found.right_overlap),
+        diagonal=put(pair.diagonal, found.diagonal),
+        energy=put(pair.energy, found.energy),
+    )
+
+
+def _put_spectrum(old: Spectrum, places: list[int], new: Spectrum) -> Spectrum:
+    at = torch.tensor(places, device=old.S.device)
+    method = list(old.method)
+    for place, name in zip(places, new.method, strict=True):
+        method[place] = name
+    return Spectrum(old.S.index_copy(0, at, new.S), tuple(method), old.resolved.index_copy(0, at, new.resolved))
+
+
+def _inverse(S: Tensor) -> Tensor:
+    """1 / sigma, and 0 for directions that do not exist."""
+    return torch.where(S > 0, 1 / S, 0.0)

@@ -1,0 +1,200 @@
+"""What can be summed over pieces of a matrix: powers of its entries, and products of its short side with itself.
+
+Everything that follows (norms, moments, spectra, agreement) is computed from these sums, so that a matrix of any
+length needs float64 memory for one piece and its short side squared only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from diffract.linalg.products import gram, pieces, product, short_first, short_side
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums of powers of the entries of b matrices.
+
+    Attributes:
+        count: Entries of each.
+        first, second, third, fourth: (b,), float64; the third and fourth are NaN unless they were asked for.
+    """
+
+    count: int
+    first: Tensor
+    second: Tensor
+    third: Tensor
+    fourth: Tensor
+
+
+class Sums:
+    """Sums over one stack of same-shaped matrices, fed in pieces along the long axis.
+
+    Args:
+        count: Matrices in the stack.
+        shape: Of each matrix.
+        powers: Highest power of the entries that is summed: 0, 2 or 4.
+        products: Whether the Gram matrix of the short side is summed.
+        device: Where to compute.
+    """
+
+    def __init__(
+        self, count: int, shape: tuple[int, int], *, powers: int, products: bool, device: torch.device
+    ) -> None:
+        self.side, self.shape, self.device = short_side(shape), shape, device
+        self.highest = powers
+        self.powers = torch.zeros(4, count, dtype=torch.float64, device=device)
+        short = min(shape)
+        self.gram = torch.zeros(count if products else 0, short, short, dtype=torch.float64, device=device)
+        self._cast, self._scratch = Buffer(device), Buffer(device)
+
+    def add(self, stack: Tensor) -> None:
+        """Add a stack (b, m, n) of any float dtype and stride; m or n, the longer of the matrix, may be a part."""
+        for index in pieces(tuple(stack.shape), self.side, self.device):
+            x = self._cast.fill(stack[index])
+            add_powers(self.powers[:, index[0]], x, self._scratch, self.highest)
+            if self.gram.shape[0]:
+                self.gram[index[0]] += gram(short_first(x, self.side))
+
+    @property
+    def moments(self) -> Moments:
+        """Return the sums of powers."""
+        return as_moments(self.powers, self.shape, self.highest)
+
+
+class PairSums:
+    """Sums over a stack of bases W0 and their tuned matrices W1 = W0 + D, fed in pieces along the long axis.
+
+    Args:
+        count: Pairs in the stack.
+        shape: Of each matrix.
+        powers: Highest power of the entries of W1 and W0 that is summed: 2 or 4.
+        delta: Whether the Gram matrix of D is summed.
+        vectors: Whether the Gram matrices of W0 and W0 with D are summed, from which that of W1 follows.
+        mantissa_bits: Stored bits of the significand of W1's dtype, for its rounding floor.
+        smallest_exponent: Exponent of its smallest normal number.
+        device: Where to compute.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        shape: tuple[int, int],
+        *,
+        powers: int,
+        delta: bool,
+        vectors: bool,
+        rounding: tuple[int, int],
+        device: torch.device,
+    ) -> None:
+        self.side, self.shape, self.device = short_side(shape), shape, device
+        self.highest, self.rounding = powers, rounding
+        zeros = lambda *size: torch.zeros(*size, dtype=torch.float64, device=device)  # noqa: E731
+        self.base, self.tuned = zeros(4, count), zeros(4, count)
+        self.delta_squares, self.changed, self.rounding_squares = zeros(count), zeros(count), zeros(count)
+        short = min(shape)
+        self.delta_gram = zeros(count if delta else 0, short, short)
+        self.base_gram = zeros(count if vectors else 0, short, short)
+        self.cross = zeros(count if vectors else 0, short, short)
+        self._base, self._tuned, self._scratch = Buffer(device), Buffer(device), Buffer(device)
+
+    def add(self, base: Tensor, tuned: Tensor | None, delta: Tensor | None = None) -> None:
+        """Add stacks (b, m, n) of W0 and of either W1 or D (float64)."""
+        for index in pieces(tuple(base.shape), self.side, self.device):
+            x0 = self._base.fill(base[index])
+            x1 = self._tuned.fill(tuned[index] if tuned is not None else delta[index])  # pyright: ignore[reportOptionalSubscript]
+            if tuned is None:
+                x1 += x0
+            self._add_entries(index[0], x0, x1)
+            self._add_products(index[0], short_first(x0, self.side), short_first(x1, self.side))
+
+    def _add_entries(self, batch: slice, x0: Tensor, x1: Tensor) -> None:
+        """Add the sums over entries, and turn ``x1`` into D."""
+        add_powers(self.base[:, batch], x0, self._scratch, self.highest)
+        add_powers(self.tuned[:, batch], x1, self._scratch, self.highest)
+        self.rounding_squares[batch] += _rounding_squares(x1, *self.rounding, self._scratch)
+        x1 -= x0
+        self.changed[batch] += torch.count_nonzero(x1.flatten(1), dim=1)
+        self.delta_squares[batch] += _dots(x1, x1)
+
+    def _add_products(self, batch: slice, x0: Tensor, d: Tensor) -> None:
+        if self.delta_gram.shape[0]:
+            self.delta_gram[batch] += gram(d)
+        if self.base_gram.shape[0]:
+            self.base_gram[batch] += gram(x0)
+            self.cross[batch] += product(x0, d.mT)
+
+    @property
+    def tuned_gram(self) -> Float64[Tensor, "b M M"]:
+        """Return the Gram matrix of W1 = W0 + D from those of its parts."""
+        return self.base_gram + self.cross + self.cross.mT + self.delta_gram
+
+    @property
+    def base_moments(self) -> Moments:
+        """Return the sums of powers of W0."""
+        return as_moments(self.base, self.shape, self.highest)
+
+    @property
+    def tuned_moments(self) -> Moments:
+        """Return the sums of powers of W1."""
+        return as_moments(self.tuned, self.shape, self.highest)
+
+
+class Buffer:
+    """Float64 memory that is filled again and again; fresh memory for each piece costs as much as the cast."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._memory = torch.empty(0, dtype=torch.float64, device=device)
+
+    def like(self, shape: tuple[int, ...]) -> Tensor:
+        """Return contiguous memory of a shape; what it held before is gone."""
+        size = 1
+        for extent in shape:
+            size *= extent
+        if self._memory.numel() < size:
+            self._memory = torch.empty(size, dtype=torch.float64, device=self._memory.device)
+        return self._memory[:size].view(shape)
+
+    def fill(self, piece: Tensor) -> Tensor:
+        """Return a piece as contiguous float64."""
+        return self.like(tuple(piece.shape)).copy_(piece)
+
+
+def add_powers(total: Tensor, x: Tensor, scratch: Buffer, highest: int) -> None:
+    """Add the sums of the first ``highest`` (0, 2 or 4) powers of each matrix of ``x`` to ``total`` (4, b)."""
+    if highest == 0:
+        return
+    total[0] += x.flatten(1).sum(1)
+    total[1] += _dots(x, x)
+    if highest > 2:
+        squares = torch.mul(x, x, out=scratch.like(tuple(x.shape)))
+        total[2] += _dots(squares, x)
+        total[3] += _dots(squares, squares)
+
+
+def as_moments(powers: Tensor, shape: tuple[int, int], highest: int) -> Moments:
+    """Return power sums (4, b) as a record; those that were not summed become NaN."""
+    known = [powers[i] if i < highest else torch.full_like(powers[i], torch.nan) for i in range(4)]
+    return Moments(shape[0] * shape[1], *known)
+
+
+def _dots(x: Tensor, y: Tensor) -> Tensor:
+    """Sum of x * y over each matrix, by BLAS."""
+    flat, other = x.flatten(1), y.flatten(1)
+    return torch.stack([torch.dot(a, b) for a, b in zip(flat, other, strict=True)])
+
+
+def _rounding_squares(x: Tensor, mantissa_bits: int, smallest_exponent: int, scratch: Buffer) -> Tensor:
+    """Sum of ulp^2 / 12 of the stored dtype at each entry: the mean squared error of rounding to it.
+
+    ulp(x) = 2^(max(floor(log2 |x|), smallest_exponent) - mantissa_bits). The power of two below |x| is x with its
+    sign and significand bits cleared.
+    """
+    power = scratch.like(tuple(x.shape))
+    torch.bitwise_and(x.view(torch.int64), 0x7FF0000000000000, out=power.view(torch.int64))
+    power.clamp_(min=2.0**smallest_exponent)
+    return _dots(power, power) * (4.0**-mantissa_bits / 12)

@@ -1,0 +1,217 @@
+"""Every metric, in one dict: the order is that of the table's columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from importlib.metadata import entry_points
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffract.errors import SelectionError, suggest
+from diffract.metrics import agreement, change, delta, norms, ranks, shape
+from diffract.metrics.metric import INVARIANCES, Metric
+
+ENTRY_POINTS = "diffract.metrics"
+
+ALL = INVARIANCES
+ENTRIES = frozenset({"transpose", "permutation"})
+PERMUTED = frozenset({"permutation"})
+
+ONE_MATRIX = (
+    Metric(
+        "frobenius_norm", norms.frobenius_norm, ("moments",), "sqrt(sum w^2)", "weight", "[0, inf)",
+        "Golub & Van Loan 2013, 2.3", 1, ALL,
+    ),
+    Metric(
+        "spectral_norm", norms.spectral_norm, ("sigma_max",), "sigma_1", "weight", "[0, inf)",
+        "Golub & Van Loan 2013, 2.3", 1, ALL,
+    ),
+    Metric(
+        "nuclear_norm", norms.nuclear_norm, ("sigmas",), "sum of sigma", "weight", "[0, inf)",
+        "Horn & Johnson 2013, 5.6", 1, ALL,
+    ),
+    Metric(
+        "stable_rank", ranks.stable_rank, ("moments", "sigma_max"), "||W||_F^2 / ||W||_2^2", "1", "[1, M]",
+        "Rudelson & Vershynin 2007", 0, ALL,
+    ),
+    Metric(
+        "effective_rank", ranks.effective_rank, ("sigmas",), "exp of the entropy (nats) of sigma / sum sigma", "1",
+        "[1, M]", "Roy & Vetterli 2007", 0, ALL,
+    ),
+    Metric(
+        "participation_ratio", ranks.participation_ratio, ("sigmas",),
+        "(sum lambda)^2 / sum lambda^2, lambda = sigma^2", "1", "[1, M]", "Bell & Dean 1970", 0, ALL,
+    ),
+    Metric(
+        "numerical_rank", ranks.numerical_rank, ("sigmas", "shape", "epsilon"),
+        "sigmas above rtol sigma_1, rtol = min(max(m, n) eps, max(eps, 0.001))", "count", "[0, M]",
+        "Golub & Van Loan 2013, 5.4", 0, ALL,
+    ),
+    Metric(
+        "energy_rank_90", ranks.energy_rank_90, ("sigmas",), "smallest k whose sigmas hold 90% of sum sigma^2",
+        "count", "[1, M]", "Jolliffe 2002, 6.1", 0, ALL,
+    ),
+    Metric(
+        "aspect_ratio", shape.aspect_ratio, ("shape", "moments"), "Q = max(m, n) / min(m, n)", "1", "[1, inf)",
+        "Martin & Mahoney 2021", 0, ALL,
+    ),
+    Metric(
+        "condition_number", shape.condition_number, ("sigmas", "resolved"), "sigma_1 / sigma_M, where resolved", "1",
+        "[1, inf)", "Golub & Van Loan 2013, 2.6", 0, ALL,
+    ),
+    Metric(
+        "entry_std", shape.entry_std, ("moments",), "standard deviation of the entries", "weight", "[0, inf)",
+        "", 1, ENTRIES,
+    ),
+    Metric(
+        "entry_kurtosis", shape.entry_kurtosis, ("moments",), "excess kurtosis of the entries; 0 for a Gaussian", "1",
+        "[-2, inf)", "", 0, ENTRIES,
+    ),
+)  # fmt: skip
+
+CHANGE = (
+    Metric(
+        "delta_frobenius", delta.delta_frobenius, ("delta_squares",), "||D||_F, D = W1 - W0", "weight", "[0, inf)",
+        "", 1, ALL,
+    ),
+    Metric(
+        "delta_relative", delta.delta_relative, ("delta_squares", "base_moments"), "||D||_F / ||W0||_F", "1",
+        "[0, inf)", "", 0, ALL,
+    ),
+    Metric(
+        "delta_spectral", delta.delta_spectral, ("delta_sigmas",), "||D||_2", "weight", "[0, inf)", "", 1, ALL,
+    ),
+    Metric(
+        "delta_stable_rank", delta.delta_stable_rank, ("delta_sigmas",), "||D||_F^2 / ||D||_2^2", "1", "[1, M]",
+        "Rudelson & Vershynin 2007", 0, ALL,
+    ),
+    Metric(
+        "delta_effective_rank", delta.delta_effective_rank, ("delta_sigmas",),
+        "exp of the entropy (nats) of D's sigma / sum sigma", "1", "[1, M]", "Roy & Vetterli 2007", 0, ALL,
+    ),
+    Metric(
+        "delta_changed_share", delta.delta_changed_share, ("changed", "base_moments"), "share of entries that differ",
+        "1", "[0, 1]", "", 0, ENTRIES,
+    ),
+    Metric(
+        "delta_rounding_floor", delta.delta_rounding_floor, ("rounding_squares",),
+        "norm that rounding W1 to its dtype alone causes: sqrt(sum ulp^2 / 12)", "weight", "[0, inf)",
+        "Higham 2002, 2.1", None, ENTRIES,
+    ),
+    Metric(
+        "value_share", change.value_share, ("diagonal", "delta_squares"),
+        "sum C_ii^2 / ||D||_F^2, C = U0^T D V0: what of the change lies in singular values", "1", "[0, 1]", "",
+        0, ALL,
+    ),
+    Metric(
+        "value_share_chance", lambda shape, delta_squares: torch.full_like(delta_squares, 1 / max(shape)),
+        ("shape", "delta_squares"), "chance level of value_share: 1 / max(m, n)", "1", "(0, 1]", "", 0, ALL,
+    ),
+    Metric(
+        "spectral_shift_share", change.spectral_shift_share, ("base_sigmas", "sigmas", "delta_squares"),
+        "sum (sigma_i(W1) - sigma_i(W0))^2 / ||D||_F^2", "1", "[0, 1]", "Mirsky 1960", 0, ALL,
+    ),
+    Metric(
+        "intruders", agreement.intruders, ("left_overlap",),
+        "top 10 left vectors of W1 whose best match in W0 is below 0.5", "count", "[0, 10]",
+        "Shuttleworth et al. 2024", 0, frozenset({"rotation", "permutation"}),
+    ),
+)  # fmt: skip
+
+
+def _dimension(side: str, shape: tuple[int, int]) -> int:
+    return shape[0] if side == "left" else shape[1]
+
+
+def _constant(chance: Callable[..., float], side: str) -> Callable[[Tensor, tuple[int, int]], Tensor]:
+    """A chance level that depends on the shape alone, as a metric of an overlap."""
+    return lambda overlap, size: overlap.new_full(
+        (len(overlap),), chance(_dimension(side, size), overlap.shape[-1])
+    )
+
+
+def _window_chance(side: str, base_sigmas: Tensor, sigmas: Tensor, size: tuple[int, int]) -> Tensor:
+    return agreement.agreement_window_chance(base_sigmas, sigmas, _dimension(side, size))
+
+
+def _agreement_rows(side: str) -> list[Metric]:
+    overlap, windowed = f"{side}_overlap", (f"{side}_overlap", "base_sigmas", "sigmas")
+    who = f"{side} singular vectors"
+
+    def row(name: str, function: Callable[..., Tensor], facts: Sequence[str], summary: str) -> Metric:
+        invariant = frozenset({"rotation", "permutation"})
+        return Metric(f"{side}_{name}", function, tuple(facts), summary, "1", "[0, 1]", "", 0, invariant)
+
+    def chance(name: str, level: Callable[..., float], summary: str) -> Metric:
+        return row(name, _constant(level, side), (overlap, "shape"), f"chance level: {summary}")
+
+    subspaces = [
+        pair
+        for k in (8, 32)
+        for pair in (
+            row(f"subspace_{k}", partial(agreement.subspace, k=k), (overlap,), f"||{side} top-{k} overlap||_F^2 / {k}"),
+            chance(f"subspace_{k}_chance", lambda d, count, k=k: k / d if k <= count else torch.nan, f"{k} / d"),
+        )
+    ]
+    return [
+        row("agreement_mean", agreement.agreement_mean, (overlap,), f"mean |cos| of matching {who}"),
+        chance("agreement_chance", lambda d, count: agreement.cosine_chance(d), "mean |cos| of random unit vectors"),
+        row("best_match_mean", agreement.best_match_mean, (overlap,), f"mean over base {who} of the largest |cos|"),
+        chance("best_match_chance", agreement.best_match_chance, "sqrt(2 ln M / d)"),
+        *subspaces,
+        row("agreement_window_mean", agreement.agreement_window_mean, windowed,
+            f"mean norm of tuned {who} in the span of base ones with sigma within 5%"),
+        row("agreement_window_chance", partial(_window_chance, side), ("base_sigmas", "sigmas", "shape"),
+            "chance level: mean sqrt(vectors in the window / d)"),
+    ]  # fmt: skip
+
+
+CATALOG: dict[str, Metric] = {
+    row.name: row for row in (*ONE_MATRIX, *CHANGE, *_agreement_rows("left"), *_agreement_rows("right"))
+}
+"""Metrics by name. A metric is added here, with its row in the property table of the tests."""
+
+
+def choose_metrics(chosen: Iterable[str | Metric] | None, *, pair: bool) -> list[Metric]:
+    """Return the metrics of a scan or a comparison.
+
+    Args:
+        chosen: Names of the catalog or of installed extensions, or metrics of one's own; ``None`` is the catalog.
+        pair: Whether two matrices are compared.
+
+    Raises:
+        SelectionError: A name is not known, is given twice, or speaks of two matrices where there is one.
+    """
+    if chosen is None:
+        return [m for m in CATALOG.values() if pair or not m.pair]
+    found = [_find(m) if isinstance(m, str) else m for m in chosen]
+    names = [m.name for m in found]
+    for m in found:
+        if names.count(m.name) > 1:
+            raise SelectionError(f"metric {m.name!r} is given twice. Rename one of them, or leave one out.")
+        if m.pair and not pair:
+            raise SelectionError(f"metric {m.name!r} speaks of two checkpoints. Use it with compare.")
+    if not found:
+        raise SelectionError("no metric is chosen. Name one, or leave the option out for all.")
+    return found
+
+
+def installed_metrics() -> dict[str, Any]:
+    """Return the entry points of installed extensions by name; nothing is loaded."""
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+
+
+def _find(name: str) -> Metric:
+    if name in CATALOG:
+        return CATALOG[name]
+    extensions = installed_metrics()
+    if name not in extensions:
+        known = [*CATALOG, *extensions]
+        raise SelectionError(f"unknown metric {name!r}.{suggest(name, known)} `diffract metrics` lists them.")
+    loaded = extensions[name].load()
+    if not isinstance(loaded, Metric):
+        raise SelectionError(f"entry point {name!r} is a {type(loaded).__name__}, expected a diffract.metric.")
+    return loaded
