@@ -1,12 +1,14 @@
 """Spectra of batches of matrices: float64 accuracy, bounded memory, CPU or CUDA. Sees tensors only."""
 
-from diffract.linalg.factored import factored_spectrum
+from diffract.linalg.exact import Spectrum, lapack
+from diffract.linalg.factored import LowRank, factored_spectrum
 from diffract.linalg.pair import PairSpectrum, pair_from_matrices, pair_from_sums, replace_pairs, weak_pairs
-from diffract.linalg.spectrum import Method, Spectrum, gram_values, gram_vectors, lapack, spectrum, takes_gram
+from diffract.linalg.spectrum import Method, gram_values, gram_vectors, spectrum, takes_gram
 from diffract.linalg.sums import Moments, PairSums, Sums
 from diffract.linalg.topk import TopSpectrum, top_spectrum
 
 __all__ = [
+    "LowRank",
     "Method",
     "Moments",
     "PairSpectrum",

@@ -2,11 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
-from diffract.linalg.spectrum import Spectrum, lapack
+from diffract.linalg.exact import Spectrum, lapack
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """b matrices as products B A, multiplied out one piece at a time.
+
+    Attributes:
+        B: (b, m, r), float64.
+        A: (b, r, n), float64.
+    """
+
+    B: Tensor
+    A: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(b, m, n)."""
+        return (self.B.shape[0], self.B.shape[1], self.A.shape[2])
+
+    def rows(self, start: int, stop: int) -> LowRank:
+        """Return some rows of every matrix."""
+        return LowRank(self.B[:, start:stop], self.A)
+
+    def __getitem__(self, index: tuple[slice, slice, slice]) -> Float64[Tensor, "b m n"]:
+        batch, rows, cols = index
+        return self.B[batch, rows] @ self.A[batch, :, cols]
 
 
 def factored_spectrum(

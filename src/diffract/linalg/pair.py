@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffract.linalg.exact import Spectrum, lapack
 from diffract.linalg.products import product
-from diffract.linalg.spectrum import GRAM_RESOLVES, GRAM_VECTORS, Spectrum, gram_eigen, lapack
+from diffract.linalg.spectrum import GRAM_RESOLVES, GRAM_VECTORS, gram_eigen
 from diffract.linalg.sums import PairSums
 
 
@@ -27,7 +28,7 @@ class PairSpectrum:
 
     Attributes:
         base, tuned: Spectra of W0 and W1, without vectors.
-        left_overlap: (b, M, M), |U0^T U1|; rows are base vectors.
+        left_overlap: (b, M, M), |U0^T U1|; rows are base vectors. ``None``, as what follows, if only spectra are known.
         right_overlap: (b, M, M), |V0^T V1|.
         diagonal: (b, M), C_ii = u0_i^T D v0_i.
         energy: (b, M), ||u0_i^T D||^2.
@@ -35,10 +36,10 @@ class PairSpectrum:
 
     base: Spectrum
     tuned: Spectrum
-    left_overlap: Tensor
-    right_overlap: Tensor
-    diagonal: Tensor
-    energy: Tensor
+    left_overlap: Tensor | None = None
+    right_overlap: Tensor | None = None
+    diagonal: Tensor | None = None
+    energy: Tensor | None = None
 
 
 def pair_from_sums(sums: PairSums) -> PairSpectrum:
@@ -62,8 +63,9 @@ def pair_from_sums(sums: PairSums) -> PairSpectrum:
 
 def weak_pairs(pair: PairSpectrum) -> list[int]:
     """Return the pairs whose last sigmas are too small for vectors from Gram matrices."""
+    zero = (pair.base.S[:, 0] == 0) | (pair.tuned.S[:, 0] == 0)
     weak = [s.S[:, -1] <= GRAM_VECTORS * s.S[:, 0] for s in (pair.base, pair.tuned)]
-    return (weak[0] | weak[1]).nonzero().flatten().tolist()
+    return ((weak[0] | weak[1]) & ~zero).nonzero().flatten().tolist()
 
 
 def pair_from_matrices(base: Float[Tensor, "b m n"], tuned: Float[Tensor, "b m n"]) -> PairSpectrum:
@@ -82,16 +84,19 @@ def pair_from_matrices(base: Float[Tensor, "b m n"], tuned: Float[Tensor, "b m n
 
 
 def replace_pairs(pair: PairSpectrum, places: list[int], found: PairSpectrum) -> PairSpectrum:
-    """Return a pair record with those at ``places`` exchanged."""
-    at = torch.tensor(places, device=pair.diagonal.device)
-    put = lambda old, new: old.index_copy(0, at, new)  # noqa: E731
+    """Return a pair record with those at ``places`` exchanged; both hold overlaps."""
+    at = torch.tensor(places, device=pair.base.S.device)
+
+    def put(name: str) -> Tensor:
+        return getattr(pair, name).index_copy(0, at, getattr(found, name))
+
     return PairSpectrum(
         base=_put_spectrum(pair.base, places, found.base),
         tuned=_put_spectrum(pair.tuned, places, found.tuned),
-        left_overlap=put(pair.left_overlap, found.left_overlap),
-        right_overlap=put(pair.right_overlap, found.right_overlap),
-        diagonal=put(pair.diagonal, found.diagonal),
-        energy=put(pair.energy, found.energy),
+        left_overlap=put("left_overlap"),
+        right_overlap=put("right_overlap"),
+        diagonal=put("diagonal"),
+        energy=put("energy"),
     )
 
 
@@ -104,5 +109,5 @@ def _put_spectrum(old: Spectrum, places: list[int], new: Spectrum) -> Spectrum:
 
 
 def _inverse(S: Tensor) -> Tensor:
-    """1 / sigma, and 0 for directions that do not exist."""
-    return torch.where(S > 0, 1 / S, 0.0)
+    """1 / sigma, and 0 for directions that cannot be told from the null space."""
+    return torch.where(S > GRAM_RESOLVES * S[:, :1], 1 / S, 0.0)

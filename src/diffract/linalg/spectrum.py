@@ -10,19 +10,17 @@ Two ways lead there:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from diffract.linalg.exact import EPSILON, Spectrum, lapack
 from diffract.linalg.products import PIECE_BYTES, product, short_first, short_side
 from diffract.linalg.sums import Sums
 
 Method = Literal["auto", "gram", "exact"]
-
-EPSILON = float(torch.finfo(torch.float64).eps)
 
 GRAM_RESOLVES = (32 * EPSILON) ** 0.5
 """Smallest sigma / sigma_1 that eigenvalues of a Gram matrix tell from zero; measured in benchmarks/accuracy.py."""
@@ -32,25 +30,6 @@ GRAM_VECTORS = 1e-5
 
 Long-side vectors are Sigma^-1 P^T W, orthogonal up to eps (sigma_1 / sigma)^2.
 """
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """Singular value decomposition of b matrices W = U diag(S) Vh.
-
-    Attributes:
-        S: (b, M), descending, float64.
-        method: ``gram`` or ``lapack``, for each matrix.
-        resolved: (b,), the smallest sigma that the method tells from zero.
-        U: (b, m, M), or ``None``.
-        Vh: (b, M, n), rows are right singular vectors, or ``None``.
-    """
-
-    S: Tensor
-    method: tuple[str, ...]
-    resolved: Tensor
-    U: Tensor | None = None
-    Vh: Tensor | None = None
 
 
 def spectrum(w: Float[Tensor, "*b m n"], *, vectors: bool = False, method: Method = "auto") -> Spectrum:
@@ -115,18 +94,6 @@ def gram_vectors(grams: Float64[Tensor, "b M M"], stack: Float[Tensor, "b m n"],
         assert one.U is not None and one.Vh is not None
         S[i], U[i], Vh[i], resolved[i], names[i] = one.S[0], one.U[0], one.Vh[0], one.resolved[0], "lapack"
     return Spectrum(S, tuple(names), resolved, U, Vh)
-
-
-def lapack(stack: Float[Tensor, "b m n"], *, vectors: bool) -> Spectrum:
-    """Return the decomposition by LAPACK in float64 (on CUDA by its most accurate driver)."""
-    x = stack.double()
-    driver = "gesvd" if x.is_cuda else None
-    U = Vh = None
-    if vectors:
-        U, S, Vh = torch.linalg.svd(x, full_matrices=False, driver=driver)
-    else:
-        S = torch.linalg.svdvals(x, driver=driver)
-    return Spectrum(S, ("lapack",) * len(S), max(x.shape[1:]) * EPSILON * S[:, 0], U, Vh)
 
 
 def _both_sides(S: Tensor, P: Tensor, stack: Tensor, side: str) -> tuple[Tensor, Tensor]:

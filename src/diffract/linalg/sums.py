@@ -7,11 +7,13 @@ length needs float64 memory for one piece and its short side squared only.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from diffract.linalg.factored import LowRank
 from diffract.linalg.products import gram, pieces, product, short_first, short_side
 
 
@@ -75,8 +77,7 @@ class PairSums:
         powers: Highest power of the entries of W1 and W0 that is summed: 2 or 4.
         delta: Whether the Gram matrix of D is summed.
         vectors: Whether the Gram matrices of W0 and W0 with D are summed, from which that of W1 follows.
-        mantissa_bits: Stored bits of the significand of W1's dtype, for its rounding floor.
-        smallest_exponent: Exponent of its smallest normal number.
+        rounding: Stored bits of the significand of W1's dtype, and the exponent of its smallest normal number.
         device: Where to compute.
     """
 
@@ -93,7 +94,7 @@ class PairSums:
     ) -> None:
         self.side, self.shape, self.device = short_side(shape), shape, device
         self.highest, self.rounding = powers, rounding
-        zeros = lambda *size: torch.zeros(*size, dtype=torch.float64, device=device)  # noqa: E731
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
         self.base, self.tuned = zeros(4, count), zeros(4, count)
         self.delta_squares, self.changed, self.rounding_squares = zeros(count), zeros(count), zeros(count)
         short = min(shape)
@@ -102,12 +103,11 @@ class PairSums:
         self.cross = zeros(count if vectors else 0, short, short)
         self._base, self._tuned, self._scratch = Buffer(device), Buffer(device), Buffer(device)
 
-    def add(self, base: Tensor, tuned: Tensor | None, delta: Tensor | None = None) -> None:
-        """Add stacks (b, m, n) of W0 and of either W1 or D (float64)."""
+    def add(self, base: Tensor, tuned: Tensor | LowRank) -> None:
+        """Add stacks (b, m, n) of W0 and of W1; or of D, as factors."""
         for index in pieces(tuple(base.shape), self.side, self.device):
-            x0 = self._base.fill(base[index])
-            x1 = self._tuned.fill(tuned[index] if tuned is not None else delta[index])  # pyright: ignore[reportOptionalSubscript]
-            if tuned is None:
+            x0, x1 = self._base.fill(base[index]), self._tuned.fill(tuned[index])
+            if isinstance(tuned, LowRank):
                 x1 += x0
             self._add_entries(index[0], x0, x1)
             self._add_products(index[0], short_first(x0, self.side), short_first(x1, self.side))

@@ -48,6 +48,11 @@ class Matrix:
         return f"{self.index}|{self.rows}|{self.cols}|{self.transposed}"
 
     @property
+    def is_whole(self) -> bool:
+        """Whether it is a stored 2-D tensor as it lies."""
+        return self.index is None and self.rows is None and self.cols is None and not self.transposed
+
+    @property
     def entries(self) -> int:
         """Number of entries."""
         return self.shape[0] * self.shape[1]

@@ -22,7 +22,7 @@ PERMUTED = frozenset({"permutation"})
 
 ONE_MATRIX = (
     Metric(
-        "frobenius_norm", norms.frobenius_norm, ("moments",), "sqrt(sum w^2)", "weight", "[0, inf)",
+        "frobenius_norm", norms.frobenius_norm, ("squares",), "sqrt(sum w^2)", "weight", "[0, inf)",
         "Golub & Van Loan 2013, 2.3", 1, ALL,
     ),
     Metric(
@@ -34,7 +34,7 @@ ONE_MATRIX = (
         "Horn & Johnson 2013, 5.6", 1, ALL,
     ),
     Metric(
-        "stable_rank", ranks.stable_rank, ("moments", "sigma_max"), "||W||_F^2 / ||W||_2^2", "1", "[1, M]",
+        "stable_rank", ranks.stable_rank, ("squares", "sigma_max"), "||W||_F^2 / ||W||_2^2", "1", "[1, M]",
         "Rudelson & Vershynin 2007", 0, ALL,
     ),
     Metric(
@@ -55,7 +55,7 @@ ONE_MATRIX = (
         "count", "[1, M]", "Jolliffe 2002, 6.1", 0, ALL,
     ),
     Metric(
-        "aspect_ratio", shape.aspect_ratio, ("shape", "moments"), "Q = max(m, n) / min(m, n)", "1", "[1, inf)",
+        "aspect_ratio", shape.aspect_ratio, ("shape", "squares"), "Q = max(m, n) / min(m, n)", "1", "[1, inf)",
         "Martin & Mahoney 2021", 0, ALL,
     ),
     Metric(
@@ -78,7 +78,7 @@ CHANGE = (
         "", 1, ALL,
     ),
     Metric(
-        "delta_relative", delta.delta_relative, ("delta_squares", "base_moments"), "||D||_F / ||W0||_F", "1",
+        "delta_relative", delta.delta_relative, ("delta_squares", "base_squares"), "||D||_F / ||W0||_F", "1",
         "[0, inf)", "", 0, ALL,
     ),
     Metric(
@@ -93,7 +93,7 @@ CHANGE = (
         "exp of the entropy (nats) of D's sigma / sum sigma", "1", "[1, M]", "Roy & Vetterli 2007", 0, ALL,
     ),
     Metric(
-        "delta_changed_share", delta.delta_changed_share, ("changed", "base_moments"), "share of entries that differ",
+        "delta_changed_share", delta.delta_changed_share, ("changed", "shape"), "share of entries that differ",
         "1", "[0, 1]", "", 0, ENTRIES,
     ),
     Metric(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from jaxtyping import Float64
 from torch import Tensor
 
-from diffract.linalg import Moments
 from diffract.metrics.ranks import effective_rank, stable_rank_of_sigmas
 
 PerMatrix = Float64[Tensor, "b"]
@@ -16,9 +15,9 @@ def delta_frobenius(delta_squares: PerMatrix) -> PerMatrix:
     return delta_squares.sqrt()
 
 
-def delta_relative(delta_squares: PerMatrix, base_moments: Moments) -> PerMatrix:
+def delta_relative(delta_squares: PerMatrix, base_squares: PerMatrix) -> PerMatrix:
     """||D||_F / ||W0||_F. NaN for a zero base."""
-    return (delta_squares / base_moments.second).sqrt()
+    return (delta_squares / base_squares).sqrt()
 
 
 def delta_spectral(delta_sigmas: Float64[Tensor, "b M"]) -> PerMatrix:
@@ -36,9 +35,9 @@ def delta_effective_rank(delta_sigmas: Float64[Tensor, "b M"]) -> PerMatrix:
     return effective_rank(delta_sigmas)
 
 
-def delta_changed_share(changed: PerMatrix, base_moments: Moments) -> PerMatrix:
+def delta_changed_share(changed: PerMatrix, shape: tuple[int, int]) -> PerMatrix:
     """Share of the entries that differ."""
-    return changed / base_moments.count
+    return changed / (shape[0] * shape[1])
 
 
 def delta_rounding_floor(rounding_squares: PerMatrix) -> PerMatrix:

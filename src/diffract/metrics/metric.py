@@ -15,14 +15,15 @@ from diffract.errors import SelectionError, suggest
 FACTS: dict[str, str] = {
     "shape": "(m, n), two integers",
     "epsilon": "machine epsilon of the stored dtype",
-    "moments": "sums of powers of the entries, (b,) each",
+    "squares": "(b,), squared Frobenius norm",
+    "moments": "sums of the first four powers of the entries, (b,) each",
     "sigma_max": "(b,), the largest singular value",
     "sigmas": "(b, M), singular values, descending",
     "resolved": "(b,), the smallest singular value that the method tells from zero",
     "U": "(b, m, M), left singular vectors as columns",
     "Vh": "(b, M, n), right singular vectors as rows",
     "matrix": "(b, m, n), float64",
-    "base_moments": "moments of the base matrix",
+    "base_squares": "(b,), squared Frobenius norm of the base W0",
     "delta_squares": "(b,), squared Frobenius norm of D = W1 - W0",
     "changed": "(b,), number of entries that differ",
     "rounding_squares": "(b,), mean squared norm of what rounding W1 to its stored dtype does",
@@ -34,14 +35,14 @@ FACTS: dict[str, str] = {
 }
 """Everything that a metric can be computed from; b matrices at once, M = min(m, n), all float64."""
 
-PAIR_FACTS = frozenset(list(FACTS)[list(FACTS).index("base_moments") :])
+PAIR_FACTS = frozenset(list(FACTS)[list(FACTS).index("base_squares") :])
 """Facts that only a comparison knows."""
 
 NEEDS = ("shape", "entries", "sigma_max", "sigmas", "vectors", "matrix")
 """What computing a fact costs, cheapest first."""
 
 _NEED_OF = {
-    **dict.fromkeys(("moments", "base_moments", "delta_squares", "changed", "rounding_squares"), "entries"),
+    **dict.fromkeys(("squares", "moments", "base_squares", "delta_squares", "changed", "rounding_squares"), "entries"),
     "sigma_max": "sigma_max",
     **dict.fromkeys(("sigmas", "resolved", "delta_sigmas", "base_sigmas"), "sigmas"),
     **dict.fromkeys(("U", "Vh", "left_overlap", "right_overlap", "diagonal"), "vectors"),

@@ -5,15 +5,13 @@ from __future__ import annotations
 from jaxtyping import Float64
 from torch import Tensor
 
-from diffract.linalg import Moments
-
 Sigmas = Float64[Tensor, "b M"]
 PerMatrix = Float64[Tensor, "b"]
 
 
-def frobenius_norm(moments: Moments) -> PerMatrix:
+def frobenius_norm(squares: PerMatrix) -> PerMatrix:
     """sqrt(sum w_ij^2) = sqrt(sum sigma_i^2). Zero for a zero matrix."""
-    return moments.second.sqrt()
+    return squares.sqrt()
 
 
 def spectral_norm(sigma_max: PerMatrix) -> PerMatrix:

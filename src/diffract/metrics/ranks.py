@@ -6,17 +6,15 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from diffract.linalg import Moments
-
 Sigmas = Float64[Tensor, "b M"]
 PerMatrix = Float64[Tensor, "b"]
 
 LARGEST_RTOL = 1e-3
 
 
-def stable_rank(moments: Moments, sigma_max: PerMatrix) -> PerMatrix:
+def stable_rank(squares: PerMatrix, sigma_max: PerMatrix) -> PerMatrix:
     """||W||_F^2 / ||W||_2^2, between 1 and M (Rudelson & Vershynin 2007). NaN for a zero matrix."""
-    return moments.second / sigma_max.square()
+    return squares / sigma_max.square()
 
 
 def stable_rank_of_sigmas(sigmas: Sigmas) -> PerMatrix:

@@ -14,9 +14,9 @@ PerMatrix = Float64[Tensor, "b"]
 EPSILON = float(torch.finfo(torch.float64).eps)
 
 
-def aspect_ratio(shape: tuple[int, int], moments: Moments) -> PerMatrix:
+def aspect_ratio(shape: tuple[int, int], squares: PerMatrix) -> PerMatrix:
     """Q = max(m, n) / min(m, n), at least 1."""
-    return torch.full_like(moments.first, max(shape) / min(shape))
+    return torch.full_like(squares, max(shape) / min(shape))
 
 
 def condition_number(sigmas: Sigmas, resolved: PerMatrix) -> PerMatrix:

@@ -1,0 +1,182 @@
+"""From the parts of a run to its tables."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import blake3
+import polars as pl
+
+from diffract import tables
+from diffract._version import __version__
+from diffract.analysis.layout import Layout
+from diffract.analysis.models import model_numbers
+from diffract.analysis.plan import Plan
+from diffract.analysis.rows import CURVE
+from diffract.analysis.work import Part
+
+
+@dataclass(frozen=True)
+class Member:
+    """One model of a run.
+
+    Attributes:
+        name: What tables call it.
+        role: ``model``, ``base`` or ``tuned``.
+        layout: Its tensors and what became of them.
+    """
+
+    name: str
+    role: str
+    layout: Layout
+
+
+def assemble(
+    members: Sequence[Member],
+    parts: Sequence[Part],
+    digests: Mapping[tuple[int, str], str],
+    plan: Plan,
+    manifest: dict[str, Any],
+) -> tables.Tables:
+    """Return the tables of a run.
+
+    Args:
+        members: The models.
+        parts: Rows of their matrices, in any order.
+        digests: Of every tensor that was read, by model and name.
+        plan: What was computed.
+        manifest: What the caller knows; models, metrics and warnings are added to it.
+    """
+    wide = _wide(members, parts)
+    names = [m.name for m in plan.metrics]
+    metrics = wide.select(*tables.LABELS, *tables.OUTCOME, *(n for n in names if n in wide.columns))
+    models = _models(members, metrics, digests)
+    warnings = [f"{m.name}: {w}" for m in members for w in m.layout.warnings] + _row_warnings(metrics)
+    described = {
+        "diffract": __version__,
+        **manifest,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
+        "models": [_describe(m, row) for m, row in zip(members, models.iter_rows(named=True), strict=True)],
+        "metrics": {
+            m.name: {"summary": m.summary, "unit": m.unit, "range": m.range, "source": m.source, "version": m.version}
+            for m in plan.metrics
+        },
+        "warnings": warnings,
+    }
+    return tables.Tables(metrics, _spectra(wide), models, _tensors(members), described)
+
+
+def _wide(members: Sequence[Member], parts: Sequence[Part]) -> pl.DataFrame:
+    """All rows with labels, metrics and curves; models in order, matrices in file order."""
+    order = {(i, m.name): k for i, member in enumerate(members) for k, m in enumerate(member.layout.matrices)}
+    frames = []
+    for part in parts:
+        member = members[part.model]
+        labels = [
+            {"model": member.name, **m.labels, "dtype": member.layout.checkpoint.info(m.tensor).dtype}
+            for m in part.matrices
+        ]
+        places = pl.DataFrame({"_model": [part.model] * len(labels), "_at": [order[part.model, x["name"]] for x in labels]})
+        frames.append(pl.concat([places, pl.DataFrame(labels, schema=tables.LABELS), part.rows], how="horizontal"))
+    wide = pl.concat(frames, how="diagonal").sort("_model", "_at").drop("_model", "_at")
+    alone = pl.col("_alone") & (pl.col("status") == "ok")
+    marked = wide.join(_unpaired(members), on=["model", "tensor"], how="left", maintain_order="left")
+    return marked.with_columns(status=pl.when(alone).then(pl.lit("unpaired")).otherwise("status")).drop("_alone")
+
+
+def _unpaired(members: Sequence[Member]) -> pl.DataFrame:
+    found = [
+        {"model": member.name, "tensor": name, "_alone": True}
+        for member in members
+        for name, entry in member.layout.entries.items()
+        if entry.outcome in ("unmatched", "resized")
+    ]
+    return pl.DataFrame(found, schema={"model": pl.String, "tensor": pl.String, "_alone": pl.Boolean})
+
+
+def _spectra(wide: pl.DataFrame) -> pl.DataFrame:
+    curves = [c for c in wide.columns if c.startswith(CURVE)]
+    if not curves:
+        return pl.DataFrame(schema=tables.SPECTRA)
+    long = wide.select("model", "name", *curves).unpivot(
+        curves, index=["model", "name"], variable_name="quantity", value_name="values"
+    )
+    return (
+        long.filter(pl.col("values").is_not_null())
+        .with_columns(pl.col("quantity").str.strip_prefix(CURVE))
+        .select(*tables.SPECTRA)
+    )
+
+
+def _models(members: Sequence[Member], metrics: pl.DataFrame, digests: Mapping[tuple[int, str], str]) -> pl.DataFrame:
+    base = metrics.filter(pl.col("model") == members[0].name)
+    rows = []
+    for i, member in enumerate(members):
+        infos = [entry.info for entry in member.layout.entries.values()]
+        own = metrics.filter(pl.col("model") == member.name)
+        row = {
+            "model": member.name,
+            "role": member.role,
+            "reference": member.layout.checkpoint.reference,
+            "family": member.layout.architecture.family,
+            "parameters": sum(info.entries for info in infos),
+            "size_bytes": sum(info.size_bytes for info in infos),
+            "tensors": len(infos),
+            "matrices": len(own),
+            "digest": _model_digest(i, member, digests),
+        }
+        rows.append(row | (model_numbers(base, own) if member.role == "tuned" else {}))
+    return tables.frame(rows, tables.MODELS)
+
+
+def _model_digest(index: int, member: Member, digests: Mapping[tuple[int, str], str]) -> str | None:
+    """Digest of all tensors' names and digests, in order of the names; ``None`` if some were not read."""
+    names = sorted(member.layout.entries)
+    if not all((index, name) in digests for name in names):
+        return None
+    return blake3.blake3("".join(f"{n}\0{digests[index, n]}\n" for n in names).encode()).hexdigest()
+
+
+def _describe(member: Member, row: Mapping[str, Any]) -> dict[str, Any]:
+    architecture = member.layout.architecture
+    d = architecture.dimensions
+    shape = {"heads": d.heads, "kv_heads": d.kv_heads, "head_dim": d.head_dim, "layers": d.layers, "width": d.width}
+    known = {k: row[k] for k in ("model", "role", "reference", "digest", "parameters", "size_bytes")}
+    return known | {"architecture": {"family": architecture.family, **shape, "note": architecture.note}}
+
+
+def _tensors(members: Sequence[Member]) -> pl.DataFrame:
+    rows = [
+        {
+            "model": member.name,
+            "tensor": entry.info.name,
+            "shape": list(entry.info.shape),
+            "dtype": entry.info.dtype,
+            "size_bytes": entry.info.size_bytes,
+            "outcome": entry.outcome,
+            "note": entry.note,
+        }
+        for member in members
+        for entry in member.layout.entries.values()
+    ]
+    return tables.frame(rows, tables.TENSORS)
+
+
+def _row_warnings(metrics: pl.DataFrame) -> list[str]:
+    """One sentence for each kind of row that has no numbers."""
+    texts = {
+        "non_finite": "hold NaN or Inf; they have no metrics",
+        "zero": "are all zero; their ratios are null",
+    }
+    found = []
+    for status, text in texts.items():
+        rows = metrics.filter(pl.col("status") == status)
+        if len(rows):
+            found.append(f"{len(rows)} matrices {text}, first {rows['model'][0]} {rows['name'][0]}.")
+    return found

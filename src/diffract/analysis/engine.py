@@ -1,0 +1,75 @@
+"""Run tasks: many small ones side by side with one thread each, large ones alone with all of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
+
+import torch
+from threadpoolctl import threadpool_limits
+
+SIDE_BY_SIDE_BYTES = 1 << 27
+"""Workspace up to which a task runs beside others."""
+
+
+class Task(Protocol):
+    """What the engine needs to know of a task."""
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Memory that it needs at most, about."""
+        ...
+
+
+T = TypeVar("T", bound=Task)
+R = TypeVar("R")
+
+
+def run_tasks(tasks: Sequence[T], work: Callable[[T], R], *, device: torch.device) -> Iterator[tuple[T, R]]:
+    """Yield each task with its result, as they are finished.
+
+    Which tasks run side by side depends on their size alone, so that the same machine gives the same bits again.
+
+    Args:
+        tasks: What is to be done; their order within each group is kept.
+        work: Does one; thread-safe.
+        device: On a CUDA device tasks run one after another, as each fills it.
+    """
+    small = [t for t in tasks if t.workspace_bytes <= SIDE_BY_SIDE_BYTES and device.type == "cpu"]
+    large = [t for t in tasks if t.workspace_bytes > SIDE_BY_SIDE_BYTES or device.type != "cpu"]
+    yield from _side_by_side(small, work)
+    for task in large:
+        yield task, work(task)
+
+
+def _side_by_side(tasks: Sequence[T], work: Callable[[T], R]) -> Iterator[tuple[T, R]]:
+    if not tasks:
+        return
+    workers = min(len(tasks), cores())
+    with single_threaded(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        futures = {pool.submit(work, task): task for task in tasks}
+        try:
+            for future in as_completed(futures):
+                yield futures.pop(future), future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Keep every linear-algebra library to one thread for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

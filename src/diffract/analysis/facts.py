@@ -1,0 +1,233 @@
+"""Facts about stacks of matrices: each is computed once, and only if a metric needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffract.analysis.plan import OVERLAPS, SPECTRA, Plan
+from diffract.analysis.stack import Stack
+from diffract.linalg import (
+    LowRank,
+    Moments,
+    PairSpectrum,
+    PairSums,
+    Spectrum,
+    Sums,
+    factored_spectrum,
+    gram_values,
+    gram_vectors,
+    lapack,
+    pair_from_matrices,
+    pair_from_sums,
+    replace_pairs,
+    takes_gram,
+    top_spectrum,
+    weak_pairs,
+)
+from diffract.metrics.agreement import agreement, agreement_window, best_match
+
+LARGE = 512
+"""Short side from which the largest sigma alone is cheaper by iteration than by the eigensolver."""
+
+TOP_STEPS = 10
+"""Iterations after which the eigensolver would have been cheaper."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found out about b matrices.
+
+    Attributes:
+        facts: By the names of ``metrics.FACTS``.
+        finite: (b,), whether all entries are finite; the facts of a matrix that is not mean nothing.
+        spectrum: All singular values, if they were computed.
+        curves: Further quantities along the spectrum, (b, k) each.
+    """
+
+    facts: dict[str, Any]
+    finite: Tensor
+    spectrum: Spectrum | None
+    curves: dict[str, Tensor] = field(default_factory=dict)
+
+
+def single_facts(stack: Stack, plan: Plan, device: torch.device) -> Found:
+    """Find out what the metrics of one matrix need."""
+    by_gram = takes_gram(stack.dtype, plan.method)
+    products = by_gram and plan.needs("U", "Vh", *SPECTRA)
+    sums = Sums(stack.count, stack.shape, powers=plan.powers, products=products, device=device)
+    for piece in stack.pieces():
+        sums.add(piece.to(device))
+    finite = sums.moments.second.isfinite()
+    grams = _safe(sums.gram, finite) if products else None
+    facts = _entry_facts(stack, sums.moments)
+    spectrum = None
+    if plan.needs("U", "Vh"):
+        whole = _safe(stack.whole().to(device), finite)
+        spectrum = lapack(whole, vectors=True) if grams is None else gram_vectors(grams, whole, plan.method)
+    elif plan.needs("sigmas", "resolved"):
+        spectrum = _values(grams, stack, finite)
+    elif plan.needs("sigma_max"):
+        facts["sigma_max"] = _values(grams, stack, finite).S[:, 0] if grams is None else _largest(grams)
+    if plan.needs("matrix"):
+        facts["matrix"] = stack.whole().to(device).double()
+    return Found(facts | _spectrum_facts(spectrum), finite, spectrum)
+
+
+def pair_facts(
+    base: Stack, tuned: Stack, plan: Plan, device: torch.device, change: LowRank | None = None
+) -> tuple[Found, Found]:
+    """Find out what the metrics of a base, of its tuned matrix and of the pair need.
+
+    Args:
+        base: W0.
+        tuned: W1.
+        plan: What is wanted.
+        device: Where to compute.
+        change: D as factors, where it is known so: it then counts, and W1 = W0 + D is not rounded.
+
+    Returns:
+        What is known of the base, and of the tuned and the pair.
+    """
+    exact = not (takes_gram(base.dtype, plan.method) and takes_gram(tuned.dtype, plan.method))
+    sums = _sum_pairs(base, tuned, plan, device, change, exact=exact)
+    first, second = sums.base_moments, sums.tuned_moments
+    finite0 = first.second.isfinite()
+    finite = finite0 & second.second.isfinite()
+    for total in (sums.base_gram, sums.cross, sums.delta_gram):
+        total.copy_(_safe(total, finite[: len(total)]))
+    facts0, facts1 = _entry_facts(base, first), _entry_facts(tuned, second)
+    facts1 |= {"base_squares": first.second, "delta_squares": sums.delta_squares}
+    facts1 |= {"changed": sums.changed, "rounding_squares": sums.rounding_squares}
+    curves: dict[str, Tensor] = {}
+    if plan.needs("delta_sigmas"):
+        curves["delta_sigma"] = facts1["delta_sigmas"] = _delta_sigmas(sums, base, tuned, change, finite, exact=exact)
+    pair = None
+    if plan.needs(*SPECTRA, *OVERLAPS):
+        pair = _compare_spectra(sums, base, tuned, change, plan, finite, exact=exact)
+        facts1["base_sigmas"] = pair.base.S
+        curves |= _add_overlaps(facts1, pair)
+    found0 = Found(facts0 | _spectrum_facts(pair and pair.base), finite0, pair and pair.base)
+    found1 = Found(facts1 | _spectrum_facts(pair and pair.tuned), finite, pair and pair.tuned, curves)
+    if plan.needs("U", "Vh", "matrix"):
+        for found, stack in ((found0, base), (found1, tuned)):
+            own = single_facts(stack, plan, device).facts
+            found.facts.update({name: own[name] for name in ("U", "Vh", "matrix") if name in own})
+    return found0, found1
+
+
+def _sum_pairs(
+    base: Stack, tuned: Stack, plan: Plan, device: torch.device, change: LowRank | None, *, exact: bool
+) -> PairSums:
+    vectors = not exact and plan.needs(*SPECTRA, *OVERLAPS)
+    sums = PairSums(
+        base.count,
+        base.shape,
+        powers=plan.powers,
+        delta=vectors or (not exact and change is None and plan.needs("delta_sigmas")),
+        vectors=vectors,
+        rounding=tuned.rounding(),
+        device=device,
+    )
+    for one, other in _piece_pairs(base, tuned, change, device):
+        sums.add(one, other)
+    return sums
+
+
+def _piece_pairs(
+    base: Stack, tuned: Stack, change: LowRank | None, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor | LowRank]]:
+    if change is None:
+        for one, other in zip(base.pieces(), tuned.pieces(), strict=True):
+            yield one.to(device), other.to(device)
+        return
+    moved, start = LowRank(change.B.to(device), change.A.to(device)), 0
+    for one in base.pieces():
+        yield one.to(device), moved.rows(start, start + one.shape[1])
+        start += one.shape[1]
+
+
+def _compare_spectra(
+    sums: PairSums, base: Stack, tuned: Stack, change: LowRank | None, plan: Plan, finite: Tensor, *, exact: bool
+) -> PairSpectrum:
+    """Return spectra, and overlaps where they are wanted; by LAPACK where Gram matrices are too coarse for vectors."""
+
+    def by_lapack(places: list[int]) -> PairSpectrum:
+        at, device = torch.tensor(places), finite.device
+        one = _safe(base.whole()[at].to(device), finite[places])
+        other = _safe(tuned.whole()[at].to(device), finite[places])
+        if change is not None:
+            other = one.double() + (change.B[at] @ change.A[at]).to(device)
+        return pair_from_matrices(one, other)
+
+    if exact:
+        return by_lapack(list(range(base.count)))
+    if not plan.needs(*OVERLAPS):
+        return PairSpectrum(gram_values(sums.base_gram), gram_values(sums.tuned_gram))
+    pair = pair_from_sums(sums)
+    weak = [] if base.streamed else weak_pairs(pair)
+    return replace_pairs(pair, weak, by_lapack(weak)) if weak else pair
+
+
+def _add_overlaps(facts: dict[str, Any], pair: PairSpectrum) -> dict[str, Tensor]:
+    """Add overlaps to the facts and return what runs along the spectrum; a zero matrix has no vectors."""
+    if pair.left_overlap is None or pair.right_overlap is None or pair.diagonal is None or pair.energy is None:
+        return {}
+    zero = ((pair.base.S[:, 0] == 0) | (pair.tuned.S[:, 0] == 0))[:, None]
+    facts["diagonal"] = pair.diagonal.masked_fill(zero, torch.nan)
+    curves = {"delta_energy": pair.energy.masked_fill(zero, torch.nan)}
+    for side, raw in (("left", pair.left_overlap), ("right", pair.right_overlap)):
+        overlap = facts[f"{side}_overlap"] = raw.clamp(max=1.0).masked_fill(zero[:, :, None], torch.nan)
+        curves[f"{side}_agreement"] = agreement(overlap)
+        curves[f"{side}_best_match"] = best_match(overlap)
+        curves[f"{side}_agreement_window"] = agreement_window(overlap, pair.base.S, pair.tuned.S)
+    return curves
+
+
+def _delta_sigmas(
+    sums: PairSums, base: Stack, tuned: Stack, change: LowRank | None, finite: Tensor, *, exact: bool
+) -> Tensor:
+    if change is not None:
+        return factored_spectrum(change.B, change.A).S.to(finite.device)
+    if exact:
+        difference = tuned.whole().double() - base.whole().double()
+        return lapack(_safe(difference.to(finite.device), finite), vectors=False).S
+    return gram_values(sums.delta_gram).S
+
+
+def _values(grams: Tensor | None, stack: Stack, finite: Tensor) -> Spectrum:
+    if grams is not None:
+        return gram_values(grams)
+    return lapack(_safe(stack.whole().to(finite.device), finite), vectors=False)
+
+
+def _largest(grams: Tensor) -> Tensor:
+    """Largest singular values: the square root of each Gram matrix's largest eigenvalue."""
+    if grams.shape[-1] < LARGE:
+        return gram_values(grams).S[:, 0]
+    tops = [top_spectrum(g, 1, steps=TOP_STEPS) for g in grams]
+    found = [t.S if t.converged else gram_values(g[None]).S[0, :1].square() for t, g in zip(tops, grams, strict=True)]
+    return torch.cat(found).sqrt()
+
+
+def _entry_facts(stack: Stack, moments: Moments) -> dict[str, Any]:
+    epsilon = torch.finfo(stack.dtype).eps
+    return {"shape": stack.shape, "epsilon": epsilon, "squares": moments.second, "moments": moments}
+
+
+def _spectrum_facts(spectrum: Spectrum | None) -> dict[str, Any]:
+    if spectrum is None:
+        return {}
+    S = spectrum.S
+    return {"sigmas": S, "sigma_max": S[:, 0], "resolved": spectrum.resolved, "U": spectrum.U, "Vh": spectrum.Vh}
+
+
+def _safe(stack: Tensor, finite: Tensor) -> Tensor:
+    """Put zeros for matrices that are not finite, so that no solver stumbles over them."""
+    if not len(stack) or bool(finite.all()):
+        return stack
+    return torch.where(finite[:, None, None], stack, torch.zeros((), dtype=stack.dtype, device=stack.device))

@@ -1,0 +1,121 @@
+"""What a checkpoint consists of: every tensor, what became of it, and the matrices that are taken of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from diffract.architectures import Architecture, resolve
+from diffract.checkpoints import Checkpoint, TensorInfo
+from diffract.matrices import Matrix, parse_selection, select, slice_tensor
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One stored tensor.
+
+    Attributes:
+        info: Shape and dtype.
+        matrices: What is taken of it, empty unless it is analysed.
+        outcome: ``tables.TENSORS`` lists them.
+        note: Why, where that is not plain.
+    """
+
+    info: TensorInfo
+    matrices: tuple[Matrix, ...]
+    outcome: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A checkpoint as it is understood.
+
+    Attributes:
+        checkpoint: It.
+        architecture: How its names are read.
+        entries: Its tensors, in file order.
+        warnings: What a reader should know.
+    """
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    entries: dict[str, Entry]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def matrices(self) -> list[Matrix]:
+        """All matrices, in file order."""
+        return [m for entry in self.entries.values() for m in entry.matrices]
+
+
+def lay_out(
+    checkpoint: Checkpoint,
+    *,
+    select_text: str | None = None,
+    heads: bool = True,
+    spec_file: str | Path | None = None,
+    check_ties: bool = True,
+) -> Layout:
+    """Understand a checkpoint; of tensors only headers are read.
+
+    Args:
+        checkpoint: What to look at.
+        select_text: See ``matrices.parse_selection``.
+        heads: Whether attention projections are cut into heads.
+        spec_file: A user's architecture.
+        check_ties: Whether tensors that the configuration declares tied, but that are both stored, are read and
+            compared; otherwise the declaration is believed.
+
+    Raises:
+        ArchitectureError: The configuration contradicts itself or the tensors.
+        SelectionError: The selection names something that is not there.
+    """
+    architecture = resolve(checkpoint.config, spec_file=spec_file)
+    ties, warnings = _ties(checkpoint, architecture, check=check_ties)
+    entries = {name: _entry(checkpoint.info(name), architecture, ties, heads=heads) for name in checkpoint.names}
+    selection = parse_selection(select_text)
+    if selection.numbers or selection.names:
+        kept = set(select((m for e in entries.values() for m in e.matrices), selection))
+        entries = {name: _restrict(entry, kept) for name, entry in entries.items()}
+    notes = (architecture.note,) if architecture.note else ()
+    return Layout(checkpoint, architecture, entries, (*notes, *warnings))
+
+
+def _entry(info: TensorInfo, architecture: Architecture, ties: Mapping[str, str], *, heads: bool) -> Entry:
+    if not info.is_float:
+        return Entry(info, (), "not_float", f"{info.dtype} is listed, not analysed")
+    if info.name in ties:
+        return Entry(info, (), "tied", f"shares its values with {ties[info.name]}")
+    if info.entries == 0:
+        return Entry(info, (), "empty", "no entries")
+    if len(info.shape) < 2:
+        return Entry(info, (), "vector")
+    matrices = tuple(slice_tensor(info.name, info.shape, info.dtype, architecture, heads=heads))
+    if not matrices:
+        return Entry(info, (), "not_matrix", f"{len(info.shape)} axes")
+    return Entry(info, matrices, "analysed")
+
+
+def _restrict(entry: Entry, kept: set[Matrix]) -> Entry:
+    if entry.outcome != "analysed":
+        return entry
+    matrices = tuple(m for m in entry.matrices if m in kept)
+    return replace(entry, matrices=matrices, outcome="analysed" if matrices else "not_selected")
+
+
+def _ties(checkpoint: Checkpoint, architecture: Architecture, *, check: bool) -> tuple[dict[str, str], list[str]]:
+    """Tensors that share another's values: by memory, or as the configuration declares and the bytes confirm."""
+    ties, warnings = dict(checkpoint.tied), []
+    if not checkpoint.config.get("tie_word_embeddings"):
+        return ties, warnings
+    for name in checkpoint.names:
+        target = architecture.tied_to(name, checkpoint.names)
+        if not target or target == name or name in ties:
+            continue
+        if not check or checkpoint.digest(name) == checkpoint.digest(target):
+            ties[name] = target
+        else:
+            warnings.append(f"The config ties {name} to {target}, but the stored values differ: both are analysed.")
+    return ties, warnings

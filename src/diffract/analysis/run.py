@@ -1,0 +1,204 @@
+"""Scan one checkpoint, or compare a base with its tuned checkpoints."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffract.analysis.assemble import Member, assemble
+from diffract.analysis.cache import Cache, cache_folder
+from diffract.analysis.engine import run_tasks
+from diffract.analysis.layout import Layout, lay_out
+from diffract.analysis.pairing import pair, scan_tasks
+from diffract.analysis.plan import Plan
+from diffract.analysis.work import Part, TensorTask, Worker
+from diffract.checkpoints import Checkpoint, Reference, open_checkpoint
+from diffract.errors import CheckpointError, SelectionError, suggest
+from diffract.linalg import Method
+from diffract.metrics import Metric, choose_metrics
+from diffract.tables import Tables
+
+Progress = Callable[[float, float, str], None]
+"""Called with the work done, all work, and what was just finished."""
+
+ENGINES = ("local",)
+METHODS = ("auto", "exact")
+
+_NAMED = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]{0,63})=(?P<reference>.+)", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``scan`` and ``compare`` have in common; the public functions say what each means."""
+
+    metrics: Sequence[str | Metric] | None = None
+    select: str | None = None
+    heads: bool = True
+    vectors: bool = False
+    architecture: str | Path | None = None
+    adapter_base: Reference | None = None
+    download: bool = False
+    method: Method = "auto"
+    device: str = "auto"
+    engine: str = "local"
+    cache: bool = True
+    progress: Progress | None = None
+
+    def plan(self, *, pair: bool) -> Plan:
+        """Return what is to be computed."""
+        _choose("engine", self.engine, ENGINES)
+        _choose("method", self.method, METHODS)
+        return Plan(tuple(choose_metrics(self.metrics, pair=pair)), self.method, self.vectors)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the options as a manifest keeps them."""
+        names = [m if isinstance(m, str) else m.name for m in self.metrics] if self.metrics is not None else None
+        kept = ("select", "heads", "vectors", "method", "engine")
+        architecture = str(self.architecture) if self.architecture else None
+        return {"metrics": names, **{k: getattr(self, k) for k in kept}, "architecture": architecture}
+
+
+def analyse(
+    references: Sequence[Reference], options: Options, *, allow_unmatched: bool = False, vectors_to: Any = None
+) -> Tables:
+    """Scan the only checkpoint, or compare the first with the others.
+
+    Args:
+        references: What to open; text may begin with ``name=``.
+        options: How.
+        allow_unmatched: Whether more than embeddings may be without a partner.
+        vectors_to: Takes the singular vectors, ``add(name, tensor)``, where they are to be saved.
+
+    Raises:
+        DiffractError: The input is wrong; the message says what, where, and what to do.
+    """
+    begun = time.monotonic()
+    plan = options.plan(pair=len(references) > 1)
+    device = choose_device(options.device)
+    with ExitStack() as stack:
+        names, layouts = _open_all(references, options, stack)
+        tasks = scan_tasks(layouts[0])
+        if len(layouts) > 1:
+            layouts, tasks = pair(layouts[0], layouts[1:], allow_unmatched=allow_unmatched)
+        if not tasks:
+            raise CheckpointError(f"{layouts[0].checkpoint.reference} holds no matrix that could be analysed.")
+        cache = stack.enter_context(Cache(cache_folder())) if options.cache else None
+        worker = Worker([layout.checkpoint for layout in layouts], plan, device, cache)
+        parts, digests = _run(tasks, worker, options.progress, names, vectors_to)
+        digests |= _other_digests(layouts, digests, complete=options.select is None)
+        roles = ["base", *["tuned"] * (len(layouts) - 1)] if len(layouts) > 1 else ["model"]
+        members = [Member(*m) for m in zip(names, roles, layouts, strict=True)]
+        kind = "compare" if len(layouts) > 1 else "scan"
+        manifest = {"kind": kind, "settings": {**options.settings(), "device": device.type}}
+        manifest["seconds"] = round(time.monotonic() - begun, 3)
+        return assemble(members, parts, digests, plan, manifest)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of a name; ``auto`` is CUDA where there is one.
+
+    Raises:
+        SelectionError: There is no such device.
+    """
+    available = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    if name == "auto":
+        return torch.device(available[-1])
+    _choose("device", name.partition(":")[0], available)
+    return torch.device(name)
+
+
+def _choose(what: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise SelectionError(f"unknown {what} {value!r}, expected one of: {', '.join(known)}.{suggest(value, known)}")
+
+
+def _run(
+    tasks: Sequence[TensorTask], worker: Worker, progress: Progress | None, names: Sequence[str], vectors_to: Any
+) -> tuple[list[Part], dict[tuple[int, str], str]]:
+    total, done = sum(t.cost for t in tasks), 0.0
+    parts: list[Part] = []
+    digests: dict[tuple[int, str], str] = {}
+    for task, outcome in run_tasks(tasks, worker, device=worker.device):
+        digests |= {(i, task.tensor): digest for i, digest in outcome.digests.items()}
+        for part in outcome.parts:
+            _save_vectors(part, names, vectors_to)
+            parts.append(Part(part.model, part.matrices, part.rows))
+        done += task.cost
+        if progress:
+            progress(done, total, task.tensor)
+    return parts, digests
+
+
+def _save_vectors(part: Part, names: Sequence[str], vectors_to: Any) -> None:
+    """Hand singular vectors on, in float32, and let them go."""
+    for side, stack in part.vectors.items():
+        for matrix, vectors in zip(part.matrices, stack, strict=True):
+            vectors_to.add(f"{names[part.model]}/{matrix.name}.{side}", vectors.float().cpu().contiguous())
+
+
+def _other_digests(
+    layouts: Sequence[Layout], known: dict[tuple[int, str], str], *, complete: bool
+) -> dict[tuple[int, str], str]:
+    """Digests of tensors that no task read, so that a whole checkpoint has one; nothing more is read of a selection."""
+    if not complete:
+        return {}
+    return {
+        (i, name): layout.checkpoint.digest(name)
+        for i, layout in enumerate(layouts)
+        for name in layout.entries
+        if (i, name) not in known
+    }
+
+
+def _open_all(
+    references: Sequence[Reference], options: Options, stack: ExitStack
+) -> tuple[list[str], list[Layout]]:
+    """Open checkpoints and lay them out; those that were opened here are closed with the stack."""
+    split = [split_name(r) for r in references]
+    layouts: list[Layout] = []
+    for _, reference in split:
+        checkpoint = open_checkpoint(reference, base=options.adapter_base, download=options.download)
+        if checkpoint is not reference:
+            stack.callback(checkpoint.close)
+        layouts.append(
+            lay_out(checkpoint, select_text=options.select, heads=options.heads, spec_file=options.architecture)
+        )
+    given = [name for name, _ in split]
+    return _unique_names(given, layouts), layouts
+
+
+def split_name(reference: Reference) -> tuple[str | None, Reference]:
+    """Split ``name=reference``; a path that is there with such a name stays whole."""
+    match = _NAMED.fullmatch(reference) if isinstance(reference, str) else None
+    if match is None or Path(str(reference)).exists():
+        return None, reference
+    return match["name"], match["reference"]
+
+
+def _unique_names(given: Sequence[str | None], layouts: Sequence[Layout]) -> list[str]:
+    names: list[str] = []
+    for i, (name, layout) in enumerate(zip(given, layouts, strict=True)):
+        if name in names:
+            raise SelectionError(f"two checkpoints are called {name!r}. Give each a name of its own.")
+        wanted = name or _default_name(layout.checkpoint, i, len(layouts))
+        number, unique = 2, wanted
+        while unique in names or (not name and unique in given):
+            unique, number = f"{wanted}-{number}", number + 1
+        names.append(unique)
+    return names
+
+
+def _default_name(checkpoint: Checkpoint, index: int, count: int) -> str:
+    """The last part of a reference that is a path or a hub name, else the model's role."""
+    last = re.split(r"[/\\]", checkpoint.reference.rstrip("/\\"))[-1]
+    stem = re.sub(r"\.(safetensors|bin|pt|pth|npz)$", "", last.partition("@")[0])
+    if stem and not stem.startswith("<"):
+        return stem
+    return "model" if count == 1 else "base" if index == 0 else f"tuned-{index}" if count > 2 else "tuned"
