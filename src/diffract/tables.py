@@ -68,7 +68,11 @@ TENSORS: dict[str, Any] = {
     "outcome": pl.String,
     "note": pl.String,
 }
-"""``outcome``: analysed | tied | vector | not_float | not_selected | unmatched | resized | retyped."""
+"""``outcome``: analysed | retyped | unmatched | resized | tied | not_selected | vector | not_matrix | not_float | empty.
+
+``retyped`` tensors are compared, though base and tuned store other dtypes; ``unmatched`` and ``resized`` ones are
+analysed alone.
+"""
 
 TABLES = ("metrics", "spectra", "models", "tensors")
 
@@ -99,26 +103,12 @@ def frame(rows: list[dict[str, Any]], schema: dict[str, Any]) -> pl.DataFrame:
     return pl.DataFrame(rows, schema={**schema, **floats}, orient="row")
 
 
-def save(tables: Tables, folder: str | Path, *, force: bool = False) -> Path:
-    """Write a run folder; it appears whole or not at all.
-
-    Args:
-        tables: What to write.
-        folder: Where; must not exist unless ``force``.
-        force: Replace an existing run folder. Any other folder is refused.
-
-    Returns:
-        The folder.
-
-    Raises:
-        RunError: The folder exists, is no run folder, or cannot be written.
-    """
-    with whole_folder(folder, force=force) as draft:
-        for name in TABLES:
-            getattr(tables, name).write_parquet(draft / f"{name}.parquet", compression="zstd")
-        manifest = {"format": FORMAT, **tables.manifest}
-        (draft / "manifest.json").write_text(json.dumps(manifest, indent=2, default=str) + "\n", encoding="utf-8")
-    return Path(folder)
+def write(tables: Tables, folder: Path) -> None:
+    """Write the files of a run into a folder; within ``whole_folder``, so that they appear together."""
+    for name in TABLES:
+        getattr(tables, name).write_parquet(folder / f"{name}.parquet", compression="zstd")
+    manifest = json.dumps({"format": FORMAT, **tables.manifest}, indent=2)
+    (folder / "manifest.json").write_text(manifest + "\n", encoding="utf-8")
 
 
 def load(folder: str | Path) -> Tables:

@@ -14,7 +14,7 @@ import polars as pl
 
 from diffract import tables
 from diffract._version import __version__
-from diffract.analysis.layout import Layout
+from diffract.matrices import Layout
 from diffract.analysis.models import model_numbers
 from diffract.analysis.plan import Plan
 from diffract.analysis.rows import CURVE

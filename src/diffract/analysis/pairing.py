@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from diffract.analysis.layout import Entry, Layout
+from diffract.matrices import Entry, Layout
 from diffract.analysis.work import TensorTask
 from diffract.errors import CheckpointError, printable
 

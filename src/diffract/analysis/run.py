@@ -15,13 +15,13 @@ import torch
 from diffract.analysis.assemble import Member, assemble
 from diffract.analysis.cache import Cache, cache_folder
 from diffract.analysis.engine import run_tasks
-from diffract.analysis.layout import Layout, lay_out
 from diffract.analysis.pairing import pair, scan_tasks
 from diffract.analysis.plan import Plan
 from diffract.analysis.work import Part, TensorTask, Worker
 from diffract.checkpoints import Checkpoint, Reference, open_checkpoint
 from diffract.errors import CheckpointError, SelectionError, suggest
 from diffract.linalg import Method
+from diffract.matrices import Layout, lay_out
 from diffract.metrics import Metric, choose_metrics
 from diffract.tables import Tables
 

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from diffract.checkpoints import TORCH_DTYPES, Checkpoint, tensor_digest
 from diffract.matrices import Matrix, cut
-
-KEEP_BYTES = 1 << 27
-"""A stored tensor up to this size is read once and kept while its matrices are analysed."""
+from diffract.matrices.cost import KEEP_BYTES
 
 BLOCK_ENTRIES = 1 << 25
 """Entries read at once of a larger one."""

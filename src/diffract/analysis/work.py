@@ -13,13 +13,13 @@ from diffract.analysis.cache import Cache, cache_key
 from diffract.analysis.facts import Found, pair_facts, single_facts
 from diffract.analysis.plan import Plan
 from diffract.analysis.rows import bundle
-from diffract.analysis.stack import KEEP_BYTES, Held
+from diffract.analysis.stack import Held
 from diffract.checkpoints import Checkpoint
 from diffract.linalg import LowRank
-from diffract.matrices import Matrix, batches
+from diffract.matrices import Matrix, batches, scan_cost, workspace_bytes
 
-PIECES_BYTES = 3 << 25
-"""Three buffers of float64 pieces."""
+PAIR_COST = 4
+"""Work of comparing two matrices, in scans of one."""
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,13 @@ class TensorTask:
 
     @property
     def workspace_bytes(self) -> int:
-        """Memory that it needs at most, about: the stored tensors, float64 pieces, products of the short side."""
-        models = 1 + bool(self.tuned)
-        batch = max(batches(self.matrices), key=lambda b: len(b) * b[0].entries)
-        short = min(batch[0].shape)
-        piece = min(PIECES_BYTES, 8 * batch[0].entries * 3)
-        return models * min(self.size_bytes, KEEP_BYTES) + piece + 8 * len(batch) * short**2 * (8 if self.tuned else 3)
+        """Memory that it needs at most, about."""
+        return workspace_bytes(self.matrices, self.size_bytes, pair=bool(self.tuned))
 
     @property
     def cost(self) -> float:
-        """Floating-point operations, about; what progress is measured in."""
-        each = sum(m.entries * (min(m.shape) + 60) + 12 * min(m.shape) ** 3 for m in self.matrices)
-        return float(each * (1 + 4 * len(self.tuned)))
+        """Work, about; what progress is measured in."""
+        return scan_cost(self.matrices) * (1 + PAIR_COST * len(self.tuned))
 
 
 @dataclass(frozen=True)

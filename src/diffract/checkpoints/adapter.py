@@ -50,7 +50,7 @@ class Pair:
 
 
 class Adapted:
-    """A base's tensors plus low-rank changes, added in float64 and rounded to the base's dtype, as merging does."""
+    """A base's tensors plus low-rank changes, added in float64 and rounded once to the base's dtype."""
 
     def __init__(
         self, base: Checkpoint, weights: Checkpoint, pairs: Mapping[str, Pair], *, owns_base: bool
@@ -173,14 +173,14 @@ def _target(module: str, base: Checkpoint, reference: str) -> str:
     near = [n for n in base if n.endswith(f".{exact}") or exact.endswith(f".{n}")]
     if len(near) != 1:
         raise CheckpointError(
-            f"{reference}: the adapter changes {printable(exact)!r}, which the base {base.reference} does not "
-            "hold. Pass --adapter-base MODEL."
+            f"{reference}: the adapter changes {printable(exact)!r}, which the base {base.reference} "
+            "does not hold. Pass --adapter-base MODEL."
         )
     return near[0]
 
 
 def _scale(config: Mapping[str, Any], module: str, rank: int, reference: str) -> float:
-    """PEFT's rule: a key of ``alpha_pattern`` is an expression for the end of a module's name, from a dot on."""
+    """PEFT's rule: a key of ``alpha_pattern`` is an expression for a module's name or its last parts."""
     alpha = config.get("lora_alpha", 8)
     patterns = config.get("alpha_pattern") or {}
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,15 @@ def open_mapping(
     Raises:
         CheckpointError: A value is no array of a known dtype, or two values get the same name.
     """
+    return open_pairs(flatten(arrays), reference=reference, config=config)
+
+
+def open_pairs(
+    pairs: Iterable[tuple[str, Any]], *, reference: str, config: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """Return names and arrays as a checkpoint; as ``open_mapping``, with nothing left to flatten."""
     found: dict[str, Array] = {}
-    for name, value in flatten(arrays):
+    for name, value in pairs:
         if name in found:
             raise CheckpointError(
                 f"{reference}: two values are called {printable(name)!r}. Rename one of them."
@@ -156,7 +163,7 @@ def _to_tensor(array: Array) -> torch.Tensor:
         return array.detach().cpu()
     bits = BIT_TYPES.get(array.dtype.name)
     plain = array.view(bits[0]) if bits else array
-    # torch wants writable memory in native byte order that runs forward; as weights are only read, a copy will do
+    # torch wants writable memory, in native byte order, running forward; a copy will do, as it is only read
     if not (plain.flags.writeable and plain.dtype.isnative and min(plain.strides, default=0) >= 0):
         plain = plain.astype(plain.dtype.newbyteorder("="), order="C")
     tensor = torch.from_numpy(plain)

@@ -76,7 +76,7 @@ class LocalFile(ByteFile):
                 raise CheckpointError(f"cannot read {self.name!r}: {error.strerror}.") from error
             if got == 0:
                 raise CheckpointError(
-                    f"{self.name!r} ends at byte {offset + done}: it shrank while it was open. Fetch it again."
+                    f"{self.name!r} ends at byte {offset + done}: it shrank while open. Fetch it again."
                 )
             done += got
 

@@ -1,4 +1,4 @@
-"""A folder of weights, on disk or on the hub: which files make up the model, and what its configuration is."""
+"""A folder of weights, on disk or on the hub: which files make up the model, and how it is configured."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Checkpoints on the hub: headers and tensors by HTTP range requests, so that nothing is downloaded that is not read."""
+"""Checkpoints on the hub: headers and tensors by HTTP range requests; nothing is fetched that is not read."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,12 @@ from huggingface_hub.utils import (
     hf_raise_for_status,
     http_backoff,
     http_stream_backoff,
-    httpx,  # of whichever major version the client itself uses
 )
+
+try:  # the client's own HTTP library, whichever that is
+    from huggingface_hub.utils import httpx
+except ImportError:
+    import httpx  # pyright: ignore[reportMissingImports]
 
 from diffract._version import __version__
 from diffract.checkpoints.files import ByteFile
@@ -46,7 +50,7 @@ HEAD_BYTES = 100_000
 """What the first request of a file asks for: nearly every header is smaller."""
 
 ATTEMPTS = 5
-"""How often a transfer that breaks off is taken up again where it stopped."""
+"""Transfers in a row that bring nothing; one that breaks off later is taken up again where it stopped."""
 
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
 """Configuration and tokenizer, fetched with the weights."""
@@ -74,15 +78,15 @@ class HubFile(ByteFile):
 
     def fill(self, view: memoryview, offset: int) -> None:
         """Fill ``view`` with the bytes from ``offset`` on; a transfer that breaks off is taken up again."""
-        done = 0
-        for _ in range(ATTEMPTS):
-            done += self._request(view[done:], offset + done, len(view) - done)
-            if done == len(view):
-                return
-        raise CheckpointError(
-            f"{self.name}: got {done} of {len(view)} bytes from {offset} on, {ATTEMPTS} transfers broke off. "
-            "Try again, or pass --download."
-        )
+        done, failures = 0, 0
+        while done < len(view):
+            got = self._request(view[done:], offset + done, len(view) - done)
+            done, failures = done + got, 0 if got else failures + 1
+            if failures == ATTEMPTS:
+                raise CheckpointError(
+                    f"{self.name}: got {done} of {len(view)} bytes from {offset} on, then {ATTEMPTS} "
+                    "transfers broke off at once. Try again, or pass --download."
+                )
 
     def close(self) -> None:
         """Nothing is open; the connections belong to the client."""
@@ -104,8 +108,8 @@ class HubFile(ByteFile):
         """Refuse an answer that is not the range that was asked for, before its body is read."""
         if response.status_code != 206:
             raise CheckpointError(
-                f"{self.name}: asked for {length} bytes, the server answers with {response.status_code} instead of a "
-                "range. Pass --download to fetch the whole checkpoint."
+                f"{self.name}: asked for {length} bytes, the server answers with {response.status_code} "
+                "instead of a range. Pass --download to fetch the whole checkpoint."
             )
         answer = response.headers.get("Content-Range", "")
         match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", answer)
@@ -157,19 +161,6 @@ class HubFolder:
         return hf_hub_url(self.repo, name, revision=self.commit, endpoint=constants.ENDPOINT)
 
 
-def open_hub(repo: str, revision: str | None = None) -> Checkpoint:
-    """Open a model on the hub; only its configuration, its index and headers are fetched.
-
-    Args:
-        repo: ``org/name``.
-        revision: Branch, tag or commit; the default branch if ``None``. It is pinned to its commit.
-
-    Raises:
-        CheckpointError: There is no such model, it cannot be reached, or it holds no safetensors.
-    """
-    return open_hub_folder(find_hub_folder(repo, revision))
-
-
 def find_hub_folder(repo: str, revision: str | None = None) -> HubFolder:
     """Ask the hub which files a model has and which commit a revision is; one request.
 
@@ -199,13 +190,11 @@ def open_hub_folder(folder: HubFolder) -> Checkpoint:
         reason = "only PyTorch files, and reading ranges needs safetensors" if pickles else "no weights"
         remedy = " Pass --download to fetch them whole." if pickles else " Is this the right model?"
         raise CheckpointError(f"{folder.where} holds {reason}.{remedy}")
-    config = read_config(folder)
-    found = open_shards(folder, shards)
-    return Checkpoint(found.reference, found.infos, found.sources, config)
+    return replace(open_shards(folder, shards), config=read_config(folder))
 
 
 def download_hub(repo: str, revision: str | None = None) -> Path:
-    """Fetch a model's weights, configuration and tokenizer into the hub's cache; what is there already is kept.
+    """Fetch a model's weights, configuration and tokenizer into the hub's cache; what is there is kept.
 
     safetensors are preferred to PyTorch files, and the model's own files to any others.
 
@@ -223,7 +212,7 @@ def download_hub(repo: str, revision: str | None = None) -> Path:
     for weights in (["model*.safetensors"], ["*.safetensors"], [f"*{suffix}" for suffix in TORCH_SUFFIXES]):
         with explained(f"{repo}@{revision}" if revision else repo):
             found = snapshot_download(
-                *(repo,), revision=revision, allow_patterns=[*SMALL_FILES, *weights], ignore_patterns=leave
+                repo, revision=revision, allow_patterns=[*SMALL_FILES, *weights], ignore_patterns=leave
             )
         folder = Path(found)
         if any(path for pattern in weights for path in folder.glob(pattern)):
@@ -265,7 +254,8 @@ def _reason(error: Exception) -> str:
     cases: list[tuple[Any, str]] = [
         (
             isinstance(error, GatedRepoError),
-            f"access is gated. Accept the conditions on its page at {endpoint}, then log in with `hf auth login` or HF_TOKEN.",
+            f"access is gated. Accept the conditions on its page at {endpoint}, then log in with "
+            "`hf auth login` or HF_TOKEN.",
         ),
         (
             isinstance(error, RepositoryNotFoundError) or status in (401, 403),
@@ -278,7 +268,8 @@ def _reason(error: Exception) -> str:
         ),
         (
             isinstance(error, OfflineModeIsEnabled),
-            "not found here, and HF_HUB_OFFLINE forbids to ask the hub. Unset it, or pass a local copy.",
+            "not found here, and HF_HUB_OFFLINE forbids to ask the hub. Unset it, pass --download to use "
+            "what the cache holds, or pass a local copy.",
         ),
         (
             isinstance(error, LocalEntryNotFoundError),

@@ -7,6 +7,7 @@ What the reference implementation of safetensors refuses is refused here too.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from math import prod
 from typing import Any
@@ -22,6 +23,9 @@ SIZE_LIMIT = 2**63
 
 DIMENSIONS_LIMIT = 64
 """More dimensions than torch can have."""
+
+DIGITS_LIMIT = 19
+"""Digits of the largest number of 63 bits."""
 
 Fetch = Callable[[int, int], bytes]
 """``fetch(offset, length)`` returns that many bytes of a file."""
@@ -56,43 +60,69 @@ def read_header(fetch: Fetch, size: int, file: str) -> tuple[dict[str, TensorInf
             f"{file}: the header claims {length} bytes, the file has {size}. It is truncated; fetch it again."
         )
     entries = _parse(fetch(8, length), file)
-    metadata = entries.pop("__metadata__", None)
+    metadata = _metadata(entries.pop("__metadata__", None), file)
     infos = [_tensor(name, entry, 8 + length, file) for name, entry in entries.items()]
     infos.sort(key=lambda info: (info.offset, info.size_bytes))
     _check_layout(infos, 8 + length, size, file)
-    known = metadata if isinstance(metadata, dict) else {}
-    return {info.name: info for info in infos}, {str(k): str(v) for k, v in known.items()}
+    return {info.name: info for info in infos}, metadata
+
+
+def encode_header(infos: list[TensorInfo]) -> bytes:
+    """Return the start of a file that holds these tensors in this order; their own offsets do not matter."""
+    # transformers refuses a file that does not say for which framework it is
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for info in infos:
+        begin, end = end, end + info.size_bytes
+        header[info.name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": (begin, end)}
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
 
 
 def _parse(raw: bytes, file: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise CheckpointError(
-                f"{file}: the header names a key twice. The header lies; do not use this file."
-            )
-        return found
-
     try:
-        entries = json.loads(raw.decode(), object_pairs_hook=unique)
-    except CheckpointError:
-        raise
+        entries = json.loads(raw.decode(), object_pairs_hook=_unique, parse_int=_whole, parse_constant=_whole)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{file}: the header is no UTF-8 JSON ({type(error).__name__}). "
+            f"{file}: the header is no UTF-8 JSON as safetensors has it ({printable(error)}). "
             "It is no safetensors file, or damaged; fetch it again."
         ) from error
     if not isinstance(entries, dict):
         raise CheckpointError(
-            f"{file}: the header is a {type(entries).__name__}, expected an object of tensors. Fetch it again."
+            f"{file}: the header is a {type(entries).__name__}, expected an object. Fetch it again."
         )
     return entries
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of its pairs; a name given twice could mean one thing here and another elsewhere."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"{printable(twice)!r} is there twice")
+    return found
+
+
+def _whole(text: str) -> int:
+    """Read a number; ``NaN``, a sign, or more digits than 64 bits hold are refused unread."""
+    if not text.isdecimal() or len(text) > DIGITS_LIMIT:
+        raise ValueError(f"{text[:DIGITS_LIMIT]!r} is no count or offset")
+    return int(text)
+
+
+def _metadata(found: Any, file: str) -> dict[str, str]:
+    if found is None:
+        return {}
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise CheckpointError(f"{file}: the header's __metadata__ is no map of text to text. Fetch it again.")
+    return found
 
 
 def _tensor(name: str, entry: Any, start: int, file: str) -> TensorInfo:
     where = f"{file}, tensor {printable(name)!r}"
     try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         name.encode()
     except (TypeError, KeyError, ValueError) as error:
         raise CheckpointError(
@@ -105,30 +135,24 @@ def _tensor(name: str, entry: Any, start: int, file: str) -> TensorInfo:
             "Save the tensor in one of them."
         )
     _check_numbers(shape, begin, end, where)
-    info = TensorInfo(name, shape, dtype, file, start + begin)
+    info = TensorInfo(name, tuple(shape), dtype, file, start + begin)
     if end - begin != info.size_bytes:
         raise CheckpointError(
-            f"{where}: offsets {begin}..{end} hold {end - begin} bytes, but {dtype} of shape {list(shape)} "
+            f"{where}: offsets {begin}..{end} hold {end - begin} bytes, but {dtype} of shape {shape} "
             f"needs {info.size_bytes}. The header lies; do not use this file."
         )
     return info
 
 
-def _check_numbers(shape: tuple[Any, ...], begin: Any, end: Any, where: str) -> None:
-    """Refuse what is no number, and sizes that no memory can address, before anything is multiplied out."""
-    numbers = (*shape, begin, end)
-    whole = all(type(n) is int and 0 <= n < SIZE_LIMIT for n in numbers)
-    if not whole or len(shape) > DIMENSIONS_LIMIT or prod(n or 1 for n in shape) * 16 >= SIZE_LIMIT:
+def _check_numbers(shape: Any, begin: Any, end: Any, where: str) -> None:
+    """Refuse what is no number, and shapes that no memory can address."""
+    listed = isinstance(shape, list) and len(shape) <= DIMENSIONS_LIMIT
+    whole = listed and all(type(n) is int for n in (*shape, begin, end))
+    if not whole or prod(n or 1 for n in shape) * 16 >= SIZE_LIMIT:
         raise CheckpointError(
-            f"{where}: shape {_list(shape)} and offsets {_list((begin, end))} are not the whole numbers from 0 up "
-            "that a tensor can have. The header lies; do not use this file."
+            f"{where}: shape {printable(shape)} and offsets {printable((begin, end))} are not the whole "
+            "numbers that a tensor can have. The header lies; do not use this file."
         )
-
-
-def _list(values: tuple[Any, ...]) -> str:
-    """Values for a message; a number of thousands of digits cannot even be written out."""
-    small = [v if not isinstance(v, int) or abs(v) < 10**30 else "(huge)" for v in values[:8]]
-    return printable([*small, "..."] if len(values) > len(small) else small)
 
 
 def _check_layout(infos: list[TensorInfo], start: int, size: int, file: str) -> None:

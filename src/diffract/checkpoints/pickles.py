@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 
-from diffract.checkpoints.arrays import flatten, open_mapping
+from diffract.checkpoints.arrays import flatten, open_pairs
 from diffract.checkpoints.files import LocalFolder
 from diffract.checkpoints.folder import Shards, check_promised, join
 from diffract.checkpoints.reader import Checkpoint
@@ -34,7 +34,7 @@ def open_pickle(path: Path) -> Checkpoint:
     """Open one PyTorch file; tensors that share their memory are recognised as tied.
 
     Only weights are loaded: a pickle that holds anything else is refused, and none of its code runs.
-    ``{"state_dict": ...}`` and ``{"model": ...}`` wrappers are taken off. The file must not shrink while in use.
+    ``{"state_dict": ...}`` and ``{"model": ...}`` wrappers are taken off. The file must stay as it is.
 
     Raises:
         CheckpointError: The file is damaged, holds more than weights, or holds no named tensors.
@@ -42,7 +42,7 @@ def open_pickle(path: Path) -> Checkpoint:
     where = printable(path, 1000)
     try:
         loaded = _unwrap(_load(path))
-        leaves = dict(flatten(loaded)) if isinstance(loaded, Mapping) else {}
+        leaves = list(flatten(loaded)) if isinstance(loaded, Mapping) else []
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{where!r} is refused: it is damaged, or its pickle holds more than weights and would run code "
@@ -53,12 +53,12 @@ def open_pickle(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"cannot read {where!r} as a PyTorch file: {reason}. Fetch it again."
         ) from error
-    tensors = {name: value for name, value in leaves.items() if isinstance(value, torch.Tensor)}
+    tensors = [(name, value) for name, value in leaves if isinstance(value, torch.Tensor)]
     if not tensors:
         raise CheckpointError(
             f"{where!r} holds no named tensors, expected a state dict. Is this the right file?"
         )
-    return open_mapping(tensors, reference=where)
+    return open_pairs(tensors, reference=where)
 
 
 def _load(path: Path) -> Any:

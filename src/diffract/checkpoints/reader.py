@@ -109,7 +109,7 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         return tensor if cols is None else tensor[..., cols[0] : cols[1]]
 
     def digest(self, name: str) -> str:
-        """Return the BLAKE3 digest of a tensor's dtype, shape and bytes, 64 hex digits; equal for equal tensors."""
+        """Return the BLAKE3 digest of a tensor's dtype, shape and bytes; 64 hex digits."""
         info = self.info(name)
         hasher = start_digest(info)
         for rows in row_blocks(info):
@@ -195,5 +195,5 @@ def _check_range(info: TensorInfo, axis: int, span: Range | None) -> None:
     extent = info.shape[axis] if info.shape else 0
     if not 0 <= span[0] < span[1] <= extent:
         raise CheckpointError(
-            f"tensor {printable(info.name)!r}: range {span} of axis {axis} is empty or lies outside 0..{extent}."
+            f"tensor {printable(info.name)!r}: range {span} of axis {axis} is empty or outside 0..{extent}."
         )

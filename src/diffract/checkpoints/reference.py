@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ from diffract.errors import CheckpointError, printable
 Reference = str | Path | Mapping[str, Any] | torch.nn.Module | Checkpoint
 """What ``open`` takes."""
 
+STACK_LIMIT = 4
+"""Adapters over adapters that are opened; a chain that is longer may have no end."""
+
 _HUB = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?:@(?P<revision>[^@\s]+))?", re.ASCII)
 
 
@@ -53,15 +56,24 @@ def open_checkpoint(
     Raises:
         CheckpointError: There is no such checkpoint, or it is damaged.
     """
-    if isinstance(reference, Checkpoint):
-        return reference
-    found = _open(reference, base, download=download)
+    found = _open(reference, _How(base, download))
     if not found.infos:
         raise CheckpointError(f"{found.reference}: the checkpoint holds no tensors. Is this the right one?")
     return found
 
 
-def _open(reference: Reference, base: Reference | None, *, download: bool) -> Checkpoint:
+@dataclass(frozen=True)
+class _How:
+    """The options of ``open_checkpoint``, and how many adapters lie above what is to be opened."""
+
+    base: Reference | None
+    download: bool
+    above: int = 0
+
+
+def _open(reference: Reference, how: _How) -> Checkpoint:
+    if isinstance(reference, Checkpoint):
+        return reference
     if isinstance(reference, torch.nn.Module):
         return open_module(reference)
     if isinstance(reference, Mapping):
@@ -72,27 +84,27 @@ def _open(reference: Reference, base: Reference | None, *, download: bool) -> Ch
     except (TypeError, ValueError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{printable(reference)!r} is no checkpoint: {printable(error)}.") from error
     if is_folder:
-        return _open_folder(path, base, download=download)
+        return _open_folder(path, how)
     if is_file:
         return _open_file(path)
     match = _HUB.fullmatch(reference) if isinstance(reference, str) else None
     if match:
-        return _open_hub(match["repo"], match["revision"], base, download=download)
+        return _open_hub(match["repo"], match["revision"], how)
     raise CheckpointError(
         f"no checkpoint at {printable(reference)!r}: expected a file, a folder, or org/name@revision on the "
         "hub. Check the name."
     )
 
 
-def _open_hub(repo: str, revision: str | None, base: Reference | None, *, download: bool) -> Checkpoint:
+def _open_hub(repo: str, revision: str | None, how: _How) -> Checkpoint:
     from diffract.checkpoints.hub import download_hub, find_hub_folder, open_hub_folder
 
-    if download:
+    if how.download:
         path = download_hub(repo, revision)
-        return replace(_open_folder(path, base, download=True), reference=f"{repo}@{path.name}")
+        return replace(_open_folder(path, how), reference=f"{repo}@{path.name}")
     folder = find_hub_folder(repo, revision)
     if adapter.CONFIG in folder.names:
-        return _open_adapter(folder, base, download=False)
+        return _open_adapter(folder, how)
     return open_hub_folder(folder)
 
 
@@ -120,10 +132,10 @@ def _metadata_config(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
     )
 
 
-def _open_folder(path: Path, base: Reference | None, *, download: bool) -> Checkpoint:
+def _open_folder(path: Path, how: _How) -> Checkpoint:
     folder = LocalFolder(path)
     if adapter.CONFIG in folder.names:
-        return _open_adapter(folder, base, download=download)
+        return _open_adapter(folder, how)
     config = read_config(folder)
     shards = find_shards(folder, SAFETENSORS, (".safetensors",))
     if shards.files:
@@ -136,23 +148,26 @@ def _open_folder(path: Path, base: Reference | None, *, download: bool) -> Check
     )
 
 
-def _open_adapter(folder: Folder, base: Reference | None, *, download: bool) -> Checkpoint:
+def _open_adapter(folder: Folder, how: _How) -> Checkpoint:
     config = read_object(folder, adapter.CONFIG) or {}
     adapter.refuse_more_than_factors(config, folder.where)
     if adapter.WEIGHTS not in folder.names:
         raise CheckpointError(
             f"{folder.where}: adapter weights {adapter.WEIGHTS} are missing. Save the adapter as safetensors."
         )
-    found = _adapter_base(folder, config) if base is None else base
+    if how.above == STACK_LIMIT:
+        raise CheckpointError(
+            f"{folder.where}: more than {STACK_LIMIT} adapters lie on each other; does one name itself as its "
+            "base? Pass --adapter-base MODEL."
+        )
+    found = _adapter_base(folder, config) if how.base is None else how.base
     with ExitStack() as opened:
         weights = opened.enter_context(open_safetensors(folder.open(adapter.WEIGHTS))[0])
-        opened_base = open_checkpoint(found, download=download)
-        owns_base = opened_base is not found
+        base = _open(found, _How(None, how.download, how.above + 1))
+        owns_base = base is not found
         if owns_base:
-            opened.callback(opened_base.close)
-        merged = adapter.open_adapter(
-            weights, opened_base, config, reference=folder.where, owns_base=owns_base
-        )
+            opened.callback(base.close)
+        merged = adapter.open_adapter(weights, base, config, reference=folder.where, owns_base=owns_base)
         opened.pop_all()
     return merged
 

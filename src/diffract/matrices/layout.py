@@ -8,7 +8,9 @@ from pathlib import Path
 
 from diffract.architectures import Architecture, resolve
 from diffract.checkpoints import Checkpoint, TensorInfo
-from diffract.matrices import Matrix, parse_selection, select, slice_tensor
+from diffract.matrices.matrix import Matrix
+from diffract.matrices.selection import parse_selection, select
+from diffract.matrices.slicing import slice_tensor
 
 
 @dataclass(frozen=True)

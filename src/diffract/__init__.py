@@ -1,0 +1,65 @@
+"""diffract: see what a training stage did to a language model's weights.
+
+    run = diffract.compare("base", "math=tuned")
+    run.metrics, run.spectra, run.models
+    run.report("report.html")
+
+Names are imported when they are first used, so that ``import diffract`` is quick.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from diffract._version import __version__
+from diffract.errors import ArchitectureError, CheckpointError, DiffractError, RunError, SelectionError
+
+if TYPE_CHECKING:
+    from diffract.api import Run, compare, load_run, scan
+    from diffract.checkpoints import Checkpoint
+    from diffract.checkpoints import open_checkpoint as open
+    from diffract.inspection import Inspection, inspect
+    from diffract.metrics import Metric, metric
+
+_PLACES = {
+    "Checkpoint": ("diffract.checkpoints", "Checkpoint"),
+    "Inspection": ("diffract.inspection", "Inspection"),
+    "Metric": ("diffract.metrics", "Metric"),
+    "Run": ("diffract.api", "Run"),
+    "compare": ("diffract.api", "compare"),
+    "inspect": ("diffract.inspection", "inspect"),
+    "load_run": ("diffract.api", "load_run"),
+    "metric": ("diffract.metrics", "metric"),
+    "open": ("diffract.checkpoints", "open_checkpoint"),
+    "scan": ("diffract.api", "scan"),
+}
+
+__all__ = [
+    "ArchitectureError",
+    "Checkpoint",
+    "CheckpointError",
+    "DiffractError",
+    "Inspection",
+    "Metric",
+    "Run",
+    "RunError",
+    "SelectionError",
+    "__version__",
+    "compare",
+    "inspect",
+    "load_run",
+    "metric",
+    "open",
+    "scan",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from where it lives."""
+    if name not in _PLACES:
+        raise AttributeError(f"module 'diffract' has no attribute {name!r}")
+    module, attribute = _PLACES[name]
+    return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

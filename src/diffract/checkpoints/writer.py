@@ -1,0 +1,176 @@
+"""Tensors to safetensors files, one by one: memory stays flat, and nothing looks whole before it is."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+from uuid import uuid4
+
+import torch
+
+from diffract.checkpoints.folder import SAFETENSORS
+from diffract.checkpoints.index import encode_header
+from diffract.checkpoints.reader import as_bytes
+from diffract.checkpoints.tensors import DTYPE_NAMES, TensorInfo
+from diffract.errors import CheckpointError, printable
+
+SHARD_BYTES = 5_000_000_000
+"""Bytes of tensors per file."""
+
+COPY_BYTES = 1 << 24
+"""Bytes copied at once."""
+
+
+@dataclass
+class Shard:
+    """A file in the making: its tensors, and their bytes in a file without a name.
+
+    The header comes first in a file but is known last, hence the detour of the bytes.
+    """
+
+    spool: IO[bytes]
+    infos: list[TensorInfo] = field(default_factory=list)
+    size_bytes: int = 0
+
+    def add(self, info: TensorInfo, tensor: torch.Tensor) -> None:
+        """Take a tensor; nothing of it stays in memory."""
+        self.spool.seek(self.size_bytes)  # past whatever a write that failed has left
+        self.spool.write(as_bytes(tensor))
+        self.infos.append(info)
+        self.size_bytes += info.size_bytes
+
+    def write(self, path: Path) -> None:
+        """Write the file, wide dtypes first, so that every tensor begins at a multiple of its itemsize."""
+        infos = sorted(self.infos, key=lambda info: -info.itemsize)
+        with path.open("wb") as file:
+            file.write(encode_header(infos))
+            for info in infos:
+                self.spool.seek(info.offset)
+                for start in range(0, info.size_bytes, COPY_BYTES):
+                    file.write(self.spool.read(min(COPY_BYTES, info.size_bytes - start)))
+
+
+class TensorWriter:
+    """Writes named tensors into a folder: as ``model.safetensors``, or as shards with an index.
+
+    A context manager, for one thread. The files get their names, the index last, when the block ends well;
+    an error in it, a full disk included, leaves none of them. Without a tensor nothing is written.
+    """
+
+    def __init__(self, folder: str | Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+        """Prepare a folder.
+
+        Args:
+            folder: Where to write; made if it is not there. Files that are no weights may be in it.
+            shard_bytes: A file holds at most so many bytes of tensors, or one tensor.
+
+        Raises:
+            CheckpointError: There are weights in the folder, or it cannot be written.
+        """
+        self.folder, self.shard_bytes = Path(folder), shard_bytes
+        self._where = f"folder {printable(self.folder, 1000)!r}"
+        self._files: list[Path] = []
+        self._places: dict[str, int] = {}
+        self._size_bytes = 0
+        self._shard: Shard | None = None
+        with self._explained():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            present = sorted(p.name for p in self.folder.iterdir() if ".safetensors" in p.name)
+        if present:
+            raise CheckpointError(f"{self._where} holds {printable(present[0])}. Choose another folder.")
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Write a tensor.
+
+        Args:
+            name: Its name, not used yet.
+            tensor: On any device, of a dtype that safetensors has.
+
+        Raises:
+            CheckpointError: The name is taken, the dtype has no counterpart, or the disk is full.
+        """
+        self._check(name, tensor)
+        shape, dtype = tuple(tensor.shape), DTYPE_NAMES[tensor.dtype]
+        with self._explained():
+            if self._shard and self._shard.size_bytes + tensor.nbytes > self.shard_bytes:
+                self._end_shard()
+            if self._shard is None:
+                self._shard = Shard(tempfile.TemporaryFile(dir=self.folder))  # noqa: SIM115 (closed at its end)
+            self._shard.add(TensorInfo(name, shape, dtype, offset=self._shard.size_bytes), tensor.cpu())
+        self._places[name] = len(self._files)
+        self._size_bytes += tensor.nbytes
+
+    def __enter__(self) -> TensorWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                with self._explained():
+                    self._commit()
+        except BaseException as error:
+            kind = type(error)
+            raise
+        finally:
+            self._clean(whole=kind is None)
+
+    def _check(self, name: str, tensor: torch.Tensor) -> None:
+        if name in self._places or name == "__metadata__":
+            raise CheckpointError(
+                f"{self._where}: the name {printable(name)!r} is taken. Choose another one."
+            )
+        if tensor.dtype not in DTYPE_NAMES:
+            raise CheckpointError(
+                f"{self._where}, tensor {printable(name)!r}: safetensors has no {tensor.dtype}, expected one "
+                f"of {', '.join(DTYPE_NAMES.values())}. Convert it."
+            )
+
+    def _draft(self) -> Path:
+        """A new file that does not look like weights yet."""
+        self._files.append(self.folder / f".{uuid4().hex}.partial")
+        return self._files[-1]
+
+    def _end_shard(self) -> None:
+        if self._shard:
+            with self._shard.spool:
+                self._shard.write(self._draft())
+            self._shard = None
+
+    def _commit(self) -> None:
+        """Give the files their names; one alone needs no index."""
+        self._end_shard()
+        total = len(self._files)
+        names = [SAFETENSORS]
+        if total > 1:
+            names = [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
+            weight_map = {tensor: names[place] for tensor, place in self._places.items()}
+            index = {"metadata": {"total_size": self._size_bytes}, "weight_map": weight_map}
+            self._draft().write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            names.append(f"{SAFETENSORS}.index.json")
+        for place, file in enumerate(self._files):
+            self._files[place] = file.rename(self.folder / names[place])
+
+    def _clean(self, *, whole: bool) -> None:
+        """Close what is open; of what is not whole, leave nothing."""
+        with suppress(OSError):
+            if self._shard:
+                self._shard.spool.close()
+        for file in () if whole else self._files:
+            file.unlink(missing_ok=True)
+        with suppress(OSError):  # a folder that something is in stays
+            self.folder.rmdir()
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write to {self._where}: {error.strerror or error}. "
+                "Make room, or choose another folder."
+            ) from error
