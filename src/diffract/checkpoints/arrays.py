@@ -163,8 +163,9 @@ def _to_tensor(array: Array) -> torch.Tensor:
         return array.detach().cpu()
     bits = BIT_TYPES.get(array.dtype.name)
     plain = array.view(bits[0]) if bits else array
-    # torch wants writable memory, in native byte order, running forward; a copy will do, as it is only read
-    if not (plain.flags.writeable and plain.dtype.isnative and min(plain.strides, default=0) >= 0):
+    # what torch cannot take as it lies is copied: read-only, swapped bytes, running backwards or between entries
+    whole_steps = all(step >= 0 and step % plain.itemsize == 0 for step in plain.strides)
+    if not (plain.flags.writeable and plain.dtype.isnative and whole_steps):
         plain = plain.astype(plain.dtype.newbyteorder("="), order="C")
     tensor = torch.from_numpy(plain)
     return tensor.view(bits[1]) if bits else tensor

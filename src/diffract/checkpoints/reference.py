@@ -157,8 +157,8 @@ def _open_adapter(folder: Folder, how: _How) -> Checkpoint:
         )
     if how.above == STACK_LIMIT:
         raise CheckpointError(
-            f"{folder.where}: more than {STACK_LIMIT} adapters lie on each other; does one name itself as its "
-            "base? Pass --adapter-base MODEL."
+            f"{folder.where}: more than {STACK_LIMIT} adapters lie on each other; does one name itself as "
+            "its base? Pass --adapter-base MODEL."
         )
     found = _adapter_base(folder, config) if how.base is None else how.base
     with ExitStack() as opened:

@@ -1,0 +1,140 @@
+"""What goes to the terminal: results to standard output; progress, warnings and errors to standard error."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+from diffract.errors import DiffractError, printable
+
+Progress = Callable[[float, float, str], None]
+
+QUIET_SECONDS = 2.0
+"""Nothing is said of what takes less."""
+
+LINE_SECONDS = 10.0
+"""Where there is no terminal, one plain line in this time."""
+
+EXIT_INPUT, EXIT_BUG, EXIT_INTERRUPTED = 1, 3, 130
+
+
+@contextmanager
+def explained(*, debug: bool) -> Iterator[None]:
+    """Show errors as messages and exit with their code; with ``debug`` let them pass."""
+    try:
+        yield
+    except DiffractError as error:
+        if debug:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(EXIT_INPUT) from error
+    except KeyboardInterrupt:
+        typer.echo("interrupted; run the same command again to continue", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        typer.echo(f"error in diffract: {type(error).__name__}: {printable(error)}. --debug shows where.", err=True)
+        raise typer.Exit(EXIT_BUG) from error
+
+
+@contextmanager
+def progress(label: str, *, quiet: bool) -> Iterator[Progress | None]:
+    """Yield a function that shows how far work has come, with its rate and the time left."""
+    if quiet:
+        yield None
+    elif sys.stderr.isatty():
+        with _bar(label) as update:
+            yield update
+    else:
+        yield _lines(label)
+
+
+@contextmanager
+def _bar(label: str) -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[what]}"),
+    )
+    begun = time.monotonic()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(label, total=None, rate="", what="", visible=False)
+
+        def update(done: float, total: float, what: str) -> None:
+            seconds = time.monotonic() - begun
+            name = escape(printable(what, 40))
+            bars.update(
+                task, completed=done, total=total, rate=_rate(done, seconds), what=name, visible=seconds > QUIET_SECONDS
+            )
+
+        yield update
+
+
+def _lines(label: str) -> Progress:
+    begun = last = time.monotonic()
+
+    def update(done: float, total: float, what: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < (QUIET_SECONDS if last == begun else LINE_SECONDS):
+            return
+        last = now
+        left = (now - begun) * (total - done) / done if done else 0.0
+        rate = _rate(done, now - begun)
+        typer.echo(f"{label}: {done / total:.0%}, {rate}, {left:.0f} s left ({printable(what, 80)})", err=True)
+
+    return update
+
+
+def _rate(done: float, seconds: float) -> str:
+    return f"{done / seconds / 1e9:.1f} G/s" if seconds > 0 else ""
+
+
+def say(text: str, *, quiet: bool = False) -> None:
+    """Print a line of results."""
+    if not quiet:
+        typer.echo(text)
+
+
+def say_json(value: Any) -> None:
+    """Print JSON; what is no number there is null."""
+    typer.echo(json.dumps(value, indent=2, default=str, allow_nan=False))
+
+
+def warn(texts: list[str], *, quiet: bool) -> None:
+    """Print warnings."""
+    for text in [] if quiet else texts:
+        typer.echo(f"warning: {printable(text, 500)}", err=True)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number for people."""
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+def size(count: float, unit: str = "B") -> str:
+    """A count with a decimal prefix: 1.48 GB, 371 M.
+
+    >>> size(2_970_000_000)
+    '2.97 GB'
+    """
+    for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {prefix}{unit}"
+    return f"{count:g} {unit}".rstrip()

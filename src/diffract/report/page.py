@@ -1,0 +1,68 @@
+"""The page: template, style, script and data in one file."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from diffract.errors import printable
+from diffract.report.payload import embed, payload
+from diffract.report.words import headlines
+from diffract.tables import Tables, write_text
+
+
+def write(tables: Tables, path: str | Path) -> Path:
+    """Write the report of a run; it appears whole or not at all.
+
+    Raises:
+        RunError: The file cannot be written.
+    """
+    return write_text(path, render(tables))
+
+
+def render(tables: Tables) -> str:
+    """Return the report of a run as HTML that needs nothing else, no network either."""
+    data = payload(tables)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters["size"] = size
+    environment.filters["printable"] = printable
+    return environment.from_string(_resource("template.html.j2")).render(
+        manifest=tables.manifest,
+        kind=data["kind"],
+        models=_described(tables),
+        headlines=headlines(tables.models, tables.metrics),
+        thinned=data["thinned"],
+        data=Markup(embed(data)),
+        css=Markup(_resource("report.css")),
+        js=Markup(_resource("report.js")),
+        plotly=Markup(get_plotlyjs()),
+    )
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}"
+    return f"{count:g} B"
+
+
+def _described(tables: Tables) -> list[dict[str, Any]]:
+    """Models with their architecture in words."""
+    rows = []
+    for row in tables.manifest.get("models", []):
+        known = {k: v for k, v in row.get("architecture", {}).items() if v not in (None, "") and k not in ("family", "note")}
+        facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in known.items())
+        rows.append({**row, "facts": facts, "architecture": row.get("architecture", {})})
+    return rows
+
+
+@cache
+def _resource(name: str) -> str:
+    return (files("diffract.report") / name).read_text(encoding="utf-8")

@@ -1,0 +1,84 @@
+"""The headline numbers in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+
+from diffract.errors import printable
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One number and what it says.
+
+    Attributes:
+        model: Of which model it speaks.
+        figure: The number, as it is shown large.
+        text: The sentence that goes with it.
+    """
+
+    model: str
+    figure: str
+    text: str
+
+
+def headlines(models: pl.DataFrame, metrics: pl.DataFrame) -> list[Headline]:
+    """Return the headlines of a run; of a scan, those of its only model."""
+    tuned = models.filter(pl.col("role") == "tuned")
+    if not len(tuned):
+        return _of_scan(models, metrics)
+    return [headline for row in tuned.iter_rows(named=True) for headline in _of_tuned(row)]
+
+
+def _of_tuned(row: dict[str, Any]) -> list[Headline]:
+    name = printable(row["model"], 60)
+    found = []
+    if (relative := row.get("delta_relative")) is not None:
+        text = "is the size of the change relative to the base (Frobenius norm)"
+        if (changed := row.get("changed_share")) is not None:
+            text += f"; {changed:.1%} of the stored weights differ"
+        found.append(Headline(name, percent(relative), text + "."))
+    if (share := row.get("value_share")) is not None:
+        chance = row["value_share_chance"]
+        text = (
+            f"of the change lies in singular vectors, {percent(share)} in singular values "
+            f"(chance {percent(chance)})."
+        )
+        found.append(Headline(name, percent(1 - share), text))
+    if (top := row.get("head_top10_share")) is not None:
+        even = row["head_top10_share_chance"]
+        text = f"of the change in attention is carried by the top tenth of heads (an even spread gives {percent(even)})."
+        found.append(Headline(name, percent(top), text))
+    if (shift := row.get("spectral_shift_share")) is not None:
+        text = "of the change would be needed to move the singular values alone (Mirsky's bound)."
+        found.append(Headline(name, percent(shift), text))
+    return found
+
+
+def _of_scan(models: pl.DataFrame, metrics: pl.DataFrame) -> list[Headline]:
+    name = printable(models["model"][0], 60)
+    found = [Headline(name, f"{len(metrics):,}", "matrices and attention heads were analysed.")]
+    if "stable_rank" in metrics.columns:
+        heads = metrics.filter(pl.col("head").is_not_null() | pl.col("kv_head").is_not_null())
+        rows = heads if len(heads) else metrics
+        kind = "attention heads" if len(heads) else "matrices"
+        middle = rows["stable_rank"].median()
+        if isinstance(middle, float):
+            found.append(Headline(name, f"{middle:.3g}", f"is the median stable rank of the {kind}."))
+    return found
+
+
+def percent(value: float) -> str:
+    """A share for people, with as many digits as it takes to be no zero.
+
+    >>> percent(0.923), percent(0.0002), percent(0.999999)
+    ('92%', '0.02%', '99.9999%')
+    """
+    distance = min(abs(value), abs(1 - value)) if 0 <= value <= 1 else abs(value)
+    digits = 0
+    while digits < 4 and 0 < distance * 100 * 10**digits < 1:
+        digits += 1
+    return f"{value:.{digits}%}"
