@@ -165,7 +165,12 @@ def draw_batches(
 
 
 def train(
-    model: Olmo2ForCausalLM, streams: dict[str, torch.Tensor], mix: dict[str, float], steps: int, rate: float, seed: int
+    model: Olmo2ForCausalLM,
+    streams: dict[str, torch.Tensor],
+    mix: dict[str, float],
+    steps: int,
+    rate: float,
+    seed: int,
 ) -> float:
     """Train with AdamW, a warm-up of a twentieth and a cosine down to a tenth; return the seconds it took."""
     begun = time.monotonic()

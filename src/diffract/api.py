@@ -137,7 +137,18 @@ def scan(
     [4.0]
     """
     options = Options(
-        metrics, select, heads, vectors, architecture, adapter_base, download, method, device, engine, cache, progress
+        metrics,
+        select,
+        heads,
+        vectors,
+        architecture,
+        adapter_base,
+        download,
+        method,
+        device,
+        engine,
+        cache,
+        progress,
     )
     return _run([ref], options, output, force=force)
 
@@ -193,7 +204,18 @@ def compare(
     if not tuned:
         raise SelectionError("compare needs a base and at least one tuned checkpoint. Use scan for one alone.")
     options = Options(
-        metrics, select, heads, vectors, architecture, adapter_base, download, method, device, engine, cache, progress
+        metrics,
+        select,
+        heads,
+        vectors,
+        architecture,
+        adapter_base,
+        download,
+        method,
+        device,
+        engine,
+        cache,
+        progress,
     )
     return _run([base, *tuned], options, output, force=force, allow_unmatched=allow_unmatched)
 

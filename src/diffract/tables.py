@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -44,7 +43,12 @@ LABELS: dict[str, Any] = {
 OUTCOME: dict[str, Any] = {"status": pl.String, "method": pl.String, "resolved": pl.Float64}
 """``status`` ok | zero | non_finite | unpaired; ``method`` of the spectrum; ``resolved`` is the smallest sigma it can tell from zero."""
 
-SPECTRA: dict[str, Any] = {"model": pl.String, "name": pl.String, "quantity": pl.String, "values": pl.List(pl.Float64)}
+SPECTRA: dict[str, Any] = {
+    "model": pl.String,
+    "name": pl.String,
+    "quantity": pl.String,
+    "values": pl.List(pl.Float64),
+}
 
 MODELS: dict[str, Any] = {
     "model": pl.String,
@@ -151,7 +155,9 @@ def whole_folder(folder: str | Path, *, force: bool = False) -> Iterator[Path]:
         yield draft
         _replace(draft, folder)
     except OSError as error:
-        raise RunError(f"cannot write {str(folder)!r}: {error.strerror or error}. Nothing was changed there.") from error
+        raise RunError(
+            f"cannot write {str(folder)!r}: {error.strerror or error}. Nothing was changed there."
+        ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
@@ -196,11 +202,9 @@ def write_text(path: str | Path, text: str) -> Path:
 def _replace(draft: Path, folder: Path) -> None:
     """Rename ``draft`` to ``folder``; an older folder of that name is moved aside first and removed last."""
     if not folder.exists():
-        os.replace(draft, folder)
+        draft.replace(folder)
         return
     aside = folder.parent / f"{folder.name}.tmp-old-{uuid.uuid4().hex[:8]}"
-    os.replace(folder, aside)
-    os.replace(draft, folder)
+    folder.replace(aside)
+    draft.replace(folder)
     shutil.rmtree(aside, ignore_errors=True)
-
-

@@ -56,9 +56,7 @@ def test_one_head_reads_the_bytes_of_one_head(
     assert reads == [(offset + 48 * 128, 16 * 128)]
 
 
-def test_a_digest_depends_on_bytes_shape_and_dtype_only(
-    tmp_path: Path, wide: tuple[Path, torch.Tensor]
-) -> None:
+def test_a_digest_depends_on_bytes_shape_and_dtype_only(tmp_path: Path, wide: tuple[Path, torch.Tensor]) -> None:
     path, w = wide
     others = {"renamed": w, "flat": w.reshape(-1).clone(), "cast": w.view(torch.float16).clone()}
     save_file(others, tmp_path / "same.safetensors")
@@ -183,9 +181,7 @@ def test_a_file_that_shrinks_says_so(wide: tuple[Path, torch.Tensor]) -> None:
             found.read("q")
 
 
-def test_a_file_stays_the_same_when_another_takes_its_name(
-    wide: tuple[Path, torch.Tensor], same: Same
-) -> None:
+def test_a_file_stays_the_same_when_another_takes_its_name(wide: tuple[Path, torch.Tensor], same: Same) -> None:
     path, w = wide
     with open_checkpoint(path) as found:
         save_file({"q": torch.zeros(128, 64)}, path.with_name("new"))
@@ -204,9 +200,7 @@ def test_short_reads_are_taken_up_again(
         assert same(found["q"], w)
 
 
-def test_a_read_error_names_the_file(
-    wide: tuple[Path, torch.Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_read_error_names_the_file(wide: tuple[Path, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> int:
         raise OSError(5, "Input/output error")
 

@@ -169,9 +169,7 @@ VALID = {
     "c": {"dtype": "U8", "shape": [], "data_offsets": [22, 23]},
     "__metadata__": {"format": "pt"},
 }
-ODD = st.sampled_from(
-    [-1, 0, 1, 2, 3, 15, 16, 22, 23, 2**63, 2**64, 1.0, None, True, "2", "F16", "I8", [], {}]
-)
+ODD = st.sampled_from([-1, 0, 1, 2, 3, 15, 16, 22, 23, 2**63, 2**64, 1.0, None, True, "2", "F16", "I8", [], {}])
 
 
 @st.composite
@@ -188,13 +186,9 @@ def broken_files(draw: st.DrawFn) -> bytes:
     text = bytearray(json.dumps(header).encode())
     for _ in range(draw(st.sampled_from([0, 0, 0, 0, 1, 2]))):
         at = draw(st.integers(0, len(text) - 1))
-        text[at : at + draw(st.integers(0, 3))] = draw(
-            st.sampled_from([b"", b" ", b"0", b"9", b'"', b"]", b"-"])
-        )
+        text[at : at + draw(st.integers(0, 3))] = draw(st.sampled_from([b"", b" ", b"0", b"9", b'"', b"]", b"-"]))
     length = max(0, len(text) + draw(st.sampled_from([0] * 9 + [-1, 1, 8])))
-    return (
-        length.to_bytes(8, "little") + bytes(text) + b"\0" * (23 + draw(st.sampled_from([0] * 9 + [-1, 1])))
-    )
+    return length.to_bytes(8, "little") + bytes(text) + b"\0" * (23 + draw(st.sampled_from([0] * 9 + [-1, 1])))
 
 
 @given(broken_files())

@@ -64,7 +64,13 @@ def assemble(
         "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
         "models": [_describe(m, row) for m, row in zip(members, models.iter_rows(named=True), strict=True)],
         "metrics": {
-            m.name: {"summary": m.summary, "unit": m.unit, "range": m.range, "source": m.source, "version": m.version}
+            m.name: {
+                "summary": m.summary,
+                "unit": m.unit,
+                "range": m.range,
+                "source": m.source,
+                "version": m.version,
+            }
             for m in plan.metrics
         },
         "warnings": warnings,
@@ -82,7 +88,9 @@ def _wide(members: Sequence[Member], parts: Sequence[Part]) -> pl.DataFrame:
             {"model": member.name, **m.labels, "dtype": member.layout.checkpoint.info(m.tensor).dtype}
             for m in part.matrices
         ]
-        places = pl.DataFrame({"_model": [part.model] * len(labels), "_at": [order[part.model, x["name"]] for x in labels]})
+        places = pl.DataFrame(
+            {"_model": [part.model] * len(labels), "_at": [order[part.model, x["name"]] for x in labels]}
+        )
         frames.append(pl.concat([places, pl.DataFrame(labels, schema=tables.LABELS), part.rows], how="horizontal"))
     wide = pl.concat(frames, how="diagonal").sort("_model", "_at").drop("_model", "_at")
     alone = pl.col("_alone") & (pl.col("status") == "ok")
@@ -146,7 +154,13 @@ def _model_digest(index: int, member: Member, digests: Mapping[tuple[int, str], 
 def _describe(member: Member, row: Mapping[str, Any]) -> dict[str, Any]:
     architecture = member.layout.architecture
     d = architecture.dimensions
-    shape = {"heads": d.heads, "kv_heads": d.kv_heads, "head_dim": d.head_dim, "layers": d.layers, "width": d.width}
+    shape = {
+        "heads": d.heads,
+        "kv_heads": d.kv_heads,
+        "head_dim": d.head_dim,
+        "layers": d.layers,
+        "width": d.width,
+    }
     known = {k: row[k] for k in ("model", "role", "reference", "digest", "parameters", "size_bytes")}
     return known | {"architecture": {"family": architecture.family, **shape, "note": architecture.note}}
 

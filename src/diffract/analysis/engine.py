@@ -49,7 +49,10 @@ def _side_by_side(tasks: Sequence[T], work: Callable[[T], R]) -> Iterator[tuple[
     if not tasks:
         return
     workers = min(len(tasks), cores())
-    with single_threaded(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with (
+        single_threaded(),
+        ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
         futures = {pool.submit(work, task): task for task in tasks}
         try:
             for future in as_completed(futures):

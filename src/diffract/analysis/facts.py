@@ -152,7 +152,14 @@ def _piece_pairs(
 
 
 def _compare_spectra(
-    sums: PairSums, base: Stack, tuned: Stack, change: LowRank | None, plan: Plan, finite: Tensor, *, exact: bool
+    sums: PairSums,
+    base: Stack,
+    tuned: Stack,
+    change: LowRank | None,
+    plan: Plan,
+    finite: Tensor,
+    *,
+    exact: bool,
 ) -> PairSpectrum:
     """Return spectra, and overlaps where they are wanted; by LAPACK where Gram matrices are too coarse for vectors."""
 
@@ -223,7 +230,13 @@ def _spectrum_facts(spectrum: Spectrum | None) -> dict[str, Any]:
     if spectrum is None:
         return {}
     S = spectrum.S
-    return {"sigmas": S, "sigma_max": S[:, 0], "resolved": spectrum.resolved, "U": spectrum.U, "Vh": spectrum.Vh}
+    return {
+        "sigmas": S,
+        "sigma_max": S[:, 0],
+        "resolved": spectrum.resolved,
+        "U": spectrum.U,
+        "Vh": spectrum.Vh,
+    }
 
 
 def _safe(stack: Tensor, finite: Tensor) -> Tensor:

@@ -18,7 +18,9 @@ def scan_tasks(layout: Layout) -> list[TensorTask]:
     return [_task(name, entry, 0) for name, entry in layout.entries.items() if entry.matrices]
 
 
-def pair(base: Layout, tuned: Sequence[Layout], *, allow_unmatched: bool = False) -> tuple[list[Layout], list[TensorTask]]:
+def pair(
+    base: Layout, tuned: Sequence[Layout], *, allow_unmatched: bool = False
+) -> tuple[list[Layout], list[TensorTask]]:
     """Pair tensors by exact name and shape.
 
     Args:

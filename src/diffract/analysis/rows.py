@@ -45,5 +45,7 @@ def _numbers(values: Tensor | None, finite: Tensor) -> pl.Series:
 
 def _lists(values: Tensor, finite: Tensor) -> pl.Series:
     known = values.cpu()
-    rows = [pl.Series(row.numpy()) if ok and not row.isnan().any() else None for row, ok in zip(known, finite, strict=True)]
+    rows = [
+        pl.Series(row.numpy()) if ok and not row.isnan().any() else None for row, ok in zip(known, finite, strict=True)
+    ]
     return pl.Series(rows, dtype=pl.List(pl.Float64))

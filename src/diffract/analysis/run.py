@@ -66,7 +66,11 @@ class Options:
 
 
 def analyse(
-    references: Sequence[Reference], options: Options, *, allow_unmatched: bool = False, vectors_to: Any = None
+    references: Sequence[Reference],
+    options: Options,
+    *,
+    allow_unmatched: bool = False,
+    vectors_to: Any = None,
 ) -> Tables:
     """Scan the only checkpoint, or compare the first with the others.
 
@@ -120,7 +124,11 @@ def _choose(what: str, value: str, known: Sequence[str]) -> None:
 
 
 def _run(
-    tasks: Sequence[TensorTask], worker: Worker, progress: Progress | None, names: Sequence[str], vectors_to: Any
+    tasks: Sequence[TensorTask],
+    worker: Worker,
+    progress: Progress | None,
+    names: Sequence[str],
+    vectors_to: Any,
 ) -> tuple[list[Part], dict[tuple[int, str], str]]:
     total, done = sum(t.cost for t in tasks), 0.0
     parts: list[Part] = []
@@ -157,9 +165,7 @@ def _other_digests(
     }
 
 
-def _open_all(
-    references: Sequence[Reference], options: Options, stack: ExitStack
-) -> tuple[list[str], list[Layout]]:
+def _open_all(references: Sequence[Reference], options: Options, stack: ExitStack) -> tuple[list[str], list[Layout]]:
     """Open checkpoints and lay them out; those that were opened here are closed with the stack."""
     split = [split_name(r) for r in references]
     layouts: list[Layout] = []

@@ -133,7 +133,11 @@ class Worker:
         return LowRank(torch.stack(left), torch.stack(right))
 
     def _known_or_new(
-        self, models: tuple[int, ...], batch: tuple[Matrix, ...], content: list[object], compute: Callable[[], list[Found]]
+        self,
+        models: tuple[int, ...],
+        batch: tuple[Matrix, ...],
+        content: Sequence[str],
+        compute: Callable[[], list[Found]],
     ) -> list[Part]:
         """Return the parts of a batch, from the cache if it holds them all."""
         slices = [m.slice_key for m in batch]

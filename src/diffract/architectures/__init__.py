@@ -4,4 +4,14 @@ from diffract.architectures.dimensions import Dimensions
 from diffract.architectures.resolve import Architecture, Place, require_heads, resolve
 from diffract.architectures.spec import Role, Spec, builtin_specs, load_spec
 
-__all__ = ["Architecture", "Dimensions", "Place", "Role", "Spec", "builtin_specs", "load_spec", "require_heads", "resolve"]
+__all__ = [
+    "Architecture",
+    "Dimensions",
+    "Place",
+    "Role",
+    "Spec",
+    "builtin_specs",
+    "load_spec",
+    "require_heads",
+    "resolve",
+]

@@ -92,7 +92,11 @@ def resolve(config: Mapping[str, Any], *, spec_file: str | Path | None = None) -
     known = {t: spec for spec in builtin_specs().values() for t in spec.model_types}
     if isinstance(model_type, str) and model_type in known:
         return _bind(known[model_type], config)
-    reason = f"model_type {printable(model_type)!r} is not known" if model_type else "there is no config.json with a model_type"
+    reason = (
+        f"model_type {printable(model_type)!r} is not known"
+        if model_type
+        else "there is no config.json with a model_type"
+    )
     return Architecture(
         "generic",
         note=f"Generic mode, because {reason}: every 2-D tensor is one matrix, no heads. Pass --architecture FILE to describe it.",

@@ -52,9 +52,7 @@ class Pair:
 class Adapted:
     """A base's tensors plus low-rank changes, added in float64 and rounded once to the base's dtype."""
 
-    def __init__(
-        self, base: Checkpoint, weights: Checkpoint, pairs: Mapping[str, Pair], *, owns_base: bool
-    ) -> None:
+    def __init__(self, base: Checkpoint, weights: Checkpoint, pairs: Mapping[str, Pair], *, owns_base: bool) -> None:
         self.base, self.weights, self.pairs, self.owns_base = base, weights, pairs, owns_base
 
     def read(self, info: TensorInfo, rows: Range | None) -> torch.Tensor:
@@ -128,9 +126,7 @@ def refuse_more_than_factors(config: Mapping[str, Any], reference: str) -> None:
     raise CheckpointError(f"{reference}: the adapter has {what}. Merge it into its base and open the result.")
 
 
-def _pairs(
-    weights: Checkpoint, base: Checkpoint, config: Mapping[str, Any], reference: str
-) -> dict[str, Pair]:
+def _pairs(weights: Checkpoint, base: Checkpoint, config: Mapping[str, Any], reference: str) -> dict[str, Pair]:
     """Map each adapted base tensor to the adapter's tensors for it."""
     transposed = bool(config.get("fan_in_fan_out", False))
     found: dict[str, Pair] = {}

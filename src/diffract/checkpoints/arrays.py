@@ -61,9 +61,7 @@ def open_pairs(
     found: dict[str, Array] = {}
     for name, value in pairs:
         if name in found:
-            raise CheckpointError(
-                f"{reference}: two values are called {printable(name)!r}. Rename one of them."
-            )
+            raise CheckpointError(f"{reference}: two values are called {printable(name)!r}. Rename one of them.")
         found[name] = _as_array(value, f"{reference}, {printable(name)!r}")
     infos = {name: _describe(name, array, reference) for name, array in found.items()}
     sources: dict[str, Source] = {name: Memory(array) for name, array in found.items()}
@@ -92,7 +90,7 @@ def open_npz(path: Path) -> Checkpoint:
     """
     where = printable(path, 1000)
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except Exception as error:  # a damaged archive can make zipfile, zlib or NumPy raise almost anything
         raise CheckpointError(
@@ -114,12 +112,8 @@ def _as_array(value: Any, where: str) -> Array:
     """Return a value as a dense array that holds data, without a copy."""
     try:
         array = _plain(value)
-        if isinstance(array, torch.Tensor) and (
-            array.is_meta or array.is_quantized or array.layout != torch.strided
-        ):
-            raise TypeError(
-                f"a {array.layout} tensor of {array.dtype} on {array.device} holds no plain entries"
-            )
+        if isinstance(array, torch.Tensor) and (array.is_meta or array.is_quantized or array.layout != torch.strided):
+            raise TypeError(f"a {array.layout} tensor of {array.dtype} on {array.device} holds no plain entries")
         return array
     except (TypeError, ValueError, RuntimeError, BufferError) as error:
         raise CheckpointError(
@@ -148,13 +142,9 @@ def _describe(name: str, array: Array, reference: str) -> TensorInfo:
     try:
         dtype = _to_tensor(array[:0] if array.ndim else array).dtype
     except (TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{where}: dtype {array.dtype} has no counterpart ({printable(error)})."
-        ) from error
+        raise CheckpointError(f"{where}: dtype {array.dtype} has no counterpart ({printable(error)}).") from error
     if dtype not in DTYPE_NAMES:
-        raise CheckpointError(
-            f"{where}: unknown dtype {dtype}, expected one of {', '.join(DTYPE_NAMES.values())}."
-        )
+        raise CheckpointError(f"{where}: unknown dtype {dtype}, expected one of {', '.join(DTYPE_NAMES.values())}.")
     return TensorInfo(name, tuple(array.shape), DTYPE_NAMES[dtype], reference)
 
 
@@ -163,7 +153,7 @@ def _to_tensor(array: Array) -> torch.Tensor:
         return array.detach().cpu()
     bits = BIT_TYPES.get(array.dtype.name)
     plain = array.view(bits[0]) if bits else array
-    # what torch cannot take as it lies is copied: read-only, swapped bytes, running backwards or between entries
+    # what torch cannot take as it lies is copied: read-only, swapped bytes, backwards or between entries
     whole_steps = all(step >= 0 and step % plain.itemsize == 0 for step in plain.strides)
     if not (plain.flags.writeable and plain.dtype.isnative and whole_steps):
         plain = plain.astype(plain.dtype.newbyteorder("="), order="C")

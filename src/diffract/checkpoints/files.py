@@ -98,9 +98,7 @@ class LocalFolder:
         self.path = path
         self.where = printable(path, 1000)
         try:
-            self.names = sorted(
-                p.name for p in path.iterdir() if p.is_file() or (p.is_symlink() and not p.exists())
-            )
+            self.names = sorted(p.name for p in path.iterdir() if p.is_file() or (p.is_symlink() and not p.exists()))
         except OSError as error:
             raise CheckpointError(f"cannot list {self.where!r}: {error.strerror}.") from error
 
@@ -109,9 +107,7 @@ class LocalFolder:
         file = self.open(name)
         try:
             if file.size > HEADER_LIMIT:
-                raise CheckpointError(
-                    f"{file.name}: {file.size} bytes are too many for a configuration or an index."
-                )
+                raise CheckpointError(f"{file.name}: {file.size} bytes are too many for a configuration or an index.")
             return file.fetch(0, file.size)
         finally:
             file.close()

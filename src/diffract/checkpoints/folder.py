@@ -135,9 +135,7 @@ def parse_index(raw: bytes, where: str) -> dict[str, str]:
     """
     weight_map = parse_object(raw, where).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(
-            f"{where}: expected a weight_map of tensor to file names. Fetch the index again."
-        )
+        raise CheckpointError(f"{where}: expected a weight_map of tensor to file names. Fetch the index again.")
     for name in weight_map.values():
         if not isinstance(name, str) or not is_plain_name(name):
             raise CheckpointError(
@@ -217,9 +215,7 @@ def _refuse_missing(files: list[str], present: set[str], where: str) -> None:
     missing = [name for name in files if name not in present]
     if missing:
         some = ", ".join(map(printable, missing[:3]))
-        raise CheckpointError(
-            f"{where}: {len(missing)} of {len(files)} files are missing: {some}. Fetch them."
-        )
+        raise CheckpointError(f"{where}: {len(missing)} of {len(files)} files are missing: {some}. Fetch them.")
 
 
 def _refuse_gaps(files: list[str], where: str) -> None:

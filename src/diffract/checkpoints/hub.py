@@ -226,9 +226,7 @@ def _copy(response: httpx.Response, view: memoryview, name: str) -> int:
     try:
         for chunk in response.iter_bytes():
             if done + len(chunk) > len(view):
-                raise CheckpointError(
-                    f"{name}: the server sends more than it was asked for. Pass --download."
-                )
+                raise CheckpointError(f"{name}: the server sends more than it was asked for. Pass --download.")
             view[done : done + len(chunk)] = chunk
             done += len(chunk)
     except httpx.HTTPError:

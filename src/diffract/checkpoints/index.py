@@ -89,9 +89,7 @@ def _parse(raw: bytes, file: str) -> dict[str, Any]:
             "It is no safetensors file, or damaged; fetch it again."
         ) from error
     if not isinstance(entries, dict):
-        raise CheckpointError(
-            f"{file}: the header is a {type(entries).__name__}, expected an object. Fetch it again."
-        )
+        raise CheckpointError(f"{file}: the header is a {type(entries).__name__}, expected an object. Fetch it again.")
     return entries
 
 
@@ -162,14 +160,12 @@ def _check_layout(infos: list[TensorInfo], start: int, size: int, file: str) -> 
         name, end = printable(info.name), info.offset + info.size_bytes
         if end > size:
             raise CheckpointError(
-                f"{file}, tensor {name!r}: ends at byte {end}, the file has {size}. "
-                "It is truncated; fetch it again."
+                f"{file}, tensor {name!r}: ends at byte {end}, the file has {size}. It is truncated; fetch it again."
             )
         if info.offset != position:
             fault = "overlap" if info.offset < position else "leave a gap between them"
             raise CheckpointError(
-                f"{file}: tensors {printable(previous)!r} and {name!r} {fault}. "
-                "The header lies; do not use this file."
+                f"{file}: tensors {printable(previous)!r} and {name!r} {fault}. The header lies; do not use this file."
             )
         position, previous = end, info.name
     if position != size:

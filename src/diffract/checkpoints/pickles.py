@@ -50,14 +50,10 @@ def open_pickle(path: Path) -> Checkpoint:
         ) from error
     except Exception as error:  # a damaged pickle or zip can make torch raise almost anything
         reason = printable(_first_line(error))
-        raise CheckpointError(
-            f"cannot read {where!r} as a PyTorch file: {reason}. Fetch it again."
-        ) from error
+        raise CheckpointError(f"cannot read {where!r} as a PyTorch file: {reason}. Fetch it again.") from error
     tensors = [(name, value) for name, value in leaves if isinstance(value, torch.Tensor)]
     if not tensors:
-        raise CheckpointError(
-            f"{where!r} holds no named tensors, expected a state dict. Is this the right file?"
-        )
+        raise CheckpointError(f"{where!r} holds no named tensors, expected a state dict. Is this the right file?")
     return open_pairs(tensors, reference=where)
 
 

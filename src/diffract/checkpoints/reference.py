@@ -39,9 +39,7 @@ STACK_LIMIT = 4
 _HUB = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?:@(?P<revision>[^@\s]+))?", re.ASCII)
 
 
-def open_checkpoint(
-    reference: Reference, *, base: Reference | None = None, download: bool = False
-) -> Checkpoint:
+def open_checkpoint(reference: Reference, *, base: Reference | None = None, download: bool = False) -> Checkpoint:
     """Open a checkpoint; only headers are read, of ``.npz`` and old PyTorch files everything.
 
     Args:
@@ -125,11 +123,7 @@ def _open_file(path: Path) -> Checkpoint:
 def _metadata_config(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
     """A lone file may carry its configuration in its metadata, under ``config``."""
     text = metadata.get("config", "")
-    return (
-        parse_object(text.encode(), f"{where}, config in its metadata")
-        if text.lstrip().startswith("{")
-        else {}
-    )
+    return parse_object(text.encode(), f"{where}, config in its metadata") if text.lstrip().startswith("{") else {}
 
 
 def _open_folder(path: Path, how: _How) -> Checkpoint:
@@ -176,9 +170,7 @@ def _adapter_base(folder: Folder, config: Mapping[str, Any]) -> str | Path:
     """The base that an adapter names: a path, one relative to the adapter, or a name on the hub."""
     found, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not found or not isinstance(found, str):
-        raise CheckpointError(
-            f"{folder.where}: {adapter.CONFIG} names no base model. Pass --adapter-base MODEL."
-        )
+        raise CheckpointError(f"{folder.where}: {adapter.CONFIG} names no base model. Pass --adapter-base MODEL.")
     beside = folder.path / found if isinstance(folder, LocalFolder) else Path(found)
     for path in (Path(found), beside):
         if path.exists():

@@ -121,9 +121,7 @@ class TensorWriter:
 
     def _check(self, name: str, tensor: torch.Tensor) -> None:
         if name in self._places or name == "__metadata__":
-            raise CheckpointError(
-                f"{self._where}: the name {printable(name)!r} is taken. Choose another one."
-            )
+            raise CheckpointError(f"{self._where}: the name {printable(name)!r} is taken. Choose another one.")
         if tensor.dtype not in DTYPE_NAMES:
             raise CheckpointError(
                 f"{self._where}, tensor {printable(name)!r}: safetensors has no {tensor.dtype}, expected one "
@@ -171,6 +169,5 @@ class TensorWriter:
             yield
         except OSError as error:
             raise CheckpointError(
-                f"cannot write to {self._where}: {error.strerror or error}. "
-                "Make room, or choose another folder."
+                f"cannot write to {self._where}: {error.strerror or error}. Make room, or choose another folder."
             ) from error

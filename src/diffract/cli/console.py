@@ -80,7 +80,12 @@ def _bar(label: str) -> Iterator[Progress]:
             seconds = time.monotonic() - begun
             name = escape(printable(what, 40))
             bars.update(
-                task, completed=done, total=total, rate=_rate(done, seconds), what=name, visible=seconds > QUIET_SECONDS
+                task,
+                completed=done,
+                total=total,
+                rate=_rate(done, seconds),
+                what=name,
+                visible=seconds > QUIET_SECONDS,
             )
 
         yield update

@@ -28,7 +28,12 @@ def inspect(
         from diffract.inspection import inspect as look
 
         found = look(
-            model, select=select, heads=heads, architecture=architecture, adapter_base=adapter_base, download=download
+            model,
+            select=select,
+            heads=heads,
+            architecture=architecture,
+            adapter_base=adapter_base,
+            download=download,
         )
     if json:
         say_json(found.as_dict())
@@ -58,7 +63,13 @@ def _describe(found: Inspection) -> str:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
+    return (
+        f"{seconds:.1f} s"
+        if seconds < 60
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.0f} h"
+    )
 
 
 def metrics(json: options.Json = False, debug: options.Debug = False) -> None:

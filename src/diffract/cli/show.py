@@ -18,7 +18,8 @@ DEMO_RUN = Path("demo-run")
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of scan or compare.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Where to write; RUN/report.html by default.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Where to write; RUN/report.html by default."),
     ] = None,
     quiet: options.Quiet = False,
     debug: options.Debug = False,

@@ -37,9 +37,7 @@ class LowRank:
         return self.B[batch, rows] @ self.A[batch, :, cols]
 
 
-def factored_spectrum(
-    B: Float[Tensor, "b m r"], A: Float[Tensor, "b r n"], *, vectors: bool = False
-) -> Spectrum:
+def factored_spectrum(B: Float[Tensor, "b m r"], A: Float[Tensor, "b r n"], *, vectors: bool = False) -> Spectrum:
     """Return the singular value decomposition of B A, min(r, m, n) values of it: the others are zero.
 
     With B = Q_B R_B and A^T = Q_A R_A the singular values of B A are those of the small R_B R_A^T.

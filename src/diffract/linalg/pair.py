@@ -57,8 +57,8 @@ def pair_from_sums(sums: PairSums) -> PairSpectrum:
     else:
         energy = product(P0.mT, sums.cross).square().sum(-1) * inverse0.square()
         left, right = long, short
-    spectra = [Spectrum(S, ("gram",) * len(S), GRAM_RESOLVES * S[:, 0]) for S in (S0, S1)]
-    return PairSpectrum(*spectra, left, right, diagonal, energy)
+    base, tuned = (Spectrum(S, ("gram",) * len(S), GRAM_RESOLVES * S[:, 0]) for S in (S0, S1))
+    return PairSpectrum(base, tuned, left, right, diagonal, energy)
 
 
 def weak_pairs(pair: PairSpectrum) -> list[int]:

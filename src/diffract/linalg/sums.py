@@ -45,7 +45,7 @@ class Sums:
     """
 
     def __init__(
-        self, count: int, shape: tuple[int, int], *, powers: int, products: bool, device: torch.device
+        self, count: int, shape: tuple[int, ...], *, powers: int, products: bool, device: torch.device
     ) -> None:
         self.side, self.shape, self.device = short_side(shape), shape, device
         self.highest = powers
@@ -176,7 +176,7 @@ def add_powers(total: Tensor, x: Tensor, scratch: Buffer, highest: int) -> None:
         total[3] += _dots(squares, squares)
 
 
-def as_moments(powers: Tensor, shape: tuple[int, int], highest: int) -> Moments:
+def as_moments(powers: Tensor, shape: tuple[int, ...], highest: int) -> Moments:
     """Return power sums (4, b) as a record; those that were not summed become NaN."""
     known = [powers[i] if i < highest else torch.full_like(powers[i], torch.nan) for i in range(4)]
     return Moments(shape[0] * shape[1], *known)

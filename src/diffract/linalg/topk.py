@@ -67,22 +67,23 @@ def top_spectrum(
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(short, min(k + OVERSAMPLING, short), generator=generator, dtype=torch.float64)
     block = torch.linalg.qr(start.to(w.device)).Q
-    Q, B, Y = block[:, :0], block[:0], block[:, :0]
-    for _ in range(steps):
+    Q, B, Y = block[:, :0], block.new_zeros(0, max(w.shape)), block[:, :0]
+    while True:
         across, image = _both_products(w, block, side)
-        Q, B, Y = torch.cat([Q, block], 1), torch.cat([B, across]) if len(B) else across, torch.cat([Y, image], 1)
+        Q, B, Y = torch.cat([Q, block], 1), torch.cat([B, across]), torch.cat([Y, image], 1)
         S, ritz = _ritz(B, block.shape[1])
         P = Q @ ritz
         residual = (Y @ ritz / S.clamp(min=TINY) - S * P).norm(dim=0)
         residual = torch.where(S > ZERO * S[0], residual, S)  # ||A^T u|| where v is not defined
         error = _error(S, residual)[:k]
-        if bool((error <= tolerance * S[0]).all()) or Q.shape[1] == short:
+        steps -= 1
+        converged = bool((error <= tolerance * S[0]).all())
+        if converged or steps == 0 or Q.shape[1] == short:
             break
         block = _orthogonal(image[:, : short - Q.shape[1]], Q)
-    S, P, ritz = S[:k], P[:, :k], ritz[:, :k]
-    long = (ritz.mT @ B) / S[:, None].clamp(min=TINY)
-    U, Vh = (P, long) if side == "rows" else (long.mT, P.mT)
-    return TopSpectrum(S, U, Vh, residual[:k], error, bool((error <= tolerance * S[0]).all()))
+    long = (ritz[:, :k].mT @ B) / S[:k, None].clamp(min=TINY)
+    U, Vh = (P[:, :k], long) if side == "rows" else (long.mT, P[:, :k].mT)
+    return TopSpectrum(S[:k], U, Vh, residual[:k], error, converged)
 
 
 def _both_products(w: Tensor, block: Tensor, side: str) -> tuple[Tensor, Tensor]:

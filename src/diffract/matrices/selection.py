@@ -34,9 +34,7 @@ class Selection:
 
     def keeps(self, matrix: Matrix) -> bool:
         """Whether a matrix is selected."""
-        numbered = all(
-            any(getattr(matrix, label) in span for span in spans) for label, spans in self.numbers.items()
-        )
+        numbered = all(any(getattr(matrix, label) in span for span in spans) for label, spans in self.numbers.items())
         return numbered and (not self.names or any(_fits(name, matrix) for name in self.names))
 
 

@@ -26,7 +26,9 @@ class _Cut:
     kv_head: int | None = None
 
 
-def slice_tensor(name: str, shape: tuple[int, ...], dtype: str, architecture: Architecture, *, heads: bool = True) -> list[Matrix]:
+def slice_tensor(
+    name: str, shape: tuple[int, ...], dtype: str, architecture: Architecture, *, heads: bool = True
+) -> list[Matrix]:
     """Return the matrices of one tensor.
 
     Args:
@@ -189,5 +191,11 @@ def _label(matrix: Matrix) -> str:
     own = [matrix.projection] if matrix.block == matrix.projection else [matrix.block, matrix.projection]
     layer = [] if matrix.layer is None else [f"L{matrix.layer}"]
     expert = [] if matrix.expert is None else [f"e{matrix.expert}"]
-    head = [f"h{matrix.head}"] if matrix.head is not None else [f"kv{matrix.kv_head}"] if matrix.kv_head is not None else []
+    head = (
+        [f"h{matrix.head}"]
+        if matrix.head is not None
+        else [f"kv{matrix.kv_head}"]
+        if matrix.kv_head is not None
+        else []
+    )
     return ".".join([*layer, *(o for o in own if o), *expert, *head])

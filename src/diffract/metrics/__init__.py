@@ -3,4 +3,13 @@
 from diffract.metrics.catalog import CATALOG, choose_metrics, installed_metrics
 from diffract.metrics.metric import FACTS, NEEDS, PAIR_FACTS, Metric, metric
 
-__all__ = ["CATALOG", "FACTS", "NEEDS", "PAIR_FACTS", "Metric", "choose_metrics", "installed_metrics", "metric"]
+__all__ = [
+    "CATALOG",
+    "FACTS",
+    "NEEDS",
+    "PAIR_FACTS",
+    "Metric",
+    "choose_metrics",
+    "installed_metrics",
+    "metric",
+]

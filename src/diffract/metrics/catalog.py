@@ -128,9 +128,7 @@ def _dimension(side: str, shape: tuple[int, int]) -> int:
 
 def _constant(chance: Callable[..., float], side: str) -> Callable[[Tensor, tuple[int, int]], Tensor]:
     """A chance level that depends on the shape alone, as a metric of an overlap."""
-    return lambda overlap, size: overlap.new_full(
-        (len(overlap),), chance(_dimension(side, size), overlap.shape[-1])
-    )
+    return lambda overlap, size: overlap.new_full((len(overlap),), chance(_dimension(side, size), overlap.shape[-1]))
 
 
 def _window_chance(side: str, base_sigmas: Tensor, sigmas: Tensor, size: tuple[int, int]) -> Tensor:
@@ -152,7 +150,12 @@ def _agreement_rows(side: str) -> list[Metric]:
         pair
         for k in (8, 32)
         for pair in (
-            row(f"subspace_{k}", partial(agreement.subspace, k=k), (overlap,), f"||{side} top-{k} overlap||_F^2 / {k}"),
+            row(
+                f"subspace_{k}",
+                partial(agreement.subspace, k=k),
+                (overlap,),
+                f"||{side} top-{k} overlap||_F^2 / {k}",
+            ),
             chance(f"subspace_{k}_chance", lambda d, count, k=k: k / d if k <= count else torch.nan, f"{k} / d"),
         )
     ]

@@ -32,9 +32,7 @@ def entry_std(moments: Moments) -> PerMatrix:
 def entry_kurtosis(moments: Moments) -> PerMatrix:
     """E(w - mean)^4 / (E(w - mean)^2)^2 - 3: zero for a Gaussian. NaN for a constant matrix."""
     n = moments.count
-    mean, second, third, fourth = (
-        s / n for s in (moments.first, moments.second, moments.third, moments.fourth)
-    )
+    mean, second, third, fourth = (s / n for s in (moments.first, moments.second, moments.third, moments.fourth))
     central = fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4
     variance = _variance(moments)
     return torch.where(variance > 0, central / variance.square() - 3, torch.nan)

@@ -43,7 +43,9 @@ def agreement_lines(
         level = chance.get(side)
         ends = [] if level is None else [level, level]
         colour = {**CHANCE, "color": COLOURS[side], "width": 1}
-        traces.append(go.Scatter(x=[1, longest][: len(ends)], y=ends, name=f"{side} by chance", mode="lines", line=colour))
+        traces.append(
+            go.Scatter(x=[1, longest][: len(ends)], y=ends, name=f"{side} by chance", mode="lines", line=colour)
+        )
     made = figure(traces, x="rank", y="|cos| of base and tuned vector", title=title)
     return made.update_yaxes(range=[0, 1.02])
 

@@ -40,5 +40,6 @@ def heatmap(*, z: list[Any], x: list[str], y: list[str], title: str, metric: str
     trace = go.Heatmap(z=z, x=x, y=y, colorscale=SCALE, colorbar=bar, hovertemplate=hover, xgap=1, ygap=1)
     made = figure([trace], x=across, y="layer", title=title, height=260)
     return made.update_layout(
-        xaxis={"type": "category", "showgrid": False}, yaxis={"type": "category", "autorange": "reversed", "showgrid": False}
+        xaxis={"type": "category", "showgrid": False},
+        yaxis={"type": "category", "autorange": "reversed", "showgrid": False},
     )

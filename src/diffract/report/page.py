@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 
 from diffract.errors import printable
 from diffract.report.payload import embed, payload
-from diffract.report.words import headlines
+from diffract.report.words import Headline, headlines
 from diffract.tables import Tables, write_text
 
 
@@ -36,7 +36,7 @@ def render(tables: Tables) -> str:
         manifest=tables.manifest,
         kind=data["kind"],
         models=_described(tables),
-        headlines=headlines(tables.models, tables.metrics),
+        headlines=_grouped(headlines(tables.models, tables.metrics)),
         thinned=data["thinned"],
         data=Markup(embed(data)),
         css=Markup(_resource("report.css")),
@@ -53,11 +53,18 @@ def size(count: float) -> str:
     return f"{count:g} B"
 
 
+def _grouped(found: list[Headline]) -> list[tuple[str, list[Headline]]]:
+    """Headlines by model, in the run's order."""
+    return [(name, [h for h in found if h.model == name]) for name in dict.fromkeys(h.model for h in found)]
+
+
 def _described(tables: Tables) -> list[dict[str, Any]]:
     """Models with their architecture in words."""
     rows = []
     for row in tables.manifest.get("models", []):
-        known = {k: v for k, v in row.get("architecture", {}).items() if v not in (None, "") and k not in ("family", "note")}
+        known = {
+            k: v for k, v in row.get("architecture", {}).items() if v not in (None, "") and k not in ("family", "note")
+        }
         facts = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in known.items())
         rows.append({**row, "facts": facts, "architecture": row.get("architecture", {})})
     return rows

@@ -36,7 +36,9 @@ def payload(tables: Tables) -> dict[str, Any]:
         "rows": _rows(tables.metrics, metrics),
         "curves": _curves(tables.spectra, points),
         "thinned": points if points is not None else 0,
-        "tensors": tables.tensors.with_columns(shape=pl.col("shape").cast(pl.List(pl.String)).list.join(" x ")).to_dicts(),
+        "tensors": tables.tensors.with_columns(
+            shape=pl.col("shape").cast(pl.List(pl.String)).list.join(" x ")
+        ).to_dicts(),
         "glossary": tables.manifest.get("metrics", {}),
         "figures": _figures(),
     }
@@ -60,7 +62,19 @@ def _rows(metrics: pl.DataFrame, names: list[str]) -> dict[str, list[Any]]:
     """Columns of the metrics table; numbers to six digits, which is what a page can show."""
     part = pl.when(pl.col("projection").is_null() | (pl.col("block") == pl.col("projection"))).then("block")
     table = metrics.with_columns(part=part.otherwise(pl.concat_str("block", "projection", separator=".")))
-    plain = ["model", "name", "part", "layer", "head", "kv_head", "expert", "rows", "cols", "status", "method"]
+    plain = [
+        "model",
+        "name",
+        "part",
+        "layer",
+        "head",
+        "kv_head",
+        "expert",
+        "rows",
+        "cols",
+        "status",
+        "method",
+    ]
     columns = {name: table[name].to_list() for name in plain}
     columns["status"] = [s if s != "ok" else "" for s in columns["status"]]
     return columns | {name: [_short(v) for v in table[name].to_list()] for name in names}
@@ -93,4 +107,4 @@ def _figures() -> dict[str, Any]:
         "agreement": plots.agreement_lines({}, {}),
         "layers": plots.layer_boxes([], [], [], metric=""),
     }
-    return {name: json.loads(made.to_json()) for name, made in empty.items()}
+    return {name: json.loads(str(made.to_json())) for name, made in empty.items()}

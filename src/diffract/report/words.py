@@ -44,16 +44,17 @@ def _of_tuned(row: dict[str, Any]) -> list[Headline]:
     if (share := row.get("value_share")) is not None:
         chance = row["value_share_chance"]
         text = (
-            f"of the change lies in singular vectors, {percent(share)} in singular values "
-            f"(chance {percent(chance)})."
+            f"of the change lies in singular vectors, {percent(share)} in singular values (chance {percent(chance)})."
         )
         found.append(Headline(name, percent(1 - share), text))
     if (top := row.get("head_top10_share")) is not None:
         even = row["head_top10_share_chance"]
-        text = f"of the change in attention is carried by the top tenth of heads (an even spread gives {percent(even)})."
+        text = (
+            f"of the change in attention is carried by the top tenth of heads (an even spread gives {percent(even)})."
+        )
         found.append(Headline(name, percent(top), text))
     if (shift := row.get("spectral_shift_share")) is not None:
-        text = "of the change would be needed to move the singular values alone (Mirsky's bound)."
+        text = "of the change is what moving the singular values alone would take (sum of squared shifts; Mirsky)."
         found.append(Headline(name, percent(shift), text))
     return found
 
