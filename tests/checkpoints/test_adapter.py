@@ -220,7 +220,7 @@ def test_adapters_lie_on_each_other(tmp_path: Path) -> None:
 
 def test_an_adapter_that_names_itself_is_refused(tmp_path: Path) -> None:
     train(tmp_path, **VARIANTS["plain"])
-    edit(tmp_path, base_model_name_or_path=".")
+    edit(tmp_path, base_model_name_or_path="../adapter")
     refused(tmp_path, "does one name itself as its base")
 
 
@@ -277,10 +277,8 @@ PREFIX = "base_model.model.layers.0.q_proj"
             "expected floating point",
         ),
         (
-            lambda t: t.update(
-                {f"model.{PREFIX[17:]}.lora_{s}.weight": t[f"{PREFIX}.lora_{s}.weight"].clone() for s in "AB"}
-            ),
-            "two adapted modules mean 'layers.0.q_proj.weight'",
+            lambda t: t.update({n.replace("base_model.", "base_model.model."): w.clone() for n, w in t.items()}),
+            "two adapted modules mean 'layers.0.",
         ),
         (lambda t: t.clear() or t.update({"z.lora_A.weight": torch.ones(1, 1)}), "'z' has lora_A but"),
         (
@@ -316,7 +314,7 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
 def test_a_missing_base_is_named(tmp_path: Path) -> None:
     train(tmp_path, **VARIANTS["plain"])
     edit(tmp_path, base_model_name_or_path=str(tmp_path / "gone"))
-    with pytest.raises(CheckpointError, match="no checkpoint at '.*gone'"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint at '.*gone'"):
         open_checkpoint(tmp_path / "adapter")
 
 

@@ -240,7 +240,9 @@ def explained(where: str) -> Iterator[None]:
     """Turn what the hub's client raises into one clear error."""
     try:
         yield
-    except (httpx.HTTPError, OSError, HFValidationError) as error:
+    except CheckpointError:
+        raise
+    except (httpx.HTTPError, OSError, ValueError) as error:
         raise CheckpointError(f"{where}: {_reason(error)}") from error
 
 
@@ -283,5 +285,6 @@ def _reason(error: Exception) -> str:
             f"{endpoint} answers with an error ({detail}). Try again later, or pass a local copy.",
         ),
     ]
+    if isinstance(error, ValueError):
     unreachable = f"cannot reach {endpoint} ({detail}). Check the network, or pass a local copy."
     return next((text for found, text in cases if found), unreachable)
