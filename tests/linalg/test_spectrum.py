@@ -14,6 +14,8 @@ GRAM_TOLERANCE = 1e-7
 EXACT_TOLERANCE = 1e-10
 """Of sigma_1: LAPACK against LAPACK, a small multiple of max(m, n) eps = 1e-14; two drivers may differ."""
 
+EPSILON = float(torch.finfo(torch.float64).eps)
+
 DTYPES = (
     torch.float64,
     torch.float32,
@@ -123,9 +125,11 @@ def test_vectors_are_orthonormal_and_reconstruct(kind: str, method: str, dtype: 
     k = min(w.shape)
     assert found.U.shape == (w.shape[0], k)
     assert found.Vh.shape == (k, w.shape[1])
-    # Long-side vectors from the Gram matrix are orthogonal to c eps (sigma_1 / sigma_M)^2 <= 2e-6 c, and only where
-    # sigma_M > 1e-5 sigma_1; these matrices are far from that edge or beyond it, hence 1e-9; LAPACK gives 1e-14.
-    tolerance = 1e-9 if found.method == ("gram",) else 1e-12
+    # LAPACK's are orthogonal to a small multiple of eps; long-side vectors from the Gram matrix, Sigma^-1 P^T W, to
+    # c eps (sigma_1 / sigma_M)^2, with c of a few.
+    tolerance = 1e-13
+    if found.method == ("gram",) and found.S[-1] > 0:
+        tolerance += 16 * EPSILON * float(found.S[0] / found.S[-1]) ** 2
     one = torch.eye(k, dtype=torch.float64)
     if kind == "zero" and found.method == ("gram",):
         assert not found.S.any()
@@ -138,7 +142,6 @@ def test_vectors_are_orthonormal_and_reconstruct(kind: str, method: str, dtype: 
 
 @pytest.mark.parametrize("ratio", [1e-4, 1e-6])
 def test_vectors_of_weak_matrices_come_from_lapack(ratio: float) -> None:
-    w = with_sigmas(9, 14, torch.tensor([1.0, 0.5, 0.3, ratio], dtype=torch.float64))[:4].float()
     w = with_sigmas(4, 14, torch.tensor([1.0, 0.5, 0.3, ratio], dtype=torch.float64)).float()
     found = spectrum(w, vectors=True)
     assert found.method == ("gram" if ratio > 1e-5 else "lapack",)
@@ -216,20 +219,14 @@ def test_a_stack_gives_what_single_matrices_give_bit_for_bit(
             assert torch.equal(whole.Vh[i], one.Vh)
 
 
-def test_an_empty_stack_gives_an_empty_answer() -> None:
-    for method in ("gram", "exact"):
-        found = spectrum(torch.zeros(0, 3, 4), method=method)
-        assert found.S.shape == (0, 3)
-        assert found.method == ()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("vectors", [False, True])
 def test_strides_do_not_matter(dtype: torch.dtype, vectors: bool) -> None:
     big = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(5)).to(dtype)
     views = (big.mT, big[:, ::2], big[:, :, 3:35:2], big.permute(1, 0, 2)[4], big[1:, 5:9, 7:30].mT)
     for view in views:
-        found, want = spectrum(view, vectors=vectors), spectrum(view.clone(memory_format=torch.contiguous_format), vectors=vectors)
+        found = spectrum(view, vectors=vectors)
+        want = spectrum(view.clone(memory_format=torch.contiguous_format), vectors=vectors)
         # The same values in the same order: the cast makes them contiguous before any product.
         assert torch.equal(found.S, want.S)
         if vectors:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import polars as pl
-import torch
 from torch import Tensor
 
 from diffract.analysis.facts import Found
@@ -17,8 +17,8 @@ CURVE = "curve."
 
 def bundle(found: Found, metrics: Sequence[Metric]) -> pl.DataFrame:
     """Return one row per matrix: outcome, metrics, and lists along the spectrum. What has no value is null."""
-    finite = found.finite.cpu()
-    zero = (found.facts["squares"] == 0).cpu()
+    finite = found.finite.tolist()
+    zero = (found.facts["squares"] == 0).tolist()
     status = ["zero" if z else "ok" if f else "non_finite" for f, z in zip(finite, zero, strict=True)]
     spectrum = found.spectrum
     count = len(status)
@@ -35,17 +35,15 @@ def bundle(found: Found, metrics: Sequence[Metric]) -> pl.DataFrame:
     return pl.DataFrame(columns)
 
 
-def _numbers(values: Tensor | None, finite: Tensor) -> pl.Series:
+def _numbers(values: Tensor | None, finite: list[bool]) -> pl.Series:
     if values is None:
         return pl.Series([None] * len(finite), dtype=pl.Float64)
-    known = values.cpu().double()
-    known = torch.where(finite & known.isfinite(), known, torch.nan)
-    return pl.Series(known.numpy(), dtype=pl.Float64).fill_nan(None)
+    known = zip(values.tolist(), finite, strict=True)
+    return pl.Series([v if ok and math.isfinite(v) else None for v, ok in known], dtype=pl.Float64)
 
 
-def _lists(values: Tensor, finite: Tensor) -> pl.Series:
-    known = values.cpu()
-    rows = [
-        pl.Series(row.numpy()) if ok and not row.isnan().any() else None for row, ok in zip(known, finite, strict=True)
-    ]
-    return pl.Series(rows, dtype=pl.List(pl.Float64))
+def _lists(values: Tensor, finite: list[bool]) -> pl.Series:
+    """One list per matrix; null where a matrix is not finite or the quantity has no value."""
+    rows = pl.Series(values.cpu().numpy(), dtype=pl.Array(pl.Float64, values.shape[1])).arr.to_list()
+    missing = [not ok or bad for ok, bad in zip(finite, values.isnan().any(1).tolist(), strict=True)]
+    return rows if not any(missing) else rows.set(pl.Series(missing), None)

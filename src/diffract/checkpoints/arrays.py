@@ -142,9 +142,13 @@ def _describe(name: str, array: Array, reference: str) -> TensorInfo:
     try:
         dtype = _to_tensor(array[:0] if array.ndim else array).dtype
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{where}: dtype {array.dtype} has no counterpart ({printable(error)}).") from error
+        raise CheckpointError(
+            f"{where}: dtype {array.dtype} has no counterpart ({printable(error)}). Convert it."
+        ) from error
     if dtype not in DTYPE_NAMES:
-        raise CheckpointError(f"{where}: unknown dtype {dtype}, expected one of {', '.join(DTYPE_NAMES.values())}.")
+        raise CheckpointError(
+            f"{where}: unknown dtype {dtype}, expected one of {', '.join(DTYPE_NAMES.values())}. Convert it."
+        )
     return TensorInfo(name, tuple(array.shape), DTYPE_NAMES[dtype], reference)
 
 

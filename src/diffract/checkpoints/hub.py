@@ -7,9 +7,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download
+from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -145,12 +144,15 @@ class HubFolder:
 
     def read_bytes(self, name: str) -> bytes:
         """Return the content of a small file."""
+        url, headers, timeout = self._url(name), dict(self.headers), constants.HF_HUB_DOWNLOAD_TIMEOUT
         with explained(f"{self.where}, {name}"):
-            url, timeout = self._url(name), constants.HF_HUB_DOWNLOAD_TIMEOUT
-            response = http_backoff("GET", url, headers=dict(self.headers), timeout=timeout)
+            size = get_hf_file_metadata(url, headers=headers, timeout=timeout).size or 0
+            if size > HEADER_LIMIT:
+                raise CheckpointError(
+                    f"{self.where}, {name}: {size} bytes are too many for a configuration or an index."
+                )
+            response = http_backoff("GET", url, headers=headers, timeout=timeout)
             hf_raise_for_status(response)
-        if len(response.content) > HEADER_LIMIT:
-            raise CheckpointError(f"{self.where}, {name}: too large for a configuration or an index.")
         return response.content
 
     def open(self, name: str) -> HubFile:
@@ -246,12 +248,14 @@ def explained(where: str) -> Iterator[None]:
         raise CheckpointError(f"{where}: {_reason(error)}") from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """Say what happened and what to do; the order of the cases is that of the errors' classes."""
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__:
+        return f"not in the cache; {_reason(error.__cause__)}"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    detail = printable((str(error) or type(error).__name__).strip().splitlines()[0])
+    detail = printable((str(error).strip() or type(error).__name__).splitlines()[0])
     endpoint = constants.ENDPOINT
-    cases: list[tuple[Any, str]] = [
+    cases: list[tuple[bool, str]] = [
         (
             isinstance(error, GatedRepoError),
             f"access is gated. Accept the conditions on its page at {endpoint}, then log in with "
@@ -268,14 +272,13 @@ def _reason(error: Exception) -> str:
         ),
         (
             isinstance(error, OfflineModeIsEnabled),
-            "not found here, and HF_HUB_OFFLINE forbids to ask the hub. Unset it, pass --download to use "
-            "what the cache holds, or pass a local copy.",
+            "no file or folder of that name here, and HF_HUB_OFFLINE forbids to ask the hub. Unset it, pass "
+            "--download to use what the cache holds, or pass a local copy.",
         ),
         (
-            isinstance(error, LocalEntryNotFoundError),
-            f"not in the cache, and {endpoint} cannot be reached. Check the network, or pass a local copy.",
+            isinstance(error, EntryNotFoundError),
+            f"there is no such file at {endpoint}. Check the revision.",
         ),
-        (isinstance(error, EntryNotFoundError), f"there is no such file at {endpoint}. Check the revision."),
         (
             isinstance(error, HFValidationError),
             f"is no name of a model ({detail}). Expected org/name@revision.",
@@ -284,7 +287,10 @@ def _reason(error: Exception) -> str:
             status is not None,
             f"{endpoint} answers with an error ({detail}). Try again later, or pass a local copy.",
         ),
+        (
+            isinstance(error, ValueError),
+            f"{endpoint} answers as no hub does ({detail}). Check the network and HF_ENDPOINT.",
+        ),
     ]
-    if isinstance(error, ValueError):
     unreachable = f"cannot reach {endpoint} ({detail}). Check the network, or pass a local copy."
     return next((text for found, text in cases if found), unreachable)

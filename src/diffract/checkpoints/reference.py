@@ -78,7 +78,7 @@ def _open(reference: Reference, how: _How) -> Checkpoint:
         return open_mapping(reference)
     try:
         path = Path(reference).expanduser()
-        is_folder, is_file = path.is_dir(), path.is_file()
+        is_folder, is_file = reference != "" and path.is_dir(), path.is_file()  # Path("") is the folder we are in
     except (TypeError, ValueError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{printable(reference)!r} is no checkpoint: {printable(error)}.") from error
     if is_folder:

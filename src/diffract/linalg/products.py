@@ -12,21 +12,26 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from diffract.linalg.syrk import add_gram
+
 PIECE_BYTES = {"cpu": 1 << 25, "cuda": 1 << 29}
 """Float64 bytes cast at once, by device. On the CPU one matrix at a time, so that it stays in the cache."""
 
 
-def gram(x: Float64[Tensor, "b m n"]) -> Float64[Tensor, "b m m"]:
-    """Return x x^T. On the CPU through NumPy, whose BLAS call knows that the product is symmetric (half the work)."""
+def add_grams(total: Float64[Tensor, "b m m"], x: Float64[Tensor, "b m n"]) -> None:
+    """Add x x^T to the upper triangles of ``total``; ``mirrored`` makes them whole."""
     if x.device.type != "cpu":
-        return x @ x.mT
-    a = x.numpy()
-    return torch.from_numpy(np.matmul(a, a.swapaxes(-1, -2)))
+        total += x @ x.mT
+        return
+    for one, matrix in zip(total, x, strict=True):
+        add_gram(one, matrix)
 
 
 def product(x: Float64[Tensor, "b m k"], y: Float64[Tensor, "b k n"]) -> Float64[Tensor, "b m n"]:
-    """Return x y. On the CPU through NumPy, as in ``gram``: one BLAS for all products."""
-    return x @ y if x.device.type != "cpu" else torch.from_numpy(np.matmul(x.numpy(), y.numpy()))
+    """Return x y. On the CPU through NumPy: its BLAS is the faster one for float64 where torch's is made for Intel."""
+    if x.device.type != "cpu":
+        return x @ y
+    return torch.from_numpy(np.stack([np.matmul(a, b) for a, b in zip(x.numpy(), y.numpy(), strict=True)]))
 
 
 def short_side(shape: tuple[int, ...]) -> str:

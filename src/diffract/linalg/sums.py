@@ -7,14 +7,15 @@ length needs float64 memory for one piece and its short side squared only.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
 from diffract.linalg.factored import LowRank
-from diffract.linalg.products import gram, pieces, product, short_first, short_side
+from diffract.linalg.products import add_grams, pieces, product, short_first, short_side
+from diffract.linalg.syrk import mirrored
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Sums:
         self.highest = powers
         self.powers = torch.zeros(4, count, dtype=torch.float64, device=device)
         short = min(shape)
-        self.gram = torch.zeros(count if products else 0, short, short, dtype=torch.float64, device=device)
+        self._gram = torch.zeros(count if products else 0, short, short, dtype=torch.float64, device=device)
         self._cast, self._scratch = Buffer(device), Buffer(device)
 
     def add(self, stack: Tensor) -> None:
@@ -59,8 +60,13 @@ class Sums:
         for index in pieces(tuple(stack.shape), self.side, self.device):
             x = self._cast.fill(stack[index])
             add_powers(self.powers[:, index[0]], x, self._scratch, self.highest)
-            if self.gram.shape[0]:
-                self.gram[index[0]] += gram(short_first(x, self.side))
+            if self._gram.shape[0]:
+                add_grams(self._gram[index[0]], short_first(x, self.side))
+
+    @cached_property
+    def gram(self) -> Float64[Tensor, "b M M"]:
+        """Return the Gram matrices, after the last piece."""
+        return mirrored(self._gram)
 
     @property
     def moments(self) -> Moments:
@@ -98,8 +104,8 @@ class PairSums:
         self.base, self.tuned = zeros(4, count), zeros(4, count)
         self.delta_squares, self.changed, self.rounding_squares = zeros(count), zeros(count), zeros(count)
         short = min(shape)
-        self.delta_gram = zeros(count if delta else 0, short, short)
-        self.base_gram = zeros(count if vectors else 0, short, short)
+        self._delta_gram = zeros(count if delta else 0, short, short)
+        self._base_gram = zeros(count if vectors else 0, short, short)
         self.cross = zeros(count if vectors else 0, short, short)
         self._base, self._tuned, self._scratch = Buffer(device), Buffer(device), Buffer(device)
 
@@ -122,11 +128,21 @@ class PairSums:
         self.delta_squares[batch] += _dots(x1, x1)
 
     def _add_products(self, batch: slice, x0: Tensor, d: Tensor) -> None:
-        if self.delta_gram.shape[0]:
-            self.delta_gram[batch] += gram(d)
-        if self.base_gram.shape[0]:
-            self.base_gram[batch] += gram(x0)
+        if self._delta_gram.shape[0]:
+            add_grams(self._delta_gram[batch], d)
+        if self._base_gram.shape[0]:
+            add_grams(self._base_gram[batch], x0)
             self.cross[batch] += product(x0, d.mT)
+
+    @cached_property
+    def base_gram(self) -> Float64[Tensor, "b M M"]:
+        """Return the Gram matrices of W0, after the last piece."""
+        return mirrored(self._base_gram)
+
+    @cached_property
+    def delta_gram(self) -> Float64[Tensor, "b M M"]:
+        """Return the Gram matrices of D, after the last piece."""
+        return mirrored(self._delta_gram)
 
     @property
     def tuned_gram(self) -> Float64[Tensor, "b M M"]:
@@ -185,6 +201,8 @@ def as_moments(powers: Tensor, shape: tuple[int, ...], highest: int) -> Moments:
 def _dots(x: Tensor, y: Tensor) -> Tensor:
     """Sum of x * y over each matrix, by BLAS."""
     flat, other = x.flatten(1), y.flatten(1)
+    if len(flat) == 1:
+        return torch.dot(flat[0], other[0])[None]
     return torch.stack([torch.dot(a, b) for a, b in zip(flat, other, strict=True)])
 
 

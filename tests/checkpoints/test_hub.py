@@ -1,0 +1,338 @@
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+
+from diffract.checkpoints import open_checkpoint
+from diffract.checkpoints.hub import ATTEMPTS, HEAD_BYTES
+from diffract.errors import CheckpointError
+
+Same = Callable[[torch.Tensor, torch.Tensor], bool]
+REPO, COMMIT = "org/model", "c0ffee" + "0" * 34
+
+
+@pytest.fixture
+def large(hub: Any, tmp_path: Path) -> torch.Tensor:
+    """One matrix of several times what the first request of a file brings."""
+    w = torch.randn(512, 256, generator=torch.Generator().manual_seed(2))
+    (tmp_path / "large").mkdir()
+    save_file({"w": w, "other": torch.ones(100)}, tmp_path / "large" / "model.safetensors")
+    hub.add(REPO, tmp_path / "large")
+    return w
+
+
+@pytest.fixture
+def published(hub: Any, sharded: Path) -> Path:
+    """A model in two shards."""
+    hub.add(REPO, sharded)
+    return sharded
+
+
+def test_a_sharded_model_reads_as_its_local_copy(hub: Any, published: Path) -> None:
+    with open_checkpoint(published) as local, open_checkpoint(REPO) as found:
+        assert found.config == local.config == {"model_type": "tiny"}
+        assert {n: found.digest(n) for n in found} == {n: local.digest(n) for n in local}
+        assert found.info("c").file == f"hf://{REPO}@{COMMIT}/model-00002-of-00002.safetensors"
+
+
+@pytest.mark.parametrize("revision", [None, "main", "v1", COMMIT])
+def test_the_commit_is_pinned(hub: Any, published: Path, revision: str | None) -> None:
+    reference = f"{REPO}@{revision}" if revision else REPO
+    assert open_checkpoint(reference).reference == f"{REPO}@{COMMIT}"
+    resolved = [path for _, path, _ in hub.requests if "/resolve/" in path]
+    assert resolved
+    assert all(f"/resolve/{COMMIT}/" in path for path in resolved)
+
+
+def test_opening_asks_for_heads_only(hub: Any, large: torch.Tensor) -> None:
+    open_checkpoint(REPO)
+    assert hub.asked("/storage/") == [f"bytes=0-{HEAD_BYTES - 1}"]
+    assert hub.sent == HEAD_BYTES
+
+
+def test_one_head_asks_for_its_bytes_only(hub: Any, large: torch.Tensor, same: Same) -> None:
+    found = open_checkpoint(REPO)
+    hub.requests.clear()
+    hub.sent = 0
+    assert same(found.read("w", (300, 364)), large[300:364])
+    start = found.info("w").offset + 300 * 1024
+    assert hub.asked("/storage/") == [f"bytes={start}-{start + 64 * 1024 - 1}"]
+    assert hub.sent == 64 * 1024
+
+
+def test_a_long_header_is_asked_for_once_more(hub: Any, tmp_path: Path) -> None:
+    (tmp_path / "many").mkdir()
+    held = {f"a rather long name of a tensor {i}": torch.full((1,), float(i)) for i in range(1500)}
+    save_file(held, tmp_path / "many" / "model.safetensors")
+    hub.add(REPO, tmp_path / "many")
+    found = open_checkpoint(REPO)
+    assert len(hub.asked("/storage/")) == 2
+    assert found["a rather long name of a tensor 1234"].item() == 1234
+
+
+def test_the_token_stays_with_the_hub(hub: Any, large: torch.Tensor) -> None:
+    """Weights lie on another host, to which a link leads; it must not see the user's token."""
+    open_checkpoint(REPO).read("w", (0, 1))
+    for _, path, headers in hub.requests:
+        assert headers.get("authorization") == (None if "/storage/" in path else "Bearer hf_secret"), path
+
+
+def test_a_transfer_that_breaks_off_goes_on_where_it_stopped(hub: Any, large: torch.Tensor, same: Same) -> None:
+    found = open_checkpoint(REPO)
+    hub.requests.clear()
+    hub.breaks[:] = [1000] * (ATTEMPTS + 2) + [0] * (ATTEMPTS - 1)
+    assert same(found["w"], large)
+    begin, end = found.info("w").offset, found.info("w").offset + 512 * 1024 - 1
+    taken_up = [f"bytes={begin + 1000 * i}-{end}" for i in range(ATTEMPTS + 2)]
+    assert hub.asked("/storage/") == taken_up + [f"bytes={begin + 1000 * (ATTEMPTS + 2)}-{end}"] * ATTEMPTS
+
+
+def test_a_transfer_that_never_succeeds_is_given_up(hub: Any, large: torch.Tensor) -> None:
+    found = open_checkpoint(REPO)
+    hub.breaks[:] = [1000] + [0] * ATTEMPTS
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: got 1000 of 524288 bytes.*--download"):
+        found["w"]
+    assert hub.breaks == []
+
+
+def test_a_busy_server_is_asked_again(hub: Any, large: torch.Tensor, same: Same) -> None:
+    found = open_checkpoint(REPO)
+    hub.refuses["model.safetensors"] = (503, {})
+    waits: list[float] = []
+
+    def recovers(seconds: float) -> None:
+        waits.append(seconds)
+        hub.refuses.clear()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("time.sleep", recovers)
+        assert same(found.read("w", (0, 2)), large[:2])
+    assert len(waits) == 1
+
+
+def test_a_server_without_ranges_is_refused(hub: Any, large: torch.Tensor) -> None:
+    hub.ranges = False
+    with pytest.raises(CheckpointError, match=r"answers with 200 instead of a range\. Pass --download"):
+        open_checkpoint(REPO)
+
+
+@pytest.mark.parametrize("stated", ["bytes 0-9/20", "bytes 5-14/524800", "items 1-2/3", "", "bytes 0-99999999/*"])
+def test_a_range_that_was_not_asked_for_is_refused(hub: Any, large: torch.Tensor, stated: str) -> None:
+    found = open_checkpoint(REPO)
+    hub.content_range = stated or " "
+    with pytest.raises(CheckpointError, match=r"asked for bytes .*, the server answers with"):
+        found.read("w", (0, 4))
+
+
+def test_more_bytes_than_asked_for_are_refused(hub: Any, large: torch.Tensor) -> None:
+    found = open_checkpoint(REPO)
+    hub.extra = b"more"
+    with pytest.raises(CheckpointError, match="sends more than it was asked for"):
+        found["w"]
+
+
+def test_a_file_that_changed_is_noticed(hub: Any, large: torch.Tensor) -> None:
+    found = open_checkpoint(REPO)
+    hub.repos[REPO]["model.safetensors"] += b"longer"
+    with pytest.raises(CheckpointError, match="asked for bytes"):
+        found["w"]
+
+
+def test_a_lying_header_is_refused_as_on_disk(hub: Any, published: Path) -> None:
+    name = "model-00001-of-00002.safetensors"
+    hub.repos[REPO][name] = hub.repos[REPO][name][:-8]
+    with pytest.raises(CheckpointError, match=f"{COMMIT}/{name}, tensor 'b'.*truncated"):
+        open_checkpoint(REPO)
+
+
+def test_an_empty_file_is_refused(hub: Any, published: Path) -> None:
+    hub.repos[REPO]["model-00001-of-00002.safetensors"] = b""
+    with pytest.raises(CheckpointError, match="model-00001-of-00002"):
+        open_checkpoint(REPO)
+
+
+def test_a_missing_shard_is_named(hub: Any, published: Path) -> None:
+    del hub.repos[REPO]["model-00002-of-00002.safetensors"]
+    with pytest.raises(CheckpointError, match=f"{REPO}@{COMMIT}: 1 of 2 files are missing: model-00002"):
+        open_checkpoint(REPO)
+
+
+def test_a_configuration_is_never_huge(hub: Any, published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.repos[REPO]["config.json"] = b" " * 4000
+    monkeypatch.setattr("diffract.checkpoints.hub.HEADER_LIMIT", 3999)
+    with pytest.raises(CheckpointError, match=r"config\.json: 4000 bytes are too many"):
+        open_checkpoint(REPO)
+    assert ("GET", f"/{REPO}/resolve/{COMMIT}/config.json") not in [request[:2] for request in hub.requests]
+
+
+def test_files_in_subfolders_are_others(hub: Any, published: Path) -> None:
+    hub.repos[REPO]["onnx/model.safetensors"] = b"not looked at"
+    assert len(open_checkpoint(REPO)) == 3
+
+
+REFUSALS: dict[str, tuple[int, dict[str, str], str]] = {
+    "not found": (401, {"X-Error-Code": "RepoNotFound"}, "no model that you may read at .*Check the name; for a priv"),
+    "not found, logged in": (404, {"X-Error-Code": "RepoNotFound"}, "no model that you may read"),
+    "forbidden": (403, {}, "no model that you may read.*HF_TOKEN"),
+    "wrong token": (401, {"X-Error-Message": "Invalid credentials in Authorization header"}, "hf auth login"),
+    "gated": (403, {"X-Error-Code": "GatedRepo"}, "access is gated. Accept the conditions"),
+    "no revision": (404, {"X-Error-Code": "RevisionNotFound"}, "no such revision at .*after @"),
+    "server error": (500, {}, "answers with an error .*Try again later"),
+    "too many": (429, {}, "answers with an error"),
+    "teapot": (418, {}, "answers with an error"),
+    "a web page": (200, {}, "answers as no hub does"),
+}
+
+
+@pytest.mark.parametrize("download", [False, True])
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals_say_what_to_do(hub: Any, case: str, download: bool) -> None:
+    status, headers, message = REFUSALS[case]
+    hub.refuses[REPO] = (status, headers)
+    with pytest.raises(CheckpointError, match=f"^{REPO}: .*{message}") as caught:
+        open_checkpoint(REPO, download=download)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_an_unknown_revision_is_named(hub: Any, published: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"{REPO}@v9: there is no such revision"):
+        open_checkpoint(f"{REPO}@v9")
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "message"),
+    [
+        (403, {"X-Error-Code": "GatedRepo"}, "access is gated"),
+        (404, {"X-Error-Code": "EntryNotFound"}, "no such file"),
+        (500, {}, "answers with an error"),
+    ],
+)
+def test_refusals_of_a_file_name_it(
+    hub: Any, published: Path, status: int, headers: dict[str, str], message: str
+) -> None:
+    """Of a gated model the list of files is public, the files are not."""
+    hub.refuses["00001-of-00002.safetensors"] = (status, headers)
+    with pytest.raises(CheckpointError, match=rf"model-00001-of-00002\.safetensors: .*{message}"):
+        open_checkpoint(REPO)
+    hub.refuses.clear()
+    hub.refuses["config.json"] = (status, headers)
+    with pytest.raises(CheckpointError, match=rf"config\.json: .*{message}"):
+        open_checkpoint(REPO)
+
+
+def test_a_hub_that_cannot_be_reached_is_named(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:  # bound, and never listening
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        with pytest.raises(CheckpointError, match=r"org/model: cannot reach http://127\.0\.0\.1.*Check the network"):
+            open_checkpoint(REPO)
+        with pytest.raises(CheckpointError, match="org/model: not in the cache; cannot reach"):
+            open_checkpoint(REPO, download=True)
+
+
+def test_offline_mode_is_obeyed(hub: Any, published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for download in (False, True):
+        with pytest.raises(CheckpointError, match=r"HF_HUB_OFFLINE forbids to ask the hub\. Unset it"):
+            open_checkpoint(REPO, download=download)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("name", ["org/..", "org/a--b", "org/name."])
+def test_a_name_that_no_model_can_have_is_refused(hub: Any, name: str) -> None:
+    with pytest.raises(CheckpointError, match=r"is no name of a model .*Expected org/name@revision"):
+        open_checkpoint(name)
+    assert hub.requests == []
+
+
+def test_pytorch_files_need_a_download(hub: Any, tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    torch.save({"w": torch.ones(3)}, tmp_path / "old" / "pytorch_model.bin")
+    hub.add(REPO, tmp_path / "old")
+    with pytest.raises(CheckpointError, match=r"holds only PyTorch files.*Pass --download"):
+        open_checkpoint(REPO)
+    with open_checkpoint(REPO, download=True) as found:
+        assert found["w"].tolist() == [1, 1, 1]
+
+
+def test_a_repository_without_weights_is_refused(hub: Any, tmp_path: Path) -> None:
+    hub.repos[REPO] = {"README.md": b"", "config.json": b"{}"}
+    with pytest.raises(CheckpointError, match=f"{COMMIT} holds no weights"):
+        open_checkpoint(REPO)
+    with pytest.raises(CheckpointError, match="holds no weights on the hub"):
+        open_checkpoint(REPO, download=True)
+
+
+def test_threads_read_one_checkpoint(hub: Any, large: torch.Tensor, same: Same) -> None:
+    with open_checkpoint(REPO) as found, ThreadPoolExecutor(8) as pool:
+        starts = [i * 32 % 512 for i in range(64)]
+        parts = list(pool.map(lambda start: found.read("w", (start, start + 32)), starts))
+    assert all(same(part, large[start : start + 32]) for part, start in zip(parts, starts, strict=True))
+
+
+def test_a_download_fills_the_cache_once(hub: Any, published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.repos[REPO] |= {"tokenizer.json": b"{}", "optimizer.bin": b"large", "onnx/x.safetensors": b"large"}
+    expected = load_file(published / "model-00001-of-00002.safetensors")
+    with open_checkpoint(f"{REPO}@v1", download=True) as found:
+        assert found.reference == f"{REPO}@{COMMIT}"
+        assert found.config == {"model_type": "tiny"}
+        assert torch.equal(found["a"], expected["a"])
+        folder = Path(found.info("a").file).parent
+    assert folder.is_relative_to(constants.HF_HUB_CACHE)
+    assert (folder / "tokenizer.json").is_file()
+    assert not (folder / "optimizer.bin").exists()
+    assert not (folder / "onnx").exists()
+    hub.requests.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with open_checkpoint(f"{REPO}@v1", download=True) as found:
+        assert torch.equal(found["a"], expected["a"])
+    assert hub.requests == []
+
+
+def test_a_download_prefers_the_models_own_safetensors(hub: Any, published: Path) -> None:
+    hub.repos[REPO] |= {"pytorch_model.bin": b"large", "consolidated.safetensors": b"large"}
+    with open_checkpoint(REPO, download=True) as found:
+        assert sorted(found) == ["a", "b", "c"]
+    assert hub.asked("pytorch_model.bin") == hub.asked("consolidated") == []
+
+
+@pytest.fixture
+def adapted(hub: Any, published: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
+    """A hand-made adapter, and its base, both on the hub."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(4)
+    factors = {"A": torch.randn(2, 6, generator=generator), "B": torch.randn(8, 2, generator=generator)}
+    save_file({f"base_model.model.lin.lora_{s}.weight": factors[s] for s in "AB"}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(
+        f'{{"peft_type": "LORA", "lora_alpha": 6, "base_model_name_or_path": "org/base", "revision": "{COMMIT}"}}'
+    )
+    hub.add("org/adapter", folder)
+    (tmp_path / "base").mkdir()
+    save_file({"lin.weight": torch.ones(8, 6)}, tmp_path / "base" / "model.safetensors")
+    hub.add("org/base", tmp_path / "base")
+    return factors
+
+
+@pytest.mark.parametrize("download", [False, True])
+def test_an_adapter_on_the_hub_lies_over_its_base(hub: Any, adapted: dict[str, torch.Tensor], download: bool) -> None:
+    expected = (1 + 3 * adapted["B"].double() @ adapted["A"].double()).float()
+    with open_checkpoint("org/adapter", download=download) as found:
+        assert found.reference == f"org/adapter@{COMMIT}"
+        assert found.base_reference == f"org/base@{COMMIT}"
+        assert torch.equal(found["lin.weight"], expected)
+        assert found.factors["lin.weight"]().A.shape == (2, 6)
+    assert any(path == f"/api/models/org/base/revision/{COMMIT}" for _, path, _ in hub.requests) != download
+
+
+def test_an_adapter_on_the_hub_over_a_base_on_disk(hub: Any, adapted: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    with open_checkpoint("org/adapter", base=tmp_path / "base") as found:
+        assert found.base_reference == str(tmp_path / "base")
+        assert found["lin.weight"].shape == (8, 6)
+    assert not any("org/base" in path for _, path, _ in hub.requests)
