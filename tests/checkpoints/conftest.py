@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import pytest
 import torch
@@ -178,7 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.reply(404, b"", {"X-Error-Code": "EntryNotFound"})
         headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{file}"'}
         if file.endswith((".safetensors", ".bin")):
-            location = f"{self.hub.storage}/storage/{org}/{name}/{file}"
+            location = f"{self.hub.storage}/storage/{org}/{name}/{quote(file)}"
             return self.reply(302, b"", headers | {"Location": location, "X-Linked-Size": str(len(content))})
         return self.reply(200, content, headers)
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from diffract.checkpoints.index import HEADER_LIMIT, encode_header, read_header
-from diffract.checkpoints.tensors import TORCH_DTYPES, TensorInfo
+from diffract.checkpoints.dtypes import TORCH_DTYPES
+from diffract.checkpoints.tensors import TensorInfo
 from diffract.errors import CheckpointError
 
 F32 = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffract.checkpoints import TORCH_DTYPES, Checkpoint, tensor_digest
+from diffract.checkpoints import Checkpoint, tensor_digest
+from diffract.checkpoints.dtypes import TORCH_DTYPES
 from diffract.matrices import Matrix, cut
 from diffract.matrices.cost import KEEP_BYTES
 

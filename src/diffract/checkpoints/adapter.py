@@ -11,13 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import sqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 
 from diffract.checkpoints.reader import Checkpoint, Factors, Range
 from diffract.checkpoints.tensors import TensorInfo
 from diffract.errors import CheckpointError, printable
+
+if TYPE_CHECKING:  # headers are read without torch
+    import torch
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffract.checkpoints.dtypes import DTYPE_NAMES
 from diffract.checkpoints.reader import Checkpoint, Range, Source
-from diffract.checkpoints.tensors import DTYPE_NAMES, TensorInfo
+from diffract.checkpoints.tensors import TensorInfo
 from diffract.errors import CheckpointError, printable
 
 Array = torch.Tensor | np.ndarray

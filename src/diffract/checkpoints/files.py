@@ -6,13 +6,16 @@ import os
 import weakref
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 
 from diffract.checkpoints.index import HEADER_LIMIT
 from diffract.checkpoints.reader import Range, byte_range, from_bytes
 from diffract.checkpoints.tensors import TensorInfo
 from diffract.errors import CheckpointError, printable
+
+if TYPE_CHECKING:  # headers are read without torch
+    import torch
 
 
 class ByteFile(ABC):
@@ -42,6 +45,8 @@ class ByteFile(ABC):
 
     def read(self, info: TensorInfo, rows: Range | None) -> torch.Tensor:
         """Return entries ``rows`` of a tensor; one allocation, no further copy."""
+        import torch
+
         offset, length = byte_range(info, rows)
         buffer = torch.empty(length, dtype=torch.uint8)
         if length:

@@ -157,7 +157,7 @@ class HubFolder:
 
     def open(self, name: str) -> HubFile:
         """Open one of its files."""
-        return HubFile(self._url(name), self.headers, f"hf://{self.where}/{name}")
+        return HubFile(self._url(name), self.headers, f"hf://{self.where}/{printable(name)}")
 
     def _url(self, name: str) -> str:
         return hf_hub_url(self.repo, name, revision=self.commit, endpoint=constants.ENDPOINT)

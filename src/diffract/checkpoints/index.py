@@ -12,7 +12,7 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
-from diffract.checkpoints.tensors import TORCH_DTYPES, TensorInfo
+from diffract.checkpoints.tensors import ITEMSIZES, TensorInfo
 from diffract.errors import CheckpointError, printable
 
 HEADER_LIMIT = 100_000_000
@@ -127,9 +127,9 @@ def _tensor(name: str, entry: Any, start: int, file: str) -> TensorInfo:
             f"{where}: expected a dtype, a shape and two data_offsets, got {printable(entry)}. "
             "The header is damaged; fetch the file again."
         ) from error
-    if not isinstance(dtype, str) or dtype not in TORCH_DTYPES:
+    if not isinstance(dtype, str) or dtype not in ITEMSIZES:
         raise CheckpointError(
-            f"{where}: unknown dtype {printable(dtype)!r}, expected one of {', '.join(TORCH_DTYPES)}. "
+            f"{where}: unknown dtype {printable(dtype)!r}, expected one of {', '.join(ITEMSIZES)}. "
             "Save the tensor in one of them."
         )
     _check_numbers(shape, begin, end, where)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import blake3
-import torch
 
-from diffract.checkpoints.tensors import TORCH_DTYPES, TensorInfo
+from diffract.checkpoints.tensors import TensorInfo
 from diffract.errors import CheckpointError, printable, suggest
+
+if TYPE_CHECKING:  # headers are read without torch
+    import torch
 
 Range = tuple[int, int]
 """Half-open: first index, and the one after the last."""
@@ -51,7 +53,7 @@ class Factors:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Checkpoint(Mapping[str, torch.Tensor]):
+class Checkpoint(Mapping[str, "torch.Tensor"]):
     """Named tensors, read lazily; a mapping, safe to read from several threads, and a context manager.
 
     A tensor that already lies in memory is handed out without a copy: do not write to it.
@@ -161,6 +163,8 @@ def tensor_digest(info: TensorInfo, tensor: torch.Tensor) -> str:
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """Return a tensor's bytes in row-major order, without a copy where it lies so."""
+    import torch
+
     flat = tensor.detach().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
@@ -177,6 +181,8 @@ def row_blocks(info: TensorInfo, block_bytes: int = BLOCK_BYTES) -> Iterator[Ran
 
 def from_bytes(buffer: torch.Tensor, info: TensorInfo, rows: Range | None) -> torch.Tensor:
     """Return raw bytes (uint8, 1-D) as a tensor of the stored dtype and shape, without a copy."""
+    from diffract.checkpoints.dtypes import TORCH_DTYPES
+
     lead = info.shape[:1] if rows is None else (rows[1] - rows[0],)
     return buffer.view(TORCH_DTYPES[info.dtype]).reshape((*lead, *info.shape[1:]))
 

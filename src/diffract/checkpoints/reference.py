@@ -7,12 +7,10 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
 
 from diffract.checkpoints import adapter
-from diffract.checkpoints.arrays import open_mapping, open_module, open_npz
 from diffract.checkpoints.files import LocalFile, LocalFolder
 from diffract.checkpoints.folder import (
     SAFETENSORS,
@@ -26,17 +24,19 @@ from diffract.checkpoints.folder import (
     read_config,
     read_object,
 )
-from diffract.checkpoints.pickles import open_pickle, open_pickles
 from diffract.checkpoints.reader import Checkpoint
 from diffract.errors import CheckpointError, printable
 
-Reference = str | Path | Mapping[str, Any] | torch.nn.Module | Checkpoint
+if TYPE_CHECKING:  # headers are read without torch
+    import torch
+
+Reference: TypeAlias = "str | Path | Mapping[str, Any] | torch.nn.Module | Checkpoint"
 """What ``open`` takes."""
 
 STACK_LIMIT = 4
 """Adapters over adapters that are opened; a chain that is longer may have no end."""
 
-_HUB = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?:@(?P<revision>[^@\s]+))?", re.ASCII)
+_HUB = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?:@(?P<revision>[!-?A-~]+))?", re.ASCII)
 
 
 def open_checkpoint(reference: Reference, *, base: Reference | None = None, download: bool = False) -> Checkpoint:
@@ -72,10 +72,8 @@ class _How:
 def _open(reference: Reference, how: _How) -> Checkpoint:
     if isinstance(reference, Checkpoint):
         return reference
-    if isinstance(reference, torch.nn.Module):
-        return open_module(reference)
-    if isinstance(reference, Mapping):
-        return open_mapping(reference)
+    if not isinstance(reference, str | Path):
+        return _open_memory(reference)
     try:
         path = Path(reference).expanduser()
         is_folder, is_file = reference != "" and path.is_dir(), path.is_file()  # Path("") is the folder we are in
@@ -94,6 +92,21 @@ def _open(reference: Reference, how: _How) -> Checkpoint:
     )
 
 
+def _open_memory(reference: Any) -> Checkpoint:
+    import torch
+
+    from diffract.checkpoints.arrays import open_mapping, open_module
+
+    if isinstance(reference, torch.nn.Module):
+        return open_module(reference)
+    if isinstance(reference, Mapping):
+        return open_mapping(reference)
+    raise CheckpointError(
+        f"a {type(reference).__name__} is no checkpoint: expected a path, org/name@revision on the hub, a mapping of "
+        "arrays, or an nn.Module."
+    )
+
+
 def _open_hub(repo: str, revision: str | None, how: _How) -> Checkpoint:
     from diffract.checkpoints.hub import download_hub, find_hub_folder, open_hub_folder
 
@@ -109,8 +122,12 @@ def _open_hub(repo: str, revision: str | None, how: _How) -> Checkpoint:
 def _open_file(path: Path) -> Checkpoint:
     config = read_config(LocalFolder(path.parent))
     if path.suffix == ".npz":
+        from diffract.checkpoints.arrays import open_npz
+
         return replace(open_npz(path), config=config)
     if path.suffix in TORCH_SUFFIXES:
+        from diffract.checkpoints.pickles import open_pickle
+
         return replace(open_pickle(path), config=config)
     if path.suffix == ".safetensors":
         found, metadata = open_safetensors(LocalFile(path))
@@ -136,6 +153,8 @@ def _open_folder(path: Path, how: _How) -> Checkpoint:
         return replace(open_shards(folder, shards), config=config)
     pickles = find_shards(folder, TORCH, TORCH_SUFFIXES)
     if pickles.files:
+        from diffract.checkpoints.pickles import open_pickles
+
         return replace(open_pickles(folder, pickles), config=config)
     raise CheckpointError(
         f"folder {folder.where!r} holds no .safetensors, .bin, .pt or .pth files. Is this the right folder?"

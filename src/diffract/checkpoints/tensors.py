@@ -5,34 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-import torch
-
-TORCH_DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "BOOL": torch.bool,
+ITEMSIZES: dict[str, int] = {
+    **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2},
+    **{"F8_E4M3": 1, "F8_E5M2": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "F8_E8M0": 1},
+    **{"C64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1},
 }
-"""safetensors' dtype names; the one spelling that diffract uses everywhere."""
-
-if hasattr(torch, "float8_e8m0fnu"):  # from torch 2.7 on; scales of block formats
-    TORCH_DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
-
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+"""Bytes per entry by safetensors' dtype names, the one spelling that diffract uses everywhere."""
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 """dtypes whose tensors are analysed; the others are listed."""
@@ -45,7 +23,7 @@ class TensorInfo:
     Attributes:
         name: Its name, untrusted text.
         shape: Its shape.
-        dtype: A key of ``TORCH_DTYPES``.
+        dtype: A key of ``ITEMSIZES``.
         file: The file that holds it, or where else it lies.
         offset: First byte within the file, where that means something.
     """
@@ -64,7 +42,7 @@ class TensorInfo:
     @property
     def itemsize(self) -> int:
         """Bytes per entry."""
-        return TORCH_DTYPES[self.dtype].itemsize
+        return ITEMSIZES[self.dtype]
 
     @property
     def size_bytes(self) -> int:
@@ -75,15 +53,3 @@ class TensorInfo:
     def is_float(self) -> bool:
         """Whether the tensor can be analysed."""
         return self.dtype in FLOATS
-
-
-def machine_epsilon(dtype: str) -> float:
-    """Return the distance from 1 to the next larger number of a stored dtype.
-
-    Args:
-        dtype: One of ``FLOATS``.
-
-    >>> machine_epsilon("BF16")
-    0.0078125
-    """
-    return float(torch.finfo(TORCH_DTYPES[dtype]).eps)

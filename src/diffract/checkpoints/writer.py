@@ -8,16 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import TYPE_CHECKING, IO
 from uuid import uuid4
 
-import torch
 
 from diffract.checkpoints.folder import SAFETENSORS
 from diffract.checkpoints.index import encode_header
 from diffract.checkpoints.reader import as_bytes
-from diffract.checkpoints.tensors import DTYPE_NAMES, TensorInfo
+from diffract.checkpoints.tensors import TensorInfo
 from diffract.errors import CheckpointError, printable
+
+if TYPE_CHECKING:  # headers are read without torch
+    import torch
 
 SHARD_BYTES = 5_000_000_000
 """Bytes of tensors per file."""
@@ -94,8 +96,7 @@ class TensorWriter:
         Raises:
             CheckpointError: The name is taken, the dtype has no counterpart, or the disk is full.
         """
-        self._check(name, tensor)
-        shape, dtype = tuple(tensor.shape), DTYPE_NAMES[tensor.dtype]
+        shape, dtype = tuple(tensor.shape), self._check(name, tensor)
         with self._explained():
             if self._shard and self._shard.size_bytes + tensor.nbytes > self.shard_bytes:
                 self._end_shard()
@@ -119,7 +120,10 @@ class TensorWriter:
         finally:
             self._clean(whole=kind is None)
 
-    def _check(self, name: str, tensor: torch.Tensor) -> None:
+    def _check(self, name: str, tensor: torch.Tensor) -> str:
+        """Return the name of a tensor's dtype, or raise."""
+        from diffract.checkpoints.dtypes import DTYPE_NAMES
+
         if name in self._places or name == "__metadata__":
             raise CheckpointError(f"{self._where}: the name {printable(name)!r} is taken. Choose another one.")
         if tensor.dtype not in DTYPE_NAMES:
@@ -127,6 +131,7 @@ class TensorWriter:
                 f"{self._where}, tensor {printable(name)!r}: safetensors has no {tensor.dtype}, expected one "
                 f"of {', '.join(DTYPE_NAMES.values())}. Convert it."
             )
+        return DTYPE_NAMES[tensor.dtype]
 
     def _draft(self) -> Path:
         """A new file that does not look like weights yet."""
