@@ -29,12 +29,23 @@ from threadpoolctl import threadpool_limits
 
 import diffract
 from diffract.linalg import spectrum
+from diffract.metrics import CATALOG
 
 WIDTH, HEADS, HEAD_DIM, INNER = 2048, 16, 128, 8192
-VALUES = (
-    "frobenius_norm,spectral_norm,nuclear_norm,stable_rank,effective_rank,participation_ratio,numerical_rank,"
-    "energy_rank_90,aspect_ratio,condition_number,entry_std,entry_kurtosis"
-).split(",")
+VALUES = [m.name for m in CATALOG.values() if not m.pair]
+    "frobenius_norm",
+    "spectral_norm",
+    "nuclear_norm",
+    "stable_rank",
+    "effective_rank",
+    "participation_ratio",
+    "numerical_rank",
+    "energy_rank_90",
+    "aspect_ratio",
+    "condition_number",
+    "entry_std",
+    "entry_kurtosis",
+]
 CONFIG = {
     "model_type": "olmo2",
     "hidden_size": WIDTH,
@@ -128,8 +139,8 @@ def measure_heads(base: Path, tuned: Path, layers: int) -> None:
 
 def _limit(model: Path, layers: int) -> float:
     """Time of reading, casting, products and eigensolver alone, on two threads side by side."""
-    from diffract.analysis.engine import cores, single_threaded  # noqa: PLC0415
-    from diffract.linalg.syrk import add_gram, mirrored  # noqa: PLC0415
+    from diffract.analysis.engine import cores, single_threaded
+    from diffract.linalg.syrk import add_gram, mirrored
 
     buffer = torch.empty(HEAD_DIM, WIDTH, dtype=torch.float64)
 
@@ -167,7 +178,9 @@ def measure_norm(base: Path) -> None:
 
     ours = median(lambda: diffract.scan(base, metrics=["frobenius_norm"], cache=False), 5)
     plain = median(read, 5)
-    print(f"| frobenius_norm alone | {ours:.3g} s | {plain:.3g} s to read and upcast | {ours / plain:.2f} | 2 at most |")
+    print(
+        f"| frobenius_norm alone | {ours:.3g} s | {plain:.3g} s to read and upcast | {ours / plain:.2f} | 2 at most |"
+    )
 
 
 def measure_start(folder: Path) -> None:
@@ -207,7 +220,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--folder", type=Path, help="keep the synthetic checkpoints here")
     args = parser.parse_args()
-    processor = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").open() if "model name" in x), "unknown")
+    processor = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "unknown")
     print(f"{processor}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}\n")
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)

@@ -41,7 +41,7 @@ LABELS: dict[str, Any] = {
 """Columns that say which matrix a row speaks of; ``(model, name)`` is unique."""
 
 OUTCOME: dict[str, Any] = {"status": pl.String, "method": pl.String, "resolved": pl.Float64}
-"""``status`` ok | zero | non_finite | unpaired; ``method`` of the spectrum; ``resolved`` is the smallest sigma it can tell from zero."""
+"""``status`` ok | zero | non_finite | unpaired; ``method`` of the spectrum, and the smallest sigma that it resolves."""
 
 SPECTRA: dict[str, Any] = {
     "model": pl.String,
@@ -72,7 +72,8 @@ TENSORS: dict[str, Any] = {
     "outcome": pl.String,
     "note": pl.String,
 }
-"""``outcome``: analysed | retyped | unmatched | resized | tied | not_selected | vector | not_matrix | not_float | empty.
+"""``outcome``: analysed | retyped | unmatched | resized | tied | not_selected | vector | not_matrix | not_float |
+empty.
 
 ``retyped`` tensors are compared, though base and tuned store other dtypes; ``unmatched`` and ``resized`` ones are
 analysed alone.

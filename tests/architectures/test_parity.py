@@ -131,7 +131,11 @@ def test_encoder_decoder_heads(family: str) -> None:
     model = build(family)
     layout = lay_out(diffract.open(model))
     x = torch.randn(1, 3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    places = [("encoder.attn", model.encoder, 0), ("decoder.attn", model.decoder, 0), ("decoder.cross_attn", model.decoder, 1)]
+    places = [
+        ("encoder.attn", model.encoder, 0),
+        ("decoder.attn", model.decoder, 0),
+        ("decoder.cross_attn", model.decoder, 1),
+    ]
     for block, stack, place in places:
         for layer, module in enumerate(stack.block):
             sub = module.layer[place]

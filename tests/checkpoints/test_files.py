@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from diffract.checkpoints import Checkpoint, open_checkpoint, row_blocks, tensor_digest
+from diffract.checkpoints.dtypes import TORCH_DTYPES
 from diffract.checkpoints.files import LocalFile, LocalFolder
 from diffract.checkpoints.index import HEADER_LIMIT
 from diffract.checkpoints.tensors import TensorInfo
@@ -135,6 +136,18 @@ def test_floats_are_analysed_and_the_others_listed(file: Path) -> None:
     assert listed == {"i64", "i32", "i16", "i8", "u8", "bool"}
 
 
+def test_a_dtype_that_this_torch_does_not_have_is_listed_and_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch before 2.7 has no float8_e8m0fnu."""
+    save_file({"scale": torch.ones(4, dtype=torch.float8_e8m0fnu)}, tmp_path / "x.safetensors")
+    monkeypatch.delitem(TORCH_DTYPES, "F8_E8M0")
+    found = open_checkpoint(tmp_path / "x.safetensors")
+    assert found.info("scale").size_bytes == 4
+    with pytest.raises(CheckpointError, match=r"'scale': this torch has no F8_E8M0\. Update torch"):
+        found.read("scale")
+
+
 def test_threads_read_one_checkpoint(wide: tuple[Path, torch.Tensor], same: Same) -> None:
     path, w = wide
     with open_checkpoint(path) as found, ThreadPoolExecutor(8) as pool:
@@ -168,9 +181,9 @@ def test_a_forgotten_checkpoint_closes_its_file(file: Path) -> None:
 def test_a_damaged_file_stays_not_open(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
     before = len(list(Path("/proc/self/fd").iterdir()))
-    with pytest.raises(CheckpointError, match=r"every\.safetensors.*truncated"):
+    with pytest.raises(CheckpointError, match=r"every\.safetensors.*truncated") as caught:
         open_checkpoint(file)
-    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before, f"closed while {caught.type} is looked at"
 
 
 def test_a_file_that_shrinks_says_so(wide: tuple[Path, torch.Tensor]) -> None:

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
+from diffract.checkpoints.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from diffract.checkpoints.index import HEADER_LIMIT, encode_header, read_header
-from diffract.checkpoints.dtypes import TORCH_DTYPES
-from diffract.checkpoints.tensors import TensorInfo
+from diffract.checkpoints.tensors import FLOATS, ITEMSIZES, TensorInfo
 from diffract.errors import CheckpointError
 
 F32 = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
@@ -35,6 +35,12 @@ def test_agrees_with_safetensors_on_every_dtype(file: Path, tensors: dict[str, t
         expected = reference[name]
         assert (info.dtype, list(info.shape)) == (expected["dtype"], expected["shape"])
         assert raw[info.offset : info.offset + info.size_bytes] == bytes(expected["data"])
+
+
+def test_sizes_are_those_of_torch() -> None:
+    assert {name: dtype.itemsize for name, dtype in TORCH_DTYPES.items()} == ITEMSIZES
+    assert len(DTYPE_NAMES) == len(TORCH_DTYPES), "one name each"
+    assert set(FLOATS) < set(ITEMSIZES)
 
 
 def test_tensors_come_in_file_order(file: Path) -> None:

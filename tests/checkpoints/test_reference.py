@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +128,15 @@ def test_safetensors_come_before_pytorch_files(weights: Path) -> None:
 def test_both_sides_know_the_same_dtypes() -> None:
     assert {name: dtype.itemsize for name, dtype in TORCH_DTYPES.items()} == ITEMSIZES
     assert all(TensorInfo("w", (2,), name).is_float for name in FLOATS)
+
+
+def test_headers_are_read_without_torch(sharded: Path) -> None:
+    """Loading torch takes seconds; looking at a model must not."""
+    code = f"""
+import sys
+from diffract.checkpoints import open_checkpoint
+with open_checkpoint({str(sharded)!r}) as found:
+    assert [found.info(name).shape for name in found] == [(8, 6)] * 3
+assert "torch" not in sys.modules and "huggingface_hub" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -75,9 +75,7 @@ SINGLE_CASES: dict[str, tuple[torch.Tensor, dict[str, float]]] = {
             "aspect_ratio": 1,
             "condition_number": 3,
             "entry_std": math.sqrt(14 / 9 - (2 / 9) ** 2),
-            "entry_kurtosis": (
-                (98 - 4 * (2 / 9) * (27 - 8 + 1) + 6 * (2 / 9) ** 2 * 14 - 3 * 9 * (2 / 9) ** 4) / 9
-            )
+            "entry_kurtosis": ((98 - 4 * (2 / 9) * (27 - 8 + 1) + 6 * (2 / 9) ** 2 * 14 - 3 * 9 * (2 / 9) ** 4) / 9)
             / (14 / 9 - (2 / 9) ** 2) ** 2
             - 3,
         },

@@ -14,11 +14,11 @@ import polars as pl
 
 from diffract import tables
 from diffract._version import __version__
-from diffract.matrices import Layout
 from diffract.analysis.models import model_numbers
 from diffract.analysis.plan import Plan
 from diffract.analysis.rows import CURVE
 from diffract.analysis.work import Part
+from diffract.matrices import Layout
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ def model_numbers(base: pl.DataFrame, tuned: pl.DataFrame) -> dict[str, float | 
     if "delta_frobenius" not in pairs.columns:
         return _plain(numbers)
     pairs = pairs.filter(pl.col("delta_frobenius").is_not_null()).with_columns(d2=pl.col("delta_frobenius") ** 2)
-    before = pairs["base_squares"].sum() if pairs["base_squares"].null_count() == 0 else 0.0
-    numbers["delta_relative"] = math.sqrt(pairs["d2"].sum() / before) if before else math.nan
+    before = float(pairs["base_squares"].sum()) if pairs["base_squares"].null_count() == 0 else 0.0
+    numbers["delta_relative"] = math.sqrt(float(pairs["d2"].sum()) / before) if before else math.nan
     for name in ("value_share", "value_share_chance", "spectral_shift_share"):
         numbers[name] = _mean(pairs, name, pl.col("d2"))
     return _plain(numbers | _head_numbers(pairs))
@@ -51,8 +51,8 @@ def _mean(rows: pl.DataFrame, column: str, weight: pl.Expr) -> float:
     if column not in rows.columns:
         return math.nan
     known = rows.filter(pl.col(column).is_not_null()).select(value=column, weight=weight.cast(pl.Float64))
-    total = known["weight"].sum()
-    return float((known["value"] * known["weight"]).sum() / total) if total else math.nan
+    total = float(known["weight"].sum())
+    return float((known["value"] * known["weight"]).sum()) / total if total else math.nan
 
 
 def _plain(numbers: dict[str, float]) -> dict[str, float | None]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from diffract.matrices import Entry, Layout
 from diffract.analysis.work import TensorTask
 from diffract.errors import CheckpointError, printable
+from diffract.matrices import Entry, Layout
 
 MAY_DIFFER = ("embed", "unembed")
 """Blocks that may be unmatched: a vocabulary grows, a head is tied."""

@@ -42,7 +42,7 @@ class Architecture:
     """
 
     family: str
-    dimensions: Dimensions = Dimensions()
+    dimensions: Dimensions = field(default_factory=Dimensions)
     note: str = ""
     spec: Spec | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -99,7 +99,8 @@ def resolve(config: Mapping[str, Any], *, spec_file: str | Path | None = None) -
     )
     return Architecture(
         "generic",
-        note=f"Generic mode, because {reason}: every 2-D tensor is one matrix, no heads. Pass --architecture FILE to describe it.",
+        note=f"Generic mode, because {reason}: every 2-D tensor is one matrix, no heads. "
+        "Pass --architecture FILE to describe it.",
     )
 
 

@@ -13,7 +13,6 @@ from functools import partial
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
-
 from diffract.checkpoints.reader import Checkpoint, Factors, Range
 from diffract.checkpoints.tensors import TensorInfo
 from diffract.errors import CheckpointError, printable

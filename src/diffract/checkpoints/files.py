@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-
 from diffract.checkpoints.index import HEADER_LIMIT
 from diffract.checkpoints.reader import Range, byte_range, from_bytes
 from diffract.checkpoints.tensors import TensorInfo

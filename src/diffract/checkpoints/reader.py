@@ -183,6 +183,8 @@ def from_bytes(buffer: torch.Tensor, info: TensorInfo, rows: Range | None) -> to
     """Return raw bytes (uint8, 1-D) as a tensor of the stored dtype and shape, without a copy."""
     from diffract.checkpoints.dtypes import TORCH_DTYPES
 
+    if info.dtype not in TORCH_DTYPES:
+        raise CheckpointError(f"tensor {printable(info.name)!r}: this torch has no {info.dtype}. Update torch.")
     lead = info.shape[:1] if rows is None else (rows[1] - rows[0],)
     return buffer.view(TORCH_DTYPES[info.dtype]).reshape((*lead, *info.shape[1:]))
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-
 from diffract.checkpoints import adapter
 from diffract.checkpoints.files import LocalFile, LocalFolder
 from diffract.checkpoints.folder import (

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, IO
+from typing import IO, TYPE_CHECKING
 from uuid import uuid4
-
 
 from diffract.checkpoints.folder import SAFETENSORS
 from diffract.checkpoints.index import encode_header

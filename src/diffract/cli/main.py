@@ -14,8 +14,8 @@ HELP = """See what a training stage did to a language model's weights.
 A MODEL is a safetensors, .bin, .pt or .npz file, a folder of them, a PEFT LoRA folder, or org/name@revision on the hub.
 """
 
-EPILOG = """Exit codes: 0 done; 1 the input is wrong, the message says what to do; 2 wrong usage; 3 an error in diffract;
-130 interrupted (run the same command again: it continues)."""
+EPILOG = """Exit codes: 0 done; 1 the input is wrong, the message says what to do; 2 wrong usage;
+3 an error in diffract; 130 interrupted (run the same command again: it continues)."""
 
 app = typer.Typer(help=HELP, epilog=EPILOG, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (analyse.scan, analyse.compare, look.inspect, show.report, look.metrics, show.demo):

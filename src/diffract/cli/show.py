@@ -49,7 +49,7 @@ def demo(
             from diffract.errors import CheckpointError
 
             raise CheckpointError(
-                f"no sample family at {str(samples)!r}. Run this in a clone of the repository, or pass --samples FOLDER."
+                f"no sample family at {str(samples)!r}. Run this in a clone of the repository, or pass --samples."
             )
     analyse.compare(
         f"base={samples / 'base'}",

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffract.linalg.exact import Spectrum, lapack
 from diffract.linalg.products import product
-from diffract.linalg.spectrum import GRAM_RESOLVES, GRAM_VECTORS, gram_eigen
+from diffract.linalg.spectrum import GRAM_RESOLVES, GRAM_VECTORS, gram_eigen, inverse
 from diffract.linalg.sums import PairSums
 
 
@@ -46,7 +46,7 @@ def pair_from_sums(sums: PairSums) -> PairSpectrum:
     """Return the pair's spectra and overlaps from summed products; see ``weak_pairs`` for where that is too coarse."""
     S0, P0 = gram_eigen(sums.base_gram)
     S1, P1 = gram_eigen(sums.tuned_gram)
-    inverse0, inverse1 = _inverse(S0), _inverse(S1)
+    inverse0, inverse1 = inverse(S0), inverse(S1)
     across = product(product(P0.mT, sums.base_gram + sums.cross), P1) * inverse0[:, :, None] * inverse1[:, None, :]
     mixed = product(P0.mT, sums.cross)
     diagonal = (mixed * P0.mT).sum(-1) * inverse0
@@ -106,8 +106,3 @@ def _put_spectrum(old: Spectrum, places: list[int], new: Spectrum) -> Spectrum:
     for place, name in zip(places, new.method, strict=True):
         method[place] = name
     return Spectrum(old.S.index_copy(0, at, new.S), tuple(method), old.resolved.index_copy(0, at, new.resolved))
-
-
-def _inverse(S: Tensor) -> Tensor:
-    """1 / sigma, and 0 for directions that cannot be told from the null space."""
-    return torch.where(S > GRAM_RESOLVES * S[:, :1], 1 / S, 0.0)

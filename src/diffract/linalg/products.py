@@ -44,7 +44,7 @@ def short_first(x: Tensor, side: str) -> Tensor:
     return x if side == "rows" else x.mT
 
 
-def pieces(shape: tuple[int, int, int], side: str, device: torch.device) -> Iterator[tuple[slice, slice, slice]]:
+def pieces(shape: tuple[int, ...], side: str, device: torch.device) -> Iterator[tuple[slice, slice, slice]]:
     """Yield index triples that cut a stack into parts of at most ``PIECE_BYTES``, along the batch and the long axis."""
     count, rows, cols = shape
     short, length = (rows, cols) if side == "rows" else (cols, rows)

@@ -85,6 +85,11 @@ def gram_eigen(grams: Float64[Tensor, "b M M"]) -> tuple[Tensor, Tensor]:
     return values.flip(-1).clamp_(min=0.0).sqrt_(), vectors.flip(-1)
 
 
+def inverse(S: Float64[Tensor, "b M"]) -> Float64[Tensor, "b M"]:
+    """Return 1 / sigma, and 0 for directions that a Gram matrix cannot tell from the null space."""
+    return torch.where(GRAM_RESOLVES * S[:, :1] < S, 1 / S, 0.0)
+
+
 def gram_vectors(grams: Float64[Tensor, "b M M"], stack: Float[Tensor, "b m n"], method: Method = "auto") -> Spectrum:
     """Return the decomposition from Gram matrices; matrices whose last sigmas are too small for it go to LAPACK."""
     S, P = gram_eigen(grams)
@@ -103,7 +108,7 @@ def gram_vectors(grams: Float64[Tensor, "b M M"], stack: Float[Tensor, "b m n"],
 def _both_sides(S: Tensor, P: Tensor, stack: Tensor, side: str) -> tuple[Tensor, Tensor]:
     """Return U and Vh from the short-side vectors; the long side is Sigma^-1 P^T W, cast in pieces."""
     w = short_first(stack, side)
-    scaled = P.mT / S[:, :, None].clamp(min=torch.finfo(torch.float64).tiny)
+    scaled = P.mT * inverse(S)[:, :, None]
     step = max(1, PIECE_BYTES["cpu"] // (8 * w.shape[1]))
     parts = [product(scaled, w[:, :, k : k + step].double().contiguous()) for k in range(0, w.shape[2], step)]
     along = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]

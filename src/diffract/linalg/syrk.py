@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from scipy.linalg import cython_blas
+from scipy.linalg import cython_blas  # pyright: ignore[reportAttributeAccessIssue] (compiled)
 from torch import Tensor
 
 
@@ -28,11 +28,11 @@ def add_gram(total: Tensor, x: Tensor) -> None:
     assert total.is_contiguous()
     assert by_rows or x.stride(0) == 1
     # Fortran sees C's upper triangle as the lower one, and rows as columns
-    trans, lda = (b"T", x.stride(0)) if by_rows else (b"N", x.stride(1))
+    trans, lda = (b"T", max(x.stride(0), k)) if by_rows else (b"N", max(x.stride(1), n))
     one = ctypes.c_double(1.0)
     _dsyrk()(
         *(b"L", trans, _int(n), _int(k), ctypes.byref(one), x.data_ptr()),
-        *(_int(max(lda, 1)), ctypes.byref(one), total.data_ptr(), _int(n)),
+        *(_int(lda), ctypes.byref(one), total.data_ptr(), _int(n)),
     )
 
 

@@ -51,6 +51,7 @@ def top_spectrum(
     """Return the k largest singular triplets of a matrix.
 
     Block Golub-Kahan iteration with full reorthogonalisation and Rayleigh-Ritz extraction (Golub, Luk, Overton 1981).
+
     Args:
         w: Any float dtype; float64 pieces of it are made as they are needed.
         k: How many, at most min(m, n).
@@ -71,10 +72,10 @@ def top_spectrum(
     while True:
         across, image = _both_products(w, block, side)
         Q, B, Y = torch.cat([Q, block], 1), torch.cat([B, across]), torch.cat([Y, image], 1)
-        S, ritz = _ritz(B, block.shape[1])
+        S, ritz = _ritz(B, start.shape[1])
         P = Q @ ritz
         residual = (Y @ ritz / S.clamp(min=TINY) - S * P).norm(dim=0)
-        residual = torch.where(S > ZERO * S[0], residual, S)  # ||A^T u|| where v is not defined
+        residual = torch.where(ZERO * S[0] < S, residual, S)  # ||A^T u|| where v is not defined
         error = _error(S, residual)[:k]
         steps -= 1
         converged = bool((error <= tolerance * S[0]).all())

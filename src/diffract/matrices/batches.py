@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
 
 from diffract.matrices.matrix import Matrix
@@ -37,7 +37,7 @@ def cut(tensor: Tensor, matrices: Sequence[Matrix], first_index: int = 0) -> Ten
     views = [_view(tensor, m, first_index) for m in matrices]
     first = views[0]
     offsets = [view.storage_offset() for view in views]
-    steps = {b - a for a, b in zip(offsets, offsets[1:], strict=False)} or {0}
+    steps = {b - a for a, b in pairwise(offsets)} or {0}
     if len(steps) == 1 and min(steps) >= 0:
         return first.as_strided((len(views), *first.shape), (steps.pop(), *first.stride()), offsets[0])
     return torch.stack(views)

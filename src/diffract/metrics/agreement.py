@@ -68,8 +68,12 @@ def subspace(overlap: Overlap, k: int) -> PerMatrix:
 
 
 def intruders(left_overlap: Overlap) -> PerMatrix:
-    """How many of the top 10 left vectors of W1 have a best match below 0.5 in W0 (Shuttleworth et al. 2024)."""
-    return (left_overlap[:, :, :INTRUDERS].amax(-2) < INTRUDER_MATCH).sum(-1).double()
+    """How many of the top 10 left vectors of W1 have a best match below 0.5 in W0 (Shuttleworth et al. 2024).
+
+    NaN where one of the matrices has no vectors.
+    """
+    matches = left_overlap[:, :, :INTRUDERS].amax(-2)
+    return torch.where(matches.isnan().any(-1), torch.nan, (matches < INTRUDER_MATCH).sum(-1).double())
 
 
 def cosine_chance(dimension: int) -> float:
@@ -82,7 +86,7 @@ def cosine_chance(dimension: int) -> float:
 
 
 def best_match_chance(dimension: int, count: int) -> float:
-    """Best |cos| of a random unit vector with ``count`` others: about sqrt(2 ln k / d); 1 when they span the space's axes.
+    """Best |cos| of a random unit vector with k = ``count`` others: about sqrt(2 ln k / d), at most 1.
 
     >>> best_match_chance(1, 1)
     1.0

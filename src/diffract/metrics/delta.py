@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float64
 from torch import Tensor
 
@@ -17,7 +18,7 @@ def delta_frobenius(delta_squares: PerMatrix) -> PerMatrix:
 
 def delta_relative(delta_squares: PerMatrix, base_squares: PerMatrix) -> PerMatrix:
     """||D||_F / ||W0||_F. NaN for a zero base."""
-    return (delta_squares / base_squares).sqrt()
+    return torch.where(base_squares > 0, delta_squares / base_squares, torch.nan).sqrt()
 
 
 def delta_spectral(delta_sigmas: Float64[Tensor, "b M"]) -> PerMatrix:
@@ -31,7 +32,7 @@ def delta_stable_rank(delta_sigmas: Float64[Tensor, "b M"]) -> PerMatrix:
 
 
 def delta_effective_rank(delta_sigmas: Float64[Tensor, "b M"]) -> PerMatrix:
-    """exp of the entropy (nats) of D's normalised singular values. NaN when nothing changed."""
+    """Exp of the entropy (nats) of D's normalised singular values. NaN when nothing changed."""
     return effective_rank(delta_sigmas)
 
 
@@ -41,8 +42,8 @@ def delta_changed_share(changed: PerMatrix, shape: tuple[int, int]) -> PerMatrix
 
 
 def delta_rounding_floor(rounding_squares: PerMatrix) -> PerMatrix:
-    """Norm that rounding W1 to its stored dtype alone causes: sqrt(sum ulp_ij^2 / 12), errors uniform within half an ulp.
+    """Norm that rounding W1 to its stored dtype alone causes: sqrt(sum ulp_ij^2 / 12).
 
-    A ``delta_frobenius`` near it is rounding, not training.
+    Errors are uniform within half an ulp. A ``delta_frobenius`` near it is rounding, not training.
     """
     return rounding_squares.sqrt()

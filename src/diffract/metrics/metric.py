@@ -105,7 +105,9 @@ class Metric:
 @overload
 def metric(function: Callable[..., Tensor], /) -> Metric: ...
 @overload
-def metric(*, name: str = ..., summary: str = ..., unit: str = ..., range: str = ..., version: int = ...) -> Callable[[Callable[..., Tensor]], Metric]: ...  # fmt: skip
+def metric(
+    *, name: str = ..., summary: str = ..., unit: str = ..., range: str = ..., version: int = ...
+) -> Callable[[Callable[..., Tensor]], Metric]: ...
 def metric(
     function: Callable[..., Tensor] | None = None,
     /,
