@@ -33,19 +33,6 @@ from diffract.metrics import CATALOG
 
 WIDTH, HEADS, HEAD_DIM, INNER = 2048, 16, 128, 8192
 VALUES = [m.name for m in CATALOG.values() if not m.pair]
-    "frobenius_norm",
-    "spectral_norm",
-    "nuclear_norm",
-    "stable_rank",
-    "effective_rank",
-    "participation_ratio",
-    "numerical_rank",
-    "energy_rank_90",
-    "aspect_ratio",
-    "condition_number",
-    "entry_std",
-    "entry_kurtosis",
-]
 CONFIG = {
     "model_type": "olmo2",
     "hidden_size": WIDTH,
@@ -220,7 +207,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--folder", type=Path, help="keep the synthetic checkpoints here")
     args = parser.parse_args()
-    processor = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "unknown")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    processor = next((line.split(":")[1].strip() for line in lines if "model name" in line), "unknown")
     print(f"{processor}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}\n")
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)

@@ -91,7 +91,7 @@ def test_resolved_separates_rank_from_rounding(method: str, rank: int) -> None:
     w = gaussian(12, rank, 6) @ gaussian(rank, 30, 7)
     found = spectrum(w, method=method)
     assert found.resolved.shape == ()
-    assert int((found.S > found.resolved).sum()) == rank
+    assert int((found.resolved < found.S).sum()) == rank
 
 
 def test_resolved_of_the_gram_matrix_is_coarser_and_both_follow_sigma_max() -> None:

@@ -221,9 +221,9 @@ def change_cases() -> dict[str, tuple[torch.Tensor, torch.Tensor, dict[str, floa
     swap = {
         "delta_frobenius": math.sqrt(2 * (16 + 9)),
         "delta_relative": math.sqrt(50 / 30),
-        "delta_spectral": 4 * math.sqrt(2),
-        "delta_stable_rank": 50 / 32,
-        "delta_effective_rank": math.exp(-(4 / 7) * math.log(4 / 7) - (3 / 7) * math.log(3 / 7)),
+        "delta_spectral": math.sqrt(50),  # D = (e2 - e1) (4 e1 - 3 e2)^T, rank one
+        "delta_stable_rank": 1,
+        "delta_effective_rank": 1,
         "delta_changed_share": 4 / 16,
         "value_share": (16 + 9) / 50,
         "value_share_chance": 1 / 4,

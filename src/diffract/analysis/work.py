@@ -14,7 +14,7 @@ from diffract.analysis.facts import Found, pair_facts, single_facts
 from diffract.analysis.plan import Plan
 from diffract.analysis.rows import bundle
 from diffract.analysis.stack import Held
-from diffract.checkpoints import Checkpoint
+from diffract.checkpoints import Checkpoint, as_bytes
 from diffract.linalg import LowRank
 from diffract.matrices import Matrix, batches, scan_cost, workspace_bytes
 
@@ -164,5 +164,5 @@ def _factor_digest(change: LowRank | None) -> str:
     hasher = blake3.blake3()
     for factor in (change.B, change.A):
         hasher.update(str(tuple(factor.shape)).encode())
-        hasher.update(factor.contiguous().numpy().data)
+        hasher.update(as_bytes(factor))
     return hasher.hexdigest()

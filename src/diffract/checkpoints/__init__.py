@@ -3,7 +3,7 @@
 Headers are read without torch, so that looking at a model is quick; ``dtypes`` has torch's side of it.
 """
 
-from diffract.checkpoints.reader import Checkpoint, Factors, row_blocks, tensor_digest
+from diffract.checkpoints.reader import Checkpoint, Factors, as_bytes, row_blocks, tensor_digest
 from diffract.checkpoints.reference import Reference, open_checkpoint
 from diffract.checkpoints.tensors import FLOATS, TensorInfo
 from diffract.checkpoints.writer import TensorWriter
@@ -15,6 +15,7 @@ __all__ = [
     "Reference",
     "TensorInfo",
     "TensorWriter",
+    "as_bytes",
     "open_checkpoint",
     "row_blocks",
     "tensor_digest",

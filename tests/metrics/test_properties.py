@@ -1,0 +1,423 @@
+"""Every metric of the catalog: against NumPy, under scaling, rotation, transposition and permutation, and by chance.
+
+``TABLE`` holds a row for each metric: a definition in NumPy, and what must leave it as it is. All facts are computed
+the way a scan and a comparison compute them.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from diffract.analysis.facts import pair_facts, single_facts
+from diffract.analysis.plan import Plan
+from diffract.analysis.stack import Stack
+from diffract.metrics import CATALOG
+from diffract.metrics.agreement import best_match_chance, cosine_chance
+
+CPU = torch.device("cpu")
+
+TOLERANCE = {"exact": 1e-9, "gram": 1e-5}
+"""Vectors move by eps over the relative gap of sigmas, which is kept above 1e-3: 1e-12, and room. From Gram matrices by
+eps (sigma_1 / sigma)^2 over the gap, sigma / sigma_1 being kept above 1e-2: 1e-8, and room."""
+
+
+@dataclass
+class Case:
+    """A base and its tuned matrix in float64, the dtype that they were stored in, and their decompositions."""
+
+    w0: np.ndarray
+    w: np.ndarray
+    dtype: torch.dtype
+
+    @cached_property
+    def delta(self) -> np.ndarray:
+        return self.w - self.w0
+
+    @cached_property
+    def base(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return np.linalg.svd(self.w0, full_matrices=False)
+
+    @cached_property
+    def tuned(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return np.linalg.svd(self.w, full_matrices=False)
+
+    @property
+    def sigmas(self) -> np.ndarray:
+        return self.tuned[1]
+
+    @cached_property
+    def delta_sigmas(self) -> np.ndarray:
+        return np.linalg.svd(self.delta, compute_uv=False)
+
+    def overlap(self, side: str) -> np.ndarray:
+        (U0, _, V0), (U1, _, V1) = self.base, self.tuned
+        return np.abs(U0.T @ U1) if side == "left" else np.abs(V0 @ V1.T)
+
+    def vectors(self, side: str) -> tuple[np.ndarray, np.ndarray]:
+        """Base and tuned vectors as columns."""
+        (U0, _, V0), (U1, _, V1) = self.base, self.tuned
+        return (U0, U1) if side == "left" else (V0.T, V1.T)
+
+    def window(self, j: int) -> list[int]:
+        return [i for i, s in enumerate(self.base[1]) if abs(s - self.sigmas[j]) <= 0.05 * self.sigmas[j]]
+
+
+def entropy_rank(S: np.ndarray) -> float:
+    p = S[S > 0] / S.sum()
+    return math.exp(-(p * np.log(p)).sum())
+
+
+def numerical_rank(c: Case) -> float:
+    eps = torch.finfo(c.dtype).eps
+    return float((min(max(c.w.shape) * eps, max(eps, 1e-3)) * c.sigmas[0] < c.sigmas).sum())
+
+
+def energy_rank(c: Case) -> float:
+    total, k = 0.0, 0
+    while total < 0.9 * (c.sigmas**2).sum():
+        total += c.sigmas[k] ** 2
+        k += 1
+    return float(k)
+
+
+def kurtosis(c: Case) -> float:
+    z = c.w - c.w.mean()
+    return (z**4).mean() / (z**2).mean() ** 2 - 3 if (z**2).mean() > 0 else math.nan
+
+
+def rounding_floor(c: Case) -> float:
+    info = torch.finfo(c.dtype)
+    magnitude = np.maximum(np.abs(c.w), info.smallest_normal)
+    return math.sqrt(((np.exp2(np.frexp(magnitude)[1] - 1.0) * info.eps) ** 2).sum() / 12)
+
+
+def value_share(c: Case) -> float:
+    (U, _, V) = c.base
+    return sum((U[:, i] @ c.delta @ V[i]) ** 2 for i in range(len(V))) / (c.delta**2).sum()
+
+
+def subspace(c: Case, side: str, k: int) -> float:
+    first, second = (v[:, :k] for v in c.vectors(side))
+    return np.linalg.norm(first.T @ second) ** 2 / k if k <= len(c.sigmas) else math.nan
+
+
+def in_window(c: Case, side: str) -> float:
+    first, second = c.vectors(side)
+    return float(np.mean([np.linalg.norm(first[:, c.window(j)].T @ second[:, j]) for j in range(len(c.sigmas))]))
+
+
+ALL = {"rotation", "transpose", "permutation"}
+ENTRIES = {"transpose", "permutation"}
+SIDED = {"rotation", "permutation"}
+
+Row = tuple[Callable[[Case], float], int | None, set[str]]
+
+TABLE: dict[str, Row] = {
+    "frobenius_norm": (lambda c: np.linalg.norm(c.w), 1, ALL),
+    "spectral_norm": (lambda c: np.linalg.norm(c.w, 2), 1, ALL),
+    "nuclear_norm": (lambda c: np.linalg.norm(c.w, "nuc"), 1, ALL),
+    "stable_rank": (lambda c: (np.linalg.norm(c.w) / np.linalg.norm(c.w, 2)) ** 2, 0, ALL),
+    "effective_rank": (lambda c: entropy_rank(c.sigmas), 0, ALL),
+    "participation_ratio": (lambda c: (c.sigmas**2).sum() ** 2 / (c.sigmas**4).sum(), 0, ALL),
+    "numerical_rank": (numerical_rank, 0, ALL),
+    "energy_rank_90": (energy_rank, 0, ALL),
+    "aspect_ratio": (lambda c: max(c.w.shape) / min(c.w.shape), 0, ALL),
+    "condition_number": (lambda c: np.linalg.cond(c.w), 0, ALL),
+    "entry_std": (lambda c: c.w.std(), 1, ENTRIES),
+    "entry_kurtosis": (kurtosis, 0, ENTRIES),
+    "delta_frobenius": (lambda c: np.linalg.norm(c.delta), 1, ALL),
+    "delta_relative": (lambda c: np.linalg.norm(c.delta) / np.linalg.norm(c.w0), 0, ALL),
+    "delta_spectral": (lambda c: np.linalg.norm(c.delta, 2), 1, ALL),
+    "delta_stable_rank": (lambda c: (np.linalg.norm(c.delta) / np.linalg.norm(c.delta, 2)) ** 2, 0, ALL),
+    "delta_effective_rank": (lambda c: entropy_rank(c.delta_sigmas), 0, ALL),
+    "delta_changed_share": (lambda c: (c.w != c.w0).mean(), 0, ENTRIES),
+    "delta_rounding_floor": (rounding_floor, None, ENTRIES),
+    "value_share": (value_share, 0, ALL),
+    "value_share_chance": (lambda c: 1 / max(c.w.shape), 0, ALL),
+    "spectral_shift_share": (lambda c: ((c.sigmas - c.base[1]) ** 2).sum() / (c.delta**2).sum(), 0, ALL),
+    "intruders": (lambda c: float(sum(v.max() < 0.5 for v in c.overlap("left").T[:10])), 0, SIDED),
+}
+
+for _side in ("left", "right"):
+
+    def _d(c: Case, side: str = _side) -> int:
+        return c.w.shape[0 if side == "left" else 1]
+
+    TABLE |= {
+        f"{_side}_agreement_mean": (lambda c, s=_side: np.diag(c.overlap(s)).mean(), 0, SIDED),
+        f"{_side}_agreement_chance": (
+            # E |x_1| / ||x|| for a Gaussian x in d dimensions
+            lambda c, d=_d: math.gamma(d(c) / 2) / math.gamma((d(c) + 1) / 2) / math.sqrt(math.pi),
+            0,
+            SIDED,
+        ),
+        f"{_side}_best_match_mean": (lambda c, s=_side: c.overlap(s).max(1).mean(), 0, SIDED),
+        f"{_side}_best_match_chance": (
+            lambda c, d=_d: min(1.0, max(cosine_chance(d(c)), math.sqrt(2 * math.log(len(c.sigmas)) / d(c)))),
+            0,
+            SIDED,
+        ),
+        f"{_side}_subspace_8": (lambda c, s=_side: subspace(c, s, 8), 0, SIDED),
+        f"{_side}_subspace_8_chance": (lambda c, d=_d: 8 / d(c) if len(c.sigmas) >= 8 else math.nan, 0, SIDED),
+        f"{_side}_subspace_32": (lambda c, s=_side: subspace(c, s, 32), 0, SIDED),
+        f"{_side}_subspace_32_chance": (lambda c, d=_d: 32 / d(c) if len(c.sigmas) >= 32 else math.nan, 0, SIDED),
+        f"{_side}_agreement_window_mean": (lambda c, s=_side: in_window(c, s), 0, SIDED),
+        f"{_side}_agreement_window_chance": (
+            lambda c, d=_d: float(np.mean([math.sqrt(len(c.window(j)) / d(c)) for j in range(len(c.sigmas))])),
+            0,
+            SIDED,
+        ),
+    }
+
+
+def test_every_metric_has_its_row() -> None:
+    assert set(TABLE) == set(CATALOG)
+
+
+@pytest.mark.parametrize("name", CATALOG)
+def test_the_catalog_claims_what_the_table_tests(name: str) -> None:
+    _, degree, invariant = TABLE[name]
+    assert CATALOG[name].degree == degree
+    assert CATALOG[name].invariant == invariant
+
+
+# Computing
+
+
+def stack_of(w: torch.Tensor) -> Stack:
+    w = w if w.ndim == 3 else w[None]
+    return Stack(len(w), (w.shape[1], w.shape[2]), w.dtype, lambda: iter([w]))
+
+
+def compute(base: torch.Tensor, tuned: torch.Tensor, method: str) -> dict[str, torch.Tensor]:
+    """Every metric; those of one matrix of the tuned one."""
+    found = {}
+    for pair in (False, True):
+        metrics = tuple(m for m in CATALOG.values() if m.pair == pair)
+        plan = Plan(metrics, method=method)
+        if pair:
+            facts = pair_facts(stack_of(base), stack_of(tuned), plan, CPU)[1].facts
+        else:
+            facts = single_facts(stack_of(tuned), plan, CPU).facts
+        found |= {m.name: m(*(facts[fact] for fact in m.facts)) for m in metrics}
+    return found
+
+
+def numbers(base: torch.Tensor, tuned: torch.Tensor, method: str) -> dict[str, float]:
+    return {name: value.item() for name, value in compute(base, tuned, method).items()}
+
+
+def differing(found: dict[str, float], want: dict[str, float], tolerance: float) -> dict[str, tuple[float, float]]:
+    return {
+        name: (found[name], value)
+        for name, value in want.items()
+        if found[name] != pytest.approx(value, rel=tolerance, abs=tolerance, nan_ok=True)
+    }
+
+
+# Matrices
+
+
+def gaussian(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def rotation(n: int, seed: int) -> torch.Tensor:
+    return torch.linalg.qr(gaussian(n, n, seed=seed)).Q
+
+
+def make_pair(m: int, n: int, size: float, seed: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """A base with sigmas from 1 to 3 and a tuned matrix of which a third of the entries are unchanged."""
+    k = min(m, n)
+    sigmas = torch.linspace(3, 1, k, dtype=torch.float64)
+    base = rotation(m, seed)[:, :k] * sigmas @ rotation(n, seed + 1)[:k]
+    mask = torch.rand(m, n, generator=torch.Generator().manual_seed(seed + 2)) < 0.67
+    mask[0, 0] = True
+    return base.to(dtype), (base + size * gaussian(m, n, seed=seed + 3) * mask).to(dtype)
+
+
+def well_defined(base: torch.Tensor, tuned: torch.Tensor) -> bool:
+    """Whether sigmas are resolved and lie apart, so that vectors are defined, and no threshold is hit by chance."""
+    S = [torch.linalg.svdvals(w.double()) for w in (base, tuned)]
+    apart = all(bool((-s.diff() > 1e-3 * s[0]).all()) and bool(s[-1] > 1e-2 * s[0]) for s in S)
+    edge = ((S[0][:, None] - S[1]).abs() / (0.05 * S[1]) - 1).abs().min()
+    return apart and bool(edge > 1e-5) and bool((base != tuned).any())
+
+
+SHAPES = st.one_of(st.tuples(st.integers(1, 12), st.integers(1, 12)), st.sampled_from([(33, 36), (36, 33), (10, 40)]))
+SIZES = st.sampled_from([0.01, 0.3, 2.0])
+SEEDS = st.integers(0, 2**20)
+METHODS = st.sampled_from(["exact", "gram"])
+DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16])
+
+FEW = settings(max_examples=40, deadline=None, derandomize=True)
+"""Seeded by the test's text, so that a run is a repetition; no deadline, as BLAS takes its time to start."""
+
+
+@FEW
+@given(SHAPES, SIZES, SEEDS, METHODS, DTYPES)
+def test_numpy_agrees(shape: tuple[int, int], size: float, seed: int, method: str, dtype: torch.dtype) -> None:
+    base, tuned = make_pair(*shape, size, seed, dtype)
+    assume(well_defined(base, tuned))
+    case = Case(base.double().numpy(), tuned.double().numpy(), dtype)
+    want = {name: float(row[0](case)) for name, row in TABLE.items()}
+    assert differing(numbers(base, tuned, method), want, TOLERANCE[method]) == {}
+
+
+@FEW
+@given(SHAPES, SIZES, SEEDS, METHODS, DTYPES, st.integers(-12, 12))
+def test_scaling(
+    shape: tuple[int, int], size: float, seed: int, method: str, dtype: torch.dtype, exponent: int
+) -> None:
+    base, tuned = make_pair(*shape, size, seed, dtype)
+    assume(well_defined(base, tuned))
+    factor = 2.0**exponent
+    before, after = numbers(base, tuned, method), numbers(base * factor, tuned * factor, method)
+    # A power of two is exact in every dtype, so only the tolerance of the metric's own unit counts.
+    want = {n: before[n] for n, m in CATALOG.items() if m.degree is not None}
+    got = {n: after[n] / factor ** (CATALOG[n].degree or 0) for n in want}
+    assert differing(got, want, TOLERANCE[method]) == {}
+
+
+def claimed(values: dict[str, float], invariance: str) -> dict[str, float]:
+    return {name: value for name, value in values.items() if invariance in CATALOG[name].invariant}
+
+
+@FEW
+@given(SHAPES, SIZES, SEEDS, METHODS)
+def test_rotation(shape: tuple[int, int], size: float, seed: int, method: str) -> None:
+    base, tuned = make_pair(*shape, size, seed, torch.float64)
+    assume(well_defined(base, tuned))
+    left, right = rotation(shape[0], seed + 10), rotation(shape[1], seed + 11)
+    want = claimed(numbers(base, tuned, method), "rotation")
+    assert differing(numbers(left @ base @ right, left @ tuned @ right, method), want, TOLERANCE[method]) == {}
+
+
+@FEW
+@given(SHAPES, SIZES, SEEDS, METHODS, DTYPES)
+def test_transposition(shape: tuple[int, int], size: float, seed: int, method: str, dtype: torch.dtype) -> None:
+    base, tuned = make_pair(*shape, size, seed, dtype)
+    assume(well_defined(base, tuned))
+    before = numbers(base, tuned, method)
+    after = numbers(base.mT.contiguous(), tuned.mT.contiguous(), method)
+    assert differing(after, claimed(before, "transpose"), TOLERANCE[method]) == {}
+    # What belongs to a side changes sides.
+    left = {name: value for name, value in before.items() if name.startswith("left_")}
+    assert left
+    swapped = {name: after["right_" + name.removeprefix("left_")] for name in left}
+    assert differing(swapped, left, TOLERANCE[method]) == {}
+
+
+@FEW
+@given(SHAPES, SIZES, SEEDS, METHODS, DTYPES)
+def test_permutation(shape: tuple[int, int], size: float, seed: int, method: str, dtype: torch.dtype) -> None:
+    base, tuned = make_pair(*shape, size, seed, dtype)
+    assume(well_defined(base, tuned))
+    generator = torch.Generator().manual_seed(seed)
+    rows, cols = torch.randperm(shape[0], generator=generator), torch.randperm(shape[1], generator=generator)
+    want = claimed(numbers(base, tuned, method), "permutation")
+    assert differing(numbers(base[rows][:, cols], tuned[rows][:, cols], method), want, TOLERANCE[method]) == {}
+
+
+def test_what_is_not_claimed_is_not_so() -> None:
+    base, tuned = make_pair(33, 36, 0.3, 5, torch.float64)
+    before = numbers(base, tuned, "exact")
+    left, right = rotation(33, 20), rotation(36, 21)
+    rotated = numbers(left @ base @ right, left @ tuned @ right, "exact")
+    turned = numbers(base.mT.contiguous(), tuned.mT.contiguous(), "exact")
+    for name, m in CATALOG.items():
+        if "rotation" not in m.invariant:
+            assert rotated[name] != pytest.approx(before[name], rel=1e-6, abs=0), name
+        if "transpose" not in m.invariant and name != "intruders":  # a count may happen to be the same
+            assert turned[name] != pytest.approx(before[name], rel=1e-6, abs=0), name
+
+
+def bounds(text: str, shape: tuple[int, int]) -> tuple[float, float]:
+    low, high = text.strip("[]()").split(", ")
+    return float(low), {"M": float(min(shape)), "inf": math.inf}.get(high) or float(high)
+
+
+@FEW
+@given(SHAPES, SIZES, SEEDS, METHODS, DTYPES)
+def test_values_lie_in_the_stated_range(
+    shape: tuple[int, int], size: float, seed: int, method: str, dtype: torch.dtype
+) -> None:
+    base, tuned = make_pair(*shape, size, seed, dtype)
+    assume(bool((base != tuned).any()))
+    for name, value in numbers(base, tuned, method).items():
+        low, high = bounds(CATALOG[name].range, shape)
+        # A bound that is reached may be passed by rounding: of sums 1e-12, of Gram matrices' sigmas 1e-6.
+        slack = 1e-12 if method == "exact" else 1e-6
+        assert math.isnan(value) or low - slack * (1 + abs(low)) <= value <= high + slack * (1 + high), name
+
+
+@pytest.mark.parametrize("method", ["exact", "gram"])
+def test_a_stack_gives_what_single_matrices_give(method: str) -> None:
+    pairs = [make_pair(9, 14, 0.3, seed, torch.float32) for seed in (1, 2, 3)]
+    whole = compute(torch.stack([p[0] for p in pairs]), torch.stack([p[1] for p in pairs]), method)
+    for i, (base, tuned) in enumerate(pairs):
+        one = numbers(base, tuned, method)
+        # Reductions over a batch may vectorise in another order: a few eps.
+        assert differing({name: value[i].item() for name, value in whole.items()}, one, 1e-12) == {}
+
+
+@pytest.mark.parametrize("method", ["auto", "exact", "gram"])
+@pytest.mark.parametrize("name", CATALOG)
+def test_a_metric_alone_gives_what_it_gives_among_all(name: str, method: str) -> None:
+    base, tuned = make_pair(34, 40, 0.3, 4, torch.float32)
+    m = CATALOG[name]
+    plan = Plan((m,), method=method)
+    if m.pair:
+        facts = pair_facts(stack_of(base), stack_of(tuned), plan, CPU)[1].facts
+    else:
+        facts = single_facts(stack_of(tuned), plan, CPU).facts
+    alone = m(*(facts[fact] for fact in m.facts)).item()
+    together = numbers(base, tuned, method)[name]
+    # Another solver (with or without vectors) may serve it: its tolerance.
+    assert alone == pytest.approx(together, rel=TOLERANCE["exact" if method == "exact" else "gram"], nan_ok=True)
+
+
+# Chance
+
+
+def five_errors(values: torch.Tensor, level: float) -> bool:
+    """Whether the mean is within five standard errors of a level: false alarms once in two million."""
+    return abs(values.mean().item() - level) <= 5 * values.std().item() / len(values) ** 0.5
+
+
+@pytest.mark.parametrize("dimension", [2, 3, 10, 64])
+def test_mean_cosine_of_random_unit_vectors(dimension: int) -> None:
+    first, second = gaussian(2, 40_000, dimension, seed=dimension)
+    cosines = torch.nn.functional.cosine_similarity(first, second).abs()
+    assert five_errors(cosines, cosine_chance(dimension))
+
+
+@pytest.mark.parametrize("shape", [(9, 14), (14, 9), (10, 10)], ids=str)
+def test_chance_levels_of_unrelated_matrices(shape: tuple[int, int]) -> None:
+    base, tuned = gaussian(2, 600, *shape, seed=7)
+    found = compute(base, tuned, "exact")
+    for side in ("left", "right"):
+        # Gaussian matrices have Haar-distributed vectors: these levels are exact.
+        assert five_errors(found[f"{side}_agreement_mean"], found[f"{side}_agreement_chance"][0].item())
+        assert five_errors(found[f"{side}_subspace_8"], found[f"{side}_subspace_8_chance"][0].item())
+        # sqrt(2 ln k / d) holds for large k and d; for ten it is good to a quarter.
+        level = best_match_chance(shape[0 if side == "left" else 1], min(shape))
+        assert found[f"{side}_best_match_mean"].mean().item() == pytest.approx(level, rel=0.25)
+        # The root of a mean is at least the mean of roots (Jensen), and of what lies in the window no more is known.
+        mean, chance = (found[f"{side}_agreement_window_{x}"].mean().item() for x in ("mean", "chance"))
+        assert 0.5 * chance <= mean <= 1.05 * chance
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (8, 8)], ids=str)
+def test_value_share_of_random_changes(shape: tuple[int, int]) -> None:
+    base = gaussian(1, *shape, seed=1).expand(3000, *shape)
+    found = compute(base, base + 0.1 * gaussian(3000, *shape, seed=2), "exact")
+    assert found["value_share_chance"][0].item() == pytest.approx(1 / max(shape), rel=1e-15)
+    assert five_errors(found["value_share"], 1 / max(shape))
