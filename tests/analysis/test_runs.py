@@ -16,11 +16,11 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from conftest import llama_tensors
 from polars.testing import assert_frame_equal
 from safetensors.torch import save_file
 
 import diffract
+from conftest import llama_tensors
 from diffract import tables
 from diffract.analysis import work
 

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import llama_tensors
 from typer.testing import CliRunner
 
 import diffract
+from conftest import llama_tensors
 from diffract.checkpoints import Checkpoint
 from diffract.cli.main import app
 from diffract.metrics import CATALOG
@@ -68,7 +68,9 @@ def test_inspect_reads_headers_only(family: tuple[Path, Path], monkeypatch: pyte
 
 
 def test_inspect_needs_no_torch(family: tuple[Path, Path]) -> None:
-    code = "import sys, diffract; diffract.inspect(sys.argv[1]); print({'torch', 'polars', 'plotly'} & set(sys.modules))"
+    code = (
+        "import sys, diffract; diffract.inspect(sys.argv[1]); print({'torch', 'polars', 'plotly'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code, str(family[0])], check=True, capture_output=True, text=True)
     assert done.stdout == "set()\n"
 
@@ -125,7 +127,9 @@ def test_every_command_and_option_is_documented(command: str) -> None:
         (["demo", "--samples", "/nowhere"], 1, "no sample family"),
     ],
 )
-def test_wrong_input_gets_one_clear_error(family: tuple[Path, Path], arguments: list[str], code: int, text: str) -> None:
+def test_wrong_input_gets_one_clear_error(
+    family: tuple[Path, Path], arguments: list[str], code: int, text: str
+) -> None:
     done = run.invoke(app, [a.format(base=family[0]) for a in arguments])
     assert done.exit_code == code
     assert text in " ".join(done.stderr.split())
@@ -134,7 +138,9 @@ def test_wrong_input_gets_one_clear_error(family: tuple[Path, Path], arguments: 
 
 
 def test_control_characters_never_reach_the_terminal(write_model) -> None:
-    folder = write_model("m", llama_tensors(0) | {"evil\x1b[31m": llama_tensors(0)["lm_head.weight"][:, :3] * float("nan")})
+    folder = write_model(
+        "m", llama_tensors(0) | {"evil\x1b[31m": llama_tensors(0)["lm_head.weight"][:, :3] * float("nan")}
+    )
     for command in ("scan", "inspect"):
         done = run.invoke(app, [command, str(folder)])
         assert done.exit_code == 0

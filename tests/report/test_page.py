@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import llama_tensors
 
 import diffract
+from conftest import llama_tensors
 from diffract import plots, report
 from diffract.report.payload import embed, payload, points_per_curve
 from diffract.report.words import percent
@@ -51,7 +51,9 @@ def test_curves_are_thinned_evenly(hostile_run: diffract.Run, monkeypatch: pytes
     assert "thinned to 32" in report.render(hostile_run.tables)
 
 
-@pytest.mark.parametrize(("value", "text"), [(0.5, "50%"), (0.0002, "0.02%"), (0.0, "0%"), (1.0, "100%"), (0.998, "99.8%")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.5, "50%"), (0.0002, "0.02%"), (0.0, "0%"), (1.0, "100%"), (0.998, "99.8%")]
+)
 def test_percentages_never_round_to_nothing(value: float, text: str) -> None:
     assert percent(value) == text
 

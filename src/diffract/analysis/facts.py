@@ -24,6 +24,7 @@ from diffract.linalg import (
     lapack,
     pair_from_matrices,
     pair_from_sums,
+    pair_values,
     replace_pairs,
     takes_gram,
     top_spectrum,
@@ -173,9 +174,7 @@ def _compare_spectra(
 
     if exact:
         return by_lapack(list(range(base.count)))
-    if not plan.needs(*OVERLAPS):
-        return PairSpectrum(gram_values(sums.base_gram), gram_values(sums.tuned_gram))
-    pair = pair_from_sums(sums)
+    pair = pair_from_sums(sums) if plan.needs(*OVERLAPS) else pair_values(sums)
     weak = [] if base.streamed else weak_pairs(pair)
     return replace_pairs(pair, weak, by_lapack(weak)) if weak else pair
 

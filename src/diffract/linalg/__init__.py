@@ -2,7 +2,14 @@
 
 from diffract.linalg.exact import Spectrum, lapack
 from diffract.linalg.factored import LowRank, factored_spectrum
-from diffract.linalg.pair import PairSpectrum, pair_from_matrices, pair_from_sums, replace_pairs, weak_pairs
+from diffract.linalg.pair import (
+    PairSpectrum,
+    pair_from_matrices,
+    pair_from_sums,
+    pair_values,
+    replace_pairs,
+    weak_pairs,
+)
 from diffract.linalg.spectrum import Method, gram_values, gram_vectors, spectrum, takes_gram
 from diffract.linalg.sums import Moments, PairSums, Sums
 from diffract.linalg.topk import TopSpectrum, top_spectrum
@@ -22,6 +29,7 @@ __all__ = [
     "lapack",
     "pair_from_matrices",
     "pair_from_sums",
+    "pair_values",
     "replace_pairs",
     "spectrum",
     "takes_gram",

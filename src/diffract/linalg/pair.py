@@ -18,8 +18,11 @@ from torch import Tensor
 
 from diffract.linalg.exact import Spectrum, lapack
 from diffract.linalg.products import product
-from diffract.linalg.spectrum import GRAM_RESOLVES, GRAM_VECTORS, gram_eigen, inverse
+from diffract.linalg.spectrum import GRAM_RESOLVES, GRAM_VECTORS, gram_eigen, gram_values, inverse
 from diffract.linalg.sums import PairSums
+
+SMALL_TUNED = 1e-2
+"""Ratio of the largest sigmas of W1 and W0 below which W1 is decomposed by itself."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +60,33 @@ def pair_from_sums(sums: PairSums) -> PairSpectrum:
     else:
         energy = product(P0.mT, sums.cross).square().sum(-1) * inverse0.square()
         left, right = long, short
-    base, tuned = (Spectrum(S, ("gram",) * len(S), GRAM_RESOLVES * S[:, 0]) for S in (S0, S1))
+    base, tuned = _spectra(S0, S1)
     return PairSpectrum(base, tuned, left, right, diagonal, energy)
 
 
+def pair_values(sums: PairSums) -> PairSpectrum:
+    """Return the pair's spectra from summed products, without overlaps."""
+    base, tuned = _spectra(gram_values(sums.base_gram).S, gram_values(sums.tuned_gram).S)
+    return PairSpectrum(base, tuned)
+
+
 def weak_pairs(pair: PairSpectrum) -> list[int]:
-    """Return the pairs whose last sigmas are too small for vectors from Gram matrices."""
-    zero = (pair.base.S[:, 0] == 0) | (pair.tuned.S[:, 0] == 0)
-    weak = [s.S[:, -1] <= GRAM_VECTORS * s.S[:, 0] for s in (pair.base, pair.tuned)]
-    return ((weak[0] | weak[1]) & ~zero).nonzero().flatten().tolist()
+    """Return the pairs for which summed products are too coarse, and LAPACK is wanted.
+
+    W1's products are a sum of W0's and D's, so a W1 that is far smaller drowns in their rounding; and vectors need
+    last sigmas that stand out.
+    """
+    S0, S1 = pair.base.S, pair.tuned.S
+    weak = S1[:, 0] < SMALL_TUNED * S0[:, 0]
+    if pair.left_overlap is not None:
+        weak |= (S0[:, -1] <= GRAM_VECTORS * S0[:, 0]) | (S1[:, -1] <= GRAM_VECTORS * S1[:, 0])
+    return (weak & (S0[:, 0] > 0) & (S1[:, 0] > 0)).nonzero().flatten().tolist()
+
+
+def _spectra(S0: Tensor, S1: Tensor) -> tuple[Spectrum, Spectrum]:
+    largest = torch.maximum(S0[:, 0], S1[:, 0])
+    names = ("gram",) * len(S0)
+    return Spectrum(S0, names, GRAM_RESOLVES * S0[:, 0]), Spectrum(S1, names, GRAM_RESOLVES * largest)
 
 
 def pair_from_matrices(base: Float[Tensor, "b m n"], tuned: Float[Tensor, "b m n"]) -> PairSpectrum:
@@ -84,11 +105,12 @@ def pair_from_matrices(base: Float[Tensor, "b m n"], tuned: Float[Tensor, "b m n
 
 
 def replace_pairs(pair: PairSpectrum, places: list[int], found: PairSpectrum) -> PairSpectrum:
-    """Return a pair record with those at ``places`` exchanged; both hold overlaps."""
+    """Return a pair record with those at ``places`` exchanged; ``found`` holds overlaps."""
     at = torch.tensor(places, device=pair.base.S.device)
 
-    def put(name: str) -> Tensor:
-        return getattr(pair, name).index_copy(0, at, getattr(found, name))
+    def put(name: str) -> Tensor | None:
+        old = getattr(pair, name)
+        return None if old is None else old.index_copy(0, at, getattr(found, name))
 
     return PairSpectrum(
         base=_put_spectrum(pair.base, places, found.base),

@@ -57,7 +57,7 @@ def spectrum(w: Float[Tensor, "*b m n"], *, vectors: bool = False, method: Metho
     lead = w.shape[:-2]
     unflatten = lambda t: None if t is None else t.reshape(*lead, *t.shape[1:])  # noqa: E731
     return Spectrum(
-        found.S.reshape(*lead, -1),
+        found.S.reshape(*lead, found.S.shape[-1]),
         found.method,
         found.resolved.reshape(lead),
         unflatten(found.U),

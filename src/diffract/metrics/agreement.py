@@ -57,7 +57,7 @@ def agreement_window_mean(overlap: Overlap, base_sigmas: Sigmas, sigmas: Sigmas)
 
 def agreement_window_chance(base_sigmas: Sigmas, sigmas: Sigmas, dimension: int) -> PerMatrix:
     """Mean of sqrt(k_i / d), k_i being the number of base vectors in the window of i."""
-    return (_window(base_sigmas, sigmas).sum(-2) / dimension).sqrt().mean(-1)
+    return (_window(base_sigmas, sigmas).sum(-2).double() / dimension).sqrt().mean(-1)
 
 
 def subspace(overlap: Overlap, k: int) -> PerMatrix:
