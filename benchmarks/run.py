@@ -184,7 +184,8 @@ def measure_start(folder: Path) -> None:
 
 
 def measure_memory(folder: Path) -> None:
-    peak = "import resource,sys,diffract; {}; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    # VmHWM, as getrusage's maximum begins with what the parent had when it forked
+    peak = "import diffract; {}; print(next(x.split()[1] for x in open('/proc/self/status') if x.startswith('VmHWM')))"
     for layers in (4, 16):
         base = build(folder / f"base-{layers}", layers, seed=0, vocabulary=100_352)
         tuned = build(folder / f"tuned-{layers}", layers, seed=1, base=base, vocabulary=100_352)

@@ -18,6 +18,10 @@ from diffract.linalg.products import add_grams, pieces, product, short_first, sh
 from diffract.linalg.syrk import mirrored
 
 
+BLOCK_ENTRIES = 1 << 18
+"""Entries that are summed at once."""
+
+
 @dataclass(frozen=True)
 class Moments:
     """Sums of powers of the entries of b matrices.
@@ -59,7 +63,8 @@ class Sums:
         """Add a stack (b, m, n) of any float dtype and stride; m or n, the longer of the matrix, may be a part."""
         for index in pieces(tuple(stack.shape), self.side, self.device):
             x = self._cast.fill(stack[index])
-            add_powers(self.powers[:, index[0]], x, self._scratch, self.highest)
+            for entries in blocks(x):
+                add_powers(self.powers[:, index[0]], entries, self._scratch, self.highest)
             if self._gram.shape[0]:
                 add_grams(self._gram[index[0]], short_first(x, self.side))
 
@@ -118,14 +123,15 @@ class PairSums:
             self._add_entries(index[0], x0, x1)
             self._add_products(index[0], short_first(x0, self.side), short_first(x1, self.side))
 
-    def _add_entries(self, batch: slice, x0: Tensor, x1: Tensor) -> None:
-        """Add the sums over entries, and turn ``x1`` into D."""
-        add_powers(self.base[:, batch], x0, self._scratch, self.highest)
-        add_powers(self.tuned[:, batch], x1, self._scratch, self.highest)
-        self.rounding_squares[batch] += _rounding_squares(x1, *self.rounding, self._scratch)
-        x1 -= x0
-        self.changed[batch] += torch.count_nonzero(x1.flatten(1), dim=1)
-        self.delta_squares[batch] += _dots(x1, x1)
+    def _add_entries(self, batch: slice, base: Tensor, tuned: Tensor) -> None:
+        """Add the sums over entries, and turn ``tuned`` into D."""
+        for x0, x1 in zip(blocks(base), blocks(tuned), strict=True):
+            add_powers(self.base[:, batch], x0, self._scratch, self.highest)
+            add_powers(self.tuned[:, batch], x1, self._scratch, self.highest)
+            self.rounding_squares[batch] += _rounding_squares(x1, *self.rounding, self._scratch)
+            x1 -= x0
+            self.changed[batch] += torch.count_nonzero(x1, dim=1)
+            self.delta_squares[batch] += _dots(x1, x1)
 
     def _add_products(self, batch: slice, x0: Tensor, d: Tensor) -> None:
         if self._delta_gram.shape[0]:
@@ -181,10 +187,10 @@ class Buffer:
 
 
 def add_powers(total: Tensor, x: Tensor, scratch: Buffer, highest: int) -> None:
-    """Add the sums of the first ``highest`` (0, 2 or 4) powers of each matrix of ``x`` to ``total`` (4, b)."""
+    """Add the sums of the first ``highest`` (0, 2 or 4) powers of entries (b, k) to ``total`` (4, b)."""
     if highest == 0:
         return
-    total[0] += x.flatten(1).sum(1)
+    total[0] += x.sum(1)
     total[1] += _dots(x, x)
     if highest > 2:
         squares = torch.mul(x, x, out=scratch.like(tuple(x.shape)))
@@ -198,12 +204,16 @@ def as_moments(powers: Tensor, shape: tuple[int, ...], highest: int) -> Moments:
     return Moments(shape[0] * shape[1], *known)
 
 
+def blocks(x: Tensor) -> tuple[Tensor, ...]:
+    """Return the entries of matrices (b, m, n) as views (b, k) that stay in the cache while they are summed."""
+    return x.flatten(1).split(BLOCK_ENTRIES, dim=1)
+
+
 def _dots(x: Tensor, y: Tensor) -> Tensor:
-    """Sum of x * y over each matrix, by BLAS."""
-    flat, other = x.flatten(1), y.flatten(1)
-    if len(flat) == 1:
-        return torch.dot(flat[0], other[0])[None]
-    return torch.stack([torch.dot(a, b) for a, b in zip(flat, other, strict=True)])
+    """Sum of x * y over each row, by BLAS."""
+    if len(x) == 1:
+        return torch.dot(x[0], y[0])[None]
+    return torch.stack([torch.dot(a, b) for a, b in zip(x, y, strict=True)])
 
 
 def _rounding_squares(x: Tensor, mantissa_bits: int, smallest_exponent: int, scratch: Buffer) -> Tensor:

@@ -1,0 +1,73 @@
+"""What goes to which stream, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import diffract
+from diffract.cli.main import app
+
+run = CliRunner()
+
+
+@pytest.mark.parametrize("command", ["scan", "inspect"])
+def test_quiet_prints_nothing(family: tuple[Path, Path], command: str) -> None:
+    done = run.invoke(app, [command, str(family[0]), "--quiet"])
+    assert (done.exit_code, done.output) == (0, "")
+
+
+def test_quiet_report_prints_nothing(family: tuple[Path, Path], tmp_path: Path) -> None:
+    folder = diffract.scan(family[0]).save(tmp_path / "run")
+    done = run.invoke(app, ["report", str(folder), "-o", str(tmp_path / "x.html"), "-q"])
+    assert (done.exit_code, done.output) == (0, "")
+    assert (tmp_path / "x.html").read_text() == (folder / "report.html").read_text()
+
+
+def test_quiet_still_tells_errors() -> None:
+    done = run.invoke(app, ["scan", "/nowhere/at-all", "--quiet"])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: ")
+
+
+def test_compare_json_equals_the_api(family: tuple[Path, Path]) -> None:
+    base, tuned = map(str, family)
+    done = run.invoke(app, ["compare", base, f"math={tuned}", "--json", "--no-heads"])
+    assert (done.exit_code, done.stderr) == (0, "")
+    expected = diffract.compare(base, f"math={tuned}", heads=False).models.to_dicts()
+    assert json.loads(done.stdout)["models"] == expected
+
+
+def test_debug_shows_where(family: tuple[Path, Path]) -> None:
+    done = run.invoke(app, ["scan", str(family[0]), "--select", "attn.z", "--debug"])
+    assert isinstance(done.exception, diffract.SelectionError)
+
+
+def test_a_fault_of_ours_is_told_apart(family: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("\x1b[31mred")
+
+    monkeypatch.setattr("diffract.inspection.inspect", broken)
+    done = run.invoke(app, ["inspect", str(family[0])])
+    assert done.exit_code == 3
+    assert "ZeroDivisionError" in done.stderr
+    assert "\x1b" not in done.stderr
+    assert "Traceback" not in done.output
+
+
+def test_an_interruption_has_its_own_code(family: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("diffract.api.scan", interrupted)
+    done = run.invoke(app, ["scan", str(family[0])])
+    assert done.exit_code == 130
+    assert "run the same command again" in done.stderr
+
+
+def test_version_and_missing_arguments() -> None:
+    assert run.invoke(app, ["--version"]).stdout == f"diffract {diffract.__version__}\n"
+    assert run.invoke(app, ["compare", "only-a-base"]).exit_code == 2
