@@ -80,6 +80,8 @@ analysed alone.
 """
 
 TABLES = ("metrics", "spectra", "models", "tensors")
+MANIFEST = ("diffract", "kind", "created", "seconds", "settings", "models", "metrics", "warnings")
+"""What a manifest holds besides the layout's number."""
 
 
 @dataclass(frozen=True)
@@ -132,14 +134,30 @@ def load(folder: str | Path) -> Tables:
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         frames = {name: pl.read_parquet(folder / f"{name}.parquet") for name in TABLES}
-    except (OSError, ValueError, pl.exceptions.PolarsError) as error:
-        raise RunError(f"run folder {str(folder)!r} is damaged: {error}. Run the scan or comparison again.") from error
-    if manifest.get("format") != FORMAT:
+    except (OSError, ValueError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        raise _damaged(folder, str(error)) from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
         raise RunError(
-            f"run folder {str(folder)!r} has layout {manifest.get('format')!r}, this version reads {FORMAT}. "
+            f"run folder {str(folder)!r} has layout {found!r}, this version reads {FORMAT}. "
             "Use the version of diffract that wrote it."
         )
+    if lost := [key for key in MANIFEST if key not in manifest]:
+        raise _damaged(folder, f"manifest.json lacks {', '.join(lost)}")
+    schemas = {"metrics": LABELS | OUTCOME, "spectra": SPECTRA, "models": MODELS, "tensors": TENSORS}
+    for name, schema in schemas.items():
+        if lost := [c for c, dtype in schema.items() if frames[name].schema.get(c) != _dtype(dtype)]:
+            raise _damaged(folder, f"{name}.parquet lacks {', '.join(lost)}")
     return Tables(**frames, manifest=manifest)
+
+
+def _damaged(folder: Path, why: str) -> RunError:
+    return RunError(f"run folder {str(folder)!r} is damaged: {why}. Run the scan or comparison again.")
+
+
+def _dtype(dtype: Any) -> pl.DataType:
+    """A column type as an instance."""
+    return dtype() if isinstance(dtype, type) else dtype
 
 
 @contextmanager

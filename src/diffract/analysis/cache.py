@@ -27,6 +27,9 @@ FORMAT = 1
 
 WAIT_SECONDS = 60
 
+DIGEST_BYTES = 32
+"""A digest stands before each value."""
+
 
 def cache_folder() -> Path:
     """Return where results are kept: ``DIFFRACT_CACHE_DIR``, or the user's cache folder."""
@@ -58,22 +61,23 @@ class Cache:
             self._connection()
 
     def get(self, key: str) -> pl.DataFrame | None:
-        """Return a result, or ``None``; one that cannot be read counts as absent."""
+        """Return a result, or ``None``; one whose bytes have changed counts as absent."""
         with self._explained():
             row = self._connection().execute("SELECT value FROM results WHERE key = ?", (key,)).fetchone()
-        try:
-            return None if row is None else pl.read_ipc(io.BytesIO(row[0]))
-        except pl.exceptions.PolarsError:
+        if row is None or row[0][:DIGEST_BYTES] != blake3.blake3(row[0][DIGEST_BYTES:]).digest():
             return None
+        return pl.read_ipc(io.BytesIO(row[0][DIGEST_BYTES:]))
 
     def put(self, key: str, value: pl.DataFrame) -> None:
         """Keep a result; it is there whole, or not at all."""
         buffer = io.BytesIO()
         value.write_ipc(buffer)
+        content = buffer.getvalue()
+        checked = blake3.blake3(content).digest() + content
         with self._explained():
             connection = self._connection()
             with connection:
-                connection.execute("INSERT OR REPLACE INTO results VALUES (?, ?)", (key, buffer.getvalue()))
+                connection.execute("INSERT OR REPLACE INTO results VALUES (?, ?)", (key, checked))
 
     def close(self) -> None:
         """Close all connections, those of other threads too."""

@@ -17,7 +17,6 @@ from diffract.linalg.factored import LowRank
 from diffract.linalg.products import add_grams, pieces, product, short_first, short_side
 from diffract.linalg.syrk import mirrored
 
-
 BLOCK_ENTRIES = 1 << 18
 """Entries that are summed at once."""
 
@@ -129,7 +128,7 @@ class PairSums:
             add_powers(self.base[:, batch], x0, self._scratch, self.highest)
             add_powers(self.tuned[:, batch], x1, self._scratch, self.highest)
             self.rounding_squares[batch] += _rounding_squares(x1, *self.rounding, self._scratch)
-            x1 -= x0
+            x1.sub_(x0)
             self.changed[batch] += torch.count_nonzero(x1, dim=1)
             self.delta_squares[batch] += _dots(x1, x1)
 

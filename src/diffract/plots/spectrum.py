@@ -39,7 +39,9 @@ def spectrum_lines(curves: Mapping[str, Sequence[float]], *, title: str = "") ->
         )
         for kind, values in curves.items()
     ]
-    return figure(traces, x="rank", y="singular value", title=title).update_yaxes(type="log", exponentformat="power")
+    fine = {"showgrid": True, "gridcolor": "#f3f4f6"}
+    made = figure(traces, x="rank", y="singular value", title=title)
+    return made.update_yaxes(type="log", dtick=1, exponentformat="power", minor=fine)
 
 
 def _values(spectra: pl.DataFrame, model: str, quantity: str) -> list[float]:

@@ -43,7 +43,8 @@
       if (!groups.has(key)) groups.set(key, []);
       groups.get(key).push(i);
     }
-    return [...groups].sort(([a], [b]) => (a === "" ? 1 : 0) - (b === "" ? 1 : 0));
+    const rank = (part) => (part === "" ? 99 : "qkvo".indexOf(part.split(".").at(-1)) + (/[.][qkvo]$/.test(part) ? 0 : 50));
+    return [...groups].sort(([a], [b]) => rank(a) - rank(b));
   }
 
   function grid(title, members) {
