@@ -127,7 +127,8 @@ def measure_heads(base: Path, tuned: Path, layers: int) -> None:
 def _limit(model: Path, layers: int) -> float:
     """Time of reading, casting, products and eigensolver alone, on two threads side by side."""
     from diffract.analysis.engine import cores, single_threaded
-    from diffract.linalg.syrk import add_gram, mirrored
+    from diffract.linalg.symmetric import eigenvalues
+    from diffract.linalg.syrk import add_gram
 
     buffer = torch.empty(HEAD_DIM, WIDTH, dtype=torch.float64)
 
@@ -137,7 +138,7 @@ def _limit(model: Path, layers: int) -> float:
         grams = torch.zeros(HEADS, HEAD_DIM, HEAD_DIM, dtype=torch.float64)
         for total, w in zip(grams, raw, strict=True):
             add_gram(total, buffer.copy_(w))
-        torch.linalg.eigvalsh(mirrored(grams))
+        eigenvalues(grams)
 
     with single_threaded():
         return median(work, 9) * 4 * layers / cores()

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from diffract.linalg.syrk import add_gram, mirrored
+from diffract.linalg.symmetric import mirrored
+from diffract.linalg.syrk import add_gram
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (5, 5), (4, 9), (9, 4)]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffract.errors import SelectionError
-from diffract.metrics import CATALOG, FACTS, NEEDS, PAIR_FACTS, Metric, catalog, choose_metrics, metric
+from diffract.metrics import CATALOG, FACTS, NEEDS, Facts, Metric, catalog, choose_metrics, metric, sources
 from diffract.metrics.metric import INVARIANCES
 
 
@@ -109,11 +109,11 @@ def test_every_fact_has_its_price() -> None:
         "entries": ("squares", "moments", "base_squares", "delta_squares", "changed", "rounding_squares"),
         "sigma_max": ("sigma_max",),
         "sigmas": ("sigmas", "resolved", "delta_sigmas", "base_sigmas"),
-        "vectors": ("U", "Vh", "left_overlap", "right_overlap", "diagonal"),
+        "vectors": ("U", "Vh", "left_overlap", "right_overlap", "diagonal", "delta_energy"),
         "matrix": ("matrix",),
     }
     assert tuple(prices) == NEEDS
-    assert {fact for facts in prices.values() for fact in facts} == set(FACTS)
+    assert {fact for facts in prices.values() for fact in facts} == sources(FACTS)
     for need, facts in prices.items():
         for fact in facts:
             assert Metric("m", lambda x: x, (fact,), "").needs == need
@@ -136,9 +136,21 @@ def test_the_dearest_fact_decides(facts: tuple[str, ...], need: str) -> None:
 
 def test_pair_facts() -> None:
     singles = {"shape", "epsilon", "squares", "moments", "sigma_max", "sigmas", "resolved", "U", "Vh", "matrix"}
-    assert set(FACTS) - PAIR_FACTS == singles
+    assert {name for name in sources(FACTS) if not FACTS[name].pair} == singles
     assert not Metric("m", lambda x: x, ("sigmas",), "").pair
     assert Metric("m", lambda x, y: x, ("sigmas", "base_sigmas"), "").pair
+
+
+def test_derived_facts_cost_what_they_come_from_and_are_computed_once() -> None:
+    for fact in FACTS.values():
+        if fact.function is not None:
+            assert fact.need == max((FACTS[s].need for s in fact.sources), key=NEEDS.index)
+            assert fact.pair == any(FACTS[s].pair for s in fact.sources)
+    assert sources(["left_agreement_window"]) == {"left_overlap", "base_sigmas", "sigmas"}
+    facts = Facts(left_overlap=torch.rand(2, 3, 3))
+    assert facts["left_agreement"] is facts["left_agreement"]
+    with pytest.raises(KeyError, match="base_sigmas"):
+        facts["window"]
 
 
 def test_catalog_rows_are_well_formed() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from diffract.linalg import (
     gram_values,
     gram_vectors,
     lapack,
+    mirrored,
     pair_from_matrices,
     pair_from_sums,
     pair_values,
@@ -30,10 +31,16 @@ from diffract.linalg import (
     top_spectrum,
     weak_pairs,
 )
-from diffract.metrics.agreement import agreement, agreement_window, best_match
+from diffract.metrics import Facts
 
 LARGE = 512
 """Short side from which the largest sigma alone is cheaper by iteration than by the eigensolver."""
+
+OVERLAP_CURVES = (
+    "delta_energy",
+    *(f"{side}_{name}" for side in ("left", "right") for name in ("agreement", "best_match", "agreement_window")),
+)
+"""What overlaps tell along the spectrum."""
 
 TOP_STEPS = 10
 """Iterations after which the eigensolver would have been cheaper."""
@@ -44,16 +51,16 @@ class Found:
     """What was found out about b matrices.
 
     Attributes:
-        facts: By the names of ``metrics.FACTS``.
+        facts: By the names of ``metrics.FACTS``; derived ones are computed when they are asked for.
         finite: (b,), whether all entries are finite; the facts of a matrix that is not mean nothing.
         spectrum: All singular values, if they were computed.
-        curves: Further quantities along the spectrum, (b, k) each.
+        curves: Names of the further facts that run along the spectrum, (b, k) each.
     """
 
-    facts: dict[str, Any]
+    facts: Facts
     finite: Tensor
     spectrum: Spectrum | None
-    curves: dict[str, Tensor] = field(default_factory=dict)
+    curves: tuple[str, ...] = ()
 
 
 def single_facts(stack: Stack, plan: Plan, device: torch.device) -> Found:
@@ -76,7 +83,7 @@ def single_facts(stack: Stack, plan: Plan, device: torch.device) -> Found:
         facts["sigma_max"] = _values(grams, stack, finite).S[:, 0] if grams is None else _largest(grams)
     if plan.needs("matrix"):
         facts["matrix"] = stack.whole().to(device).double()
-    return Found(facts | _spectrum_facts(spectrum), finite, spectrum)
+    return Found(Facts(facts | _spectrum_facts(spectrum)), finite, spectrum)
 
 
 def pair_facts(
@@ -104,16 +111,19 @@ def pair_facts(
     facts0, facts1 = _entry_facts(base, first), _entry_facts(tuned, second)
     facts1 |= {"base_squares": first.second, "delta_squares": sums.delta_squares}
     facts1 |= {"changed": sums.changed, "rounding_squares": sums.rounding_squares}
-    curves: dict[str, Tensor] = {}
+    curves: tuple[str, ...] = ()
     if plan.needs("delta_sigmas"):
-        curves["delta_sigma"] = facts1["delta_sigmas"] = _delta_sigmas(sums, base, tuned, change, finite, exact=exact)
+        curves += ("delta_sigmas",)
+        facts1["delta_sigmas"] = _delta_sigmas(sums, base, tuned, change, finite, exact=exact)
     pair = None
     if plan.needs(*SPECTRA, *OVERLAPS):
         pair = _compare_spectra(sums, base, tuned, change, plan, finite, exact=exact)
         facts1["base_sigmas"] = pair.base.S
-        curves |= _add_overlaps(facts1, pair)
-    found0 = Found(facts0 | _spectrum_facts(pair and pair.base), finite0, pair and pair.base)
-    found1 = Found(facts1 | _spectrum_facts(pair and pair.tuned), finite, pair and pair.tuned, curves)
+        if pair.left_overlap is not None:
+            facts1 |= _overlap_facts(pair)
+            curves += OVERLAP_CURVES
+    found0 = Found(Facts(facts0 | _spectrum_facts(pair and pair.base)), finite0, pair and pair.base)
+    found1 = Found(Facts(facts1 | _spectrum_facts(pair and pair.tuned)), finite, pair and pair.tuned, curves)
     if plan.needs("U", "Vh", "matrix"):
         for found, stack in ((found0, base), (found1, tuned)):
             own = single_facts(stack, plan, device).facts
@@ -179,19 +189,17 @@ def _compare_spectra(
     return replace_pairs(pair, weak, by_lapack(weak)) if weak else pair
 
 
-def _add_overlaps(facts: dict[str, Any], pair: PairSpectrum) -> dict[str, Tensor]:
-    """Add overlaps to the facts and return what runs along the spectrum; a zero matrix has no vectors."""
-    if pair.left_overlap is None or pair.right_overlap is None or pair.diagonal is None or pair.energy is None:
-        return {}
+def _overlap_facts(pair: PairSpectrum) -> dict[str, Tensor]:
+    """Return overlaps, and what of the change goes with each direction; a zero matrix has no vectors."""
+    assert pair.left_overlap is not None and pair.right_overlap is not None
+    assert pair.diagonal is not None and pair.energy is not None
     zero = ((pair.base.S[:, 0] == 0) | (pair.tuned.S[:, 0] == 0))[:, None]
-    facts["diagonal"] = pair.diagonal.masked_fill(zero, torch.nan)
-    curves = {"delta_energy": pair.energy.masked_fill(zero, torch.nan)}
-    for side, raw in (("left", pair.left_overlap), ("right", pair.right_overlap)):
-        overlap = facts[f"{side}_overlap"] = raw.clamp(max=1.0).masked_fill(zero[:, :, None], torch.nan)
-        curves[f"{side}_agreement"] = agreement(overlap)
-        curves[f"{side}_best_match"] = best_match(overlap)
-        curves[f"{side}_agreement_window"] = agreement_window(overlap, pair.base.S, pair.tuned.S)
-    return curves
+    return {
+        "left_overlap": pair.left_overlap.clamp_(max=1.0).masked_fill_(zero[:, :, None], torch.nan),
+        "right_overlap": pair.right_overlap.clamp_(max=1.0).masked_fill_(zero[:, :, None], torch.nan),
+        "diagonal": pair.diagonal.masked_fill(zero, torch.nan),
+        "delta_energy": pair.energy.masked_fill(zero, torch.nan),
+    }
 
 
 def _delta_sigmas(
@@ -215,7 +223,7 @@ def _largest(grams: Tensor) -> Tensor:
     """Largest singular values: the square root of each Gram matrix's largest eigenvalue."""
     if grams.shape[-1] < LARGE:
         return gram_values(grams).S[:, 0]
-    tops = [top_spectrum(g, 1, steps=TOP_STEPS) for g in grams]
+    tops = [top_spectrum(g, 1, steps=TOP_STEPS) for g in mirrored(grams)]
     found = [t.S if t.converged else gram_values(g[None]).S[0, :1].square() for t, g in zip(tops, grams, strict=True)]
     return torch.cat(found).sqrt()
 

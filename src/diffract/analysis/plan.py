@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from diffract.linalg import Method
-from diffract.metrics import Metric
+from diffract.metrics import Metric, sources
 
-OVERLAPS = ("left_overlap", "right_overlap", "diagonal")
+OVERLAPS = ("left_overlap", "right_overlap", "diagonal", "delta_energy")
 SPECTRA = ("sigma_max", "sigmas", "resolved", "base_sigmas")
 
 
@@ -32,9 +32,9 @@ class Plan:
 
     @property
     def facts(self) -> frozenset[str]:
-        """Facts that the metrics, and what is saved, are computed from."""
+        """Facts that must be found out for the metrics, and for what is saved."""
         saved = {"sigmas", "U", "Vh"} if self.vectors else set()
-        return frozenset(fact for m in self.metrics for fact in m.facts) | saved
+        return sources(fact for m in self.metrics for fact in m.facts) | saved
 
     def needs(self, *facts: str) -> bool:
         """Whether any of these facts is wanted."""

@@ -11,6 +11,9 @@ from torch import Tensor
 from diffract.analysis.facts import Found
 from diffract.metrics import Metric
 
+CURVES = {"delta_sigmas": "delta_sigma"}
+"""Names of quantities in the spectra table, where they differ from the fact's."""
+
 CURVE = "curve."
 """Prefix of the columns that hold what runs along the spectrum."""
 
@@ -29,7 +32,7 @@ def bundle(found: Found, metrics: Sequence[Metric]) -> pl.DataFrame:
     }
     for metric in metrics:
         columns[metric.name] = _numbers(metric(*(found.facts[fact] for fact in metric.facts)), finite)
-    curves = ({"sigma": spectrum.S} if spectrum else {}) | found.curves
+    curves = ({"sigma": spectrum.S} if spectrum else {}) | {CURVES.get(n, n): found.facts[n] for n in found.curves}
     for name, values in curves.items():
         columns[CURVE + name] = _lists(values, finite)
     return pl.DataFrame(columns)

@@ -12,6 +12,7 @@ from diffract.linalg.pair import (
 )
 from diffract.linalg.spectrum import Method, gram_values, gram_vectors, spectrum, takes_gram
 from diffract.linalg.sums import Moments, PairSums, Sums
+from diffract.linalg.symmetric import mirrored
 from diffract.linalg.topk import TopSpectrum, top_spectrum
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "gram_values",
     "gram_vectors",
     "lapack",
+    "mirrored",
     "pair_from_matrices",
     "pair_from_sums",
     "pair_values",

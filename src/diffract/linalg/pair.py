@@ -50,16 +50,16 @@ def pair_from_sums(sums: PairSums) -> PairSpectrum:
     S0, P0 = gram_eigen(sums.base_gram)
     S1, P1 = gram_eigen(sums.tuned_gram)
     inverse0, inverse1 = inverse(S0), inverse(S1)
-    across = product(product(P0.mT, sums.base_gram + sums.cross), P1) * inverse0[:, :, None] * inverse1[:, None, :]
-    mixed = product(P0.mT, sums.cross)
+    short, mixed = product(P0.mT, P1), product(P0.mT, sums.cross)
+    across = product(mixed, P1).addcmul_(S0.square()[:, :, None], short)  # P0^T (W0 W0^T) = S0^2 P0^T
+    long = across.mul_(inverse0[:, :, None]).mul_(inverse1[:, None, :])
     diagonal = (mixed * P0.mT).sum(-1) * inverse0
-    short, long = product(P0.mT, P1).abs_(), across.abs_()
     if sums.side == "rows":
         energy = (product(P0.mT, sums.delta_gram) * P0.mT).sum(-1)
-        left, right = short, long
+        left, right = short.abs_(), long.abs_()
     else:
-        energy = product(P0.mT, sums.cross).square().sum(-1) * inverse0.square()
-        left, right = long, short
+        energy = mixed.square().sum(-1) * inverse0.square()
+        left, right = long.abs_(), short.abs_()
     base, tuned = _spectra(S0, S1)
     return PairSpectrum(base, tuned, left, right, diagonal, energy)
 

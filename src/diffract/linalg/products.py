@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from diffract.linalg.syrk import add_gram
@@ -19,7 +19,7 @@ PIECE_BYTES = {"cpu": 1 << 25, "cuda": 1 << 29}
 
 
 def add_grams(total: Float64[Tensor, "b m m"], x: Float64[Tensor, "b m n"]) -> None:
-    """Add x x^T to the upper triangles of ``total``; ``mirrored`` makes them whole."""
+    """Add x x^T to the upper triangles of ``total``; ``symmetric.mirrored`` makes them whole."""
     if x.device.type != "cpu":
         total += x @ x.mT
         return
@@ -27,11 +27,23 @@ def add_grams(total: Float64[Tensor, "b m m"], x: Float64[Tensor, "b m n"]) -> N
         add_gram(one, matrix)
 
 
-def product(x: Float64[Tensor, "b m k"], y: Float64[Tensor, "b k n"]) -> Float64[Tensor, "b m n"]:
+def product(
+    x: Float64[Tensor, "b m k"], y: Float64[Tensor, "b k n"], *, out: Float64[Tensor, "b m n"] | None = None
+) -> Float64[Tensor, "b m n"]:
     """Return x y. On the CPU through NumPy: its BLAS is the faster one for float64 where torch's is made for Intel."""
     if x.device.type != "cpu":
-        return x @ y
-    return torch.from_numpy(np.stack([np.matmul(a, b) for a, b in zip(x.numpy(), y.numpy(), strict=True)]))
+        return torch.matmul(x, y, out=out)
+    if out is None:
+        out = x.new_empty(len(x), x.shape[1], y.shape[2])
+    np.matmul(x.numpy(), y.numpy(), out=out.numpy())
+    return out
+
+
+def count_nonzero(x: Float64[Tensor, "b k"]) -> Int64[Tensor, "b"]:
+    """Return the number of entries that are not zero; on the CPU through NumPy, which is five times faster."""
+    if x.device.type != "cpu":
+        return torch.count_nonzero(x, dim=1)
+    return torch.tensor([np.count_nonzero(row != 0) for row in x.numpy()])
 
 
 def short_side(shape: tuple[int, ...]) -> str:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from diffract.linalg.exact import EPSILON, Spectrum, lapack
 from diffract.linalg.products import PIECE_BYTES, product, short_first, short_side
-from diffract.linalg.sums import Sums
+from diffract.linalg.sums import Buffer, Sums
+from diffract.linalg.symmetric import eigenvalues, eigenvectors
 
 Method = Literal["auto", "gram", "exact"]
 
@@ -71,17 +72,20 @@ def takes_gram(dtype: torch.dtype, method: Method) -> bool:
 
 
 def gram_values(grams: Float64[Tensor, "b M M"]) -> Spectrum:
-    """Return the singular values of matrices from their Gram matrices; a non-finite one gives NaN."""
-    finite = grams.isfinite().flatten(1).all(1)
+    """Return the singular values of matrices from the upper triangles of their Gram matrices.
+
+    A non-finite matrix gives NaN; its row of squared norms tells, as sums of squares cannot cancel.
+    """
+    finite = grams.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
     safe = grams if bool(finite.all()) else grams.where(finite[:, None, None], 0.0)
-    S = torch.linalg.eigvalsh(safe).flip(-1).clamp_(min=0.0).sqrt_()
+    S = eigenvalues(safe).flip(-1).clamp_(min=0.0).sqrt_()
     S[~finite] = torch.nan
     return Spectrum(S, ("gram",) * len(S), GRAM_RESOLVES * S[:, 0])
 
 
 def gram_eigen(grams: Float64[Tensor, "b M M"]) -> tuple[Tensor, Tensor]:
     """Return singular values (b, M), descending, and short-side vectors P (b, M, M) as columns."""
-    values, vectors = torch.linalg.eigh(grams)
+    values, vectors = eigenvectors(grams)
     return values.flip(-1).clamp_(min=0.0).sqrt_(), vectors.flip(-1)
 
 
@@ -110,6 +114,7 @@ def _both_sides(S: Tensor, P: Tensor, stack: Tensor, side: str) -> tuple[Tensor,
     w = short_first(stack, side)
     scaled = P.mT * inverse(S)[:, :, None]
     step = max(1, PIECE_BYTES["cpu"] // (8 * w.shape[1]))
-    parts = [product(scaled, w[:, :, k : k + step].double().contiguous()) for k in range(0, w.shape[2], step)]
-    along = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+    along, cast = torch.empty(w.shape, dtype=torch.float64, device=w.device), Buffer(w.device)
+    for k in range(0, w.shape[2], step):
+        product(scaled, cast.fill(w[:, :, k : k + step]), out=along[:, :, k : k + step])
     return (P, along) if side == "rows" else (along.mT, P.mT)

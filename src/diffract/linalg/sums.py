@@ -14,8 +14,8 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from diffract.linalg.factored import LowRank
-from diffract.linalg.products import add_grams, pieces, product, short_first, short_side
-from diffract.linalg.syrk import mirrored
+from diffract.linalg.products import add_grams, count_nonzero, pieces, product, short_first, short_side
+from diffract.linalg.symmetric import mirrored
 
 BLOCK_ENTRIES = 1 << 18
 """Entries that are summed at once."""
@@ -55,7 +55,8 @@ class Sums:
         self.highest = powers
         self.powers = torch.zeros(4, count, dtype=torch.float64, device=device)
         short = min(shape)
-        self._gram = torch.zeros(count if products else 0, short, short, dtype=torch.float64, device=device)
+        self.gram = torch.zeros(count if products else 0, short, short, dtype=torch.float64, device=device)
+        """Gram matrices after the last piece: their upper triangles."""
         self._cast, self._scratch = Buffer(device), Buffer(device)
 
     def add(self, stack: Tensor) -> None:
@@ -64,13 +65,8 @@ class Sums:
             x = self._cast.fill(stack[index])
             for entries in blocks(x):
                 add_powers(self.powers[:, index[0]], entries, self._scratch, self.highest)
-            if self._gram.shape[0]:
-                add_grams(self._gram[index[0]], short_first(x, self.side))
-
-    @cached_property
-    def gram(self) -> Float64[Tensor, "b M M"]:
-        """Return the Gram matrices, after the last piece."""
-        return mirrored(self._gram)
+            if self.gram.shape[0]:
+                add_grams(self.gram[index[0]], short_first(x, self.side))
 
     @property
     def moments(self) -> Moments:
@@ -109,7 +105,8 @@ class PairSums:
         self.delta_squares, self.changed, self.rounding_squares = zeros(count), zeros(count), zeros(count)
         short = min(shape)
         self._delta_gram = zeros(count if delta else 0, short, short)
-        self._base_gram = zeros(count if vectors else 0, short, short)
+        self.base_gram = zeros(count if vectors else 0, short, short)
+        """Gram matrices of W0 after the last piece: their upper triangles."""
         self.cross = zeros(count if vectors else 0, short, short)
         self._base, self._tuned, self._scratch = Buffer(device), Buffer(device), Buffer(device)
 
@@ -129,20 +126,15 @@ class PairSums:
             add_powers(self.tuned[:, batch], x1, self._scratch, self.highest)
             self.rounding_squares[batch] += _rounding_squares(x1, *self.rounding, self._scratch)
             x1.sub_(x0)
-            self.changed[batch] += torch.count_nonzero(x1, dim=1)
+            self.changed[batch] += count_nonzero(x1)
             self.delta_squares[batch] += _dots(x1, x1)
 
     def _add_products(self, batch: slice, x0: Tensor, d: Tensor) -> None:
         if self._delta_gram.shape[0]:
             add_grams(self._delta_gram[batch], d)
-        if self._base_gram.shape[0]:
-            add_grams(self._base_gram[batch], x0)
+        if self.base_gram.shape[0]:
+            add_grams(self.base_gram[batch], x0)
             self.cross[batch] += product(x0, d.mT)
-
-    @cached_property
-    def base_gram(self) -> Float64[Tensor, "b M M"]:
-        """Return the Gram matrices of W0, after the last piece."""
-        return mirrored(self._base_gram)
 
     @cached_property
     def delta_gram(self) -> Float64[Tensor, "b M M"]:
@@ -151,7 +143,7 @@ class PairSums:
 
     @property
     def tuned_gram(self) -> Float64[Tensor, "b M M"]:
-        """Return the Gram matrix of W1 = W0 + D from those of its parts."""
+        """Return the Gram matrices of W1 = W0 + D from those of its parts: their upper triangles."""
         return self.base_gram + self.cross + self.cross.mT + self.delta_gram
 
     @property

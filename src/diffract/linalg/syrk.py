@@ -11,7 +11,6 @@ import ctypes
 from functools import cache
 from typing import Any
 
-import torch
 from scipy.linalg import cython_blas  # pyright: ignore[reportAttributeAccessIssue] (compiled)
 from torch import Tensor
 
@@ -34,12 +33,6 @@ def add_gram(total: Tensor, x: Tensor) -> None:
         *(b"L", trans, _int(n), _int(k), ctypes.byref(one), x.data_ptr()),
         *(_int(lda), ctypes.byref(one), total.data_ptr(), _int(n)),
     )
-
-
-def mirrored(total: Tensor) -> Tensor:
-    """Return the symmetric matrices whose upper triangles ``total`` (b, M, M) holds."""
-    upper = torch.triu(total)
-    return upper + torch.triu(total, 1).mT
 
 
 def _int(value: int) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 from torch import Tensor
 
 Overlap = Float64[Tensor, "b M M"]
@@ -32,32 +32,27 @@ def best_match(overlap: Overlap) -> Sigmas:
     return overlap.amax(-1)
 
 
-def agreement_window(overlap: Overlap, base_sigmas: Sigmas, sigmas: Sigmas) -> Sigmas:
+def window(base_sigmas: Sigmas, sigmas: Sigmas) -> Bool[Tensor, "b M M"]:
+    """Whether base sigma i lies within 5% of tuned sigma j."""
+    return (base_sigmas[:, :, None] - sigmas[:, None, :]).abs_() <= WINDOW * sigmas[:, None, :]
+
+
+def agreement_window(overlap: Overlap, window: Bool[Tensor, "b M M"]) -> Sigmas:
     """Norm of u1_i projected on the base vectors whose sigma lies within 5% of its own, in [0, 1].
 
     Where sigmas nearly coincide single vectors mean nothing, the space they span does. Zero where the window is empty.
     """
-    return (overlap.square() * _window(base_sigmas, sigmas)).sum(-2).sqrt()
+    return (overlap * window).square_().sum(-2).sqrt_()
 
 
-def agreement_mean(overlap: Overlap) -> PerMatrix:
-    """Mean of ``agreement``."""
-    return agreement(overlap).mean(-1)
-
-
-def best_match_mean(overlap: Overlap) -> PerMatrix:
-    """Mean of ``best_match``."""
-    return best_match(overlap).mean(-1)
-
-
-def agreement_window_mean(overlap: Overlap, base_sigmas: Sigmas, sigmas: Sigmas) -> PerMatrix:
-    """Mean of ``agreement_window``."""
-    return agreement_window(overlap, base_sigmas, sigmas).mean(-1)
-
-
-def agreement_window_chance(base_sigmas: Sigmas, sigmas: Sigmas, dimension: int) -> PerMatrix:
+def agreement_window_chance(window: Bool[Tensor, "b M M"], dimension: int) -> PerMatrix:
     """Mean of sqrt(k_i / d), k_i being the number of base vectors in the window of i."""
-    return (_window(base_sigmas, sigmas).sum(-2).double() / dimension).sqrt().mean(-1)
+    return (window.sum(-2).double() / dimension).sqrt().mean(-1)
+
+
+def mean(values: Sigmas) -> PerMatrix:
+    """Mean along the spectrum."""
+    return values.mean(-1)
 
 
 def subspace(overlap: Overlap, k: int) -> PerMatrix:
@@ -92,8 +87,3 @@ def best_match_chance(dimension: int, count: int) -> float:
     1.0
     """
     return min(1.0, max(cosine_chance(dimension), math.sqrt(2 * math.log(count) / dimension)))
-
-
-def _window(base_sigmas: Sigmas, sigmas: Sigmas) -> Tensor:
-    """(b, M, M), whether base sigma i lies in the window of tuned sigma j."""
-    return (base_sigmas[:, :, None] - sigmas[:, None, :]).abs() <= WINDOW * sigmas[:, None, :]

@@ -131,12 +131,12 @@ def _constant(chance: Callable[..., float], side: str) -> Callable[[Tensor, tupl
     return lambda overlap, size: overlap.new_full((len(overlap),), chance(_dimension(side, size), overlap.shape[-1]))
 
 
-def _window_chance(side: str, base_sigmas: Tensor, sigmas: Tensor, size: tuple[int, int]) -> Tensor:
-    return agreement.agreement_window_chance(base_sigmas, sigmas, _dimension(side, size))
+def _window_chance(side: str, window: Tensor, size: tuple[int, int]) -> Tensor:
+    return agreement.agreement_window_chance(window, _dimension(side, size))
 
 
 def _agreement_rows(side: str) -> list[Metric]:
-    overlap, windowed = f"{side}_overlap", (f"{side}_overlap", "base_sigmas", "sigmas")
+    overlap = f"{side}_overlap"
     who = f"{side} singular vectors"
 
     def row(name: str, function: Callable[..., Tensor], facts: Sequence[str], summary: str) -> Metric:
@@ -160,14 +160,14 @@ def _agreement_rows(side: str) -> list[Metric]:
         )
     ]
     return [
-        row("agreement_mean", agreement.agreement_mean, (overlap,), f"mean |cos| of matching {who}"),
+        row("agreement_mean", agreement.mean, (f"{side}_agreement",), f"mean |cos| of matching {who}"),
         chance("agreement_chance", lambda d, count: agreement.cosine_chance(d), "mean |cos| of random unit vectors"),
-        row("best_match_mean", agreement.best_match_mean, (overlap,), f"mean over base {who} of the largest |cos|"),
+        row("best_match_mean", agreement.mean, (f"{side}_best_match",), f"mean over base {who} of the largest |cos|"),
         chance("best_match_chance", agreement.best_match_chance, "sqrt(2 ln M / d)"),
         *subspaces,
-        row("agreement_window_mean", agreement.agreement_window_mean, windowed,
+        row("agreement_window_mean", agreement.mean, (f"{side}_agreement_window",),
             f"mean norm of tuned {who} in the span of base ones with sigma within 5%"),
-        row("agreement_window_chance", partial(_window_chance, side), ("base_sigmas", "sigmas", "shape"),
+        row("agreement_window_chance", partial(_window_chance, side), ("window", "shape"),
             "chance level: mean sqrt(vectors in the window / d)"),
     ]  # fmt: skip
 

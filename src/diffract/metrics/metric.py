@@ -11,43 +11,7 @@ from typing import Any, overload
 from torch import Tensor
 
 from diffract.errors import SelectionError, suggest
-
-FACTS: dict[str, str] = {
-    "shape": "(m, n), two integers",
-    "epsilon": "machine epsilon of the stored dtype",
-    "squares": "(b,), squared Frobenius norm",
-    "moments": "sums of the first four powers of the entries, (b,) each",
-    "sigma_max": "(b,), the largest singular value",
-    "sigmas": "(b, M), singular values, descending",
-    "resolved": "(b,), the smallest singular value that the method tells from zero",
-    "U": "(b, m, M), left singular vectors as columns",
-    "Vh": "(b, M, n), right singular vectors as rows",
-    "matrix": "(b, m, n), float64",
-    "base_squares": "(b,), squared Frobenius norm of the base W0",
-    "delta_squares": "(b,), squared Frobenius norm of D = W1 - W0",
-    "changed": "(b,), number of entries that differ",
-    "rounding_squares": "(b,), mean squared norm of what rounding W1 to its stored dtype does",
-    "delta_sigmas": "(b, <= M), singular values of D, descending; those that are left out are zero",
-    "base_sigmas": "(b, M), singular values of W0",
-    "left_overlap": "(b, M, M), |U0^T U1|",
-    "right_overlap": "(b, M, M), |V0^T V1|",
-    "diagonal": "(b, M), u0_i^T D v0_i",
-}
-"""Everything that a metric can be computed from; b matrices at once, M = min(m, n), all float64."""
-
-PAIR_FACTS = frozenset(list(FACTS)[list(FACTS).index("base_squares") :])
-"""Facts that only a comparison knows."""
-
-NEEDS = ("shape", "entries", "sigma_max", "sigmas", "vectors", "matrix")
-"""What computing a fact costs, cheapest first."""
-
-_NEED_OF = {
-    **dict.fromkeys(("squares", "moments", "base_squares", "delta_squares", "changed", "rounding_squares"), "entries"),
-    "sigma_max": "sigma_max",
-    **dict.fromkeys(("sigmas", "resolved", "delta_sigmas", "base_sigmas"), "sigmas"),
-    **dict.fromkeys(("U", "Vh", "left_overlap", "right_overlap", "diagonal"), "vectors"),
-    "matrix": "matrix",
-}
+from diffract.metrics.facts import FACTS, NEEDS
 
 INVARIANCES = frozenset({"rotation", "transpose", "permutation"})
 
@@ -85,12 +49,12 @@ class Metric:
     @property
     def pair(self) -> bool:
         """Whether it speaks of two matrices."""
-        return not PAIR_FACTS.isdisjoint(self.facts)
+        return any(FACTS[fact].pair for fact in self.facts)
 
     @property
     def needs(self) -> str:
         """The dearest thing that it is computed from, of ``NEEDS``."""
-        return max((_NEED_OF.get(fact, "shape") for fact in self.facts), key=NEEDS.index)
+        return max((FACTS[fact].need for fact in self.facts), key=NEEDS.index)
 
     @property
     def key(self) -> str:

@@ -1,0 +1,96 @@
+"""What a metric can be computed from: facts about b matrices at once.
+
+Some facts are found out by looking at weights; derived ones follow from others, are computed when they are first asked
+for, and are then kept, so that all columns of one fit share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from diffract.metrics import agreement
+
+NEEDS = ("shape", "entries", "sigma_max", "sigmas", "vectors", "matrix")
+"""What finding out a fact costs, cheapest first."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A row of ``FACTS``.
+
+    Attributes:
+        summary: Shape and meaning; M = min(m, n), all float64.
+        need: The dearest thing that it takes, of ``NEEDS``.
+        pair: Whether only a comparison knows it.
+        function: What derives it, from ``sources`` in order; ``None`` if looking at weights tells it.
+        sources: Names of other facts.
+    """
+
+    summary: str
+    need: str
+    pair: bool = False
+    function: Callable[..., Any] | None = None
+    sources: tuple[str, ...] = ()
+
+
+FACTS: dict[str, Fact] = {
+    "shape": Fact("(m, n), two integers", "shape"),
+    "epsilon": Fact("machine epsilon of the stored dtype", "shape"),
+    "squares": Fact("(b,), squared Frobenius norm", "entries"),
+    "moments": Fact("sums of the first four powers of the entries, (b,) each", "entries"),
+    "sigma_max": Fact("(b,), the largest singular value", "sigma_max"),
+    "sigmas": Fact("(b, M), singular values, descending", "sigmas"),
+    "resolved": Fact("(b,), the smallest singular value that the method tells from zero", "sigmas"),
+    "U": Fact("(b, m, M), left singular vectors as columns", "vectors"),
+    "Vh": Fact("(b, M, n), right singular vectors as rows", "vectors"),
+    "matrix": Fact("(b, m, n), float64", "matrix"),
+    "base_squares": Fact("(b,), squared Frobenius norm of the base W0", "entries", pair=True),
+    "delta_squares": Fact("(b,), squared Frobenius norm of D = W1 - W0", "entries", pair=True),
+    "changed": Fact("(b,), number of entries that differ", "entries", pair=True),
+    "rounding_squares": Fact("(b,), mean squared norm of what rounding W1 to its dtype does", "entries", pair=True),
+    "delta_sigmas": Fact("(b, <= M), singular values of D, descending; those left out are zero", "sigmas", pair=True),
+    "base_sigmas": Fact("(b, M), singular values of W0", "sigmas", pair=True),
+    "left_overlap": Fact("(b, M, M), |U0^T U1|", "vectors", pair=True),
+    "right_overlap": Fact("(b, M, M), |V0^T V1|", "vectors", pair=True),
+    "diagonal": Fact("(b, M), u0_i^T D v0_i", "vectors", pair=True),
+    "delta_energy": Fact("(b, M), ||u0_i^T D||^2", "vectors", pair=True),
+}
+"""Facts by name. Derived ones are added below, in order of what they come from."""
+
+
+def _derive(name: str, summary: str, function: Callable[..., Any], *sources: str) -> None:
+    known = [FACTS[source] for source in sources]
+    need = max((fact.need for fact in known), key=NEEDS.index)
+    FACTS[name] = Fact(summary, need, any(fact.pair for fact in known), function, sources)
+
+
+_derive("window", "(b, M, M), whether base sigma i is within 5% of tuned sigma j", agreement.window,
+        "base_sigmas", "sigmas")  # fmt: skip
+for _side, _u in (("left", "u"), ("right", "v")):
+    _overlap = f"{_side}_overlap"
+    _derive(f"{_side}_agreement", f"(b, M), |{_u}0_i . {_u}1_i|", agreement.agreement, _overlap)
+    _derive(f"{_side}_best_match", f"(b, M), max_j |{_u}0_i . {_u}1_j|", agreement.best_match, _overlap)
+    _derive(f"{_side}_agreement_window", f"(b, M), norm of {_u}1_i projected on its window of base vectors",
+            agreement.agreement_window, _overlap, "window")  # fmt: skip
+
+
+def sources(names: Iterable[str]) -> frozenset[str]:
+    """Return the facts that must be looked up so that all of ``names`` can be had."""
+    found: set[str] = set()
+    for name in names:
+        fact = FACTS[name]
+        found |= sources(fact.sources) if fact.function else {name}
+    return frozenset(found)
+
+
+class Facts(dict[str, Any]):
+    """Facts by name; a derived one is computed when it is first asked for."""
+
+    def __missing__(self, name: str) -> Any:
+        fact = FACTS[name]
+        if fact.function is None:
+            raise KeyError(name)
+        self[name] = value = fact.function(*(self[source] for source in fact.sources))
+        return value
