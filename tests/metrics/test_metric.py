@@ -147,7 +147,7 @@ def test_derived_facts_cost_what_they_come_from_and_are_computed_once() -> None:
             assert fact.need == max((FACTS[s].need for s in fact.sources), key=NEEDS.index)
             assert fact.pair == any(FACTS[s].pair for s in fact.sources)
     assert sources(["left_agreement_window"]) == {"left_overlap", "base_sigmas", "sigmas"}
-    facts = Facts(left_overlap=torch.rand(2, 3, 3))
+    facts = Facts(left_overlap=torch.rand(2, 3, 3).double())
     assert facts["left_agreement"] is facts["left_agreement"]
     with pytest.raises(KeyError, match="base_sigmas"):
         facts["window"]
