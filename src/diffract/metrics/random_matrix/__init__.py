@@ -1,6 +1,17 @@
 """What pure noise would show: laws of its spectrum, the permutation null, and thresholds that follow from them."""
 
+from diffract.metrics.random_matrix.bulk import Bulk, fit_bulk
 from diffract.metrics.random_matrix.marchenko_pastur import mp_cdf, mp_density, mp_edges, mp_quantile
 from diffract.metrics.random_matrix.tracy_widom import QUANTILE_99, fluctuation_edge, tracy_widom_cdf
 
-__all__ = ["QUANTILE_99", "fluctuation_edge", "mp_cdf", "mp_density", "mp_edges", "mp_quantile", "tracy_widom_cdf"]
+__all__ = [
+    "QUANTILE_99",
+    "Bulk",
+    "fit_bulk",
+    "fluctuation_edge",
+    "mp_cdf",
+    "mp_density",
+    "mp_edges",
+    "mp_quantile",
+    "tracy_widom_cdf",
+]
