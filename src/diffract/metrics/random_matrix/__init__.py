@@ -2,16 +2,21 @@
 
 from diffract.metrics.random_matrix.bulk import Bulk, fit_bulk
 from diffract.metrics.random_matrix.marchenko_pastur import mp_cdf, mp_density, mp_edges, mp_quantile
+from diffract.metrics.random_matrix.null import entry_order, null_w1, permuted, wasserstein
 from diffract.metrics.random_matrix.tracy_widom import QUANTILE_99, fluctuation_edge, tracy_widom_cdf
 
 __all__ = [
     "QUANTILE_99",
     "Bulk",
+    "entry_order",
     "fit_bulk",
     "fluctuation_edge",
     "mp_cdf",
     "mp_density",
     "mp_edges",
     "mp_quantile",
+    "null_w1",
+    "permuted",
     "tracy_widom_cdf",
+    "wasserstein",
 ]
