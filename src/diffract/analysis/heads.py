@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
 import polars as pl
+
+from diffract.metrics.concentration import gini, top_share
+
+__all__ = ["gini", "head_deltas", "top_share"]
 
 PER_QUERY_HEAD = ("q", "o")
 PER_KV_HEAD = ("k", "v")
@@ -31,29 +32,3 @@ def head_deltas(metrics: pl.DataFrame) -> pl.DataFrame:
     joined = heads.join(kv, on=[*place, "kv_head"], how="left", nulls_equal=True).sort(*place, "head")
     total = (pl.col("d2") + pl.col("kv_d2").fill_null(0.0)).sqrt()
     return joined.select(*place, "head", head_delta=total)
-
-
-def gini(values: np.ndarray) -> float:
-    """Gini coefficient of non-negative values: 0 when all are equal, towards 1 when one has all. NaN if all are zero.
-
-    >>> gini(np.array([1.0, 1.0])), gini(np.array([0.0, 1.0]))
-    (0.0, 0.5)
-    """
-    ordered = np.sort(values)
-    n, total = len(ordered), ordered.sum()
-    if n == 0 or total == 0:
-        return math.nan
-    return float(2 * (np.arange(1, n + 1) * ordered).sum() / (n * total) - (n + 1) / n)
-
-
-def top_share(values: np.ndarray, share: float = 0.1) -> tuple[float, float]:
-    """Return what the largest ``share`` of values (rounded up) have of the sum, and what they would if all were equal.
-
-    >>> top_share(np.array([3.0, 1.0]), 0.5)
-    (0.75, 0.5)
-    """
-    n, total = len(values), values.sum()
-    if n == 0 or total == 0:
-        return math.nan, math.nan
-    k = math.ceil(share * n)
-    return float(np.sort(values)[-k:].sum() / total), k / n

@@ -1,5 +1,6 @@
 """Spectra of batches of matrices: float64 accuracy, bounded memory, CPU or CUDA. Sees tensors only."""
 
+from diffract.linalg.circuits import circuit_spectrum, rotary
 from diffract.linalg.exact import Spectrum, lapack
 from diffract.linalg.factored import LowRank, factored_spectrum
 from diffract.linalg.pair import (
@@ -24,6 +25,7 @@ __all__ = [
     "Spectrum",
     "Sums",
     "TopSpectrum",
+    "circuit_spectrum",
     "factored_spectrum",
     "gram_values",
     "gram_vectors",
@@ -33,6 +35,7 @@ __all__ = [
     "pair_from_sums",
     "pair_values",
     "replace_pairs",
+    "rotary",
     "spectrum",
     "takes_gram",
     "top_spectrum",
