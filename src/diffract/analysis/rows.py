@@ -9,10 +9,7 @@ import polars as pl
 from torch import Tensor
 
 from diffract.analysis.facts import Found
-from diffract.metrics import Metric
-
-CURVES = {"delta_sigmas": "delta_sigma"}
-"""Names of quantities in the spectra table, where they differ from the fact's."""
+from diffract.metrics import CURVES, Metric
 
 CURVE = "curve."
 """Prefix of the columns that hold what runs along the spectrum."""
@@ -32,9 +29,9 @@ def bundle(found: Found, metrics: Sequence[Metric]) -> pl.DataFrame:
     }
     for metric in metrics:
         columns[metric.name] = _numbers(metric(*(found.facts[fact] for fact in metric.facts)), finite)
-    curves = ({"sigma": spectrum.S} if spectrum else {}) | {CURVES.get(n, n): found.facts[n] for n in found.curves}
-    for name, values in curves.items():
-        columns[CURVE + name] = _lists(values, finite)
+    for name, curve in CURVES.items():
+        if curve.wanted(found.facts):
+            columns[CURVE + name] = _lists(curve.values(found.facts), finite, ragged=curve.ragged)
     return pl.DataFrame(columns)
 
 
@@ -45,8 +42,13 @@ def _numbers(values: Tensor | None, finite: list[bool]) -> pl.Series:
     return pl.Series([v if ok and math.isfinite(v) else None for v, ok in known], dtype=pl.Float64)
 
 
-def _lists(values: Tensor, finite: list[bool]) -> pl.Series:
+def _lists(values: Tensor, finite: list[bool], *, ragged: bool) -> pl.Series:
     """One list per matrix; null where a matrix is not finite or the quantity has no value."""
     rows = pl.Series(values.cpu().numpy(), dtype=pl.Array(pl.Float64, values.shape[1])).arr.to_list()
-    missing = [not ok or bad for ok, bad in zip(finite, values.isnan().any(1).tolist(), strict=True)]
+    unknown = values.isnan()
+    if ragged:
+        rows = rows.list.eval(pl.element().filter(pl.element().is_not_nan()))
+    elif bool(unknown.any()):
+        rows = rows.list.eval(pl.element().fill_nan(None))
+    missing = [not ok or bad for ok, bad in zip(finite, unknown.all(1).tolist(), strict=True)]
     return rows if not any(missing) else rows.set(pl.Series(missing), None)

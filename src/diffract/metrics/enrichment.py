@@ -69,3 +69,8 @@ def peak_enrichment_pvalue(
         permuted = energy[rows] @ (places < count).double().mT
         reached[rows] = (permuted >= least[rows, None]).sum(-1).double()
     return ((1 + reached) / (1 + draws)).where(~peak_enrichment(energy, in_peak).isnan(), torch.nan)
+
+
+def seeded_pvalue(energy: Energies, in_peak: InPeak) -> PerMatrix:
+    """``peak_enrichment_pvalue`` with ``DRAWS`` draws of seed 0."""
+    return peak_enrichment_pvalue(energy, in_peak, generator=torch.Generator().manual_seed(0))

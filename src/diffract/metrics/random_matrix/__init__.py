@@ -5,6 +5,7 @@ from diffract.metrics.random_matrix.donoho_gavish import (
     hard_threshold,
     hard_threshold_known_noise,
     known_noise_factor,
+    rank_above_threshold,
     unknown_noise_factor,
 )
 from diffract.metrics.random_matrix.marchenko_pastur import mp_cdf, mp_density, mp_edges, mp_quantile
@@ -26,6 +27,7 @@ __all__ = [
     "mp_quantile",
     "null_w1",
     "permuted",
+    "rank_above_threshold",
     "tracy_widom_cdf",
     "unknown_noise_factor",
     "wasserstein",

@@ -7,6 +7,7 @@ hard thresholds, as both sides grow. beta = M / N = min(m, n) / max(m, n).
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from jaxtyping import Float64
@@ -27,6 +28,7 @@ def known_noise_factor(beta: float) -> float:
     return math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta**2 + 14 * beta + 1)))
 
 
+@cache
 def unknown_noise_factor(beta: float) -> float:
     """omega(beta) = lambda_*(beta) / sqrt(mu_beta), mu_beta the median of the Marchenko-Pastur law of variance 1.
 
@@ -61,3 +63,9 @@ def hard_threshold_known_noise(noise_std: PerMatrix, shape: tuple[int, int]) -> 
         shape: (m, n) of the matrices.
     """
     return known_noise_factor(min(shape) / max(shape)) * math.sqrt(max(shape)) * noise_std
+
+
+def rank_above_threshold(sigmas: Sigmas, shape: tuple[int, int]) -> PerMatrix:
+    """Number of singular values above ``hard_threshold``. NaN where that is."""
+    threshold = hard_threshold(sigmas, shape)
+    return (sigmas > threshold[:, None]).sum(-1).double().where(threshold.isfinite(), torch.nan)
