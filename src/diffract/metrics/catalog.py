@@ -155,12 +155,12 @@ RANDOM_MATRIX = (
         "sigma_1 of the same entries in a random order", "weight", "[0, inf)", "", 1, TRANSPOSED,
     ),
     Metric(
-        "donoho_gavish_threshold", random_matrix.hard_threshold, ("sigmas", "shape"),
+        "donoho_gavish_threshold", random_matrix.hard_threshold, ("resolved_sigmas", "shape"),
         "omega(M / N) median sigma: below it a singular value is better dropped", "weight", "[0, inf)",
         "Gavish & Donoho 2014", 1, ALL,
     ),
     Metric(
-        "donoho_gavish_rank", random_matrix.rank_above_threshold, ("sigmas", "shape"),
+        "donoho_gavish_rank", random_matrix.rank_above_threshold, ("resolved_sigmas", "shape"),
         "singular values above donoho_gavish_threshold", "count", "[0, M]", "Gavish & Donoho 2014", 0, ALL,
     ),
 )  # fmt: skip
