@@ -68,7 +68,7 @@ def bulk_distance(bulk: np.ndarray, v: float, N: int, M: int) -> float:
 
 def null_sigmas(w: np.ndarray) -> np.ndarray:
     order = torch.randperm(w.size, generator=torch.Generator().manual_seed(0)).numpy()
-    return np.linalg.svd(w.flatten()[order].reshape(w.shape), compute_uv=False)
+    return np.linalg.svd(w.flatten()[order].reshape(min(w.shape), max(w.shape)), compute_uv=False)
 
 
 def null_distance(w: np.ndarray, S: np.ndarray) -> float:

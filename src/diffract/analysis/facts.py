@@ -143,8 +143,8 @@ def _null_sigmas(stack: Stack, plan: Plan, device: torch.device, finite: Tensor)
         return torch.full((stack.count, min(stack.shape)), torch.nan, dtype=torch.float64, device=device)
     whole = _safe(stack.whole().to(device), finite)
     order = _null_order(stack.shape, device)
-    step = 1 if device.type == "cpu" else stack.count
-    return torch.cat([spectrum(permuted(part, order), method=plan.method).S for part in whole.split(step)])
+    shuffled = permuted(whole, order).view(stack.count, min(stack.shape), max(stack.shape))  # short side first: faster
+    return spectrum(shuffled, method=plan.method).S
 
 
 @lru_cache(maxsize=2)
