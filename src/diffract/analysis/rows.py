@@ -32,7 +32,16 @@ def bundle(found: Found, metrics: Sequence[Metric]) -> pl.DataFrame:
     for name, curve in CURVES.items():
         if curve.wanted(found.facts):
             columns[CURVE + name] = _lists(curve.values(found.facts), finite, ragged=curve.ragged)
-    return pl.DataFrame(columns)
+    return _owned(pl.DataFrame(columns))
+
+
+def _owned(rows: pl.DataFrame) -> pl.DataFrame:
+    """Copy rows into memory of Polars' own.
+
+    Small arrays that live on among large temporaries keep the allocator from giving these back, a few MB for each
+    tensor: memory would grow with the number of layers.
+    """
+    return rows.select(pl.all().gather(pl.int_range(len(rows))))
 
 
 def _numbers(values: Tensor | None, finite: list[bool]) -> pl.Series:
