@@ -40,8 +40,15 @@ LABELS: dict[str, Any] = {
 }
 """Columns that say which matrix a row speaks of; ``(model, name)`` is unique."""
 
-OUTCOME: dict[str, Any] = {"status": pl.String, "method": pl.String, "resolved": pl.Float64}
-"""``status`` ok | zero | non_finite | unpaired; ``method`` of the spectrum, and the smallest sigma that it resolves."""
+OUTCOME: dict[str, Any] = {
+    "status": pl.String,
+    "method": pl.String,
+    "resolved": pl.Float64,
+    "warning": pl.String,
+}
+"""``status`` ok | zero | non_finite | unpaired; ``method`` of the spectrum, and the smallest sigma that it resolves;
+``warning``: what speaks against the fitted power law, where there is one.
+"""
 
 SPECTRA: dict[str, Any] = {
     "model": pl.String,

@@ -29,6 +29,8 @@ def bundle(found: Found, metrics: Sequence[Metric]) -> pl.DataFrame:
     }
     for metric in metrics:
         columns[metric.name] = _numbers(metric(*(found.facts[fact] for fact in metric.facts)), finite)
+    doubts = found.facts["tail_warnings"] if "power_law" in found.facts else [None] * count
+    columns["warning"] = pl.Series([text or None for text in doubts], dtype=pl.String)
     for name, curve in CURVES.items():
         if curve.wanted(found.facts):
             columns[CURVE + name] = _lists(curve.values(found.facts), finite, ragged=curve.ragged)

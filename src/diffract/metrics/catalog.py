@@ -12,7 +12,18 @@ import torch
 from torch import Tensor
 
 from diffract.errors import SelectionError, suggest
-from diffract.metrics import agreement, change, delta, enrichment, norms, random_matrix, ranks, shape, subspaces
+from diffract.metrics import (
+    agreement,
+    change,
+    delta,
+    enrichment,
+    heavy_tails,
+    norms,
+    random_matrix,
+    ranks,
+    shape,
+    subspaces,
+)
 from diffract.metrics.metric import INVARIANCES, Metric
 
 ENTRY_POINTS = "diffract.metrics"
@@ -128,6 +139,82 @@ CHANGE = (
     ),
 )  # fmt: skip
 
+
+CLAUSET = "Clauset, Shalizi & Newman 2009"
+TAILS = {"pl": "power_law", "tpl": "truncated_power_law", "exp": "exponential", "ln": "log_normal"}
+_PARAMETERS = {
+    "pl": (("alpha", "exponent of rho ~ lambda^-alpha above xmin", "1", "[1, inf)", 0),
+           ("alpha_stderr", "(alpha - 1) / sqrt(values in the tail)", "1", "[0, inf)", 0)),
+    "tpl": (("alpha", "alpha of rho ~ lambda^-alpha exp(-rate lambda)", "1", "(-inf, inf)", 0),
+            ("rate", "rate of the same", "weight^-2", "[0, inf)", -2)),
+    "exp": (("rate", "rate of rho ~ exp(-rate lambda)", "weight^-2", "[0, inf)", -2),),
+    "ln": (("mu", "mean of ln lambda before truncation at xmin", "ln weight^2", "(-inf, inf)", None),
+           ("sigma", "standard deviation of ln lambda, likewise", "1", "[0, inf)", 0)),
+}  # fmt: skip
+
+
+def _tail_rows(short: str) -> list[Metric]:
+    """Rows of one family of tail laws, all of one fit."""
+    law = TAILS[short]
+    called = law.replace("_", " ")
+    common = (
+        ("xmin", f"where the {called}'s tail begins", "weight^2", "[0, inf)", 2),
+        ("ks", f"Kolmogorov-Smirnov distance of the {called}'s tail", "1", "[0, 1]", 0),
+        ("tail_count", f"eigenvalues in the {called}'s tail", "count", "[0, M]", 0),
+    )
+    return [
+        Metric(f"{short}_{field}", attrgetter(field), (law,), summary, unit, value_range, CLAUSET, degree, ALL)
+        for field, summary, unit, value_range, degree in (*_PARAMETERS[short], *common)
+    ]
+
+
+def _against_rows(short: str) -> list[Metric]:
+    """Rows that hold the power law against another law on the power law's tail."""
+    law, name = TAILS[short], f"pl_vs_{short}"
+    called = law.replace("_", " ")
+    return [
+        Metric(name, attrgetter(f"{law}.ratio"), ("tail_comparisons",),
+               f"normalised log-likelihood ratio of power law and {called}; positive: power law", "1", "(-inf, inf)",
+               "Vuong 1989", 0, ALL),
+        Metric(f"{name}_p", attrgetter(f"{law}.p"), ("tail_comparisons",),
+               f"two-sided p of {name}: large, neither is better", "1", "[0, 1]", "Vuong 1989", 0, ALL),
+    ]  # fmt: skip
+
+
+HEAVY_TAILS = (
+    *(row for short in TAILS for row in _tail_rows(short)),
+    *(row for short in ("exp", "tpl", "ln") for row in _against_rows(short)),
+    Metric(
+        "alpha_hat", lambda tail, values: heavy_tails.alpha_hat(tail.alpha, values[:, 0]),
+        ("power_law", "eigenvalues"), "pl_alpha log10 lambda_1", "log10 weight^2", "(-inf, inf)",
+        "Martin, Peng & Mahoney 2021", None, ALL,
+    ),
+    Metric(
+        "log10_alpha_norm", lambda tail, values: heavy_tails.log10_alpha_norm(values, tail.alpha),
+        ("power_law", "tail_eigenvalues"), "log10 sum lambda^pl_alpha", "log10 weight^2", "(-inf, inf)",
+        "Martin, Peng & Mahoney 2021", None, ALL,
+    ),
+)  # fmt: skip
+
+
+def _p_value(law: str, values: Tensor, *, refit: bool = True) -> Tensor:
+    return heavy_tails.p_value(values, law, refit=refit).p  # pyright: ignore[reportArgumentType] (a name of TAILS)
+
+
+P_VALUES = (
+    *(
+        Metric(
+            f"{short}_pvalue", partial(_p_value, law), ("tail_eigenvalues",),
+            f"share of 1,000 bootstrap draws that fit a {law.replace('_', ' ')} worse; small: it is none", "1",
+            "[0, 1]", CLAUSET, 0, ALL,
+        )
+        for short, law in TAILS.items()
+    ),
+    Metric(
+        "pl_pvalue_fixed_xmin", partial(_p_value, "power_law", refit=False), ("tail_eigenvalues",),
+        "pl_pvalue with xmin kept on each draw: cheaper, and too large", "1", "[0, 1]", CLAUSET, 0, ALL,
+    ),
+)  # fmt: skip
 
 RANDOM_MATRIX = (
     *(
@@ -263,8 +350,10 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
     "change": CHANGE,
     "agreement": (*_agreement_rows("left"), *_agreement_rows("right")),
     "angles": (*_angle_rows("left"), *_angle_rows("right")),
+    "heavy_tails": HEAVY_TAILS,
     "random_matrix": RANDOM_MATRIX,
     "spectral_shape": SPECTRAL_SHAPE,
+    "p_values": P_VALUES,
 }
 """Metrics by group; a group's name stands for its members. A metric is added to one, with its row in the property table
 of the tests."""

@@ -43,6 +43,7 @@ class Curve:
 CURVES: dict[str, Curve] = {
     "sigma": Curve("sigmas", "singular values, descending; what follows runs along them unless it says otherwise"),
     "null_sigma": Curve("null_sigmas", "singular values of the same entries in a random order"),
+    "pl_ks_scan": Curve("power_law_scan", "distance of the power law whose xmin is that sigma^2 / N", "power_law"),
     "peak": Curve("peaks", "number of the peak that a sigma belongs to, from 0; -1 for none",
                   function=lambda found: found.membership.double()),
     "peak_position": Curve("peaks", "one a peak: ln sigma of its top", function=attrgetter("positions"), ragged=True),

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffract.metrics import agreement, peaks, random_matrix
+from diffract.metrics import agreement, heavy_tails, peaks, random_matrix
 
 NEEDS = ("shape", "entries", "sigma_max", "sigmas", "null", "vectors", "matrix")
 """What finding out a fact costs, cheapest first."""
@@ -80,6 +80,10 @@ def _resolved_sigmas(sigmas: Tensor, resolved: Tensor) -> Tensor:
     return sigmas.where(sigmas > resolved[:, None], 0.0)
 
 
+def _tail_warnings(found: heavy_tails.PowerLaw, values: Tensor) -> tuple[str, ...]:
+    return heavy_tails.describe_warning(heavy_tails.tail_warning(found, values), found)
+
+
 def _find_peaks(sigmas: Tensor) -> peaks.Peaks:
     return peaks.find_peaks(peaks.log_density(sigmas), sigmas)
 
@@ -93,6 +97,17 @@ _derive("null_eigenvalues", "(b, M), those of the permuted matrix", eigenvalues,
 _derive("bulk", "the Marchenko-Pastur law of the noise, random_matrix.Bulk", random_matrix.fit_bulk,
         "eigenvalues", "shape")  # fmt: skip
 _derive("resolved_sigmas", "(b, M), sigmas, zero where not resolved", _resolved_sigmas, "sigmas", "resolved")
+_derive("tail_eigenvalues", "(b, M), eigenvalues, zero where not resolved", eigenvalues, "resolved_sigmas", "shape")
+_derive("power_law", "fitted tail, heavy_tails.PowerLaw", heavy_tails.power_law, "tail_eigenvalues")
+_derive("truncated_power_law", "likewise", heavy_tails.truncated_power_law, "tail_eigenvalues")
+_derive("exponential", "likewise", heavy_tails.exponential, "tail_eigenvalues")
+_derive("log_normal", "likewise", heavy_tails.log_normal, "tail_eigenvalues")
+_derive("tail_comparisons", "power law against the others, heavy_tails.Comparisons", heavy_tails.compare_tails,
+        "tail_eigenvalues")  # fmt: skip
+_derive("tail_warnings", "what speaks against the power law, one text a matrix", _tail_warnings,
+        "power_law", "tail_eigenvalues")  # fmt: skip
+_derive("power_law_scan", "(b, M), distance of the power law with xmin at each eigenvalue", heavy_tails.power_law_scan,
+        "tail_eigenvalues")  # fmt: skip
 _derive("peaks", "peaks in the density of ln sigma, peaks.Peaks", _find_peaks, "resolved_sigmas")
 _derive("base_resolved_sigmas", "(b, M), likewise of W0", _resolved_sigmas, "base_sigmas", "base_resolved")
 _derive("base_peaks", "peaks of W0", _find_peaks, "base_resolved_sigmas")

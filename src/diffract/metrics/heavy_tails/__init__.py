@@ -8,7 +8,7 @@ from diffract.metrics.heavy_tails.bootstrap import PValue, p_value
 from diffract.metrics.heavy_tails.comparison import Comparison, Comparisons, compare_tails
 from diffract.metrics.heavy_tails.exponential import Exponential, exponential
 from diffract.metrics.heavy_tails.log_normal import LogNormal, log_normal
-from diffract.metrics.heavy_tails.power_law import PowerLaw, power_law
+from diffract.metrics.heavy_tails.power_law import PowerLaw, power_law, power_law_scan
 from diffract.metrics.heavy_tails.summaries import alpha_hat, log10_alpha_norm
 from diffract.metrics.heavy_tails.tail_warnings import TailWarning, describe_warning, tail_warning
 from diffract.metrics.heavy_tails.truncated_power_law import TruncatedPowerLaw, truncated_power_law
@@ -30,6 +30,7 @@ __all__ = [
     "log_normal",
     "p_value",
     "power_law",
+    "power_law_scan",
     "tail_warning",
     "truncated_power_law",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffract.metrics.heavy_tails.law import Law, OfPoints, Parameters
 from diffract.metrics.heavy_tails.order import Tails
-from diffract.metrics.heavy_tails.search import fit_tails
+from diffract.metrics.heavy_tails.search import fit_tails, scan_distances
 
 PerMatrix = Float64[Tensor, "b"]
 
@@ -61,6 +61,14 @@ def power_law(
     fitted = fit_tails(values, POWER_LAW, at=at, min_tail=min_tail, two_sided=two_sided)
     slope = fitted.parameters[:, 0]
     return PowerLaw(1 + slope, fitted.xmin, fitted.ks, fitted.count, slope / fitted.count.sqrt())
+
+
+def power_law_scan(values: Float64[Tensor, "b n"]) -> Float64[Tensor, "b n"]:
+    """Distance of the power law with xmin at each value, values descending: what ``power_law`` takes the least of.
+
+    NaN where a value is no candidate: the largest, all but one of equal values, and those that do not count.
+    """
+    return scan_distances(values, POWER_LAW)
 
 
 def _fit(tails: Tails) -> Parameters:

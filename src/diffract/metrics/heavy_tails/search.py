@@ -72,6 +72,18 @@ def fit_tails(
     return Fitted(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
+def scan_distances(
+    values: Float64[Tensor, "b n"], law: Law, *, min_tail: int = 2, two_sided: bool = False
+) -> Float64[Tensor, "b n"]:
+    """Return the distance that each value would have as xmin, values descending; NaN where it is no candidate."""
+    ordered = order(values)
+    last, row = ordered.candidates(min_tail).mT.nonzero().flip(0).unbind(1)
+    tails = ordered.tails(row, last)
+    table = torch.full_like(ordered.values, torch.nan)
+    table[row, last] = distances(ordered, tails, law.fit(tails), law, two_sided)
+    return table
+
+
 def nearest(ordered: Ordered, law: Law, min_tail: int, two_sided: bool) -> Tails:
     """Return the tail of least distance of each row, the longest of equals; NaN statistics for rows without any.
 
