@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from threading import Lock
 
 import polars as pl
 from torch import Tensor
@@ -15,8 +16,18 @@ CURVE = "curve."
 """Prefix of the columns that hold what runs along the spectrum."""
 
 
+ONE_AT_A_TIME = Lock()
+"""Metrics are many small operations, each of which gives the interpreter's lock away and takes it back: two threads in
+them at once spend their time waiting for each other, one beside a thread in a long operation does not."""
+
+
 def bundle(found: Found, metrics: Sequence[Metric]) -> pl.DataFrame:
     """Return one row per matrix: outcome, metrics, and lists along the spectrum. What has no value is null."""
+    with ONE_AT_A_TIME:
+        return _owned(pl.DataFrame(_columns(found, metrics)))
+
+
+def _columns(found: Found, metrics: Sequence[Metric]) -> dict[str, pl.Series]:
     finite = found.finite.tolist()
     zero = (found.facts["squares"] == 0).tolist()
     status = ["zero" if z else "ok" if f else "non_finite" for f, z in zip(finite, zero, strict=True)]
@@ -34,7 +45,7 @@ def bundle(found: Found, metrics: Sequence[Metric]) -> pl.DataFrame:
     for name, curve in CURVES.items():
         if curve.wanted(found.facts):
             columns[CURVE + name] = _lists(curve.values(found.facts), finite, ragged=curve.ragged)
-    return _owned(pl.DataFrame(columns))
+    return columns
 
 
 def _owned(rows: pl.DataFrame) -> pl.DataFrame:
