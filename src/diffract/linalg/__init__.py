@@ -1,5 +1,6 @@
 """Spectra of batches of matrices: float64 accuracy, bounded memory, CPU or CUDA. Sees tensors only."""
 
+from diffract.linalg.changes import change_grams
 from diffract.linalg.exact import Spectrum, lapack
 from diffract.linalg.factored import LowRank, factored_spectrum
 from diffract.linalg.pair import (
@@ -24,6 +25,7 @@ __all__ = [
     "Spectrum",
     "Sums",
     "TopSpectrum",
+    "change_grams",
     "factored_spectrum",
     "gram_values",
     "gram_vectors",
