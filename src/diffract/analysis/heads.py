@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-import numpy as np
 import polars as pl
 
 PER_QUERY_HEAD = ("q", "o")
@@ -58,29 +56,3 @@ def head_sums(heads: pl.DataFrame, slices: pl.DataFrame, columns: Sequence[str])
     parts = ((pl.col(c + ".own").fill_null(0), pl.col(c + ".shared").fill_null(0)) for c in columns)
     total = {column: one + other for column, (one, other) in zip(columns, parts, strict=True)}
     return joined.sort(*PLACE, "head").select(*heads.columns, **total)
-
-
-def gini(values: np.ndarray) -> float:
-    """Gini coefficient of non-negative values: 0 when all are equal, towards 1 when one has all. NaN if all are zero.
-
-    >>> gini(np.array([1.0, 1.0])), gini(np.array([0.0, 1.0]))
-    (0.0, 0.5)
-    """
-    ordered = np.sort(values)
-    n, total = len(ordered), ordered.sum()
-    if n == 0 or total == 0:
-        return math.nan
-    return float(2 * (np.arange(1, n + 1) * ordered).sum() / (n * total) - (n + 1) / n)
-
-
-def top_share(values: np.ndarray, share: float = 0.1) -> tuple[float, float]:
-    """Return what the largest ``share`` of values (rounded up) have of the sum, and what they would if all were equal.
-
-    >>> top_share(np.array([3.0, 1.0]), 0.5)
-    (0.75, 0.5)
-    """
-    n, total = len(values), values.sum()
-    if n == 0 or total == 0:
-        return math.nan, math.nan
-    k = math.ceil(share * n)
-    return float(np.sort(values)[-k:].sum() / total), k / n
