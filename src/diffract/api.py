@@ -11,6 +11,7 @@ from diffract import tables
 from diffract.analysis import Options, Progress, analyse
 from diffract.checkpoints import Checkpoint, Reference, TensorWriter, open_checkpoint
 from diffract.errors import SelectionError
+from diffract.heterogeneity import HeadsRun, heads
 from diffract.linalg import Method
 from diffract.metrics import Metric
 
@@ -220,12 +221,18 @@ def compare(
     return _run([base, *tuned], options, output, force=force, allow_unmatched=allow_unmatched)
 
 
-def load_run(folder: str | Path) -> Run:
-    """Read a run folder.
+def load_run(folder: str | Path) -> Run | HeadsRun:
+    """Read a run folder, of whichever command.
 
     Raises:
         RunError: It is no run folder, or damaged.
     """
+    if tables.read_manifest(folder)["kind"] in tables.HeadTables.KINDS:
+        return HeadsRun(tables.load(folder, tables.HeadTables))
+    return _load(folder)
+
+
+def _load(folder: str | Path) -> Run:
     found = tables.load(folder)
     saved = Path(folder) / VECTORS
     return Run(found, open_checkpoint(saved) if saved.is_dir() else {})
@@ -256,7 +263,7 @@ def _run(
         else:
             found = analyse(references, options, allow_unmatched=allow_unmatched)
         _write(found, draft)
-    return load_run(output) if options.vectors else Run(found)
+    return _load(output) if options.vectors else Run(found)
 
 
 def _write(found: tables.Tables, draft: Path) -> None:
@@ -266,4 +273,4 @@ def _write(found: tables.Tables, draft: Path) -> None:
     report.write(found, draft / "report.html")
 
 
-__all__ = ["Checkpoint", "Run", "compare", "load_run", "scan"]
+__all__ = ["Checkpoint", "HeadsRun", "Run", "compare", "heads", "load_run", "scan"]

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from diffract.analysis import heads
 from diffract.metrics.concentration import (
     delta_cosine,
     delta_cosine_chance,
@@ -24,11 +23,6 @@ from diffract.metrics.concentration import (
 )
 
 VALUES = arrays(np.float64, st.integers(3, 30), elements=st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.0, 7.0, 11.0]))
-
-
-def test_heads_has_the_same_functions() -> None:
-    assert heads.gini is gini
-    assert heads.top_share is top_share
 
 
 # Concentration

@@ -53,8 +53,8 @@ class Options:
 
     def plan(self, *, pair: bool) -> Plan:
         """Return what is to be computed."""
-        _choose("engine", self.engine, ENGINES)
-        _choose("method", self.method, METHODS)
+        choose("engine", self.engine, ENGINES)
+        choose("method", self.method, METHODS)
         return Plan(tuple(choose_metrics(self.metrics, pair=pair)), self.method, self.vectors)
 
     def settings(self) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def analyse(
     plan = options.plan(pair=len(references) > 1)
     device = choose_device(options.device)
     with ExitStack() as stack:
-        names, layouts = _open_all(references, options, stack)
+        names, layouts = open_all(references, options, stack)
         tasks = scan_tasks(layouts[0])
         if len(layouts) > 1:
             layouts, tasks = pair(layouts[0], layouts[1:], allow_unmatched=allow_unmatched)
@@ -114,11 +114,12 @@ def choose_device(name: str) -> torch.device:
     available = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     if name == "auto":
         return torch.device(available[-1])
-    _choose("device", name.partition(":")[0], available)
+    choose("device", name.partition(":")[0], available)
     return torch.device(name)
 
 
-def _choose(what: str, value: str, known: Sequence[str]) -> None:
+def choose(what: str, value: str, known: Sequence[str]) -> None:
+    """Raise ``SelectionError`` unless ``value`` is one of the known ones."""
     if value not in known:
         raise SelectionError(f"unknown {what} {value!r}, expected one of: {', '.join(known)}.{suggest(value, known)}")
 
@@ -165,7 +166,7 @@ def _other_digests(
     }
 
 
-def _open_all(references: Sequence[Reference], options: Options, stack: ExitStack) -> tuple[list[str], list[Layout]]:
+def open_all(references: Sequence[Reference], options: Options, stack: ExitStack) -> tuple[list[str], list[Layout]]:
     """Open checkpoints and lay them out; those that were opened here are closed with the stack."""
     split = [split_name(r) for r in references]
     layouts: list[Layout] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -115,6 +115,22 @@ def say(text: str, *, quiet: bool = False) -> None:
     """Print a line of results."""
     if not quiet:
         typer.echo(text)
+
+
+def say_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a small table; its first column holds names."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, show_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(Text(printable(column, 40)), justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(printable(cell, 40)) for cell in row))
+    say(f"\n{title}")
+    Console().print(table)
 
 
 def say_json(value: Any) -> None:

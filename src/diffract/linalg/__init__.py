@@ -1,5 +1,6 @@
 """Spectra of batches of matrices: float64 accuracy, bounded memory, CPU or CUDA. Sees tensors only."""
 
+from diffract.linalg.changes import change_grams
 from diffract.linalg.circuits import circuit_spectrum, rotary
 from diffract.linalg.exact import Spectrum, lapack
 from diffract.linalg.factored import LowRank, factored_spectrum
@@ -25,6 +26,7 @@ __all__ = [
     "Spectrum",
     "Sums",
     "TopSpectrum",
+    "change_grams",
     "circuit_spectrum",
     "factored_spectrum",
     "gram_values",

@@ -162,4 +162,5 @@ def split_domains(gram: DomainGrams) -> DomainSplit:
         cosine = along / np.sqrt(squares * others_squares)
         shared = along.sum(-1) / np.float64(count * (count - 1))
     share = cosine**2
-    return DomainSplit(gram.sum((-2, -1)) / count**2, shared, cosine, share, (1 - share) * squares)
+    mean = np.asarray(gram.sum((-2, -1)) / count**2)  # of a single Gram matrix NumPy makes scalars
+    return DomainSplit(mean, np.asarray(shared), cosine, share, (1 - share) * squares)
