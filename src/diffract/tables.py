@@ -105,7 +105,15 @@ MODELS: dict[str, Any] = {
     "matrices": pl.Int32,
     "digest": pl.String,
 }
-"""``role`` is ``model`` (scan), ``base`` or ``tuned`` (compare); model-level numbers follow as further columns."""
+"""``role`` is ``model`` (scan), ``base`` or ``tuned`` (compare), ``checkpoint`` (trajectory); model-level numbers
+follow as further columns.
+"""
+
+TIMELINE: dict[str, Any] = {"order": pl.Int32, "stage": pl.Int32, "step": pl.Int64, "tokens": pl.Int64}
+"""Columns of ``metrics`` and ``models`` in a trajectory: place in the series from 0 on, and what the names tell."""
+
+AGAINST: dict[str, Any] = {"against": pl.String}
+"""Column of ``models`` in a trajectory: which checkpoint each is compared with; null for the first."""
 
 TENSORS: dict[str, Any] = {
     "model": pl.String,
@@ -209,7 +217,7 @@ class RunTables:
 
 @dataclass(frozen=True)
 class Tables(RunTables):
-    """The four tables of a scan or a comparison.
+    """The four tables of a scan, a comparison or a trajectory.
 
     Attributes:
         metrics: One row per model and matrix.
@@ -219,7 +227,7 @@ class Tables(RunTables):
         manifest: Version, command, settings, models with digests, warnings.
     """
 
-    KINDS = ("scan", "compare")
+    KINDS = ("scan", "compare", "trajectory")
     SCHEMAS = {"metrics": LABELS | OUTCOME, "spectra": SPECTRA, "models": MODELS, "tensors": TENSORS}  # noqa: RUF012
 
     metrics: pl.DataFrame

@@ -27,7 +27,7 @@ class Member:
 
     Attributes:
         name: What tables call it.
-        role: ``model``, ``base`` or ``tuned``.
+        role: ``model``, ``base``, ``tuned`` or ``checkpoint``.
         layout: Its tensors and what became of them.
     """
 
@@ -60,7 +60,7 @@ def assemble(
         m.name: {"summary": m.summary, "unit": m.unit, "range": m.range, "source": m.source, "version": m.version}
         for m in plan.metrics
     }
-    described = describe(members, models, manifest, glossary, _row_warnings(metrics))
+    described = describe(members, models, manifest, glossary, row_warnings(metrics))
     return tables.Tables(metrics, _spectra(wide), models, tensor_table(members), described)
 
 
@@ -201,7 +201,7 @@ def tensor_table(members: Sequence[Member]) -> pl.DataFrame:
     return tables.frame(rows, tables.TENSORS)
 
 
-def _row_warnings(metrics: pl.DataFrame) -> list[str]:
+def row_warnings(metrics: pl.DataFrame) -> list[str]:
     """One sentence for each kind of row that has no numbers."""
     texts = {
         "non_finite": "hold NaN or Inf; they have no metrics",

@@ -90,7 +90,7 @@ def _show(run: HeadsRun, output: Path | None) -> None:
         _say_heads("Most specific heads and their lowest score against another domain:", _most_specific(run), "score")
         chance = number(run.domains["cosine_chance"].max())  # pyright: ignore[reportArgumentType] (Float64)
         title = f"Rank correlation of head changes above, cosine of the changes below (chance 0 ± {chance}):"
-        say_table(title, ["", *_names(run)], _matrix(run))
+        say_table(["", *_names(run)], _matrix(run), title=title)
         agnostic = domains["agnostic_share"][0]
         say(f"Domain-agnostic part of the attention's change, all domains together: {_percent(agnostic)} (chance 0%)")
     if output is not None:
@@ -131,7 +131,7 @@ def _say_heads(title: str, tops: dict[str, pl.DataFrame], column: str) -> None:
     """One column of heads for each domain."""
     cells = [[_named(row, row[column]) for row in top.iter_rows(named=True)] for top in tops.values()]
     ranks = [[str(rank), *row] for rank, row in enumerate(zip_longest(*cells, fillvalue=""), start=1)]
-    say_table(title, ["", *tops], ranks)
+    say_table(["", *tops], ranks, title=title)
 
 
 def _named(row: dict[str, Any], value: float) -> str:
