@@ -27,7 +27,7 @@ class Member:
 
     Attributes:
         name: What tables call it.
-        role: ``model``, ``base`` or ``tuned``.
+        role: ``model``, ``base``, ``tuned`` or ``checkpoint``.
         layout: Its tensors and what became of them.
     """
 
@@ -56,7 +56,7 @@ def assemble(
     names = [m.name for m in plan.metrics]
     metrics = wide.select(*tables.LABELS, *tables.OUTCOME, *(n for n in names if n in wide.columns))
     models = _models(members, metrics, digests)
-    warnings = [f"{m.name}: {w}" for m in members for w in m.layout.warnings] + _row_warnings(metrics)
+    warnings = [f"{m.name}: {w}" for m in members for w in m.layout.warnings] + row_warnings(metrics)
     described = {
         "diffract": __version__,
         **manifest,
@@ -182,7 +182,7 @@ def _tensors(members: Sequence[Member]) -> pl.DataFrame:
     return tables.frame(rows, tables.TENSORS)
 
 
-def _row_warnings(metrics: pl.DataFrame) -> list[str]:
+def row_warnings(metrics: pl.DataFrame) -> list[str]:
     """One sentence for each kind of row that has no numbers."""
     texts = {
         "non_finite": "hold NaN or Inf; they have no metrics",

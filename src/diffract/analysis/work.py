@@ -89,13 +89,17 @@ class Worker:
         """Do one task; batch by batch, each kept in the cache when it is done."""
         held = {i: Held(self.checkpoints[i], task.tensor) for i in (task.model, *task.tuned)}
         digests = {i: one.digest() for i, one in held.items()}
+        return Outcome(self.parts(task, held, digests), digests)
+
+    def parts(self, task: TensorTask, held: dict[int, Held], digests: dict[int, str]) -> list[Part]:
+        """Do one task on tensors that are held already; the parts of a batch follow each other, base first."""
         parts: list[Part] = []
         for batch in batches(task.matrices):
             if task.tuned:
                 parts += self._compare(task, batch, held, digests)
             else:
                 parts += self._scan(task, batch, held[task.model], digests[task.model])
-        return Outcome(parts, digests)
+        return parts
 
     def _scan(self, task: TensorTask, batch: tuple[Matrix, ...], held: Held, digest: str) -> list[Part]:
         def compute() -> list[Found]:
