@@ -14,7 +14,7 @@ from diffract._version import __version__
 from diffract.errors import ArchitectureError, CheckpointError, DiffractError, RunError, SelectionError
 
 if TYPE_CHECKING:
-    from diffract.api import Run, compare, load_run, scan
+    from diffract.api import Run, compare, load_run, scan, trajectory
     from diffract.checkpoints import Checkpoint
     from diffract.checkpoints import open_checkpoint as open
     from diffract.inspection import Inspection, inspect
@@ -31,6 +31,7 @@ _PLACES = {
     "metric": ("diffract.metrics", "metric"),
     "open": ("diffract.checkpoints", "open_checkpoint"),
     "scan": ("diffract.api", "scan"),
+    "trajectory": ("diffract.api", "trajectory"),
 }
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "metric",
     "open",
     "scan",
+    "trajectory",
 ]
 
 

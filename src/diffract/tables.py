@@ -61,7 +61,15 @@ MODELS: dict[str, Any] = {
     "matrices": pl.Int32,
     "digest": pl.String,
 }
-"""``role`` is ``model`` (scan), ``base`` or ``tuned`` (compare); model-level numbers follow as further columns."""
+"""``role`` is ``model`` (scan), ``base`` or ``tuned`` (compare), ``checkpoint`` (trajectory); model-level numbers
+follow as further columns.
+"""
+
+TIMELINE: dict[str, Any] = {"order": pl.Int32, "stage": pl.Int32, "step": pl.Int64, "tokens": pl.Int64}
+"""Columns of ``metrics`` and ``models`` in a trajectory: place in the series from 0 on, and what the names tell."""
+
+AGAINST: dict[str, Any] = {"against": pl.String}
+"""Column of ``models`` in a trajectory: which checkpoint each is compared with; null for the first."""
 
 TENSORS: dict[str, Any] = {
     "model": pl.String,
