@@ -95,6 +95,7 @@ def scan(
     metrics: Sequence[str | Metric] | None = None,
     select: str | None = None,
     heads: bool = True,
+    circuits: bool = False,
     vectors: bool = False,
     architecture: str | Path | None = None,
     adapter_base: Reference | None = None,
@@ -115,6 +116,7 @@ def scan(
         metrics: Names of the catalog, or metrics of one's own; all by default. Only what these need is computed.
         select: Which matrices, such as ``"layers 0-7, attn.q, attn.o"``; all by default.
         heads: Cut attention projections into heads.
+        circuits: Analyse the circuits W_q^T W_k and W_o W_v of each head too, as rows ``qk`` and ``ov``.
         vectors: Keep singular vectors too.
         architecture: A JSON file that describes the model; by default its config.json's ``model_type`` decides.
         adapter_base: The base of an adapter, where its config does not name one that can be opened.
@@ -141,6 +143,7 @@ def scan(
         metrics,
         select,
         heads,
+        circuits,
         vectors,
         architecture,
         adapter_base,
@@ -160,6 +163,7 @@ def compare(
     metrics: Sequence[str | Metric] | None = None,
     select: str | None = None,
     heads: bool = True,
+    circuits: bool = False,
     vectors: bool = False,
     architecture: str | Path | None = None,
     adapter_base: Reference | None = None,
@@ -183,6 +187,7 @@ def compare(
         metrics: As of ``scan``; metrics of pairs too.
         select: As of ``scan``.
         heads: As of ``scan``.
+        circuits: As of ``scan``; of every model by itself.
         vectors: As of ``scan``.
         architecture: As of ``scan``.
         adapter_base: The base of adapters among them, where their config does not name one that can be opened.
@@ -208,6 +213,7 @@ def compare(
         metrics,
         select,
         heads,
+        circuits,
         vectors,
         architecture,
         adapter_base,
@@ -279,6 +285,7 @@ def trajectory(
         metrics,
         select,
         heads,
+        False,
         False,
         architecture,
         adapter_base,

@@ -90,6 +90,20 @@ def test_an_adapter_equals_its_merged_weights(adapted: tuple, write_model: Calla
     assert run.domains["cosine"][0] == pytest.approx(1.0, abs=1e-12)
 
 
+def test_a_comparison_takes_an_adapter_of_another_base_merged(
+    adapted: tuple, write_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    base, folder, _ = adapted
+    other = write_model("other", {name: value.float() for name, value in llama_tensors(5).items()})
+    found = diffract.compare(other, folder, select="attn.q", heads=False, cache=False)
+    name = ATTENTION.format(0, "q") + ".weight"
+    with diffract.open(folder) as merged, diffract.open(other) as start:
+        change = torch.linalg.norm(merged.read(name).double() - start.read(name).double()).item()
+    row = found.metrics.filter(model="lora", layer=0).row(0, named=True)
+    assert row["delta_frobenius"] == pytest.approx(change, rel=1e-12)
+    assert any(f"an adapter over {base}, not over {other}" in text for text in found.manifest["warnings"])
+
+
 def test_an_adapter_of_another_base_is_told(
     adapted: tuple, write_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -376,3 +376,13 @@ def test_a_damaged_run_is_named(family: tuple[Path, Path], tmp_path: Path) -> No
     (folder / "metrics.parquet").unlink()
     with pytest.raises(diffract.RunError, match=r"metrics\.parquet"):
         diffract.load_run(folder)
+
+
+def test_a_tuned_checkpoint_without_config_is_read_as_the_base(family: tuple[Path, Path]) -> None:
+    base, tuned = family
+    want = diffract.compare(base, tuned, cache=False).metrics
+    (tuned / "config.json").unlink()
+    found = diffract.compare(base, tuned, cache=False)
+    assert found.metrics.equals(want)
+    assert any("read as the base is" in text for text in found.manifest["warnings"])
+    assert found.metrics.filter(model="tuned", projection="q")["head"].to_list() == [0, 1, 2, 3] * 2

@@ -14,7 +14,7 @@ import polars as pl
 
 from diffract import tables
 from diffract._version import __version__
-from diffract.analysis.models import model_numbers
+from diffract.analysis.models import model_numbers, tail_summaries
 from diffract.analysis.plan import Plan
 from diffract.analysis.rows import CURVE
 from diffract.analysis.work import Part
@@ -94,7 +94,7 @@ def describe(
 def _wide(members: Sequence[Member], parts: Sequence[Part]) -> pl.DataFrame:
     """All rows with labels, metrics and curves; models in order, matrices in file order."""
     order = {(i, m.name): k for i, member in enumerate(members) for k, m in enumerate(member.layout.matrices)}
-    frames = []
+    frames, last = [], len(order)  # circuits lie in no file: they come after all matrices
     for part in parts:
         member = members[part.model]
         labels = [
@@ -102,10 +102,10 @@ def _wide(members: Sequence[Member], parts: Sequence[Part]) -> pl.DataFrame:
             for m in part.matrices
         ]
         places = pl.DataFrame(
-            {"_model": [part.model] * len(labels), "_at": [order[part.model, x["name"]] for x in labels]}
+            {"_model": [part.model] * len(labels), "_at": [order.get((part.model, x["name"]), last) for x in labels]}
         )
         frames.append(pl.concat([places, pl.DataFrame(labels, schema=tables.LABELS), part.rows], how="horizontal"))
-    wide = pl.concat(frames, how="diagonal").sort("_model", "_at").drop("_model", "_at")
+    wide = pl.concat(frames, how="diagonal").sort("_model", "_at", "layer", "projection", "head").drop("_model", "_at")
     alone = pl.col("_alone") & (pl.col("status") == "ok")
     marked = wide.join(_unpaired(members), on=["model", "tensor"], how="left", maintain_order="left")
     return marked.with_columns(status=pl.when(alone).then(pl.lit("unpaired")).otherwise("status")).drop("_alone")
@@ -141,7 +141,8 @@ def _models(members: Sequence[Member], metrics: pl.DataFrame, digests: Mapping[t
     for i, member in enumerate(members):
         own = metrics.filter(pl.col("model") == member.name)
         row = model_row(member, len(own), _model_digest(i, member, digests))
-        rows.append(row | (model_numbers(base, own) if member.role == "tuned" else {}))
+        numbers = model_numbers(base, own) if member.role == "tuned" else {}
+        rows.append(row | numbers | tail_summaries(own))
     return tables.frame(rows, tables.MODELS)
 
 

@@ -14,6 +14,7 @@ from diffract.analysis.rows import bundle
 from diffract.analysis.stack import Held
 from diffract.analysis.work import Outcome, Part
 from diffract.checkpoints import Checkpoint
+from diffract.errors import SelectionError, printable
 from diffract.linalg import circuit_spectrum
 from diffract.matrices import Layout, Matrix
 from diffract.metrics import Facts, sources
@@ -54,6 +55,21 @@ class CircuitTask:
     def cost(self) -> float:
         """Work, about, in multiplications."""
         return float(sum(m.entries * min(m.shape) for m in (*self.left, *self.right)))
+
+
+def all_circuits(layouts: Sequence[Layout]) -> list[CircuitTask]:
+    """Return the circuits of all models.
+
+    Raises:
+        SelectionError: No attention block has all of its projections cut into heads.
+    """
+    tasks = [task for i, layout in enumerate(layouts) for task in circuit_tasks(layout, i)]
+    if not tasks:
+        raise SelectionError(
+            "circuits need attention blocks with q and k, or o and v, all cut into heads; "
+            f"{printable(layouts[0].checkpoint.reference)} has none that is selected. Leave --circuits out."
+        )
+    return tasks
 
 
 def circuit_tasks(layout: Layout, model: int) -> Iterator[CircuitTask]:

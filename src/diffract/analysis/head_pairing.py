@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from diffract.analysis.head_work import HeadTask
 from diffract.analysis.heads import PER_KV_HEAD, PER_QUERY_HEAD, PROJECTIONS
@@ -75,27 +74,3 @@ def uncut_notes(base: Layout, wanted: Sequence[str]) -> list[str]:
         for block, parts in found.items()
         if (lost := [p for p in wanted if p not in parts])
     ]
-
-
-def base_adapters(layouts: Sequence[Layout]) -> frozenset[int]:
-    """Return which checkpoints are adapters over the first one itself."""
-    base = layouts[0].checkpoint.reference
-    return frozenset(i for i, layout in enumerate(layouts) if _same(layout.checkpoint.base_reference, base))
-
-
-def adapter_notes(names: Sequence[str], layouts: Sequence[Layout]) -> list[str]:
-    """Say which adapters lie over another base than the one that they are compared with."""
-    own, base = base_adapters(layouts), layouts[0].checkpoint.reference
-    return [
-        f"{names[i]}: an adapter over {layout.checkpoint.base_reference}, not over {base}: "
-        "its merged weights are compared, rounded to their dtype."
-        for i, layout in enumerate(layouts)
-        if layout.checkpoint.factors and i and i not in own
-    ]
-
-
-def _same(one: str | None, other: str) -> bool:
-    if one is None or one == other:
-        return one is not None
-    paths = Path(one), Path(other)
-    return all(p.exists() for p in paths) and paths[0].samefile(paths[1])

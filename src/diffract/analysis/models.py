@@ -6,6 +6,7 @@ import math
 
 import polars as pl
 
+from diffract.analysis.circuits import FACTORS as CIRCUITS
 from diffract.analysis.heads import head_deltas
 from diffract.metrics.concentration import gini, top_share
 
@@ -36,6 +37,24 @@ def model_numbers(base: pl.DataFrame, tuned: pl.DataFrame) -> dict[str, float | 
     for name in ("value_share", "value_share_chance", "spectral_shift_share"):
         numbers[name] = _mean(pairs, name, pl.col("d2"))
     return _plain(numbers | _head_numbers(pairs))
+
+
+SUMMARISED = ("pl_alpha", "alpha_hat", "log10_alpha_norm")
+"""Metrics whose mean over the matrices that could be measured describes a model (Martin, Peng & Mahoney 2021)."""
+
+
+def tail_summaries(own: pl.DataFrame) -> dict[str, float | None]:
+    """Return means of heavy-tail metrics over a model's matrices, and of how many; nothing if none was computed.
+
+    Circuits do not count: they are products of matrices that do.
+    """
+    matrices = own.filter(~pl.col("projection").is_in(CIRCUITS).fill_null(value=False))
+    found: dict[str, float | None] = {}
+    for name in SUMMARISED:
+        if name in own.columns:
+            known = matrices[name].drop_nulls().to_numpy()
+            found |= {f"{name}_mean": float(known.mean()) if len(known) else None, f"{name}_count": float(len(known))}
+    return found
 
 
 def _head_numbers(pairs: pl.DataFrame) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from diffract.analysis.work import TensorTask
 from diffract.errors import CheckpointError, printable
@@ -114,3 +115,41 @@ def _pair_tasks(layouts: Sequence[Layout]) -> list[TensorTask]:
 
 def _task(name: str, entry: Entry, model: int) -> TensorTask:
     return TensorTask(name, entry.matrices, entry.info.size_bytes, model)
+
+
+def base_adapters(layouts: Sequence[Layout]) -> frozenset[int]:
+    """Return which checkpoints are adapters over the first one itself."""
+    base = layouts[0].checkpoint.reference
+    return frozenset(i for i, layout in enumerate(layouts) if _same(layout.checkpoint.base_reference, base))
+
+
+def adapter_notes(names: Sequence[str], layouts: Sequence[Layout]) -> list[str]:
+    """Say which adapters lie over another base than the one that they are compared with."""
+    own = base_adapters(layouts)
+    strange = (i for i, layout in enumerate(layouts) if i and i not in own and layout.checkpoint.factors)
+    return [f"{names[i]}: {_merged_note(layouts[0], layouts[i])}" for i in strange]
+
+
+def _merged_note(base: Layout, layout: Layout) -> str:
+    return (
+        f"an adapter over {layout.checkpoint.base_reference}, not over {base.checkpoint.reference}: "
+        "its merged weights are compared, rounded to their dtype."
+    )
+
+
+def merge_strange_adapters(layouts: Sequence[Layout]) -> list[Layout]:
+    """Return layouts in which an adapter over another base than the first counts by its merged weights, and says so."""
+    own = base_adapters(layouts)
+    found = list(layouts)
+    for i, layout in enumerate(layouts):
+        if i and i not in own and layout.checkpoint.factors:
+            merged = replace(layout.checkpoint, factors={})
+            found[i] = replace(layout, checkpoint=merged, warnings=(*layout.warnings, _merged_note(layouts[0], layout)))
+    return found
+
+
+def _same(one: str | None, other: str) -> bool:
+    if one is None or one == other:
+        return one is not None
+    paths = Path(one), Path(other)
+    return all(p.exists() for p in paths) and paths[0].samefile(paths[1])

@@ -8,16 +8,18 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from diffract.analysis.assemble import Member, assemble
 from diffract.analysis.cache import Cache, cache_folder
+from diffract.analysis.circuits import CircuitTask, CircuitWorker, all_circuits
 from diffract.analysis.engine import run_tasks
-from diffract.analysis.pairing import pair, scan_tasks
+from diffract.analysis.pairing import merge_strange_adapters, pair, scan_tasks
 from diffract.analysis.plan import Plan
 from diffract.analysis.work import Outcome, Part, TensorTask, Worker
+from diffract.architectures import Architecture
 from diffract.checkpoints import Checkpoint, Reference, open_checkpoint
 from diffract.errors import CheckpointError, SelectionError, suggest
 from diffract.linalg import Method
@@ -28,8 +30,7 @@ from diffract.tables import Tables
 Progress = Callable[[float, float, str], None]
 """Called with the work done, all work, and what was just finished."""
 
-TensorWorker = Callable[[TensorTask], Outcome]
-"""Does a task; ``Worker`` is one."""
+W = TypeVar("W", TensorTask, CircuitTask)
 
 ENGINES = ("local",)
 METHODS = ("auto", "exact")
@@ -44,6 +45,7 @@ class Options:
     metrics: Sequence[str | Metric] | None = None
     select: str | None = None
     heads: bool = True
+    circuits: bool = False
     vectors: bool = False
     architecture: str | Path | None = None
     adapter_base: Reference | None = None
@@ -63,7 +65,7 @@ class Options:
     def settings(self) -> dict[str, Any]:
         """Return the options as a manifest keeps them."""
         names = [m if isinstance(m, str) else m.name for m in self.metrics] if self.metrics is not None else None
-        kept = ("select", "heads", "vectors", "method", "engine")
+        kept = ("select", "heads", "circuits", "vectors", "method", "engine")
         architecture = str(self.architecture) if self.architecture else None
         return {"metrics": names, **{k: getattr(self, k) for k in kept}, "architecture": architecture}
 
@@ -94,11 +96,17 @@ def analyse(
         tasks = scan_tasks(layouts[0])
         if len(layouts) > 1:
             layouts, tasks = pair(layouts[0], layouts[1:], allow_unmatched=allow_unmatched)
+            layouts = merge_strange_adapters(layouts)
         if not tasks:
             raise CheckpointError(f"{layouts[0].checkpoint.reference} holds no matrix that could be analysed.")
         cache = stack.enter_context(Cache(cache_folder())) if options.cache else None
         worker = Worker([layout.checkpoint for layout in layouts], plan, device, cache)
-        parts, digests = gather(tasks, worker, device, options.progress, names, vectors_to)
+        circuits = all_circuits(layouts) if options.circuits else []
+        by = CircuitWorker(worker.checkpoints, plan, device, cache)
+        everything = sum(task.cost for task in (*tasks, *circuits))
+        parts, digests = gather(tasks, worker, device, _part_of(options.progress, 0, everything), names, vectors_to)
+        done = sum(task.cost for task in tasks)
+        parts += gather(circuits, by, device, _part_of(options.progress, done, everything), names, vectors_to)[0]
         digests |= other_digests(layouts, digests, complete=options.select is None)
         roles = ["base", *["tuned"] * (len(layouts) - 1)] if len(layouts) > 1 else ["model"]
         members = [Member(*m) for m in zip(names, roles, layouts, strict=True)]
@@ -106,6 +114,11 @@ def analyse(
         manifest = {"kind": kind, "settings": {**options.settings(), "device": device.type}}
         manifest["seconds"] = round(time.monotonic() - begun, 3)
         return assemble(members, parts, digests, plan, manifest)
+
+
+def _part_of(progress: Progress | None, before: float, total: float) -> Progress | None:
+    """Progress of a part of the work, as that of the whole."""
+    return None if progress is None else lambda done, _, what: progress(before + done, total, what)
 
 
 def choose_device(name: str) -> torch.device:
@@ -128,8 +141,8 @@ def choose(what: str, value: str, known: Sequence[str]) -> None:
 
 
 def gather(
-    tasks: Sequence[TensorTask],
-    worker: TensorWorker,
+    tasks: Sequence[W],
+    worker: Callable[[W], Outcome],
     device: torch.device,
     progress: Progress | None,
     names: Sequence[str],
@@ -176,13 +189,21 @@ def open_all(references: Sequence[Reference], options: Options, stack: ExitStack
     split = [split_name(r) for r in references]
     layouts: list[Layout] = []
     for _, reference in split:
-        layouts.append(open_layout(reference, options, stack))
+        like = layouts[0].architecture if layouts else None
+        layouts.append(open_layout(reference, options, stack, like=like))
     given = [name for name, _ in split]
     return _unique_names(given, layouts), layouts
 
 
-def open_layout(reference: Reference, options: Options, stack: ExitStack, *, check_ties: bool = True) -> Layout:
-    """Open a checkpoint and lay it out; if it was opened here, it is closed with the stack."""
+def open_layout(
+    reference: Reference,
+    options: Options,
+    stack: ExitStack,
+    *,
+    check_ties: bool = True,
+    like: Architecture | None = None,
+) -> Layout:
+    """Open a checkpoint and lay it out, without a configuration ``like`` another; what was opened here is closed."""
     checkpoint = open_checkpoint(reference, base=options.adapter_base, download=options.download)
     if checkpoint is not reference:
         stack.callback(checkpoint.close)
@@ -192,6 +213,7 @@ def open_layout(reference: Reference, options: Options, stack: ExitStack, *, che
         heads=options.heads,
         spec_file=options.architecture,
         check_ties=check_ties,
+        like=like,
     )
 
 

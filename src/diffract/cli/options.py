@@ -22,6 +22,7 @@ Select = Annotated[
     typer.Option(metavar="TERMS", help="Matrices, such as 'layers 0-7, attn.q, attn.o'; all by default."),
 ]
 Heads = Annotated[bool, typer.Option("--heads/--no-heads", help="Cut attention projections into heads.")]
+Circuits = Annotated[bool, typer.Option("--circuits", help="Analyse the qk and ov circuits of each head too.")]
 Vectors = Annotated[bool, typer.Option("--vectors", help="Save singular vectors too, as float32 safetensors.")]
 ArchitectureFile = Annotated[
     Path | None,

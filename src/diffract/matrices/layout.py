@@ -59,6 +59,7 @@ def lay_out(
     heads: bool = True,
     spec_file: str | Path | None = None,
     check_ties: bool = True,
+    like: Architecture | None = None,
 ) -> Layout:
     """Understand a checkpoint; of tensors only headers are read.
 
@@ -69,12 +70,15 @@ def lay_out(
         spec_file: A user's architecture.
         check_ties: Whether tensors that the configuration declares tied, but that are both stored, are read and
             compared; otherwise the declaration is believed.
+        like: How a checkpoint without a configuration of its own is read.
 
     Raises:
         ArchitectureError: The configuration contradicts itself or the tensors.
         SelectionError: The selection names something that is not there.
     """
     architecture = resolve(checkpoint.config, spec_file=spec_file)
+    if like is not None and like.spec is not None and not checkpoint.config:
+        architecture = replace(like, note="It has no config.json and is read as the base is.")
     ties, warnings = _ties(checkpoint, architecture, check=check_ties)
     entries = {name: _entry(checkpoint.info(name), architecture, ties, heads=heads) for name in checkpoint.names}
     selection = parse_selection(select_text)
