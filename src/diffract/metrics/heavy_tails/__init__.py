@@ -7,6 +7,7 @@ that are not finite or not above zero do not count; a row with nothing to fit gi
 from diffract.metrics.heavy_tails.bootstrap import PValue, p_value
 from diffract.metrics.heavy_tails.comparison import Comparison, Comparisons, compare_tails
 from diffract.metrics.heavy_tails.exponential import Exponential, exponential
+from diffract.metrics.heavy_tails.families import Family
 from diffract.metrics.heavy_tails.log_normal import LogNormal, log_normal
 from diffract.metrics.heavy_tails.power_law import PowerLaw, power_law, power_law_scan
 from diffract.metrics.heavy_tails.summaries import alpha_hat, log10_alpha_norm
@@ -17,6 +18,7 @@ __all__ = [
     "Comparison",
     "Comparisons",
     "Exponential",
+    "Family",
     "LogNormal",
     "PValue",
     "PowerLaw",

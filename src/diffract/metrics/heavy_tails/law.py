@@ -23,13 +23,12 @@ class Law:
         survival: P(T >= t) at points of each tail.
         log_density: ln of the density of T at points of each tail.
         quantile: The t with survival u, for u in (0, 1].
-        lower: Lower bound of the survival at every value of a tail, from its points and chords (``Ordered.chords``
-            over xmin); what it lacks never shrinks from the largest value to xmin, where the survival is 1. For laws
-            whose survival is dear; ``None`` for the others.
+        lower: Lower bound of the survival at all values of each tail, largest first; what it lacks never shrinks on
+            the way to xmin, where the survival is 1. For laws whose survival is dear, ``None`` for the others.
     """
 
     fit: Callable[[Tails], Parameters]
     survival: Callable[[Parameters, OfPoints], OfPoints]
     log_density: Callable[[Parameters, OfPoints], OfPoints]
     quantile: Callable[[Parameters, OfPoints], OfPoints]
-    lower: Callable[[Parameters, OfPoints, OfPoints], OfPoints] | None = None
+    lower: Callable[[Parameters, OfPoints], OfPoints] | None = None

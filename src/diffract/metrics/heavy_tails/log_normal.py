@@ -19,6 +19,7 @@ POWER_LIKE = 1e6
 """Largest z = (ln xmin - mu) / sigma that is told from the limit z = inf, a power law: they differ by 1 / z^2."""
 
 STEPS = 30
+"""Five are usual."""
 
 TOLERANCE = 1e-7
 """Of the last Newton step, relative: the error after it is its square."""

@@ -7,6 +7,7 @@ lie to each other.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -54,27 +55,35 @@ class Ordered:
     """b rows of n values in descending order, those that do not count as zeros at the end.
 
     Attributes:
+        position: (n,), int64, of the columns: 0, 1, ... unless the rows are thinned.
         values: x_1 >= x_2 >= ...
         logs: ln(x_j / x_1), -inf for what does not count.
         at_least: Number of values >= x_j: k S(x_j) of a tail of k by its left-continuous distribution function.
         above: Number of values > x_j.
-        chords: (x_j - x_(j+1)) / ln(x_j / x_(j+1)), x_j where they are equal, above zero; (b, n - 1).
         sum_log, sum_square_log, sum_excess: Sums over the tail that ends at x_j, of ln(x / x_j), its square, x - x_j.
     """
 
+    position: Int64[Tensor, "n"]
     values: Float64[Tensor, "b n"]
     logs: Float64[Tensor, "b n"]
     at_least: Float64[Tensor, "b n"]
     above: Float64[Tensor, "b n"]
-    chords: Float64[Tensor, "b m"]
     sum_log: Float64[Tensor, "b n"]
     sum_square_log: Float64[Tensor, "b n"]
     sum_excess: Float64[Tensor, "b n"]
 
     def candidates(self, min_tail: int) -> Bool[Tensor, "b n"]:
         """Whether x_j may be xmin: a value seen, below the largest, with at least ``min_tail`` values from it on."""
-        ends = torch.arange(1, self.values.shape[1] + 1, device=self.values.device) == self.at_least
+        ends = self.position + 1 == self.at_least
         return ends & (self.values > 0) & (self.values < self.values[:, :1]) & (self.at_least >= min_tail)
+
+    def thinned(self, dense: int, growth: float) -> Ordered:
+        """Return some of the columns: the first ``dense`` ones, the last, and between them ever wider steps."""
+        n = self.values.shape[1]
+        steps = [min(n - 1, round(dense * growth**i)) for i in range(math.ceil(math.log(n / dense, growth)) + 1)]
+        position = torch.tensor(sorted({*range(dense), *steps}), device=self.values.device)
+        columns = (getattr(self, field.name) for field in fields(self)[1:])
+        return Ordered(self.position[position], *(column[:, position] for column in columns))
 
     def tails(self, row: Int64[Tensor, "t"], last: Int64[Tensor, "t"]) -> Tails:
         """Return the tails that begin at x_last of each row."""
@@ -110,11 +119,11 @@ def order(values: Float64[Tensor, "b n"]) -> Ordered:
     sum_log = _running(k * gap)
     at_least, above = _ranks(x)
     return Ordered(
+        position=torch.arange(x.shape[1], device=x.device),
         values=x,
         logs=(-_running(gap)).where(x > 0, -torch.inf),
         at_least=at_least,
         above=above,
-        chords=((upper - lower) / gap).where(gap > 0, upper).clamp(min=torch.finfo(x.dtype).tiny),
         sum_log=sum_log,
         sum_square_log=_running(gap * (2 * sum_log[:, :-1] + k * gap)),
         sum_excess=_running(k * (upper - lower)),

@@ -14,15 +14,19 @@ from torch import Tensor
 
 from diffract.metrics.heavy_tails.law import Law, Parameters
 from diffract.metrics.heavy_tails.order import Ordered, Tails, order
+from diffract.metrics.heavy_tails.pieces import piece_entries
 
-PIECE = {"cpu": 1 << 16, "cuda": 1 << 22}
-"""Entries of a temporary, by device."""
-
-ROWS_ENTRIES = 1 << 18
+ROWS_ENTRIES = 1 << 17
 """Values of the rows that are sorted and fitted together."""
 
+LONG = 512
+"""Rows of more values are looked at in part before they are looked at in full."""
+
+DENSE, GROWTH = 64, 1.03
+"""The largest values are all looked at, then ever fewer of them: about 200 of 4,096."""
+
 ROUNDING = 1e-9
-"""Room between bounds on a distance that are compared: what quadrature and rounding may err by."""
+"""Room between a bound and a distance that are compared: more than quadrature and rounding err by."""
 
 
 @dataclass(frozen=True)
@@ -87,22 +91,32 @@ def scan_distances(
 def nearest(ordered: Ordered, law: Law, min_tail: int, two_sided: bool) -> Tails:
     """Return the tail of least distance of each row, the longest of equals; NaN statistics for rows without any.
 
-    With a lower bound of the survival, the distance is known up to a slack d: it lies within ks +- d. No candidate
-    whose ks - d exceeds the row's smallest ks + d can win, so the dear survival is computed for the others only, and
-    the result is the full search's.
+    Candidates that a lower bound of their distance rules out are dropped before the distances are computed in full; the
+    result is the full search's. Of long rows the bound looks at some of the values only. For laws whose survival is
+    dear, it then looks at a lower bound of the survival.
     """
     last, row = ordered.candidates(min_tail).mT.nonzero().flip(0).unbind(1)
     tails = ordered.tails(row, last)
     parameters = law.fit(tails)
-    if law.lower is None:
-        ks = distances(ordered, tails, parameters, law, two_sided)
-    else:
-        rough, slack = bracket(ordered, tails, parameters, law, two_sided)
-        least = torch.full_like(ordered.values[:, 0], torch.inf).scatter_reduce(0, row, rough + slack, "amin")
-        open_ = (rough - slack <= least[row] + ROUNDING).nonzero().flatten()
-        ks = torch.full_like(rough, torch.inf)
-        ks[open_] = distances(ordered, tails[open_], parameters[open_], law, two_sided)
+    if ordered.values.shape[1] > LONG:
+        tails, parameters = _contenders(ordered, ordered.thinned(DENSE, GROWTH), tails, parameters, law, two_sided)
+    if law.lower is not None:
+        tails, parameters = _contenders(ordered, ordered, tails, parameters, law, two_sided)
+    ks = distances(ordered, tails, parameters, law, two_sided)
     return _first_least(ordered, tails, ks.nan_to_num(torch.inf))
+
+
+def _contenders(
+    ordered: Ordered, seen: Ordered, tails: Tails, parameters: Parameters, law: Law, two_sided: bool
+) -> tuple[Tails, Float64[Tensor, "c p"]]:
+    """Return the candidates whose distance, as far as it is seen, does not exceed that of their row's leader."""
+    bound = _lower_bound(seen, tails, parameters, law, two_sided).nan_to_num(torch.inf)
+    row, none = tails.row, torch.full_like(ordered.values[:, 0], torch.inf)
+    lead = (bound <= none.scatter_reduce(0, row, bound, "amin")[row]).nonzero()[:, 0]
+    reached = distances(ordered, tails[lead], parameters[lead], law, two_sided).nan_to_num(torch.inf)
+    least = none.scatter_reduce(0, row[lead], reached, "amin")
+    open_ = (bound <= least[row] + ROUNDING).nonzero()[:, 0]
+    return tails[open_], parameters[open_]
 
 
 def distances(
@@ -113,33 +127,35 @@ def distances(
     ``two_sided`` also compares with #{tail > x_j} / k.
     """
     ks = torch.empty_like(tails.xmin)
-    for piece, width in _pieces(tails):
+    for piece, width in _pieces(ordered, tails):
         part = tails[piece]
         survival = law.survival(parameters[piece], _points(ordered, part, width))
         ks[piece] = _deviation(ordered, part, survival, two_sided)
     return ks
 
 
-def bracket(
-    ordered: Ordered, tails: Tails, parameters: Parameters, law: Law, two_sided: bool
-) -> tuple[Float64[Tensor, "t"], Float64[Tensor, "t"]]:
-    """Return an approximate distance of each tail, and by how much it may err."""
-    assert law.lower is not None
-    rough, slack = torch.empty_like(tails.xmin), torch.empty_like(tails.xmin)
-    for piece, width in _pieces(tails):
+def _lower_bound(
+    seen: Ordered, tails: Tails, parameters: Parameters, law: Law, two_sided: bool
+) -> Float64[Tensor, "t"]:
+    """Return what the distance of each tail is at least, from the values seen.
+
+    Where the law has a lower bound of its survival, that lacks most at xmin; there the survival is known to be 1.
+    """
+    if law.lower is None:
+        return distances(seen, tails, parameters, law, two_sided)
+    bound = torch.empty_like(tails.xmin)
+    for piece, width in _pieces(seen, tails):
         part = tails[piece]
-        chords = ordered.chords[:, : width - 1].index_select(0, part.row) / part.xmin[:, None]
-        lower = law.lower(parameters[piece], _points(ordered, part, width), chords)
-        slack[piece] = (1 - lower[:, -1]).clamp(min=0.0)
-        rough[piece] = _deviation(ordered, part, lower, two_sided)
-    return rough, slack
+        lower = law.lower(parameters[piece], _points(seen, part, width))
+        bound[piece] = _deviation(seen, part, lower, two_sided) - (1 - lower[:, -1]).clamp(min=0.0)
+    return bound
 
 
-def _pieces(tails: Tails) -> Iterator[tuple[Tensor, int]]:
-    """Yield indices of tails, longest first, and the number of values that the longest of them has."""
+def _pieces(seen: Ordered, tails: Tails) -> Iterator[tuple[Tensor, int]]:
+    """Yield indices of tails, longest first, and how many columns reach to the end of the longest of them."""
     longest = tails.last.argsort(descending=True, stable=True)
-    widths = (tails.last[longest] + 1).cpu()
-    start, entries = 0, PIECE["cpu" if tails.row.device.type == "cpu" else "cuda"]
+    widths = (torch.searchsorted(seen.position, tails.last[longest]) + 1).cpu()
+    start, entries = 0, piece_entries(tails.row.device)
     while start < len(longest):
         width = int(widths[start])
         stop = start + max(1, entries // width)

@@ -39,6 +39,7 @@ FARTHEST = 0.9
 """Of z, how far a Newton step goes: the quadratic model knows little of what lies farther."""
 
 LARGEST = 1e300
+"""Where z e^t stops; the survival beyond is zero."""
 
 
 @dataclass(frozen=True)
@@ -125,25 +126,28 @@ def _newton(A: PerTail, B: PerTail, point: Parameters) -> tuple[PerTail, Paramet
 
 def _survival(parameters: Parameters, t: OfPoints) -> OfPoints:
     a, z = parameters[:, :1], parameters[:, 1:]
-    return _decay(a, z, t) * mills(a, _beyond(z, t)) / mills(a, z)
+    return _exponent(a, z, t).neg_().exp_() * mills(a, _beyond(z, t)) / mills(a, z)
 
 
-def _lower(parameters: Parameters, t: OfPoints, chords: Tensor) -> OfPoints:
+def _lower(parameters: Parameters, t: OfPoints) -> OfPoints:
     """Sum the density's integrals between neighbouring values, with its logarithm replaced by chords.
 
-    The logarithm of the density is concave, so that chords lie below it. Integrals of exponentials are differences of
-    the density at their ends over the chord's slope. What lies above the largest value is exact.
+    The logarithm of the density is concave, so that chords lie below it. Over a step of t in which it falls by d, the
+    exponential in between integrates to the step times the upper density times (1 - e^-d) / d. What lies above the
+    largest value is exact.
     """
     a, z = parameters[:, :1], parameters[:, 1:]
-    density = _decay(a, z, t)
-    between = (density[:, 1:] - density[:, :-1]) / (a + z * chords)
+    exponent = _exponent(a, z, t)
+    density = exponent.neg().exp_()
+    fall = (exponent[:, :-1] - exponent[:, 1:]).clamp_(min=torch.finfo(t.dtype).tiny)
+    between = (-fall).expm1_().div_(fall).neg_().mul_(density[:, 1:]).mul_(t[:, :-1] - t[:, 1:])
     above = density[:, :1] * mills(a, _beyond(z, t[:, :1]))
     return torch.cat([above, between], 1).cumsum_(1).div_(mills(a, z))
 
 
 def _log_density(parameters: Parameters, t: OfPoints) -> OfPoints:
     a, z = parameters[:, :1], parameters[:, 1:]
-    return -(a * t + z * t.expm1()) - mills(a, z).log()
+    return -_exponent(a, z, t) - mills(a, z).log()
 
 
 def _quantile(parameters: Parameters, u: OfPoints) -> OfPoints:
@@ -153,15 +157,16 @@ def _quantile(parameters: Parameters, u: OfPoints) -> OfPoints:
     t = torch.minimum(-u.log() * whole, (FALL / z).log1p())
     for _ in range(STEPS):
         here = mills(a, _beyond(z, t))
-        step = ((here / whole).log() - a * t - z * t.expm1() - u.log()) * here
+        step = ((here / whole).log() - _exponent(a, z, t) - u.log()) * here
         t = (t + step).clamp(min=0.0)
         if not bool((step.abs() > TOLERANCE * t).any()):
             break
     return t
 
 
-def _decay(a: Tensor, z: Tensor, t: Tensor) -> Tensor:
-    return t.expm1().mul_(z).addcmul_(a, t).neg_().exp_()
+def _exponent(a: Tensor, z: Tensor, t: Tensor) -> Tensor:
+    """The exponent of the density, a t + z (e^t - 1)."""
+    return t.expm1().mul_(z).addcmul_(a, t)
 
 
 def _beyond(z: Tensor, t: Tensor) -> Tensor:
