@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from diffract._version import __version__
-from diffract.cli import analyse, look, show
+from diffract.cli import analyse, draw, look, show
 
 HELP = """See what a training stage did to a language model's weights.
 
@@ -18,8 +18,8 @@ EPILOG = """Exit codes: 0 done; 1 the input is wrong, the message says what to d
 3 an error in diffract; 130 interrupted (run the same command again: it continues)."""
 
 app = typer.Typer(help=HELP, epilog=EPILOG, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (analyse.scan, analyse.compare, look.inspect, show.report, look.metrics, show.demo):
-    app.command(no_args_is_help=command in (analyse.scan, analyse.compare, look.inspect, show.report))(command)
+for command in (analyse.scan, analyse.compare, look.inspect, show.report, draw.plot, look.metrics, show.demo):
+    app.command(no_args_is_help=command not in (look.metrics, show.demo))(command)
 
 
 def _version(wanted: bool) -> None:
