@@ -98,7 +98,7 @@ def test_the_catalog_is_listed_and_documented() -> None:
         assert f"`{name}`" in documented
 
 
-@pytest.mark.parametrize("command", ["scan", "compare", "inspect", "report", "metrics", "demo"])
+@pytest.mark.parametrize("command", ["scan", "compare", "inspect", "report", "plot", "metrics", "demo"])
 def test_every_command_and_option_is_documented(command: str) -> None:
     documented = (ROOT / "docs" / "commands.md").read_text()
     assert f"## diffract {command}" in documented

@@ -90,8 +90,8 @@ def _edges(shown: Array) -> Array:
 
 def _heights(values: Array, edges: Array, total: int, *, log_y: bool) -> Array:
     """Density in each bin, per unit of lambda or of ln lambda."""
-    # The last value may lie above the last edge by a rounding.
-    counts, _ = np.histogram(np.clip(values, None, edges[-1]), edges)
+    # The first and the last value may lie beyond the edges by a rounding.
+    counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
     return counts / (total * np.diff(edges if log_y else np.log(edges)))
 
 

@@ -50,7 +50,7 @@ def evolution(
     bands = _quartiles(known, metric, over)
     contents = [_band(bands.filter(pl.col("part") == p), over, legend=not i) for i, p in enumerate(places["part"])]
     titles = [label(p) for p in places["part"]]
-    made = panels(titles, contents, **words, height=150, share_y=False, legend=True)
+    made = panels(titles, contents, **words, height=150 if len(titles) > 4 else 220, share_y=False, legend=True)
     _share_within_blocks(made, places["block"].to_list())
     return _scaled(made, axes)
 

@@ -112,10 +112,10 @@ def _curve(
 def _count(value: float) -> str:
     """A number of tokens or steps for people.
 
-    >>> _count(2_097_152_000), _count(512)
-    ('2.1 B', '512')
+    >>> _count(2_097_152_000), _count(2000), _count(512)
+    ('2.1B', '2k', '512')
     """
-    for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e4)):
+    for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= scale:
-            return f"{value / (1e3 if unit == 'k' else scale):.3g} {unit}".replace(".0 ", " ")
+            return f"{value / scale:.3g}{unit}"
     return f"{value:g}"
