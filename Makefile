@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow lint check bench gallery clean
+.PHONY: setup demo test test-slow lint check docs bench gallery clean
 
 setup: .venv/ready
 
@@ -27,6 +27,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+docs: setup
+	$(BIN)/python docs/make_metrics.py
 
 bench: setup
 	$(BIN)/python benchmarks/run.py

@@ -14,7 +14,7 @@ from diffract._version import __version__
 from diffract.errors import ArchitectureError, CheckpointError, DiffractError, RunError, SelectionError
 
 if TYPE_CHECKING:
-    from diffract.api import Run, compare, load_run, scan
+    from diffract.api import HeadsRun, Run, compare, heads, load_run, scan, trajectory
     from diffract.checkpoints import Checkpoint
     from diffract.checkpoints import open_checkpoint as open
     from diffract.inspection import Inspection, inspect
@@ -23,16 +23,19 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "Checkpoint": ("diffract.checkpoints", "Checkpoint"),
+    "HeadsRun": ("diffract.api", "HeadsRun"),
     "Inspection": ("diffract.inspection", "Inspection"),
     "Metric": ("diffract.metrics", "Metric"),
     "Run": ("diffract.api", "Run"),
     "compare": ("diffract.api", "compare"),
+    "heads": ("diffract.api", "heads"),
     "inspect": ("diffract.inspection", "inspect"),
     "load_run": ("diffract.api", "load_run"),
     "metric": ("diffract.metrics", "metric"),
     "open": ("diffract.checkpoints", "open_checkpoint"),
     "plot": ("diffract.plots", "plot"),
     "scan": ("diffract.api", "scan"),
+    "trajectory": ("diffract.api", "trajectory"),
 }
 
 __all__ = [
@@ -40,6 +43,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "DiffractError",
+    "HeadsRun",
     "Inspection",
     "Metric",
     "Run",
@@ -47,12 +51,14 @@ __all__ = [
     "SelectionError",
     "__version__",
     "compare",
+    "heads",
     "inspect",
     "load_run",
     "metric",
     "open",
     "plot",
     "scan",
+    "trajectory",
 ]
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffract import tables
-from diffract.analysis import Options, Progress, analyse
+from diffract.analysis import Options, Progress, analyse, follow
 from diffract.checkpoints import Checkpoint, Reference, TensorWriter, open_checkpoint
 from diffract.errors import SelectionError
+from diffract.heterogeneity import HeadsRun, heads
 from diffract.linalg import Method
 from diffract.metrics import Metric
 
@@ -220,12 +221,95 @@ def compare(
     return _run([base, *tuned], options, output, force=force, allow_unmatched=allow_unmatched)
 
 
-def load_run(folder: str | Path) -> Run:
-    """Read a run folder.
+def trajectory(
+    *refs: Reference,
+    by: str = "step",
+    against: str = "previous",
+    metrics: Sequence[str | Metric] | None = None,
+    select: str | None = None,
+    heads: bool = True,
+    architecture: str | Path | None = None,
+    adapter_base: Reference | None = None,
+    allow_unmatched: bool = False,
+    download: bool = False,
+    method: Method = "auto",
+    device: str = "auto",
+    engine: str = "local",
+    cache: bool = True,
+    output: str | Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Run:
+    """Follow a training run: scan every checkpoint, and compare each with the one before. Two are open at a time.
+
+    Args:
+        refs: The checkpoints in any order, each as ``ref`` of ``scan``; or one folder of checkpoint folders or files.
+            ``"step500=PATH"`` gives one a name, and a step that its own name does not tell.
+        by: What orders them: ``step`` (by stage and step, read from revisions, names and ``trainer_state.json``),
+            ``tokens``, ``name``, ``given`` (as they are given), or a regular expression with a group ``step`` or
+            ``tokens``, and ``stage`` where steps begin anew.
+        against: What each is compared with: ``previous`` or ``first``.
+        metrics: As of ``compare``.
+        select: As of ``scan``.
+        heads: As of ``scan``.
+        architecture: As of ``scan``.
+        adapter_base: As of ``compare``.
+        allow_unmatched: As of ``compare``.
+        download: As of ``scan``.
+        method: As of ``scan``.
+        device: As of ``scan``.
+        engine: As of ``scan``.
+        cache: As of ``scan``.
+        output: As of ``scan``.
+        force: As of ``scan``.
+        progress: As of ``scan``.
+
+    Returns:
+        The run: one model per checkpoint, with ``order``, ``stage``, ``step`` and ``tokens`` in metrics and models.
+
+    Raises:
+        DiffractError: The input is wrong; the message says what, where, and what to do.
+
+    >>> import numpy as np
+    >>> series = [{"w": scale * np.eye(2)} for scale in (1.0, 2.0, 3.0)]
+    >>> trajectory(*series, by="given", cache=False).models["delta_relative"].to_list()
+    [None, 1.0, 0.5]
+    """
+    options = Options(
+        metrics,
+        select,
+        heads,
+        False,
+        architecture,
+        adapter_base,
+        download,
+        method,
+        device,
+        engine,
+        cache,
+        progress,
+    )
+    how = {"by": by, "against": against}
+    if output is None:
+        return Run(follow(refs, options, **how, allow_unmatched=allow_unmatched))
+    with tables.whole_folder(output, force=force) as draft:
+        found = follow(refs, options, **how, allow_unmatched=allow_unmatched)
+        _write(found, draft)
+    return Run(found)
+
+
+def load_run(folder: str | Path) -> Run | HeadsRun:
+    """Read a run folder, of whichever command.
 
     Raises:
         RunError: It is no run folder, or damaged.
     """
+    if tables.read_manifest(folder)["kind"] in tables.HeadTables.KINDS:
+        return HeadsRun(tables.load(folder, tables.HeadTables))
+    return _load(folder)
+
+
+def _load(folder: str | Path) -> Run:
     found = tables.load(folder)
     saved = Path(folder) / VECTORS
     return Run(found, open_checkpoint(saved) if saved.is_dir() else {})
@@ -256,7 +340,7 @@ def _run(
         else:
             found = analyse(references, options, allow_unmatched=allow_unmatched)
         _write(found, draft)
-    return load_run(output) if options.vectors else Run(found)
+    return _load(output) if options.vectors else Run(found)
 
 
 def _write(found: tables.Tables, draft: Path) -> None:
@@ -266,4 +350,4 @@ def _write(found: tables.Tables, draft: Path) -> None:
     report.write(found, draft / "report.html")
 
 
-__all__ = ["Checkpoint", "Run", "compare", "load_run", "scan"]
+__all__ = ["Checkpoint", "HeadsRun", "Run", "compare", "heads", "load_run", "scan", "trajectory"]

@@ -1,25 +1,62 @@
-"""Schemas of the tables, and run folders: a run is four Parquet tables and one manifest.
+"""Schemas of the tables, and run folders: a run is a few Parquet tables and one manifest that names its kind.
+
+Every kind has
+
+``models``    one row per model: what it is, and model-level numbers
+``tensors``   one row per model and stored tensor: what became of it (analysed, tied, unmatched, ...)
+
+A scan or a comparison
 
 ``metrics``   one row per model and matrix: labels, how it was computed, then one column per metric
 ``spectra``   one row per model, matrix and quantity (``sigma``, ``delta_sigma``, ``left_agreement``, ...): a list
-``models``    one row per model: what it is, and model-level numbers
-``tensors``   one row per model and stored tensor: what became of it (analysed, tied, unmatched, ...)
+
+The heads of several domains
+
+``heads``         one row per domain and head: how much it changed, and what of that other domains share
+``domains``       one row per pair of domains
+``head_cosines``  one row per pair of domains and head
+``scores``        one row per domain, reference domain and head
+``lorenz``        the points of each domain's Lorenz curve
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar, cast
 
 import polars as pl
 
 from diffract.errors import RunError
+from diffract.folders import refuse_existing, whole_file, whole_folder, write_text
+
+__all__ = [
+    "DOMAINS",
+    "FORMAT",
+    "HEADS",
+    "HEAD_COSINES",
+    "LABELS",
+    "LORENZ",
+    "MANIFEST",
+    "MODELS",
+    "OUTCOME",
+    "SCORES",
+    "SPECTRA",
+    "TENSORS",
+    "HeadTables",
+    "RunTables",
+    "Tables",
+    "frame",
+    "load",
+    "read_manifest",
+    "refuse_existing",
+    "whole_file",
+    "whole_folder",
+    "write",
+    "write_text",
+]
 
 FORMAT = 1
 """Number of the run-folder layout; a reader refuses a newer one."""
@@ -40,8 +77,15 @@ LABELS: dict[str, Any] = {
 }
 """Columns that say which matrix a row speaks of; ``(model, name)`` is unique."""
 
-OUTCOME: dict[str, Any] = {"status": pl.String, "method": pl.String, "resolved": pl.Float64}
-"""``status`` ok | zero | non_finite | unpaired; ``method`` of the spectrum, and the smallest sigma that it resolves."""
+OUTCOME: dict[str, Any] = {
+    "status": pl.String,
+    "method": pl.String,
+    "resolved": pl.Float64,
+    "warning": pl.String,
+}
+"""``status`` ok | zero | non_finite | unpaired; ``method`` of the spectrum, and the smallest sigma that it resolves;
+``warning``: what speaks against the fitted power law, where there is one.
+"""
 
 SPECTRA: dict[str, Any] = {
     "model": pl.String,
@@ -61,7 +105,15 @@ MODELS: dict[str, Any] = {
     "matrices": pl.Int32,
     "digest": pl.String,
 }
-"""``role`` is ``model`` (scan), ``base`` or ``tuned`` (compare); model-level numbers follow as further columns."""
+"""``role`` is ``model`` (scan), ``base`` or ``tuned`` (compare), ``checkpoint`` (trajectory); model-level numbers
+follow as further columns.
+"""
+
+TIMELINE: dict[str, Any] = {"order": pl.Int32, "stage": pl.Int32, "step": pl.Int64, "tokens": pl.Int64}
+"""Columns of ``metrics`` and ``models`` in a trajectory: place in the series from 0 on, and what the names tell."""
+
+AGAINST: dict[str, Any] = {"against": pl.String}
+"""Column of ``models`` in a trajectory: which checkpoint each is compared with; null for the first."""
 
 TENSORS: dict[str, Any] = {
     "model": pl.String,
@@ -79,14 +131,93 @@ empty.
 analysed alone.
 """
 
-TABLES = ("metrics", "spectra", "models", "tensors")
+HEADS: dict[str, Any] = {
+    "model": pl.String,
+    "layer": pl.Int32,
+    "block": pl.String,
+    "head": pl.Int32,
+    "kv_head": pl.Int32,
+    "status": pl.String,
+    "entries": pl.Int64,
+    "head_delta": pl.Float64,
+    "head_delta_relative": pl.Float64,
+    "rank": pl.Int32,
+    "change_share": pl.Float64,
+    "shared_cosine": pl.Float64,
+    "shared_share": pl.Float64,
+    "specific_delta": pl.Float64,
+    "agnostic_share": pl.Float64,
+}
+"""Columns of ``heads``; ``(model, layer, block, head)`` is unique, ``model`` is the tuned model (the domain).
+
+``status`` is ok | non_finite | unpaired; numbers of other than ok rows are null. D is the change of the head's slices,
+``entries`` their number of entries; a shared key-value slice counts for each of its query heads.
+``head_delta`` is ||D||_F, ``head_delta_relative`` ||D||_F / ||W0||_F, ``rank`` 1 for the domain's most changed head,
+``change_share`` the head's part of the sum of ||D||_F^2 over heads. ``shared_cosine`` is that of D and the mean D of
+the other domains, ``shared_share`` its square: the domain-agnostic part of ||D||_F^2, 1 / ``entries`` by chance;
+``specific_delta`` is the norm of the rest. ``agnostic_share`` speaks of the head in all domains together, and is the
+same on the row of each: the mean of <D_a, D_b> over a != b by the mean of ||D_a||_F^2; 0 by chance.
+"""
+
+DOMAINS: dict[str, Any] = {
+    "a": pl.String,
+    "b": pl.String,
+    "heads": pl.Int32,
+    "entries": pl.Int64,
+    "spearman": pl.Float64,
+    "cosine": pl.Float64,
+    "cosine_chance": pl.Float64,
+    "cosine_chance_abs": pl.Float64,
+}
+"""Columns of ``domains``: Spearman's correlation of ``head_delta`` over ``heads`` heads, and the cosine of the changes
+themselves over ``entries`` entries, every slice once. The cosine of random directions has mean 0, standard deviation
+``cosine_chance`` = 1 / sqrt(entries) and mean absolute value ``cosine_chance_abs``, about sqrt(2 / (pi entries))."""
+
+HEAD_COSINES: dict[str, Any] = {
+    "a": pl.String,
+    "b": pl.String,
+    "layer": pl.Int32,
+    "block": pl.String,
+    "head": pl.Int32,
+    "cosine": pl.Float64,
+    "cosine_chance": pl.Float64,
+}
+"""Columns of ``head_cosines``: the same of each head's change alone."""
+
+SCORES: dict[str, Any] = {
+    "domain": pl.String,
+    "reference": pl.String,
+    "layer": pl.Int32,
+    "block": pl.String,
+    "head": pl.Int32,
+    "score": pl.Float64,
+}
+"""Columns of ``scores``: scale01(``head_delta`` of the domain) - scale01(that of the reference), in [-1, 1]."""
+
+LORENZ: dict[str, Any] = {"model": pl.String, "heads_share": pl.Float64, "change_share": pl.Float64}
+"""Columns of ``lorenz``: what the least changed ``heads_share`` of heads have of the sum of ||D||_F^2."""
+
 MANIFEST = ("diffract", "kind", "created", "seconds", "settings", "models", "metrics", "warnings")
 """What a manifest holds besides the layout's number."""
 
 
+class RunTables:
+    """The tables of a run and its manifest; what a run folder holds. Subclasses are frozen dataclasses of frames.
+
+    Attributes:
+        KINDS: The kinds of run that consist of these tables.
+        SCHEMAS: The first columns of each table, by its name.
+        manifest: Version, kind, settings, models, warnings.
+    """
+
+    KINDS: ClassVar[tuple[str, ...]]
+    SCHEMAS: ClassVar[dict[str, dict[str, Any]]]
+    manifest: dict[str, Any]
+
+
 @dataclass(frozen=True)
-class Tables:
-    """The four tables of a run and its manifest; what a run folder holds.
+class Tables(RunTables):
+    """The four tables of a scan, a comparison or a trajectory.
 
     Attributes:
         metrics: One row per model and matrix.
@@ -96,11 +227,53 @@ class Tables:
         manifest: Version, command, settings, models with digests, warnings.
     """
 
+    KINDS = ("scan", "compare", "trajectory")
+    SCHEMAS = {"metrics": LABELS | OUTCOME, "spectra": SPECTRA, "models": MODELS, "tensors": TENSORS}  # noqa: RUF012
+
     metrics: pl.DataFrame
     spectra: pl.DataFrame
     models: pl.DataFrame
     tensors: pl.DataFrame
     manifest: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class HeadTables(RunTables):
+    """The tables of a run over heads and domains.
+
+    Attributes:
+        heads: One row per domain and head.
+        domains: One row per pair of domains.
+        head_cosines: One row per pair of domains and head.
+        scores: One row per domain, reference and head.
+        lorenz: One row per domain and point.
+        models: One row per model.
+        tensors: One row per model and stored tensor.
+        manifest: Version, settings, models, warnings.
+    """
+
+    KINDS = ("heads",)
+    SCHEMAS = {  # noqa: RUF012
+        "heads": HEADS,
+        "domains": DOMAINS,
+        "head_cosines": HEAD_COSINES,
+        "scores": SCORES,
+        "lorenz": LORENZ,
+        "models": MODELS,
+        "tensors": TENSORS,
+    }
+
+    heads: pl.DataFrame
+    domains: pl.DataFrame
+    head_cosines: pl.DataFrame
+    scores: pl.DataFrame
+    lorenz: pl.DataFrame
+    models: pl.DataFrame
+    tensors: pl.DataFrame
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+
+T = TypeVar("T", bound=RunTables)
 
 
 def frame(rows: list[dict[str, Any]], schema: dict[str, Any]) -> pl.DataFrame:
@@ -110,31 +283,47 @@ def frame(rows: list[dict[str, Any]], schema: dict[str, Any]) -> pl.DataFrame:
     return pl.DataFrame(rows, schema={**schema, **floats}, orient="row")
 
 
-def write(tables: Tables, folder: Path) -> None:
+def write(tables: RunTables, folder: Path) -> None:
     """Write the files of a run into a folder; within ``whole_folder``, so that they appear together."""
-    for name in TABLES:
+    for name in tables.SCHEMAS:
         getattr(tables, name).write_parquet(folder / f"{name}.parquet", compression="zstd")
     manifest = json.dumps({"format": FORMAT, **tables.manifest}, indent=2)
     (folder / "manifest.json").write_text(manifest + "\n", encoding="utf-8")
 
 
-def load(folder: str | Path) -> Tables:
+def load(folder: str | Path, shape: type[T] = Tables) -> T:
     """Read a run folder.
 
+    Args:
+        folder: Where it is.
+        shape: Which tables are expected.
+
     Raises:
-        RunError: A file is missing or unreadable, or the folder was written by a newer layout.
+        RunError: A file is missing or unreadable, the folder was written by a newer layout, or holds another kind.
     """
     folder = Path(folder)
-    missing = [n for n in ("manifest.json", *(f"{t}.parquet" for t in TABLES)) if not (folder / n).is_file()]
-    if missing:
+    manifest = read_manifest(folder)
+    if manifest["kind"] not in shape.KINDS:
         raise RunError(
-            f"expected a run folder with {', '.join(missing)}, got {str(folder)!r}. "
-            "Make one with `diffract scan MODEL -o RUN` or `diffract compare BASE TUNED -o RUN`."
+            f"run folder {str(folder)!r} holds a run of `diffract {manifest['kind']}`, "
+            f"expected one of {' or '.join(shape.KINDS)}."
         )
+    _require(folder, [f"{name}.parquet" for name in shape.SCHEMAS])
+    make = cast("Callable[..., T]", shape)
+    return make(**{name: _read(folder, name, schema) for name, schema in shape.SCHEMAS.items()}, manifest=manifest)
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """Read the manifest of a run folder of any kind.
+
+    Raises:
+        RunError: It is missing, unreadable, or was written by a newer layout.
+    """
+    folder = Path(folder)
+    _require(folder, ["manifest.json"])
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        frames = {name: pl.read_parquet(folder / f"{name}.parquet") for name in TABLES}
-    except (OSError, ValueError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+    except (OSError, ValueError) as error:
         raise _damaged(folder, str(error)) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
@@ -144,86 +333,31 @@ def load(folder: str | Path) -> Tables:
         )
     if lost := [key for key in MANIFEST if key not in manifest]:
         raise _damaged(folder, f"manifest.json lacks {', '.join(lost)}")
-    schemas = {"metrics": LABELS | OUTCOME, "spectra": SPECTRA, "models": MODELS, "tensors": TENSORS}
-    for name, schema in schemas.items():
-        if lost := [c for c, dtype in schema.items() if frames[name].schema.get(c) != _dtype(dtype)]:
-            raise _damaged(folder, f"{name}.parquet lacks {', '.join(lost)}")
-    return Tables(**frames, manifest=manifest)
+    return manifest
+
+
+def _require(folder: Path, names: list[str]) -> None:
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise RunError(
+            f"expected a run folder with {', '.join(missing)}, got {str(folder)!r}. "
+            "Make one with `diffract scan MODEL -o RUN` or `diffract compare BASE TUNED -o RUN`."
+        )
+
+
+def _read(folder: Path, name: str, schema: dict[str, Any]) -> pl.DataFrame:
+    try:
+        table = pl.read_parquet(folder / f"{name}.parquet")
+    except (OSError, ValueError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        raise _damaged(folder, str(error)) from error
+    if lost := [column for column, dtype in schema.items() if table.schema.get(column) != _dtype(dtype)]:
+        raise _damaged(folder, f"{name}.parquet lacks {', '.join(lost)}")
+    return table
 
 
 def _damaged(folder: Path, why: str) -> RunError:
-    return RunError(f"run folder {str(folder)!r} is damaged: {why}. Run the scan or comparison again.")
+    return RunError(f"run folder {str(folder)!r} is damaged: {why}. Run the command that made it again.")
 
 
 def _dtype(dtype: Any) -> pl.DataType:
     """A column type as an instance."""
     return dtype() if isinstance(dtype, type) else dtype
-
-
-@contextmanager
-def whole_folder(folder: str | Path, *, force: bool = False) -> Iterator[Path]:
-    """Yield a draft folder beside ``folder`` and rename it there when the block ends well.
-
-    An error inside the block, a full disk included, removes the draft and leaves what was there untouched.
-    """
-    folder = Path(folder)
-    refuse_existing(folder, force=force)
-    draft = folder.parent / f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}"
-    try:
-        draft.mkdir(parents=True)
-        yield draft
-        _replace(draft, folder)
-    except OSError as error:
-        raise RunError(
-            f"cannot write {str(folder)!r}: {error.strerror or error}. Nothing was changed there."
-        ) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-@contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path`` and rename it there when the block ends well."""
-    path = Path(path)
-    draft = path.parent / f"{path.name}.tmp-{uuid.uuid4().hex[:8]}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield draft
-        draft.replace(path)
-    except OSError as error:
-        raise RunError(f"cannot write {str(path)!r}: {error.strerror or error}. Nothing was changed there.") from error
-    finally:
-        draft.unlink(missing_ok=True)
-
-
-def refuse_existing(folder: str | Path, *, force: bool) -> None:
-    """Raise unless ``folder`` is free, or is a run folder (or empty) that ``force`` may replace."""
-    folder = Path(folder)
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise RunError(f"{str(folder)!r} is a file, expected a folder to write to. Choose another name.")
-    if not any(folder.iterdir()):
-        return
-    if not force:
-        raise RunError(f"{str(folder)!r} exists. Choose another name, or pass --force to replace it.")
-    if not (folder / "manifest.json").is_file():
-        raise RunError(f"{str(folder)!r} is not a run folder (no manifest.json), so --force does not replace it.")
-
-
-def write_text(path: str | Path, text: str) -> Path:
-    """Write a text file whole or not at all, UTF-8."""
-    with whole_file(path) as draft:
-        draft.write_text(text, encoding="utf-8")
-    return Path(path)
-
-
-def _replace(draft: Path, folder: Path) -> None:
-    """Rename ``draft`` to ``folder``; an older folder of that name is moved aside first and removed last."""
-    if not folder.exists():
-        draft.replace(folder)
-        return
-    aside = folder.parent / f"{folder.name}.tmp-old-{uuid.uuid4().hex[:8]}"
-    folder.replace(aside)
-    draft.replace(folder)
-    shutil.rmtree(aside, ignore_errors=True)

@@ -8,8 +8,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from diffract.analysis.heads import gini, head_deltas, top_share
+from diffract.analysis.heads import head_deltas
 from diffract.analysis.models import model_numbers
+from diffract.metrics.concentration import gini, top_share
 
 SCHEMA = {
     "name": pl.String, "status": pl.String, "layer": pl.Int32, "block": pl.String, "projection": pl.String,

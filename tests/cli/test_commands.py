@@ -14,7 +14,7 @@ import diffract
 from conftest import llama_tensors
 from diffract.checkpoints import Checkpoint
 from diffract.cli.main import app
-from diffract.metrics import CATALOG
+from diffract.metrics import CATALOG, FACTS
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "samples" / "tiny-olmo2"
@@ -98,7 +98,19 @@ def test_the_catalog_is_listed_and_documented() -> None:
         assert f"`{name}`" in documented
 
 
-@pytest.mark.parametrize("command", ["scan", "compare", "inspect", "report", "plot", "metrics", "demo"])
+def test_the_page_of_metrics_is_up_to_date() -> None:
+    subprocess.run([sys.executable, str(ROOT / "docs" / "make_metrics.py"), "--check"], check=True)
+
+
+def test_facts_are_listed() -> None:
+    rows = json.loads(run.invoke(app, ["metrics", "--facts", "--json"]).stdout)["facts"]
+    assert {row["name"] for row in rows} == set(FACTS)
+    assert "left_agreement_window  (needs vectors)" in run.invoke(app, ["metrics", "--facts"]).stdout
+
+
+@pytest.mark.parametrize(
+    "command", ["scan", "compare", "trajectory", "heads", "inspect", "report", "plot", "metrics", "demo"]
+)
 def test_every_command_and_option_is_documented(command: str) -> None:
     documented = (ROOT / "docs" / "commands.md").read_text()
     assert f"## diffract {command}" in documented

@@ -7,6 +7,7 @@ import torch
 
 from diffract.errors import SelectionError
 from diffract.metrics import CATALOG, FACTS, NEEDS, Facts, Metric, catalog, choose_metrics, metric, sources
+from diffract.metrics.catalog import DEFAULT, GROUPS, LEFT_OUT
 from diffract.metrics.metric import INVARIANCES
 
 
@@ -108,8 +109,9 @@ def test_every_fact_has_its_price() -> None:
         "shape": ("shape", "epsilon"),
         "entries": ("squares", "moments", "base_squares", "delta_squares", "changed", "rounding_squares"),
         "sigma_max": ("sigma_max",),
-        "sigmas": ("sigmas", "resolved", "delta_sigmas", "base_sigmas"),
-        "vectors": ("U", "Vh", "left_overlap", "right_overlap", "diagonal", "delta_energy"),
+        "sigmas": ("sigmas", "resolved", "delta_sigmas", "base_sigmas", "base_resolved"),
+        "null": ("null_sigmas",),
+        "vectors": ("U", "Vh", "left_cosines", "right_cosines", "diagonal", "delta_energy"),
         "matrix": ("matrix",),
     }
     assert tuple(prices) == NEEDS
@@ -136,6 +138,7 @@ def test_the_dearest_fact_decides(facts: tuple[str, ...], need: str) -> None:
 
 def test_pair_facts() -> None:
     singles = {"shape", "epsilon", "squares", "moments", "sigma_max", "sigmas", "resolved", "U", "Vh", "matrix"}
+    singles |= {"null_sigmas"}
     assert {name for name in sources(FACTS) if not FACTS[name].pair} == singles
     assert not Metric("m", lambda x: x, ("sigmas",), "").pair
     assert Metric("m", lambda x, y: x, ("sigmas", "base_sigmas"), "").pair
@@ -146,7 +149,7 @@ def test_derived_facts_cost_what_they_come_from_and_are_computed_once() -> None:
         if fact.function is not None:
             assert fact.need == max((FACTS[s].need for s in fact.sources), key=NEEDS.index)
             assert fact.pair == any(FACTS[s].pair for s in fact.sources)
-    assert sources(["left_agreement_window"]) == {"left_overlap", "base_sigmas", "sigmas"}
+    assert sources(["left_agreement_window"]) == {"left_cosines", "base_sigmas", "sigmas"}
     facts = Facts(left_overlap=torch.rand(2, 3, 3).double())
     assert facts["left_agreement"] is facts["left_agreement"]
     with pytest.raises(KeyError, match="base_sigmas"):
@@ -161,16 +164,32 @@ def test_catalog_rows_are_well_formed() -> None:
         assert row.summary
         assert row.range
         assert row.invariant <= INVARIANCES
-        assert row.degree == (1 if row.unit == "weight" else 0) or row.degree is None
+        assert row.degree == {"weight": 1, "weight^2": 2}.get(row.unit, 0) or row.degree is None
 
 
 # Choosing
 
 
-def test_no_choice_is_the_catalog() -> None:
-    assert [m.name for m in choose_metrics(None, pair=True)] == list(CATALOG)
+def test_groups_stand_for_their_members() -> None:
+    everything = [m.name for m in choose_metrics("all", pair=True)]
+    assert everything == [m.name for g, rows in GROUPS.items() if g not in LEFT_OUT for m in rows]
+    assert [m.name for m in choose_metrics("norms, ranks", pair=False)] == [
+        m.name for g in ("norms", "ranks") for m in GROUPS[g]
+    ]
+    assert not any(m.pair for m in choose_metrics(["all"], pair=False))
+    # A member that is named as well is there once; groups that hold only pair metrics leave nothing of one matrix.
+    assert sum(m.name == "mp_ks" for m in choose_metrics(["random_matrix", "mp_ks"], pair=False)) == 1
+    with pytest.raises(SelectionError, match="no metric is chosen"):
+        choose_metrics("agreement", pair=False)
+    with pytest.raises(SelectionError, match="Did you mean 'random_matrix'"):
+        choose_metrics("random_matrices", pair=False)
+
+
+def test_no_choice_is_the_default_groups() -> None:
+    usual = [m.name for group in DEFAULT for m in GROUPS[group]]
+    assert [m.name for m in choose_metrics(None, pair=True)] == usual
     alone = choose_metrics(None, pair=False)
-    assert [m.name for m in alone] == [name for name, m in CATALOG.items() if not m.pair]
+    assert [m.name for m in alone] == [name for name in usual if not CATALOG[name].pair]
     assert {"stable_rank", "entry_std"} <= {m.name for m in alone}
 
 

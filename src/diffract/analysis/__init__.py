@@ -1,5 +1,6 @@
-"""Scans and comparisons: from checkpoints to tables."""
+"""Scans, comparisons and trajectories: from checkpoints to tables."""
 
 from diffract.analysis.run import Options, Progress, analyse
+from diffract.analysis.trajectory import follow
 
-__all__ = ["Options", "Progress", "analyse"]
+__all__ = ["Options", "Progress", "analyse", "follow"]

@@ -27,7 +27,7 @@ class Member:
 
     Attributes:
         name: What tables call it.
-        role: ``model``, ``base`` or ``tuned``.
+        role: ``model``, ``base``, ``tuned`` or ``checkpoint``.
         layout: Its tensors and what became of them.
     """
 
@@ -56,26 +56,39 @@ def assemble(
     names = [m.name for m in plan.metrics]
     metrics = wide.select(*tables.LABELS, *tables.OUTCOME, *(n for n in names if n in wide.columns))
     models = _models(members, metrics, digests)
-    warnings = [f"{m.name}: {w}" for m in members for w in m.layout.warnings] + _row_warnings(metrics)
-    described = {
+    glossary = {
+        m.name: {"summary": m.summary, "unit": m.unit, "range": m.range, "source": m.source, "version": m.version}
+        for m in plan.metrics
+    }
+    described = describe(members, models, manifest, glossary, row_warnings(metrics))
+    return tables.Tables(metrics, _spectra(wide), models, tensor_table(members), described)
+
+
+def describe(
+    members: Sequence[Member],
+    models: pl.DataFrame,
+    manifest: Mapping[str, Any],
+    glossary: Mapping[str, Any],
+    warnings: Sequence[str],
+) -> dict[str, Any]:
+    """Return the manifest of a run of any kind.
+
+    Args:
+        members: The models.
+        models: The table of them.
+        manifest: What the caller knows: kind, settings, seconds.
+        glossary: What the numbers mean.
+        warnings: What the numbers gave rise to; those of the models stand before them.
+    """
+    return {
         "diffract": __version__,
         **manifest,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
         "models": [_describe(m, row) for m, row in zip(members, models.iter_rows(named=True), strict=True)],
-        "metrics": {
-            m.name: {
-                "summary": m.summary,
-                "unit": m.unit,
-                "range": m.range,
-                "source": m.source,
-                "version": m.version,
-            }
-            for m in plan.metrics
-        },
-        "warnings": warnings,
+        "metrics": dict(glossary),
+        "warnings": [f"{m.name}: {w}" for m in members for w in m.layout.warnings] + list(warnings),
     }
-    return tables.Tables(metrics, _spectra(wide), models, _tensors(members), described)
 
 
 def _wide(members: Sequence[Member], parts: Sequence[Part]) -> pl.DataFrame:
@@ -126,21 +139,26 @@ def _models(members: Sequence[Member], metrics: pl.DataFrame, digests: Mapping[t
     base = metrics.filter(pl.col("model") == members[0].name)
     rows = []
     for i, member in enumerate(members):
-        infos = [entry.info for entry in member.layout.entries.values()]
         own = metrics.filter(pl.col("model") == member.name)
-        row = {
-            "model": member.name,
-            "role": member.role,
-            "reference": member.layout.checkpoint.reference,
-            "family": member.layout.architecture.family,
-            "parameters": sum(info.entries for info in infos),
-            "size_bytes": sum(info.size_bytes for info in infos),
-            "tensors": len(infos),
-            "matrices": len(own),
-            "digest": _model_digest(i, member, digests),
-        }
+        row = model_row(member, len(own), _model_digest(i, member, digests))
         rows.append(row | (model_numbers(base, own) if member.role == "tuned" else {}))
     return tables.frame(rows, tables.MODELS)
+
+
+def model_row(member: Member, matrices: int, digest: str | None = None) -> dict[str, Any]:
+    """Return what a model is: its row in ``models``, without numbers."""
+    infos = [entry.info for entry in member.layout.entries.values()]
+    return {
+        "model": member.name,
+        "role": member.role,
+        "reference": member.layout.checkpoint.reference,
+        "family": member.layout.architecture.family,
+        "parameters": sum(info.entries for info in infos),
+        "size_bytes": sum(info.size_bytes for info in infos),
+        "tensors": len(infos),
+        "matrices": matrices,
+        "digest": digest,
+    }
 
 
 def _model_digest(index: int, member: Member, digests: Mapping[tuple[int, str], str]) -> str | None:
@@ -165,7 +183,8 @@ def _describe(member: Member, row: Mapping[str, Any]) -> dict[str, Any]:
     return known | {"architecture": {"family": architecture.family, **shape, "note": architecture.note}}
 
 
-def _tensors(members: Sequence[Member]) -> pl.DataFrame:
+def tensor_table(members: Sequence[Member]) -> pl.DataFrame:
+    """Return what became of every stored tensor."""
     rows = [
         {
             "model": member.name,
@@ -182,7 +201,7 @@ def _tensors(members: Sequence[Member]) -> pl.DataFrame:
     return tables.frame(rows, tables.TENSORS)
 
 
-def _row_warnings(metrics: pl.DataFrame) -> list[str]:
+def row_warnings(metrics: pl.DataFrame) -> list[str]:
     """One sentence for each kind of row that has no numbers."""
     texts = {
         "non_finite": "hold NaN or Inf; they have no metrics",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -27,20 +28,19 @@ from diffract.linalg import (
     pair_from_sums,
     pair_values,
     replace_pairs,
+    spectrum,
     takes_gram,
     top_spectrum,
     weak_pairs,
 )
 from diffract.metrics import Facts
+from diffract.metrics.random_matrix import entry_order, permuted
 
 LARGE = 512
 """Short side from which the largest sigma alone is cheaper by iteration than by the eigensolver."""
 
-OVERLAP_CURVES = (
-    "delta_energy",
-    *(f"{side}_{name}" for side in ("left", "right") for name in ("agreement", "best_match", "agreement_window")),
-)
-"""What overlaps tell along the spectrum."""
+NULL_SEED = 0
+"""Seed of the order in which the permutation null puts the entries."""
 
 TOP_STEPS = 10
 """Iterations after which the eigensolver would have been cheaper."""
@@ -54,13 +54,11 @@ class Found:
         facts: By the names of ``metrics.FACTS``; derived ones are computed when they are asked for.
         finite: (b,), whether all entries are finite; the facts of a matrix that is not mean nothing.
         spectrum: All singular values, if they were computed.
-        curves: Names of the further facts that run along the spectrum, (b, k) each.
     """
 
     facts: Facts
     finite: Tensor
     spectrum: Spectrum | None
-    curves: tuple[str, ...] = ()
 
 
 def single_facts(stack: Stack, plan: Plan, device: torch.device) -> Found:
@@ -73,17 +71,16 @@ def single_facts(stack: Stack, plan: Plan, device: torch.device) -> Found:
     finite = sums.moments.second.isfinite()
     grams = _safe(sums.gram, finite) if products else None
     facts = _entry_facts(stack, sums.moments)
-    spectrum = None
+    svd = None
     if plan.needs("U", "Vh"):
         whole = _safe(stack.whole().to(device), finite)
-        spectrum = lapack(whole, vectors=True) if grams is None else gram_vectors(grams, whole, plan.method)
+        svd = lapack(whole, vectors=True) if grams is None else gram_vectors(grams, whole, plan.method)
     elif plan.needs("sigmas", "resolved"):
-        spectrum = _values(grams, stack, finite)
+        svd = _values(grams, stack, finite)
     elif plan.needs("sigma_max"):
         facts["sigma_max"] = _values(grams, stack, finite).S[:, 0] if grams is None else _largest(grams)
-    if plan.needs("matrix"):
-        facts["matrix"] = stack.whole().to(device).double()
-    return Found(Facts(facts | _spectrum_facts(spectrum)), finite, spectrum)
+    facts |= _whole_facts(stack, plan, device, finite)
+    return Found(Facts(facts | _spectrum_facts(svd)), finite, svd)
 
 
 def pair_facts(
@@ -111,24 +108,49 @@ def pair_facts(
     facts0, facts1 = _entry_facts(base, first), _entry_facts(tuned, second)
     facts1 |= {"base_squares": first.second, "delta_squares": sums.delta_squares}
     facts1 |= {"changed": sums.changed, "rounding_squares": sums.rounding_squares}
-    curves: tuple[str, ...] = ()
     if plan.needs("delta_sigmas"):
-        curves += ("delta_sigmas",)
         facts1["delta_sigmas"] = _delta_sigmas(sums, base, tuned, change, finite, exact=exact)
     pair = None
     if plan.needs(*SPECTRA, *OVERLAPS):
         pair = _compare_spectra(sums, base, tuned, change, plan, finite, exact=exact)
         facts1["base_sigmas"] = pair.base.S
+        facts1["base_resolved"] = pair.base.resolved
         if pair.left_overlap is not None:
             facts1 |= _overlap_facts(pair)
-            curves += OVERLAP_CURVES
     found0 = Found(Facts(facts0 | _spectrum_facts(pair and pair.base)), finite0, pair and pair.base)
-    found1 = Found(Facts(facts1 | _spectrum_facts(pair and pair.tuned)), finite, pair and pair.tuned, curves)
-    if plan.needs("U", "Vh", "matrix"):
-        for found, stack in ((found0, base), (found1, tuned)):
+    found1 = Found(Facts(facts1 | _spectrum_facts(pair and pair.tuned)), finite, pair and pair.tuned)
+    for found, stack in ((found0, base), (found1, tuned)):
+        found.facts.update(_whole_facts(stack, plan, device, found.finite))
+        if plan.needs("U", "Vh"):
             own = single_facts(stack, plan, device).facts
-            found.facts.update({name: own[name] for name in ("U", "Vh", "matrix") if name in own})
+            found.facts.update({name: own[name] for name in ("U", "Vh")})
     return found0, found1
+
+
+def _whole_facts(stack: Stack, plan: Plan, device: torch.device, finite: Tensor) -> dict[str, Tensor]:
+    """Return facts for which all entries must be at hand at once."""
+    facts = {}
+    if plan.needs("matrix"):
+        facts["matrix"] = stack.whole().to(device).double()
+    if plan.needs("null_sigmas"):
+        facts["null_sigmas"] = _null_sigmas(stack, plan, device, finite)
+    return facts
+
+
+def _null_sigmas(stack: Stack, plan: Plan, device: torch.device, finite: Tensor) -> Tensor:
+    """Return singular values of the permuted matrices; NaN for those that are too large to be held."""
+    if stack.streamed:
+        return torch.full((stack.count, min(stack.shape)), torch.nan, dtype=torch.float64, device=device)
+    whole = _safe(stack.whole().to(device), finite)
+    order = _null_order(stack.shape, device)
+    shuffled = permuted(whole, order).view(stack.count, min(stack.shape), max(stack.shape))  # short side first: faster
+    return spectrum(shuffled, method=plan.method).S
+
+
+@lru_cache(maxsize=2)
+def _null_order(shape: tuple[int, int], device: torch.device) -> Tensor:
+    """The order of entries that makes the null of every matrix of a shape."""
+    return entry_order(shape, seed=NULL_SEED, device=device)
 
 
 def _sum_pairs(
@@ -195,8 +217,8 @@ def _overlap_facts(pair: PairSpectrum) -> dict[str, Tensor]:
     assert pair.diagonal is not None and pair.energy is not None
     zero = ((pair.base.S[:, 0] == 0) | (pair.tuned.S[:, 0] == 0))[:, None]
     return {
-        "left_overlap": pair.left_overlap.clamp_(max=1.0).masked_fill_(zero[:, :, None], torch.nan),
-        "right_overlap": pair.right_overlap.clamp_(max=1.0).masked_fill_(zero[:, :, None], torch.nan),
+        "left_cosines": pair.left_overlap.clamp_(-1.0, 1.0).masked_fill_(zero[:, :, None], torch.nan),
+        "right_cosines": pair.right_overlap.clamp_(-1.0, 1.0).masked_fill_(zero[:, :, None], torch.nan),
         "diagonal": pair.diagonal.masked_fill(zero, torch.nan),
         "delta_energy": pair.energy.masked_fill(zero, torch.nan),
     }

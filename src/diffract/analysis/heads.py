@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
-import numpy as np
 import polars as pl
 
 PER_QUERY_HEAD = ("q", "o")
 PER_KV_HEAD = ("k", "v")
+PROJECTIONS = ("q", "k", "v", "o")
+"""What a head consists of."""
+
+PLACE = ("layer", "block")
 
 
 def head_deltas(metrics: pl.DataFrame) -> pl.DataFrame:
     """Return the change of every query head over its q, k, v and o slices.
-
-    Several query heads share one key-value head under grouped-query attention: its change counts for each of them.
 
     Args:
         metrics: Rows of one tuned model, with ``delta_frobenius``.
@@ -23,37 +24,35 @@ def head_deltas(metrics: pl.DataFrame) -> pl.DataFrame:
         Columns layer, block, head, ``head_delta`` (Frobenius norm); empty if no projection is cut into heads.
     """
     squares = metrics.filter(pl.col("delta_frobenius").is_not_null()).with_columns(d2=pl.col("delta_frobenius") ** 2)
-    own = squares.filter(pl.col("projection").is_in(PER_QUERY_HEAD), pl.col("head").is_not_null())
-    shared = squares.filter(pl.col("projection").is_in(PER_KV_HEAD), pl.col("kv_head").is_not_null())
-    place = ["layer", "block"]
-    heads = own.group_by(*place, "head").agg(pl.col("d2").sum(), pl.col("kv_head").first())
-    kv = shared.group_by(*place, "kv_head").agg(pl.col("d2").sum().alias("kv_d2"))
-    joined = heads.join(kv, on=[*place, "kv_head"], how="left", nulls_equal=True).sort(*place, "head")
-    total = (pl.col("d2") + pl.col("kv_d2").fill_null(0.0)).sqrt()
-    return joined.select(*place, "head", head_delta=total)
+    sums = head_sums(query_heads(squares), squares, ["d2"])
+    return sums.select(*PLACE, "head", head_delta=pl.col("d2").sqrt())
 
 
-def gini(values: np.ndarray) -> float:
-    """Gini coefficient of non-negative values: 0 when all are equal, towards 1 when one has all. NaN if all are zero.
+def query_heads(slices: pl.DataFrame) -> pl.DataFrame:
+    """Return the query heads that slices of q or o belong to: columns layer, block, head, kv_head."""
+    own = slices.filter(pl.col("projection").is_in(PER_QUERY_HEAD), pl.col("head").is_not_null())
+    return own.group_by(*PLACE, "head").agg(pl.col("kv_head").first()).sort(*PLACE, "head")
 
-    >>> gini(np.array([1.0, 1.0])), gini(np.array([0.0, 1.0]))
-    (0.0, 0.5)
+
+def head_sums(heads: pl.DataFrame, slices: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
+    """Sum columns over the slices of every query head.
+
+    Several query heads share one key-value head under grouped-query attention: its slices count for each of them.
+
+    Args:
+        heads: As of ``query_heads``.
+        slices: One row per slice: labels, and what is to be summed.
+        columns: Which columns are summed; NaN makes the sum NaN.
+
+    Returns:
+        The heads, with the sums; 0 for a head without slices.
     """
-    ordered = np.sort(values)
-    n, total = len(ordered), ordered.sum()
-    if n == 0 or total == 0:
-        return math.nan
-    return float(2 * (np.arange(1, n + 1) * ordered).sum() / (n * total) - (n + 1) / n)
-
-
-def top_share(values: np.ndarray, share: float = 0.1) -> tuple[float, float]:
-    """Return what the largest ``share`` of values (rounded up) have of the sum, and what they would if all were equal.
-
-    >>> top_share(np.array([3.0, 1.0]), 0.5)
-    (0.75, 0.5)
-    """
-    n, total = len(values), values.sum()
-    if n == 0 or total == 0:
-        return math.nan, math.nan
-    k = math.ceil(share * n)
-    return float(np.sort(values)[-k:].sum() / total), k / n
+    own = slices.filter(pl.col("projection").is_in(PER_QUERY_HEAD), pl.col("head").is_not_null())
+    shared = slices.filter(pl.col("projection").is_in(PER_KV_HEAD), pl.col("kv_head").is_not_null())
+    joined = heads
+    for rows, key, suffix in ((own, "head", ".own"), (shared, "kv_head", ".shared")):
+        sums = rows.group_by(*PLACE, key).agg(pl.col(column).sum().alias(column + suffix) for column in columns)
+        joined = joined.join(sums, on=[*PLACE, key], how="left", nulls_equal=True)
+    parts = ((pl.col(c + ".own").fill_null(0), pl.col(c + ".shared").fill_null(0)) for c in columns)
+    total = {column: one + other for column, (one, other) in zip(columns, parts, strict=True)}
+    return joined.sort(*PLACE, "head").select(*heads.columns, **total)

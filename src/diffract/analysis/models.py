@@ -6,7 +6,8 @@ import math
 
 import polars as pl
 
-from diffract.analysis.heads import gini, head_deltas, top_share
+from diffract.analysis.heads import head_deltas
+from diffract.metrics.concentration import gini, top_share
 
 
 def model_numbers(base: pl.DataFrame, tuned: pl.DataFrame) -> dict[str, float | None]:

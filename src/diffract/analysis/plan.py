@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from diffract.linalg import Method
 from diffract.metrics import Metric, sources
 
-OVERLAPS = ("left_overlap", "right_overlap", "diagonal", "delta_energy")
+OVERLAPS = ("left_cosines", "right_cosines", "diagonal", "delta_energy")
 SPECTRA = ("sigma_max", "sigmas", "resolved", "base_sigmas")
 
 

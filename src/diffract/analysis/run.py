@@ -17,7 +17,7 @@ from diffract.analysis.cache import Cache, cache_folder
 from diffract.analysis.engine import run_tasks
 from diffract.analysis.pairing import pair, scan_tasks
 from diffract.analysis.plan import Plan
-from diffract.analysis.work import Part, TensorTask, Worker
+from diffract.analysis.work import Outcome, Part, TensorTask, Worker
 from diffract.checkpoints import Checkpoint, Reference, open_checkpoint
 from diffract.errors import CheckpointError, SelectionError, suggest
 from diffract.linalg import Method
@@ -27,6 +27,9 @@ from diffract.tables import Tables
 
 Progress = Callable[[float, float, str], None]
 """Called with the work done, all work, and what was just finished."""
+
+TensorWorker = Callable[[TensorTask], Outcome]
+"""Does a task; ``Worker`` is one."""
 
 ENGINES = ("local",)
 METHODS = ("auto", "exact")
@@ -53,8 +56,8 @@ class Options:
 
     def plan(self, *, pair: bool) -> Plan:
         """Return what is to be computed."""
-        _choose("engine", self.engine, ENGINES)
-        _choose("method", self.method, METHODS)
+        choose("engine", self.engine, ENGINES)
+        choose("method", self.method, METHODS)
         return Plan(tuple(choose_metrics(self.metrics, pair=pair)), self.method, self.vectors)
 
     def settings(self) -> dict[str, Any]:
@@ -87,7 +90,7 @@ def analyse(
     plan = options.plan(pair=len(references) > 1)
     device = choose_device(options.device)
     with ExitStack() as stack:
-        names, layouts = _open_all(references, options, stack)
+        names, layouts = open_all(references, options, stack)
         tasks = scan_tasks(layouts[0])
         if len(layouts) > 1:
             layouts, tasks = pair(layouts[0], layouts[1:], allow_unmatched=allow_unmatched)
@@ -95,8 +98,8 @@ def analyse(
             raise CheckpointError(f"{layouts[0].checkpoint.reference} holds no matrix that could be analysed.")
         cache = stack.enter_context(Cache(cache_folder())) if options.cache else None
         worker = Worker([layout.checkpoint for layout in layouts], plan, device, cache)
-        parts, digests = _run(tasks, worker, options.progress, names, vectors_to)
-        digests |= _other_digests(layouts, digests, complete=options.select is None)
+        parts, digests = gather(tasks, worker, device, options.progress, names, vectors_to)
+        digests |= other_digests(layouts, digests, complete=options.select is None)
         roles = ["base", *["tuned"] * (len(layouts) - 1)] if len(layouts) > 1 else ["model"]
         members = [Member(*m) for m in zip(names, roles, layouts, strict=True)]
         kind = "compare" if len(layouts) > 1 else "scan"
@@ -114,26 +117,29 @@ def choose_device(name: str) -> torch.device:
     available = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     if name == "auto":
         return torch.device(available[-1])
-    _choose("device", name.partition(":")[0], available)
+    choose("device", name.partition(":")[0], available)
     return torch.device(name)
 
 
-def _choose(what: str, value: str, known: Sequence[str]) -> None:
+def choose(what: str, value: str, known: Sequence[str]) -> None:
+    """Raise unless an option's value is a known one."""
     if value not in known:
         raise SelectionError(f"unknown {what} {value!r}, expected one of: {', '.join(known)}.{suggest(value, known)}")
 
 
-def _run(
+def gather(
     tasks: Sequence[TensorTask],
-    worker: Worker,
+    worker: TensorWorker,
+    device: torch.device,
     progress: Progress | None,
     names: Sequence[str],
     vectors_to: Any,
 ) -> tuple[list[Part], dict[tuple[int, str], str]]:
+    """Do all tasks; return the parts without their vectors, and the digests of what was read, by model and tensor."""
     total, done = sum(t.cost for t in tasks), 0.0
     parts: list[Part] = []
     digests: dict[tuple[int, str], str] = {}
-    for task, outcome in run_tasks(tasks, worker, device=worker.device):
+    for task, outcome in run_tasks(tasks, worker, device=device):
         digests |= {(i, task.tensor): digest for i, digest in outcome.digests.items()}
         for part in outcome.parts:
             _save_vectors(part, names, vectors_to)
@@ -151,7 +157,7 @@ def _save_vectors(part: Part, names: Sequence[str], vectors_to: Any) -> None:
             vectors_to.add(f"{names[part.model]}/{matrix.name}.{side}", vectors.float().cpu().contiguous())
 
 
-def _other_digests(
+def other_digests(
     layouts: Sequence[Layout], known: dict[tuple[int, str], str], *, complete: bool
 ) -> dict[tuple[int, str], str]:
     """Digests of tensors that no task read, so that a whole checkpoint has one; nothing more is read of a selection."""
@@ -165,19 +171,28 @@ def _other_digests(
     }
 
 
-def _open_all(references: Sequence[Reference], options: Options, stack: ExitStack) -> tuple[list[str], list[Layout]]:
+def open_all(references: Sequence[Reference], options: Options, stack: ExitStack) -> tuple[list[str], list[Layout]]:
     """Open checkpoints and lay them out; those that were opened here are closed with the stack."""
     split = [split_name(r) for r in references]
     layouts: list[Layout] = []
     for _, reference in split:
-        checkpoint = open_checkpoint(reference, base=options.adapter_base, download=options.download)
-        if checkpoint is not reference:
-            stack.callback(checkpoint.close)
-        layouts.append(
-            lay_out(checkpoint, select_text=options.select, heads=options.heads, spec_file=options.architecture)
-        )
+        layouts.append(open_layout(reference, options, stack))
     given = [name for name, _ in split]
     return _unique_names(given, layouts), layouts
+
+
+def open_layout(reference: Reference, options: Options, stack: ExitStack, *, check_ties: bool = True) -> Layout:
+    """Open a checkpoint and lay it out; if it was opened here, it is closed with the stack."""
+    checkpoint = open_checkpoint(reference, base=options.adapter_base, download=options.download)
+    if checkpoint is not reference:
+        stack.callback(checkpoint.close)
+    return lay_out(
+        checkpoint,
+        select_text=options.select,
+        heads=options.heads,
+        spec_file=options.architecture,
+        check_ties=check_ties,
+    )
 
 
 def split_name(reference: Reference) -> tuple[str | None, Reference]:

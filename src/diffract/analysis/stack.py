@@ -60,6 +60,10 @@ class Held:
             return self.checkpoint.digest(self.name)
         return tensor_digest(self.info, self._tensor)
 
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return some entries of the leading axis, in the stored dtype."""
+        return self.checkpoint.read(self.name, (start, stop)) if self._tensor is None else self._tensor[start:stop]
+
     def stack(self, batch: Sequence[Matrix]) -> Stack:
         """Return some matrices of the tensor."""
         count, shape, dtype = len(batch), batch[0].shape, TORCH_DTYPES[self.info.dtype]

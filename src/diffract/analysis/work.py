@@ -14,7 +14,7 @@ from diffract.analysis.facts import Found, pair_facts, single_facts
 from diffract.analysis.plan import Plan
 from diffract.analysis.rows import bundle
 from diffract.analysis.stack import Held
-from diffract.checkpoints import Checkpoint, as_bytes
+from diffract.checkpoints import Checkpoint, Factors, as_bytes
 from diffract.linalg import LowRank
 from diffract.matrices import Matrix, batches, scan_cost, workspace_bytes
 
@@ -89,13 +89,17 @@ class Worker:
         """Do one task; batch by batch, each kept in the cache when it is done."""
         held = {i: Held(self.checkpoints[i], task.tensor) for i in (task.model, *task.tuned)}
         digests = {i: one.digest() for i, one in held.items()}
+        return Outcome(self.parts(task, held, digests), digests)
+
+    def parts(self, task: TensorTask, held: dict[int, Held], digests: dict[int, str]) -> list[Part]:
+        """Do one task on tensors that are held already; the parts of a batch follow each other, base first."""
         parts: list[Part] = []
         for batch in batches(task.matrices):
             if task.tuned:
                 parts += self._compare(task, batch, held, digests)
             else:
                 parts += self._scan(task, batch, held[task.model], digests[task.model])
-        return Outcome(parts, digests)
+        return parts
 
     def _scan(self, task: TensorTask, batch: tuple[Matrix, ...], held: Held, digest: str) -> list[Part]:
         def compute() -> list[Found]:
@@ -114,7 +118,7 @@ class Worker:
                 base, tuned = held[task.model].stack(batch), held[i].stack(batch)
                 return list(pair_facts(base, tuned, self.plan, self.device, change))
 
-            content = ["compare", digests[task.model], digests[i], _factor_digest(change)]
+            content = ["compare", digests[task.model], digests[i], factor_digest(change)]
             found = self._known_or_new((task.model, i), batch, content, compute)
             parts += found if not parts else found[1:]
         return parts
@@ -123,14 +127,7 @@ class Worker:
         """The factors of an adapter's change, for each matrix of a batch."""
         if tensor not in self.checkpoints[model].factors:
             return None
-        factors = self.checkpoints[model].factors[tensor]()
-        left, right = [], []
-        for m in batch:
-            B = factors.B[slice(*m.rows)] if m.rows else factors.B
-            A = factors.A[:, slice(*m.cols)] if m.cols else factors.A
-            left.append(A.mT if m.transposed else B)
-            right.append(B.mT if m.transposed else A)
-        return LowRank(torch.stack(left), torch.stack(right))
+        return cut_factors(self.checkpoints[model].factors[tensor](), batch)
 
     def _known_or_new(
         self,
@@ -157,7 +154,18 @@ class Worker:
         return parts
 
 
-def _factor_digest(change: LowRank | None) -> str:
+def cut_factors(factors: Factors, batch: Sequence[Matrix]) -> LowRank:
+    """Return what a low-rank change of a tensor is of each matrix of a batch."""
+    left, right = [], []
+    for m in batch:
+        B = factors.B[slice(*m.rows)] if m.rows else factors.B
+        A = factors.A[:, slice(*m.cols)] if m.cols else factors.A
+        left.append(A.mT if m.transposed else B)
+        right.append(B.mT if m.transposed else A)
+    return LowRank(torch.stack(left), torch.stack(right))
+
+
+def factor_digest(change: LowRank | Factors | None) -> str:
     """Different factors may round to the same merged weights."""
     if change is None:
         return ""

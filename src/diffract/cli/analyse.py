@@ -35,7 +35,7 @@ def scan(
 ) -> None:
     """Spectra and metrics of every matrix and every attention head of a checkpoint."""
     with explained(debug=debug), progress("scan", quiet=quiet or json) as update:
-        _check_output(output, force=force, vectors=vectors)
+        check_output(output, force=force, vectors=vectors)
         from diffract.api import scan as run_scan
 
         run = run_scan(
@@ -81,7 +81,7 @@ def compare(
 ) -> None:
     """The same for a base and its tuned checkpoints, their alignment, and the change."""
     with explained(debug=debug), progress("compare", quiet=quiet or json) as update:
-        _check_output(output, force=force, vectors=vectors)
+        check_output(output, force=force, vectors=vectors)
         from diffract.api import compare as run_compare
 
         run = run_compare(
@@ -106,7 +106,7 @@ def compare(
     _show(run, output, quiet=quiet, as_json=json)
 
 
-def _check_output(output: Path | None, *, force: bool, vectors: bool) -> None:
+def check_output(output: Path | None, *, force: bool, vectors: bool) -> None:
     """Say what is wrong with the output before hours of work, not after."""
     from diffract.errors import RunError
     from diffract.tables import refuse_existing
@@ -119,7 +119,7 @@ def _check_output(output: Path | None, *, force: bool, vectors: bool) -> None:
 
 def _show(run: Run, output: Path | None, *, quiet: bool, as_json: bool) -> None:
     if as_json:
-        say_json(_summary(run, output))
+        say_json(summary(run, output))
         return
     warn(run.manifest["warnings"], quiet=quiet)
     for row in run.models.iter_rows(named=True):
@@ -128,7 +128,8 @@ def _show(run: Run, output: Path | None, *, quiet: bool, as_json: bool) -> None:
         say(f"report: {output / 'report.html'}", quiet=quiet)
 
 
-def _summary(run: Run, output: Path | None) -> dict[str, Any]:
+def summary(run: Run, output: Path | None) -> dict[str, Any]:
+    """Return what ``--json`` prints of a run."""
     kept = ("kind", "seconds", "settings", "warnings")
     return {
         **{k: run.manifest[k] for k in kept},

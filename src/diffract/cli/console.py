@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,9 @@ QUIET_SECONDS = 2.0
 
 LINE_SECONDS = 10.0
 """Where there is no terminal, one plain line in this time."""
+
+PIPE_WIDTH = 160
+"""Columns of a table where there is no terminal to ask."""
 
 EXIT_INPUT, EXIT_BUG, EXIT_INTERRUPTED = 1, 3, 130
 
@@ -115,6 +118,25 @@ def say(text: str, *, quiet: bool = False) -> None:
     """Print a line of results."""
     if not quiet:
         typer.echo(text)
+
+
+def say_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", quiet: bool = False) -> None:
+    """Print a table; the first column is text, the others are numbers."""
+    if quiet:
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for i, header in enumerate(headers):
+        table.add_column(Text(printable(header, 40)), justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(printable(cell, 60)) for cell in row))
+    if title:
+        say(f"\n{title}")
+    console = Console(highlight=False)
+    console.print(table, width=None if console.is_terminal else PIPE_WIDTH)
 
 
 def say_json(value: Any) -> None:

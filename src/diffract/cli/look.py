@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from diffract.cli import options
 from diffract.cli.console import explained, say, say_json, size, warn
@@ -72,14 +74,25 @@ def _duration(seconds: float) -> str:
     )
 
 
-def metrics(json: options.Json = False, debug: options.Debug = False) -> None:
+def metrics(
+    facts: Annotated[bool, typer.Option("--facts", help="List what a metric of one's own can be made of.")] = False,
+    json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
     """The catalog: name, meaning, unit, range, source."""
     with explained(debug=debug):
-        from diffract.metrics import CATALOG, installed_metrics
+        from diffract.metrics import FACTS, GROUPS, installed_metrics
 
+        if facts:
+            found = [{"name": name, "needs": fact.need, "summary": fact.summary} for name, fact in FACTS.items()]
+            say_json({"facts": found}) if json else say(
+                "\n".join(f"{f['name']}  (needs {f['needs']})\n    {f['summary']}" for f in found)
+            )
+            return
         rows = [
             {
                 "name": m.name,
+                "group": group,
                 "of": "pair" if m.pair else "matrix",
                 "needs": m.needs,
                 "summary": m.summary,
@@ -87,14 +100,15 @@ def metrics(json: options.Json = False, debug: options.Debug = False) -> None:
                 "range": m.range,
                 "source": m.source,
             }
-            for m in CATALOG.values()
+            for group, members in GROUPS.items()
+            for m in members
         ]
         extensions = sorted(installed_metrics())
     if json:
         say_json({"metrics": rows, "extensions": extensions})
         return
     for row in rows:
-        say(f"{row['name']}  ({row['of']}, needs {row['needs']})")
+        say(f"{row['name']}  ({row['group']}, of a {row['of']}, needs {row['needs']})")
         source = f"  [{row['source']}]" if row["source"] else ""
         say(f"    {row['summary']}; unit {row['unit']}, range {row['range']}{source}")
     if extensions:

@@ -13,7 +13,9 @@ Output = Annotated[
 ]
 Metrics = Annotated[
     str | None,
-    typer.Option(metavar="NAMES", help="Metrics, separated by commas; all by default. Computes only what they need."),
+    typer.Option(
+        metavar="NAMES", help="Metrics or groups of them, separated by commas; all is everything but p-values."
+    ),
 ]
 Select = Annotated[
     str | None,

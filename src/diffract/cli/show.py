@@ -16,7 +16,7 @@ DEMO_RUN = Path("demo-run")
 
 
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of scan or compare.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of scan, compare or trajectory.")],
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="Where to write; RUN/report.html by default."),

@@ -1,5 +1,7 @@
 """Spectra of batches of matrices: float64 accuracy, bounded memory, CPU or CUDA. Sees tensors only."""
 
+from diffract.linalg.changes import change_grams
+from diffract.linalg.circuits import circuit_spectrum, rotary
 from diffract.linalg.exact import Spectrum, lapack
 from diffract.linalg.factored import LowRank, factored_spectrum
 from diffract.linalg.pair import (
@@ -24,6 +26,8 @@ __all__ = [
     "Spectrum",
     "Sums",
     "TopSpectrum",
+    "change_grams",
+    "circuit_spectrum",
     "factored_spectrum",
     "gram_values",
     "gram_vectors",
@@ -33,6 +37,7 @@ __all__ = [
     "pair_from_sums",
     "pair_values",
     "replace_pairs",
+    "rotary",
     "spectrum",
     "takes_gram",
     "top_spectrum",

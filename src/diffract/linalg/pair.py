@@ -31,8 +31,9 @@ class PairSpectrum:
 
     Attributes:
         base, tuned: Spectra of W0 and W1, without vectors.
-        left_overlap: (b, M, M), |U0^T U1|; rows are base vectors. ``None``, as what follows, if only spectra are known.
-        right_overlap: (b, M, M), |V0^T V1|.
+        left_overlap: (b, M, M), U0^T U1, signs as they fall; rows are base vectors. ``None``, as what follows, if only
+            spectra are known.
+        right_overlap: (b, M, M), V0^T V1.
         diagonal: (b, M), C_ii = u0_i^T D v0_i.
         energy: (b, M), ||u0_i^T D||^2.
     """
@@ -56,10 +57,10 @@ def pair_from_sums(sums: PairSums) -> PairSpectrum:
     diagonal = (mixed * P0.mT).sum(-1) * inverse0
     if sums.side == "rows":
         energy = (product(P0.mT, sums.delta_gram) * P0.mT).sum(-1)
-        left, right = short.abs_(), long.abs_()
+        left, right = short, long
     else:
         energy = mixed.square().sum(-1) * inverse0.square()
-        left, right = long.abs_(), short.abs_()
+        left, right = long, short
     base, tuned = _spectra(S0, S1)
     return PairSpectrum(base, tuned, left, right, diagonal, energy)
 
@@ -97,8 +98,8 @@ def pair_from_matrices(base: Float[Tensor, "b m n"], tuned: Float[Tensor, "b m n
     return PairSpectrum(
         base=replace(first, U=None, Vh=None),
         tuned=replace(second, U=None, Vh=None),
-        left_overlap=product(first.U.mT, second.U).abs_(),
-        right_overlap=product(first.Vh, second.Vh.mT).abs_(),
+        left_overlap=product(first.U.mT, second.U),
+        right_overlap=product(first.Vh, second.Vh.mT),
         diagonal=(along * first.Vh).sum(-1),
         energy=along.square().sum(-1),
     )

@@ -16,9 +16,10 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from diffract.linalg.entries import Buffer
 from diffract.linalg.exact import EPSILON, Spectrum, lapack
 from diffract.linalg.products import PIECE_BYTES, product, short_first, short_side
-from diffract.linalg.sums import Buffer, Sums
+from diffract.linalg.sums import Sums
 from diffract.linalg.symmetric import eigenvalues, eigenvectors
 
 Method = Literal["auto", "gram", "exact"]

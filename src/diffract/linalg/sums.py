@@ -13,12 +13,10 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from diffract.linalg.entries import Buffer, blocks, changed_count, dots, power_sums, rounding_squares
 from diffract.linalg.factored import LowRank
-from diffract.linalg.products import add_grams, count_nonzero, pieces, product, short_first, short_side
+from diffract.linalg.products import add_grams, pieces, product, short_first, short_side
 from diffract.linalg.symmetric import mirrored
-
-BLOCK_ENTRIES = 1 << 18
-"""Entries that are summed at once."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class Sums:
         for index in pieces(tuple(stack.shape), self.side, self.device):
             x = self._cast.fill(stack[index])
             for entries in blocks(x):
-                add_powers(self.powers[:, index[0]], entries, self._scratch, self.highest)
+                self.powers[:, index[0]] += power_sums(entries, self._scratch, self.highest)
             if self.gram.shape[0]:
                 add_grams(self.gram[index[0]], short_first(x, self.side))
 
@@ -122,12 +120,12 @@ class PairSums:
     def _add_entries(self, batch: slice, base: Tensor, tuned: Tensor) -> None:
         """Add the sums over entries, and turn ``tuned`` into D."""
         for x0, x1 in zip(blocks(base), blocks(tuned), strict=True):
-            add_powers(self.base[:, batch], x0, self._scratch, self.highest)
-            add_powers(self.tuned[:, batch], x1, self._scratch, self.highest)
-            self.rounding_squares[batch] += _rounding_squares(x1, *self.rounding, self._scratch)
+            self.base[:, batch] += power_sums(x0, self._scratch, self.highest)
+            self.tuned[:, batch] += power_sums(x1, self._scratch, self.highest)
+            self.rounding_squares[batch] += rounding_squares(x1, *self.rounding, self._scratch)
             x1.sub_(x0)
-            self.changed[batch] += count_nonzero(x1)
-            self.delta_squares[batch] += _dots(x1, x1)
+            self.changed[batch] += changed_count(x1)
+            self.delta_squares[batch] += dots(x1, x1)
 
     def _add_products(self, batch: slice, x0: Tensor, d: Tensor) -> None:
         if self._delta_gram.shape[0]:
@@ -157,63 +155,7 @@ class PairSums:
         return as_moments(self.tuned, self.shape, self.highest)
 
 
-class Buffer:
-    """Float64 memory that is filled again and again; fresh memory for each piece costs as much as the cast."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._memory = torch.empty(0, dtype=torch.float64, device=device)
-
-    def like(self, shape: tuple[int, ...]) -> Tensor:
-        """Return contiguous memory of a shape; what it held before is gone."""
-        size = 1
-        for extent in shape:
-            size *= extent
-        if self._memory.numel() < size:
-            self._memory = torch.empty(size, dtype=torch.float64, device=self._memory.device)
-        return self._memory[:size].view(shape)
-
-    def fill(self, piece: Tensor) -> Tensor:
-        """Return a piece as contiguous float64."""
-        return self.like(tuple(piece.shape)).copy_(piece)
-
-
-def add_powers(total: Tensor, x: Tensor, scratch: Buffer, highest: int) -> None:
-    """Add the sums of the first ``highest`` (0, 2 or 4) powers of entries (b, k) to ``total`` (4, b)."""
-    if highest == 0:
-        return
-    total[0] += x.sum(1)
-    total[1] += _dots(x, x)
-    if highest > 2:
-        squares = torch.mul(x, x, out=scratch.like(tuple(x.shape)))
-        total[2] += _dots(squares, x)
-        total[3] += _dots(squares, squares)
-
-
 def as_moments(powers: Tensor, shape: tuple[int, ...], highest: int) -> Moments:
     """Return power sums (4, b) as a record; those that were not summed become NaN."""
     known = [powers[i] if i < highest else torch.full_like(powers[i], torch.nan) for i in range(4)]
     return Moments(shape[0] * shape[1], *known)
-
-
-def blocks(x: Tensor) -> tuple[Tensor, ...]:
-    """Return the entries of matrices (b, m, n) as views (b, k) that stay in the cache while they are summed."""
-    return x.flatten(1).split(BLOCK_ENTRIES, dim=1)
-
-
-def _dots(x: Tensor, y: Tensor) -> Tensor:
-    """Sum of x * y over each row, by BLAS."""
-    if len(x) == 1:
-        return torch.dot(x[0], y[0])[None]
-    return torch.stack([torch.dot(a, b) for a, b in zip(x, y, strict=True)])
-
-
-def _rounding_squares(x: Tensor, mantissa_bits: int, smallest_exponent: int, scratch: Buffer) -> Tensor:
-    """Sum of ulp^2 / 12 of the stored dtype at each entry: the mean squared error of rounding to it.
-
-    ulp(x) = 2^(max(floor(log2 |x|), smallest_exponent) - mantissa_bits). The power of two below |x| is x with its
-    sign and significand bits cleared.
-    """
-    power = scratch.like(tuple(x.shape))
-    torch.bitwise_and(x.view(torch.int64), 0x7FF0000000000000, out=power.view(torch.int64))
-    power.clamp_(min=2.0**smallest_exponent)
-    return _dots(power, power) * (4.0**-mantissa_bits / 12)

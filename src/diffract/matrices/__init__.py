@@ -2,7 +2,7 @@
 
 from diffract.matrices.batches import batches, cut
 from diffract.matrices.cost import scan_cost, workspace_bytes
-from diffract.matrices.layout import Entry, Layout, lay_out
+from diffract.matrices.layout import Entry, Layout, lay_out, restrict
 from diffract.matrices.matrix import Matrix
 from diffract.matrices.selection import Selection, parse_selection, select
 from diffract.matrices.slicing import slice_tensor
@@ -16,6 +16,7 @@ __all__ = [
     "cut",
     "lay_out",
     "parse_selection",
+    "restrict",
     "scan_cost",
     "select",
     "slice_tensor",

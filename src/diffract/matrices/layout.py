@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -80,9 +80,14 @@ def lay_out(
     selection = parse_selection(select_text)
     if selection.numbers or selection.names:
         kept = set(select((m for e in entries.values() for m in e.matrices), selection))
-        entries = {name: _restrict(entry, kept) for name, entry in entries.items()}
+        entries = {name: _restrict(entry, kept.__contains__) for name, entry in entries.items()}
     notes = (architecture.note,) if architecture.note else ()
     return Layout(checkpoint, architecture, entries, (*notes, *warnings))
+
+
+def restrict(layout: Layout, keep: Callable[[Matrix], bool]) -> Layout:
+    """Return a layout with some of its matrices; tensors that hold none of them are ``not_selected``."""
+    return replace(layout, entries={name: _restrict(entry, keep) for name, entry in layout.entries.items()})
 
 
 def _entry(info: TensorInfo, architecture: Architecture, ties: Mapping[str, str], *, heads: bool) -> Entry:
@@ -100,10 +105,10 @@ def _entry(info: TensorInfo, architecture: Architecture, ties: Mapping[str, str]
     return Entry(info, matrices, "analysed")
 
 
-def _restrict(entry: Entry, kept: set[Matrix]) -> Entry:
+def _restrict(entry: Entry, keep: Callable[[Matrix], bool]) -> Entry:
     if entry.outcome != "analysed":
         return entry
-    matrices = tuple(m for m in entry.matrices if m in kept)
+    matrices = tuple(m for m in entry.matrices if keep(m))
     return replace(entry, matrices=matrices, outcome="analysed" if matrices else "not_selected")
 
 

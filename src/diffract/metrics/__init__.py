@@ -1,12 +1,15 @@
 """Metrics: functions of facts about matrices, and the catalog that lists them. Sees tensors only."""
 
-from diffract.metrics.catalog import CATALOG, choose_metrics, installed_metrics
+from diffract.metrics.catalog import CATALOG, GROUPS, choose_metrics, installed_metrics
+from diffract.metrics.curves import CURVES
 from diffract.metrics.facts import FACTS, NEEDS, Facts, sources
 from diffract.metrics.metric import Metric, metric
 
 __all__ = [
     "CATALOG",
+    "CURVES",
     "FACTS",
+    "GROUPS",
     "NEEDS",
     "Facts",
     "Metric",

@@ -22,6 +22,11 @@ INTRUDERS = 10
 INTRUDER_MATCH = 0.5
 
 
+def overlap(cosines: Float64[Tensor, "b M M"]) -> Overlap:
+    """|u0_i . u1_j|: the sign of a singular vector is arbitrary."""
+    return cosines.abs()
+
+
 def agreement(overlap: Overlap) -> Sigmas:
     """|u0_i . u1_i| for each i, in [0, 1]."""
     return overlap.diagonal(dim1=-2, dim2=-1)

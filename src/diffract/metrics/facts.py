@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from diffract.metrics import agreement
+from torch import Tensor
 
-NEEDS = ("shape", "entries", "sigma_max", "sigmas", "vectors", "matrix")
+from diffract.metrics import agreement, heavy_tails, peaks, random_matrix
+
+NEEDS = ("shape", "entries", "sigma_max", "sigmas", "null", "vectors", "matrix")
 """What finding out a fact costs, cheapest first."""
 
 
@@ -43,6 +45,7 @@ FACTS: dict[str, Fact] = {
     "sigma_max": Fact("(b,), the largest singular value", "sigma_max"),
     "sigmas": Fact("(b, M), singular values, descending", "sigmas"),
     "resolved": Fact("(b,), the smallest singular value that the method tells from zero", "sigmas"),
+    "null_sigmas": Fact("(b, M), singular values of the same entries in a seeded random order", "null"),
     "U": Fact("(b, m, M), left singular vectors as columns", "vectors"),
     "Vh": Fact("(b, M, n), right singular vectors as rows", "vectors"),
     "matrix": Fact("(b, m, n), float64", "matrix"),
@@ -52,8 +55,9 @@ FACTS: dict[str, Fact] = {
     "rounding_squares": Fact("(b,), mean squared norm of what rounding W1 to its dtype does", "entries", pair=True),
     "delta_sigmas": Fact("(b, <= M), singular values of D, descending; those left out are zero", "sigmas", pair=True),
     "base_sigmas": Fact("(b, M), singular values of W0", "sigmas", pair=True),
-    "left_overlap": Fact("(b, M, M), |U0^T U1|", "vectors", pair=True),
-    "right_overlap": Fact("(b, M, M), |V0^T V1|", "vectors", pair=True),
+    "base_resolved": Fact("(b,), the smallest of them that the method tells from zero", "sigmas", pair=True),
+    "left_cosines": Fact("(b, M, M), U0^T U1, signs as they fall", "vectors", pair=True),
+    "right_cosines": Fact("(b, M, M), V0^T V1, signs as they fall", "vectors", pair=True),
     "diagonal": Fact("(b, M), u0_i^T D v0_i", "vectors", pair=True),
     "delta_energy": Fact("(b, M), ||u0_i^T D||^2", "vectors", pair=True),
 }
@@ -66,10 +70,53 @@ def _derive(name: str, summary: str, function: Callable[..., Any], *sources: str
     FACTS[name] = Fact(summary, need, any(fact.pair for fact in known), function, sources)
 
 
+def eigenvalues(sigmas: Tensor, shape: tuple[int, int]) -> Tensor:
+    """lambda_i = sigma_i^2 / N, N = max(m, n) (Martin & Mahoney 2021)."""
+    return sigmas.square() / max(shape)
+
+
+def _resolved_sigmas(sigmas: Tensor, resolved: Tensor) -> Tensor:
+    """Singular values; those that the method cannot tell from zero are zero."""
+    return sigmas.where(sigmas > resolved[:, None], 0.0)
+
+
+def _tail_warnings(found: heavy_tails.PowerLaw, values: Tensor) -> tuple[str, ...]:
+    return heavy_tails.describe_warning(heavy_tails.tail_warning(found, values), found)
+
+
+def _find_peaks(sigmas: Tensor) -> peaks.Peaks:
+    return peaks.find_peaks(peaks.log_density(sigmas), sigmas)
+
+
+def _in_peak(found: peaks.Peaks) -> Tensor:
+    return found.membership >= 0
+
+
+_derive("eigenvalues", "(b, M), lambda = sigma^2 / N, N = max(m, n)", eigenvalues, "sigmas", "shape")
+_derive("null_eigenvalues", "(b, M), those of the permuted matrix", eigenvalues, "null_sigmas", "shape")
+_derive("bulk", "the Marchenko-Pastur law of the noise, random_matrix.Bulk", random_matrix.fit_bulk,
+        "eigenvalues", "shape")  # fmt: skip
+_derive("resolved_sigmas", "(b, M), sigmas, zero where not resolved", _resolved_sigmas, "sigmas", "resolved")
+_derive("tail_eigenvalues", "(b, M), eigenvalues, zero where not resolved", eigenvalues, "resolved_sigmas", "shape")
+_derive("power_law", "fitted tail, heavy_tails.PowerLaw", heavy_tails.power_law, "tail_eigenvalues")
+_derive("truncated_power_law", "likewise", heavy_tails.truncated_power_law, "tail_eigenvalues")
+_derive("exponential", "likewise", heavy_tails.exponential, "tail_eigenvalues")
+_derive("log_normal", "likewise", heavy_tails.log_normal, "tail_eigenvalues")
+_derive("tail_comparisons", "power law against the others, heavy_tails.Comparisons", heavy_tails.compare_tails,
+        "tail_eigenvalues")  # fmt: skip
+_derive("tail_warnings", "what speaks against the power law, one text a matrix", _tail_warnings,
+        "power_law", "tail_eigenvalues")  # fmt: skip
+_derive("power_law_scan", "(b, M), distance of the power law with xmin at each eigenvalue", heavy_tails.power_law_scan,
+        "tail_eigenvalues")  # fmt: skip
+_derive("peaks", "peaks in the density of ln sigma, peaks.Peaks", _find_peaks, "resolved_sigmas")
+_derive("base_resolved_sigmas", "(b, M), likewise of W0", _resolved_sigmas, "base_sigmas", "base_resolved")
+_derive("base_peaks", "peaks of W0", _find_peaks, "base_resolved_sigmas")
+_derive("in_base_peak", "(b, M), whether base sigma i lies in a peak", _in_peak, "base_peaks")
 _derive("window", "(b, M, M), whether base sigma i is within 5% of tuned sigma j", agreement.window,
         "base_sigmas", "sigmas")  # fmt: skip
 for _side, _u in (("left", "u"), ("right", "v")):
     _overlap = f"{_side}_overlap"
+    _derive(_overlap, f"(b, M, M), |{_u}0_i . {_u}1_j|", agreement.overlap, f"{_side}_cosines")
     _derive(f"{_side}_agreement", f"(b, M), |{_u}0_i . {_u}1_i|", agreement.agreement, _overlap)
     _derive(f"{_side}_best_match", f"(b, M), max_j |{_u}0_i . {_u}1_j|", agreement.best_match, _overlap)
     _derive(f"{_side}_agreement_window", f"(b, M), norm of {_u}1_i projected on its window of base vectors",
@@ -77,7 +124,7 @@ for _side, _u in (("left", "u"), ("right", "v")):
 
 
 def sources(names: Iterable[str]) -> frozenset[str]:
-    """Return the facts that must be looked up so that all of ``names`` can be had."""
+    """Return the facts that must be found out by looking at weights so that all of ``names`` can be had."""
     found: set[str] = set()
     for name in names:
         fact = FACTS[name]

@@ -38,6 +38,7 @@ def render(tables: Tables) -> str:
         models=_described(tables),
         headlines=_grouped(headlines(tables.models, tables.metrics)),
         thinned=data["thinned"],
+        drawn=len(data["models"]),
         data=Markup(embed(data)),
         css=Markup(_resource("report.css")),
         js=Markup(_resource("report.js")),

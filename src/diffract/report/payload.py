@@ -11,12 +11,15 @@ import numpy as np
 import polars as pl
 
 from diffract import plots
-from diffract.tables import LABELS, OUTCOME, Tables
+from diffract.tables import LABELS, OUTCOME, TIMELINE, Tables
 
 CURVE_BUDGET = 4_000_000
 """Numbers in all curves together; beyond it every curve is thinned evenly."""
 
 FEWEST_POINTS = 32
+
+ROW_BUDGET = 20_000
+"""Matrices of all checkpoints of a series together; beyond it some checkpoints are left out of the page."""
 
 HEAT_METRIC = ("delta_relative", "stable_rank", "frobenius_norm")
 """What the page shows first, of these the first that was computed."""
@@ -24,13 +27,12 @@ HEAT_METRIC = ("delta_relative", "stable_rank", "frobenius_norm")
 
 def payload(tables: Tables) -> dict[str, Any]:
     """Return everything that the script needs."""
-    metrics = [c for c in tables.metrics.columns if c not in LABELS and c not in OUTCOME]
-    models = tables.models.select("model", "role").to_dicts()
-    roles = {m["model"]: m["role"] for m in models}
+    tables = on_page(tables)
+    metrics = [c for c in tables.metrics.columns if c not in LABELS | OUTCOME | TIMELINE]
     points = points_per_curve(tables.spectra)
     return {
-        "kind": "compare" if "tuned" in roles.values() else "scan",
-        "models": models,
+        "kind": tables.manifest["kind"],
+        "models": _models(tables.models),
         "metrics": metrics,
         "first": next((m for m in HEAT_METRIC if m in metrics), metrics[0] if metrics else None),
         "rows": _rows(tables.metrics, metrics),
@@ -42,6 +44,27 @@ def payload(tables: Tables) -> dict[str, Any]:
         "glossary": tables.manifest.get("metrics", {}),
         "figures": _figures(),
     }
+
+
+def on_page(tables: Tables) -> Tables:
+    """Return the tables as far as a browser can bear them: of a long series, checkpoints evenly, both ends among them.
+
+    A scan or a comparison is shown whole.
+    """
+    count, rows = len(tables.models), len(tables.metrics)
+    if tables.manifest["kind"] != "trajectory" or rows <= ROW_BUDGET:
+        return tables
+    kept = max(2, ROW_BUDGET * count // rows)
+    names = tables.models["model"].gather(np.linspace(0, count - 1, kept).round().astype(int)).to_list()
+    own = {name: getattr(tables, name).filter(pl.col("model").is_in(names)) for name in Tables.SCHEMAS}
+    return Tables(**own, manifest=tables.manifest)
+
+
+def _models(models: pl.DataFrame) -> list[dict[str, Any]]:
+    """Name and role of each, and the model beside which it is drawn."""
+    first = pl.lit(models["model"][0]).alias("base")
+    base = pl.col("against").fill_null(pl.col("model")).alias("base") if "against" in models.columns else first
+    return models.select("model", "role", base).to_dicts()
 
 
 def embed(value: Any) -> str:

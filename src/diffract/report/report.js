@@ -4,7 +4,7 @@
   const rows = data.rows, count = rows.name.length;
   const by = (id) => document.getElementById(id);
   const safe = (text) => String(text).replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`);
-  const base = data.models[0].model;
+  const baseOf = new Map(data.models.map((m) => [m.model, m.base]));
   const config = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
   const state = { metric: data.first, model: null, name: null, part: "", sort: "name", up: true, filter: "" };
 
@@ -95,10 +95,11 @@
   }
 
   function drawDetail() {
-    const fig = figure("spectrum"), compared = data.kind === "compare";
-    const sources = [[base, "sigma"], [state.model, "sigma"], [state.model, "delta_sigma"]];
+    const fig = figure("spectrum"), compared = data.kind !== "scan" && baseOf.get(state.model) !== state.model;
+    const sources = [[baseOf.get(state.model), "sigma"], [state.model, "sigma"], [state.model, "delta_sigma"]];
     fig.data = fig.data.slice(0, compared ? 3 : 1).map((trace, k) => ({ ...trace, ...unpack(...[sources[k][0], state.name, sources[k][1]]) }));
     if (!compared) fig.data[0].name = "sigma";
+    else if (data.kind === "trajectory") [baseOf.get(state.model), state.model].forEach((name, k) => { fig.data[k].name = safe(name); });
     fig.layout.title.text = "Singular values";
     Plotly.react(by("spectrum"), fig.data, fig.layout, config);
     const i = row(state.model, state.name);
@@ -232,7 +233,7 @@
   }
 
   const pickable = data.models.map((m) => m.model);
-  const first = data.models.find((m) => m.role === "tuned") ?? data.models[0];
+  const first = data.models.find((m) => m.role === "tuned") ?? data.models.at(data.kind === "trajectory" ? -1 : 0);
   options(by("metric"), data.metrics, state.metric);
   options(by("model"), pickable, first.model);
   by("model-label").hidden = pickable.length < 2;

@@ -26,7 +26,9 @@ class Headline:
 
 
 def headlines(models: pl.DataFrame, metrics: pl.DataFrame) -> list[Headline]:
-    """Return the headlines of a run; of a scan, those of its only model."""
+    """Return the headlines of a run; of a scan, those of its only model; of a trajectory, those of the series."""
+    if models["role"][0] == "checkpoint":
+        return _of_trajectory(models)
     tuned = models.filter(pl.col("role") == "tuned")
     if not len(tuned):
         return _of_scan(models, metrics)
@@ -70,6 +72,27 @@ def _of_scan(models: pl.DataFrame, metrics: pl.DataFrame) -> list[Headline]:
         if isinstance(middle, float):
             found.append(Headline(name, f"{middle:.3g}", f"is the median stable rank of the {kind}."))
     return found
+
+
+def _of_trajectory(models: pl.DataFrame) -> list[Headline]:
+    first, last = models.row(0, named=True), models.row(-1, named=True)
+    found = [Headline("", str(len(models)), f"checkpoints, from {_at(first)} to {_at(last)}.")]
+    if "delta_relative" in models.columns:
+        changes = models.filter(pl.col("delta_relative").is_not_null()).to_dicts()
+        for row in (changes[:1] + changes[-1:]) if len(changes) > 1 else changes:
+            start, end = printable(row["against"], 60), printable(row["model"], 60)
+            text = f"is the size of the change from {start} to {end} relative to {start} (Frobenius norm)."
+            found.append(Headline("", percent(row["delta_relative"]), text))
+    if "peaked_matrices" in models.columns:
+        before = f"{first['peaked_matrices']:.0f} in the first"
+        text = f"matrices have at least two spectral peaks in the last checkpoint, {before}."
+        found.append(Headline("", f"{last['peaked_matrices']:.0f}", text))
+    return found
+
+
+def _at(row: dict[str, Any]) -> str:
+    told = [f"{what} {row[what]:,}" for what in ("stage", "step") if row[what] is not None]
+    return " ".join(told) or printable(row["model"], 60)
 
 
 def percent(value: float) -> str:

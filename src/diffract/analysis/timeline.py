@@ -1,0 +1,239 @@
+"""Where a checkpoint stands in its training run, as its names tell, and the order that follows from it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from itertools import pairwise
+from typing import Any
+
+from diffract.errors import SelectionError, printable, suggest
+
+BY = ("step", "tokens", "name", "given")
+"""What checkpoints are put in order by, besides a regular expression."""
+
+LARGEST = 2**63 - 1
+"""A table's integers end here."""
+
+_SCALES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_NUMBER = r"(?P<number>[0-9]{1,18}(?:\.[0-9]{1,9})?)(?P<unit>[KMBT]?)(?![a-z0-9])"
+_START = r"(?<![a-z])"
+
+
+def _compile(*patterns: str) -> tuple[re.Pattern[str], ...]:
+    return tuple(re.compile(pattern, re.ASCII | re.IGNORECASE) for pattern in patterns)
+
+
+_CONVENTIONS = {
+    "stage": _compile(rf"{_START}stage[-_=]?{_NUMBER}"),
+    "step": _compile(
+        rf"{_START}steps?[-_=]?{_NUMBER}",
+        rf"{_START}iter(?:ation)?s?[-_=]?{_NUMBER}",
+        rf"{_START}(?:checkpoint|ckpt)[-_=]?{_NUMBER}",
+        r"^(?P<number>[0-9]{1,18})(?P<unit>)$",
+    ),
+    "tokens": _compile(
+        rf"{_START}tokens?[-_=]?{_NUMBER}",
+        r"(?<![a-z0-9.])(?P<number>[0-9]{1,18}(?:\.[0-9]{1,9})?)(?P<unit>[KMBT])[-_]?tokens?(?![a-z])",
+    ),
+}
+"""How the makers of models write it: step1000, step_02000, global_step1000, iter_0001000, checkpoint-500, 500."""
+
+EXAMPLES = "step1000, stage1-step10000-tokens21B, iter_0001000 or checkpoint-500"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint stands; ``None`` for what is not told.
+
+    Attributes:
+        stage: Of a training run in several stages, each of which counts its steps anew.
+        step: Optimizer steps.
+        tokens: Tokens seen.
+    """
+
+    stage: int | None = None
+    step: int | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Stop:
+    """One checkpoint of a series.
+
+    Attributes:
+        name: What tables call it.
+        reference: What to open.
+        place: Where it stands.
+        looked_at: The texts that were searched for it.
+    """
+
+    name: str
+    reference: Any
+    place: Place = Place()
+    looked_at: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ordering:
+    """How checkpoints are put in order.
+
+    Attributes:
+        key: One of ``BY``.
+        pattern: A user's own, with groups ``step``, ``tokens`` or ``stage``.
+    """
+
+    key: str
+    pattern: re.Pattern[str] | None = None
+
+
+def parse_by(text: str) -> Ordering:
+    """Return the ordering that a text means: one of ``BY``, or a regular expression with named groups.
+
+    Raises:
+        SelectionError: It is neither.
+
+    >>> parse_by(r"epoch(?P<step>[0-9]+)").key
+    'step'
+    """
+    if text in BY:
+        return Ordering(text)
+    if "(?P<" not in text:
+        raise SelectionError(
+            f"unknown order {printable(text)!r}, expected one of: {', '.join(BY)}; or a regular expression with a "
+            f"group (?P<step>...) or (?P<tokens>...).{suggest(text, BY)}"
+        )
+    try:
+        pattern = re.compile(text)
+    except re.error as error:
+        raise SelectionError(f"{printable(text)!r} is no regular expression: {error}. Mend it.") from error
+    groups = set(pattern.groupindex)
+    if not groups & {"step", "tokens"} or not groups <= {"stage", "step", "tokens"}:
+        raise SelectionError(
+            f"the groups of {printable(text)!r} are called {', '.join(sorted(groups))}, expected step or tokens, and "
+            "stage where there are several. Rename them."
+        )
+    return Ordering("step" if "step" in groups else "tokens", pattern)
+
+
+def read_place(texts: Iterable[str], pattern: re.Pattern[str] | None = None) -> Place:
+    """Return what names tell; each of stage, step and tokens from the first text that tells it.
+
+    Args:
+        texts: A revision, the name of a folder or a file, ...
+        pattern: A user's own; it counts instead of the conventions.
+
+    >>> read_place(["stage1-step10000-tokens21B"])
+    Place(stage=1, step=10000, tokens=21000000000)
+    """
+    searched = list(texts)
+    if pattern is not None:
+        return next((place for place in (_own_place(pattern, t) for t in searched) if place != Place()), Place())
+    return Place(**{what: _told(patterns, searched) for what, patterns in _CONVENTIONS.items()})
+
+
+def amount(number: str, unit: str = "") -> int | None:
+    """Return a count with an optional suffix K, M, B or T as a number; ``None`` if it is no whole one.
+
+    >>> amount("1.5", "T"), amount("02000"), amount("1.5")
+    (1500000000000, 2000, None)
+    """
+    value = Decimal(number) * _SCALES[unit.upper()]
+    return int(value) if value == int(value) and value <= LARGEST else None
+
+
+def arrange(stops: Sequence[Stop], ordering: Ordering) -> list[Stop]:
+    """Return checkpoints in order: by (stage, step), by (stage, tokens), by name with its numbers as numbers, as given.
+
+    Raises:
+        SelectionError: A checkpoint does not tell what they are ordered by, or two of them are at one place.
+    """
+    if ordering.key == "given":
+        return list(stops)
+    if ordering.key == "name":
+        keys = [natural_key(stop.name) for stop in stops]
+    else:
+        _refuse_untold(stops, ordering)
+        _refuse_mixed_stages(stops)
+        keys = [(stop.place.stage or 0, getattr(stop.place, ordering.key)) for stop in stops]
+    ordered = sorted(zip(keys, stops, strict=True), key=lambda pair: pair[0])
+    for (key, one), (other_key, other) in pairwise(ordered):
+        if key == other_key:
+            raise SelectionError(
+                f"{_named(one)} and {_named(other)} are at one place ({_describe(one.place, ordering.key)}). "
+                "Leave one out, or pass --by given to take them as they are given."
+            )
+    return [stop for _, stop in ordered]
+
+
+def natural_key(text: str) -> list[str | int]:
+    """Return a key that sorts names as people do.
+
+    >>> sorted(["run-10", "run-9"], key=natural_key)
+    ['run-9', 'run-10']
+    """
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", text))]
+
+
+def _told(patterns: Sequence[re.Pattern[str]], texts: Sequence[str]) -> int | None:
+    found = (pattern.search(text) for text in texts for pattern in patterns)
+    values = (amount(match["number"], match["unit"]) for match in found if match)
+    return next((value for value in values if value is not None), None)
+
+
+def _own_place(pattern: re.Pattern[str], text: str) -> Place:
+    match = pattern.search(text)
+    groups = {name: value for name, value in match.groupdict().items() if value is not None} if match else {}
+    return Place(**{name: _own_amount(value, text) for name, value in groups.items()})
+
+
+def _own_amount(value: str, text: str) -> int:
+    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)([KMBTkmbt]?)", value, re.ASCII)
+    found = amount(match[1], match[2]) if match else None
+    if found is None:
+        raise SelectionError(
+            f"--by finds {printable(value)!r} in {printable(text)!r}, expected a number such as 1000 or 21B. "
+            "Narrow the group to the digits."
+        )
+    return found
+
+
+def _refuse_untold(stops: Sequence[Stop], ordering: Ordering) -> None:
+    untold = [stop for stop in stops if getattr(stop.place, ordering.key) is None]
+    if not untold:
+        return
+    looked = ", ".join(repr(printable(text)) for text in untold[0].looked_at) or "nothing: it has no name"
+    wanted = f"what {printable(ordering.pattern.pattern)!r} finds" if ordering.pattern else f"a name like {EXAMPLES}"
+    other = "tokens" if ordering.key == "step" else "step"
+    hint = f" Every one tells {other}: pass --by {other}." if _all_tell(stops, other) else ""
+    raise SelectionError(
+        f"{len(untold)} of {len(stops)} checkpoints tell no {ordering.key}, first {_named(untold[0])} (looked at "
+        f"{looked}). Expected {wanted}.{hint} Rename it, call it {ordering.key}1000=MODEL, leave it out, or pass "
+        "--by name, --by given or a regular expression."
+    )
+
+
+def _refuse_mixed_stages(stops: Sequence[Stop]) -> None:
+    without = [stop for stop in stops if stop.place.stage is None]
+    if without and len(without) < len(stops):
+        inside = next(stop for stop in stops if stop.place.stage is not None)
+        raise SelectionError(
+            f"{_named(inside)} tells a stage and {_named(without[0])} none, so that their steps cannot be compared. "
+            "Call it stage1-step1000=MODEL, leave it out, or pass --by given."
+        )
+
+
+def _all_tell(stops: Sequence[Stop], what: str) -> bool:
+    return all(getattr(stop.place, what) is not None for stop in stops)
+
+
+def _named(stop: Stop) -> str:
+    text = stop.reference if isinstance(stop.reference, str) else stop.name
+    return repr(printable(text))
+
+
+def _describe(place: Place, key: str) -> str:
+    told = {"stage": place.stage, key: getattr(place, key, None)}
+    return ", ".join(f"{name} {value:,}" for name, value in told.items() if value is not None) or "one name"

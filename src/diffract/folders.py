@@ -1,0 +1,80 @@
+"""Folders and files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from diffract.errors import RunError
+
+
+@contextmanager
+def whole_folder(folder: str | Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield a draft folder beside ``folder`` and rename it there when the block ends well.
+
+    An error inside the block, a full disk included, removes the draft and leaves what was there untouched.
+    """
+    folder = Path(folder)
+    refuse_existing(folder, force=force)
+    draft = folder.parent / f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}"
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        _replace(draft, folder)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {str(folder)!r}: {error.strerror or error}. Nothing was changed there."
+        ) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary name beside ``path`` and rename it there when the block ends well."""
+    path = Path(path)
+    draft = path.parent / f"{path.name}.tmp-{uuid.uuid4().hex[:8]}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield draft
+        draft.replace(path)
+    except OSError as error:
+        raise RunError(f"cannot write {str(path)!r}: {error.strerror or error}. Nothing was changed there.") from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def refuse_existing(folder: str | Path, *, force: bool) -> None:
+    """Raise unless ``folder`` is free, or is a run folder (or empty) that ``force`` may replace."""
+    folder = Path(folder)
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise RunError(f"{str(folder)!r} is a file, expected a folder to write to. Choose another name.")
+    if not any(folder.iterdir()):
+        return
+    if not force:
+        raise RunError(f"{str(folder)!r} exists. Choose another name, or pass --force to replace it.")
+    if not (folder / "manifest.json").is_file():
+        raise RunError(f"{str(folder)!r} is not a run folder (no manifest.json), so --force does not replace it.")
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write a text file whole or not at all, UTF-8."""
+    with whole_file(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
+def _replace(draft: Path, folder: Path) -> None:
+    """Rename ``draft`` to ``folder``; an older folder of that name is moved aside first and removed last."""
+    if not folder.exists():
+        draft.replace(folder)
+        return
+    aside = folder.parent / f"{folder.name}.tmp-old-{uuid.uuid4().hex[:8]}"
+    folder.replace(aside)
+    draft.replace(folder)
+    shutil.rmtree(aside, ignore_errors=True)

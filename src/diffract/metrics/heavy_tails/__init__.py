@@ -1,0 +1,36 @@
+"""Heavy tails of spectra: four laws, their goodness and comparison (Clauset et al. 2009; Martin & Mahoney 2021).
+
+Everything takes values (b, n), float64, one spectrum per row in any order, and returns records of (b,) tensors. Entries
+that are not finite or not above zero do not count; a row with nothing to fit gives NaN.
+"""
+
+from diffract.metrics.heavy_tails.bootstrap import PValue, p_value
+from diffract.metrics.heavy_tails.comparison import Comparison, Comparisons, compare_tails
+from diffract.metrics.heavy_tails.exponential import Exponential, exponential
+from diffract.metrics.heavy_tails.log_normal import LogNormal, log_normal
+from diffract.metrics.heavy_tails.power_law import PowerLaw, power_law, power_law_scan
+from diffract.metrics.heavy_tails.summaries import alpha_hat, log10_alpha_norm
+from diffract.metrics.heavy_tails.tail_warnings import TailWarning, describe_warning, tail_warning
+from diffract.metrics.heavy_tails.truncated_power_law import TruncatedPowerLaw, truncated_power_law
+
+__all__ = [
+    "Comparison",
+    "Comparisons",
+    "Exponential",
+    "LogNormal",
+    "PValue",
+    "PowerLaw",
+    "TailWarning",
+    "TruncatedPowerLaw",
+    "alpha_hat",
+    "compare_tails",
+    "describe_warning",
+    "exponential",
+    "log10_alpha_norm",
+    "log_normal",
+    "p_value",
+    "power_law",
+    "power_law_scan",
+    "tail_warning",
+    "truncated_power_law",
+]

@@ -1,0 +1,121 @@
+"""R(a, z) = int_0^inf exp(-a s - z (e^s - 1)) ds, the normaliser of a power law with exponential cut-off.
+
+It equals e^z E_(a+1)(z) = e^z z^a Gamma(-a, z), so that int_xmin^inf x^-alpha exp(-rate x) dx is
+xmin^(1 - alpha) exp(-rate xmin) R(alpha - 1, rate xmin): nothing in it over- or underflows, and a is not confined to
+where the incomplete gamma function is defined. The integrand is smooth and log-concave; a Gauss-Legendre rule on
+[0, T], where it has fallen by e^-38, gives R and its derivatives at once. The smaller z, the longer the integrand
+stays level before it falls, and the more nodes it takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+PerTail = Float64[Tensor, "t"]
+
+FALL = 38.0
+"""e^-38 is less than rounding."""
+
+NODES = ((1e-4, 28), (0.0, 48))
+"""Least z and number of nodes: relative error 1e-11 down to z = 1e-12, 1e-8 at z = 1e-30; tests hold it."""
+
+PIECE = {"cpu": 1 << 16, "cuda": 1 << 22}
+"""Entries of a temporary, by device."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """R, and moments of s and of w = z (e^s - 1) under the normalised integrand."""
+
+    R: PerTail
+    s: PerTail
+    w: PerTail
+    var_s: PerTail
+    cov: PerTail
+    var_w: PerTail
+
+
+def mills(a: Float64[Tensor, "*s"], z: Float64[Tensor, "*s"]) -> Float64[Tensor, "*s"]:
+    """R(a, z) for a, z >= 0, element by element; 1 / a for z = 0."""
+    a, z = torch.broadcast_tensors(a, z)
+    positive = z.clamp(min=torch.finfo(z.dtype).tiny)
+    found = _by_nodes(_integral, a.flatten(), positive.flatten())
+    return torch.where(z > 0, found[:, 0].view(a.shape), 1 / a)
+
+
+def moments(a: PerTail, z: PerTail) -> Moments:
+    """R and what Newton's method needs: first and second moments of s and w, for a >= 0 and z > 0."""
+    end, mass, *sums = _by_nodes(_integrals, a, z).unbind(1)
+    s, s2, w, sw, w2 = (total / mass for total in sums)
+    s, s2, sw = s * end, s2 * end**2, sw * end
+    return Moments(mass * end, s, w, s2 - s * s, sw - s * w, w2 - w * w)
+
+
+def _by_nodes(integrate: Callable[[Tensor, Tensor, int], Tensor], a: PerTail, z: PerTail) -> Float64[Tensor, "t k"]:
+    """Integrate with the rule that z asks for, in pieces whose nodes make one temporary."""
+    entries = PIECE["cpu" if a.device.type == "cpu" else "cuda"]
+    (least, few), (_, many) = NODES
+    hard = ~(z >= least)  # NaN, too
+    if not bool(hard.any()):
+        return _in_pieces(integrate, a, z, few, entries)
+    easy, hard = (~hard).nonzero()[:, 0], hard.nonzero()[:, 0]
+    found = torch.cat([_in_pieces(integrate, a[i], z[i], k, entries) for i, k in ((easy, few), (hard, many))])
+    return torch.empty_like(found).index_copy_(0, torch.cat([easy, hard]), found)
+
+
+def _in_pieces(
+    integrate: Callable[[Tensor, Tensor, int], Tensor], a: Tensor, z: Tensor, nodes: int, entries: int
+) -> Tensor:
+    size = entries // nodes
+    return torch.cat([integrate(*part, nodes) for part in zip(a.split(size), z.split(size), strict=True)])
+
+
+def _integral(a: PerTail, z: PerTail, nodes: int) -> Float64[Tensor, "t 1"]:
+    x, weights = _rule(nodes, a.device)
+    end = _end(a, z)
+    return (_integrand(a, z, end, x)[0] @ weights * end)[:, None]
+
+
+def _integrals(a: PerTail, z: PerTail, nodes: int) -> Float64[Tensor, "t 7"]:
+    """Return T, and the integrals of 1, x, x^2, w, x w, w^2 against the integrand, x = s / T."""
+    x, weights = _rule(nodes, a.device)
+    powers = torch.stack([weights, weights * x, weights * x**2], 1)
+    end = _end(a, z)
+    density, w = _integrand(a, z, end, x)
+    plain = density @ powers
+    once = density.mul_(w) @ powers[:, :2]
+    twice = density.mul_(w) @ weights
+    return torch.cat([end[:, None], plain, once, twice[:, None]], 1)
+
+
+def _integrand(a: PerTail, z: PerTail, end: PerTail, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the integrand and w at the nodes."""
+    w = (end[:, None] * x).expm1_().mul_(z[:, None])
+    return torch.addcmul(w, (a * end)[:, None], x).neg_().exp_(), w
+
+
+def _end(a: PerTail, z: PerTail) -> PerTail:
+    """Return T with a T + z (e^T - 1) close to ``FALL``; Newton's method from above, where it cannot miss."""
+    end = torch.minimum(FALL / (a + z), (FALL / z).log1p())
+    for _ in range(2):
+        end = end - (a * end + z * end.expm1() - FALL) / (a + z * end.exp())
+    return end
+
+
+def _rule(nodes: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return nodes and weights of the Gauss-Legendre rule on [0, 1]."""
+    x, weights = _legendre(nodes)
+    return torch.from_numpy(x).to(device), torch.from_numpy(weights).to(device)
+
+
+@cache
+def _legendre(nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    x, weights = np.polynomial.legendre.leggauss(nodes)
+    return (x + 1) / 2, weights / 2

@@ -1,0 +1,173 @@
+"""Power law with exponential cut-off: density proportional to x^-alpha exp(-rate x) for x >= xmin.
+
+In t = ln(x / xmin) the density is exp(-a t - z (e^t - 1)) / R(a, z), a = alpha - 1 and z = rate xmin: an exponential
+family, whose log-likelihood is concave in (a, z) and sees the data through A = mean(t) and B = mean(e^t - 1) only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from diffract.metrics.heavy_tails.cutoff import FALL, mills, moments
+from diffract.metrics.heavy_tails.law import Law, OfPoints, Parameters
+from diffract.metrics.heavy_tails.order import Tails
+from diffract.metrics.heavy_tails.search import fit_tails
+
+PerMatrix = Float64[Tensor, "b"]
+PerTail = Float64[Tensor, "t"]
+
+STEPS = 60
+"""Five are usual."""
+
+TOLERANCE = 1e-7
+"""Of the last Newton step, relative: the error after it is its square."""
+
+NOISE = 1e-13
+"""What rounding may add to the mean log-likelihood, relative."""
+
+GAIN = 1e-18
+"""Of the mean log-likelihood: where less is left, as on the way to z = 0, the law no longer changes."""
+
+DEGENERATE = 1e-12
+"""Least 1 - correlation^2 of the two statistics that a Newton step takes at its word."""
+
+FARTHEST = 0.9
+"""Of z, how far a Newton step goes: the quadratic model knows little of what lies farther."""
+
+LARGEST = 1e300
+
+
+@dataclass(frozen=True)
+class TruncatedPowerLaw:
+    """Power-law tails with exponential cut-off of b spectra; NaN where there is none.
+
+    Attributes:
+        alpha: Exponent, at least 1.
+        rate: Of the cut-off, in units of 1 / x, at least 0.
+        xmin: Where the tail begins.
+        ks: Kolmogorov-Smirnov distance of tail and fit.
+        tail_count: Number of values >= xmin.
+    """
+
+    alpha: PerMatrix
+    rate: PerMatrix
+    xmin: PerMatrix
+    ks: PerMatrix
+    tail_count: PerMatrix
+
+
+def truncated_power_law(
+    values: Float64[Tensor, "b n"], *, at: PerMatrix | None = None, min_tail: int = 2, two_sided: bool = False
+) -> TruncatedPowerLaw:
+    """Fit x^-alpha exp(-rate x) with alpha >= 1 and rate >= 0, by maximum likelihood.
+
+    The bounds are those of ``powerlaw`` 1.5; a tail at one of them has alpha = 1, or is a pure power law with
+    rate = 0. The latter is the case exactly where the power law's alpha exceeds 2 and its mean does not exceed the
+    tail's: B >= A / (1 - A).
+
+    Args and choice of xmin as in ``power_law``. NaN for rows without two distinct values.
+
+    Source: Clauset, Shalizi, Newman (2009), table 2.1, "power law with cutoff".
+    """
+    fitted = fit_tails(values, TRUNCATED_POWER_LAW, at=at, min_tail=min_tail, two_sided=two_sided)
+    a, z = fitted.parameters.unbind(1)
+    return TruncatedPowerLaw(1 + a, z / fitted.xmin, fitted.xmin, fitted.ks, fitted.count)
+
+
+def _fit(tails: Tails) -> Parameters:
+    A, B = tails.mean_log, tails.mean_excess
+    pure = (A < 1) & (B * (1 - A) >= A)
+    found = torch.stack([1 / A, torch.zeros_like(A)], 1).where(pure[:, None], torch.nan)
+    open_ = (~pure & (A > 0) & B.isfinite()).nonzero()[:, 0]
+    found[open_] = _solve(A[open_], B[open_])
+    return found
+
+
+def _solve(A: PerTail, B: PerTail) -> Parameters:
+    """Minimise a A + z B + ln R over a >= 0 and ln z by Newton's method; a step that leads uphill is halved."""
+    found = torch.stack([0.9 / A, 0.1 / B], 1)  # the minimum lies below 1 / A and 1 / B
+    index = torch.arange(len(A), device=A.device)
+    base, step = torch.stack([found[:, 0], found[:, 1].log()], 1), torch.zeros_like(found)
+    least = torch.full_like(A, torch.inf)
+    for _ in range(STEPS):
+        value, newton, gain = _newton(A, B, base + step)
+        downhill = ~(value > least + NOISE * (1 + least.abs()))
+        base, least = (base + step).where(downhill[:, None], base), value.where(downhill, least)
+        step = newton.where(downhill[:, None], step / 2)
+        end = base + step
+        found[index] = torch.stack([end[:, 0], end[:, 1].exp()], 1)
+        moving = (step.abs() > TOLERANCE * torch.stack([1 + end[:, 0], torch.ones_like(A)], 1)).any(1)
+        going = (moving & (gain > GAIN)).nonzero()[:, 0]
+        if not len(going):
+            break
+        index, A, B, least, base, step = (column[going] for column in (index, A, B, least, base, step))
+    return found
+
+
+def _newton(A: PerTail, B: PerTail, point: Parameters) -> tuple[PerTail, Parameters, PerTail]:
+    """Return the objective at (a, ln z), the step that minimises its quadratic model over a >= 0, twice its gain."""
+    a, z = point[:, 0], point[:, 1].exp()
+    m = moments(a, z)
+    slope_a, slope_z = A - m.s, z * B - m.w
+    det = torch.maximum(m.var_s * m.var_w - m.cov**2, DEGENERATE * m.var_s * m.var_w)
+    step_z = ((m.cov * slope_a - m.var_s * slope_z) / det).clamp(-FARTHEST, FARTHEST)  # relative to z
+    step_a = -(slope_a + m.cov * step_z) / m.var_s
+    bound = step_a < -a
+    step_z = torch.where(bound, (m.cov * a - slope_z) / m.var_w, step_z).clamp(-FARTHEST, FARTHEST)
+    step_a = torch.where(bound, -a, step_a)
+    gain = -(slope_a * step_a + slope_z * step_z)
+    return a * A + z * B + m.R.log(), torch.stack([step_a, step_z.log1p()], 1), gain
+
+
+def _survival(parameters: Parameters, t: OfPoints) -> OfPoints:
+    a, z = parameters[:, :1], parameters[:, 1:]
+    return _decay(a, z, t) * mills(a, _beyond(z, t)) / mills(a, z)
+
+
+def _lower(parameters: Parameters, t: OfPoints, chords: OfPoints) -> OfPoints:
+    """Sum the density's integrals between neighbouring values, with its logarithm replaced by chords.
+
+    The logarithm of the density is concave, so that chords lie below it. Integrals of exponentials are differences of
+    the density at their ends over the chord's slope. What lies above the largest value is exact.
+    """
+    a, z = parameters[:, :1], parameters[:, 1:]
+    density = _decay(a, z, t)
+    between = (density[:, 1:] - density[:, :-1]) / (a + z * chords)
+    above = density[:, :1] * mills(a, _beyond(z, t[:, :1]))
+    return torch.cat([above, between], 1).cumsum_(1).div_(mills(a, z))
+
+
+def _log_density(parameters: Parameters, t: OfPoints) -> OfPoints:
+    a, z = parameters[:, :1], parameters[:, 1:]
+    return -(a * t + z * t.expm1()) - mills(a, z).log()
+
+
+def _quantile(parameters: Parameters, u: OfPoints) -> OfPoints:
+    """Newton's method on ln S, which is concave: after one step it converges from above."""
+    a, z = parameters[:, :1], parameters[:, 1:]
+    whole = mills(a, z)
+    t = torch.minimum(-u.log() * whole, (FALL / z).log1p())
+    for _ in range(STEPS):
+        here = mills(a, _beyond(z, t))
+        step = ((here / whole).log() - a * t - z * t.expm1() - u.log()) * here
+        t = (t + step).clamp(min=0.0)
+        if not bool((step.abs() > TOLERANCE * t).any()):
+            break
+    return t
+
+
+def _decay(a: Tensor, z: Tensor, t: Tensor) -> Tensor:
+    return t.expm1().mul_(z).addcmul_(a, t).neg_().exp_()
+
+
+def _beyond(z: Tensor, t: Tensor) -> Tensor:
+    """Return the z of the same law cut at t."""
+    return (z * t.exp()).clamp(max=LARGEST)
+
+
+TRUNCATED_POWER_LAW = Law(_fit, _survival, _log_density, _quantile, _lower)
+"""Two parameters: alpha - 1 and rate xmin."""

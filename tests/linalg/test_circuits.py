@@ -1,0 +1,220 @@
+"""Spectra of attention circuits from their factors, against the d x d products themselves."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from diffract.linalg import circuit_spectrum, rotary
+
+EPSILON = float(torch.finfo(torch.float64).eps)
+
+GRAM = 1e-7
+"""Of sigma_1: what is promised of the Gram way."""
+
+EXACT = 1e-12
+"""Of ||L|| ||R||: QR factors against LAPACK on the product; eps times a few."""
+
+
+def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def orthogonal(m: int, k: int, seed: int = 0) -> torch.Tensor:
+    return torch.linalg.qr(gaussian(m, k, seed=seed)).Q
+
+
+def with_condition(condition: float, h: int, d: int, *, reverse: bool = False) -> torch.Tensor:
+    """Factor (1, h, d) with log-spaced sigmas 1 .. 1 / condition; two of them have the same head-side vectors."""
+    sigmas = torch.from_numpy(np.geomspace(1, 1 / condition, h))
+    sigmas = sigmas.flip(0) if reverse else sigmas
+    return (orthogonal(h, h) * sigmas @ orthogonal(d, h, seed=1 + reverse).mT)[None]
+
+
+def reference(left: torch.Tensor, right: torch.Tensor, rotation: np.ndarray | None = None) -> np.ndarray:
+    """Singular values of the product, multiplied out, by LAPACK's QR iteration."""
+    a, b = left.double().numpy(), right.double().numpy()
+    middle = np.eye(len(a)) if rotation is None else rotation
+    return scipy.linalg.svd(a.T @ middle @ b, compute_uv=False, lapack_driver="gesvd")
+
+
+def size(left: torch.Tensor, right: torch.Tensor) -> float:
+    return float(torch.linalg.matrix_norm(left.double(), 2) * torch.linalg.matrix_norm(right.double(), 2))
+
+
+@pytest.mark.parametrize("method", ["auto", "gram", "exact"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(6, 20, 20), (6, 20, 31), (6, 6, 6), (1, 5, 5), (7, 5, 9), (3, 3, 2)], ids=str)
+def test_values_are_those_of_the_product(shape: tuple[int, int, int], dtype: torch.dtype, method: str) -> None:
+    h, m, n = shape
+    left, right = gaussian(4, h, m).to(dtype), gaussian(4, h, n, seed=1).to(dtype)
+    found = circuit_spectrum(left, right, method=method)
+    k = min(shape)
+    assert found.S.shape == (4, k)
+    assert found.S.dtype == torch.float64
+    for i in range(4):
+        want = reference(left[i], right[i])
+        tolerance = EXACT * size(left[i], right[i]) if found.method[i] == "lapack" else GRAM * want[0]
+        assert np.abs(found.S[i].numpy() - want[:k]).max() <= tolerance
+        assert (want[k:] <= EXACT * size(left[i], right[i])).all()
+    if method == "exact" or h > min(m, n) or (method == "auto" and dtype == torch.float64):
+        assert found.method == ("lapack",) * 4
+
+
+def test_well_conditioned_weights_below_float64_take_the_gram_way() -> None:
+    left, right = gaussian(3, 8, 64).bfloat16(), gaussian(3, 8, 64, seed=1).bfloat16()
+    assert circuit_spectrum(left, right).method == ("gram",) * 3
+    assert circuit_spectrum(left, right, method="exact").method == ("lapack",) * 3
+
+
+def test_orthonormal_factors_have_ones() -> None:
+    frame = orthogonal(12, 4).mT[None]
+    for method in ("gram", "exact"):
+        found = circuit_spectrum(2 * frame, 3 * frame, method=method)
+        assert found.S[0].tolist() == pytest.approx([6.0] * 4, rel=1e-14)  # a few eps
+
+
+@pytest.mark.parametrize("condition", [1e1, 1e2, 1e3, 1e4, 1e6, 1e8, 1e12])
+def test_worst_alignment_keeps_the_promise(condition: float) -> None:
+    h = 32
+    left, right = with_condition(condition, h, 256), with_condition(condition, h, 256, reverse=True)
+    # The large directions of one meet the small ones of the other: every sigma of the product is 1 / condition.
+    found = circuit_spectrum(left, right, method="gram")
+    assert found.method == ("gram" if condition <= 1e3 else "lapack",)
+    error = (found.S[0] * condition - 1).abs().max().item()
+    # The stated bound of either way: 2 eps k^2, and c eps ||L|| ||R|| / sigma_1 = c eps k with c of a few.
+    assert error <= (2 * EPSILON * condition**2 if condition <= 1e3 else 8 * EPSILON * condition)
+    assert error <= GRAM or condition > 1e8
+
+
+def test_only_the_weak_factors_take_qr() -> None:
+    left, right = gaussian(3, 5, 40), gaussian(3, 5, 40, seed=1)
+    left[1, 4] = left[1, 3]
+    right[2] *= torch.tensor([1.0, 1, 1, 1, 1e-6], dtype=torch.float64)[:, None]
+    found = circuit_spectrum(left, right, method="gram")
+    assert found.method == ("gram", "lapack", "lapack")
+    for i in range(3):
+        # Rows of very unlike size: QR loses eps of the largest.
+        assert np.abs(found.S[i].numpy() - reference(left[i], right[i])[:5]).max() <= EXACT * size(left[i], right[i])
+
+
+@pytest.mark.parametrize("method", ["gram", "exact"])
+@pytest.mark.parametrize("rank", [1, 3, 7])
+def test_resolved_separates_rank_from_rounding(rank: int, method: str) -> None:
+    left = gaussian(2, 8, rank) @ gaussian(2, rank, 50, seed=1)
+    found = circuit_spectrum(left, gaussian(2, 8, 50, seed=2), method=method)
+    assert (found.resolved[:, None] < found.S).sum(-1).tolist() == [rank, rank]
+
+
+@pytest.mark.parametrize("method", ["gram", "exact"])
+def test_query_heads_share_a_key_value_head(method: str) -> None:
+    left, right = gaussian(6, 4, 30), gaussian(2, 4, 30, seed=1)
+    right_of_left = torch.tensor([0, 0, 0, 1, 1, 1])
+    shared = circuit_spectrum(left, right, right_of_left=right_of_left, method=method)
+    repeated = circuit_spectrum(left, right.repeat_interleave(3, 0), method=method)
+    assert torch.equal(shared.S, repeated.S)
+    assert torch.equal(shared.resolved, repeated.resolved)
+    swapped = circuit_spectrum(left, right, right_of_left=1 - right_of_left, method=method)
+    assert np.abs(swapped.S[0].numpy() - reference(left[0], right[1])[:4]).max() <= 1e-10  # well conditioned
+
+
+def test_known_gram_matrices_are_used() -> None:
+    left, right = gaussian(2, 5, 30).float(), gaussian(2, 5, 30, seed=1).float()
+    left_gram, right_gram = left.double() @ left.double().mT, right.double() @ right.double().mT
+    want = circuit_spectrum(left, right)
+    found = circuit_spectrum(left, right, left_gram=left_gram, right_gram=right_gram)
+    assert (found.S - want.S).abs().max() <= 1e-13 * want.S.max()  # the products' rounding
+    # Four times the Gram matrix is twice the factor: proof that it is the one that counts.
+    doubled = circuit_spectrum(left, right, left_gram=4 * left_gram, right_gram=right_gram)
+    assert (doubled.S - 2 * want.S).abs().max() <= 1e-13 * want.S.max()
+
+
+@pytest.mark.parametrize("method", ["gram", "exact"])
+def test_a_change_of_the_heads_basis_changes_nothing(method: str) -> None:
+    left, right = gaussian(2, 5, 30), gaussian(2, 5, 30, seed=1)
+    basis = gaussian(5, 5, seed=3)
+    want = circuit_spectrum(left, right, method=method).S
+    turned = circuit_spectrum(basis @ left, torch.linalg.inv(basis).mT @ right, method=method).S
+    # eps k^2 with k, that of the basis included, of about a hundred.
+    assert (turned - want).abs().max() <= 1e-10 * want.max()
+    slices = torch.linalg.svdvals(basis @ left) - torch.linalg.svdvals(left)
+    assert slices.abs().max() > 0.1  # while the slices' own spectra do change
+
+
+def test_degenerate_factors_spare_their_neighbours() -> None:
+    left, right = gaussian(5, 4, 20), gaussian(5, 4, 20, seed=1)
+    alone = {method: circuit_spectrum(left[4:], right[4:], method=method) for method in ("gram", "exact")}
+    left[0], right[1] = 0.0, 0.0
+    left[2, 1, 3], right[3, 0, 0] = torch.nan, torch.inf
+    for method, want in alone.items():
+        found = circuit_spectrum(left, right, method=method)
+        assert found.S[:2].abs().max() == 0
+        assert found.resolved[:2].tolist() == [0.0, 0.0]
+        assert bool(found.S[2:4].isnan().all())
+        assert torch.equal(found.S[4:], want.S)
+
+
+# Rotary embeddings
+
+
+def explicit_rotation(h: int, distance: float, theta: float) -> np.ndarray:
+    """Pair (i, i + h/2) as a complex number, times exp(i angle); column by column."""
+    columns = []
+    for unit in np.eye(h):
+        pairs = unit[: h // 2] + 1j * unit[h // 2 :]
+        pairs = pairs * np.exp(1j * distance * theta ** (-np.arange(0, h, 2) / h))
+        columns.append(np.concatenate([pairs.real, pairs.imag]))
+    return np.stack(columns, axis=1)
+
+
+@pytest.mark.parametrize("distance", [0, 1, -1, -37, 4000])
+def test_rotation_is_that_of_the_pairs(distance: int) -> None:
+    found = rotary(8, distance, theta=500.0)
+    # Angles of thousands of radians lose eps of themselves.
+    assert np.abs(found.numpy() - explicit_rotation(8, distance, 500.0)).max() <= 1e-11
+    assert (found @ found.mT - torch.eye(8, dtype=torch.float64)).abs().max() <= 1e-15  # cos^2 + sin^2 to rounding
+
+
+def test_rotation_is_the_one_between_a_query_and_a_key() -> None:
+    h, query_at, key_at = 8, 11, 4
+    query, key = gaussian(h), gaussian(h, seed=1)
+
+    def embed(x: torch.Tensor, position: int) -> torch.Tensor:
+        """As models apply it: x cos + rotate_half(x) sin."""
+        angles = position * 10_000.0 ** (-torch.arange(0, h, 2, dtype=torch.float64) / h)
+        angles = torch.cat([angles, angles])
+        turned = torch.cat([-x[h // 2 :], x[: h // 2]])
+        return x * angles.cos() + turned * angles.sin()
+
+    score = embed(query, query_at) @ embed(key, key_at)
+    assert (query @ rotary(h, key_at - query_at) @ key).item() == pytest.approx(score.item(), rel=1e-12)  # rounding
+    assert abs((query @ rotary(h, query_at - key_at) @ key - score).item()) > 1e-3  # and not the other way round
+
+
+@pytest.mark.parametrize("method", ["gram", "exact"])
+@pytest.mark.parametrize("distance", [0, -1, -50])
+def test_rotated_circuit_is_that_of_the_product(distance: int, method: str) -> None:
+    left, right = gaussian(3, 6, 25), gaussian(3, 6, 25, seed=1)
+    found = circuit_spectrum(left, right, rotation=rotary(6, distance), method=method)
+    for i in range(3):
+        want = reference(left[i], right[i], explicit_rotation(6, distance, 10_000.0))[:6]
+        assert np.abs(found.S[i].numpy() - want).max() <= 1e-12 * want[0]  # conditions below 10
+
+
+def test_no_rotation_is_distance_zero() -> None:
+    left, right = gaussian(3, 6, 25), gaussian(3, 6, 25, seed=1)
+    assert torch.equal(circuit_spectrum(left, right).S, circuit_spectrum(left, right, rotation=rotary(6, 0)).S)
+
+
+def test_what_holds_at_every_distance() -> None:
+    left, right = gaussian(2, 6, 25), gaussian(2, 6, 25, seed=1)
+    plain = circuit_spectrum(left, right).S
+    q, k = torch.linalg.svdvals(left), torch.linalg.svdvals(right)
+    room = 1 + 1e-12  # rounding
+    for distance in (-1, -3, -200):
+        S = circuit_spectrum(left, right, rotation=rotary(6, distance)).S
+        assert (S / plain - 1).abs().max() > 1e-3
+        assert (S.log().sum(-1) - plain.log().sum(-1)).abs().max() <= 1e-12  # a sum of six logarithms, a few eps each
+        for one, other in ((q, k), (k, q)):
+            assert bool((other[:, -1:] * one <= S * room).all())
+            assert bool((other[:, :1] * one * room >= S).all())

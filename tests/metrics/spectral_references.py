@@ -1,0 +1,155 @@
+"""Random-matrix and shape metrics once more, literally and slowly, in NumPy and SciPy: rows of the property table."""
+
+import math
+from functools import cache
+
+import numpy as np
+import scipy
+import torch
+
+TRACY_WIDOM_99 = 2.0234492814  # 99% quantile of F_1, published as 2.0234
+GRAM_FLOOR = 32 * np.finfo(float).eps
+
+
+def eigenvalues(S: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    values = S**2 / max(shape)
+    return np.where(values > GRAM_FLOOR * values[0], values, 0.0)
+
+
+def noise(S: np.ndarray, shape: tuple[int, int]) -> dict[str, float]:
+    """The bulk, spikes taken away one by one until none is above the fluctuation edge."""
+    values, N, M = eigenvalues(S, shape), max(shape), min(shape)
+    root_n, root_m = math.sqrt(max(N - 1, 1)), math.sqrt(M)
+    factor = (root_n + root_m) ** 2 + TRACY_WIDOM_99 * (root_n + root_m) * (1 / root_n + 1 / root_m) ** (1 / 3)
+    removed = 0
+    while True:
+        v = N * values[removed:].sum() / ((N - removed) * (M - removed))
+        if values[removed] <= v * factor / N:
+            break
+        removed += 1
+    edge = v * (1 + math.sqrt(M / N)) ** 2
+    bulk = values[values <= edge]
+    return {
+        "variance": v,
+        "edge": edge,
+        "ks": bulk_distance(bulk, v, N, M) if v > 0 else math.nan,
+        "spikes": float((values > edge).sum()),
+        "spikes_tw": float((values > v * factor / N).sum()),
+        "soft_rank": edge / values[0],
+        "bulk_share": bulk.sum() / values.sum(),
+    }
+
+
+def bulk_distance(bulk: np.ndarray, v: float, N: int, M: int) -> float:
+    """Distance from the law of the noise matrix that is left when the spikes' directions are gone."""
+    gone = M - len(bulk)
+    long, short = N - gone, M - gone
+    if short == 0:
+        return 0.0
+    v, gamma = v * long / N, short / long
+    low, high = v * (1 - math.sqrt(gamma)) ** 2, v * (1 + math.sqrt(gamma)) ** 2
+
+    def share(x: float) -> float:
+        """Integral of the density, with x = low + (high - low) sin^2 t, which takes the square roots away."""
+        end = math.asin(math.sqrt(min(max((x - low) / (high - low), 0.0), 1.0)))
+
+        def density(t: float) -> float:
+            sine, cosine = math.sin(t), math.cos(t)
+            at = low + (high - low) * sine**2
+            ratio = (high - low) * sine**2 / at if at > 0 else 1.0
+            return (high - low) * ratio * cosine**2 / (math.pi * gamma * v)
+
+        return scipy.integrate.quad(density, 0, end, epsabs=1e-12, epsrel=1e-12)[0]
+
+    law = np.array([share(x) for x in np.sort(bulk)])
+    rank = np.arange(short)
+    return float(max((law - rank / short).max(), ((rank + 1) / short - law).max()))
+
+
+def null_sigmas(w: np.ndarray) -> np.ndarray:
+    order = torch.randperm(w.size, generator=torch.Generator().manual_seed(0)).numpy()
+    return np.linalg.svd(w.flatten()[order].reshape(min(w.shape), max(w.shape)), compute_uv=False)
+
+
+def null_distance(w: np.ndarray, S: np.ndarray) -> float:
+    first, second = S**2, null_sigmas(w) ** 2
+    return scipy.stats.wasserstein_distance(first, second) / first.mean()
+
+
+@cache
+def threshold_factor(beta: float) -> float:
+    """omega(beta) of Gavish & Donoho 2014, the median of the law by root finding."""
+    low, high = (1 - math.sqrt(beta)) ** 2, (1 + math.sqrt(beta)) ** 2
+
+    def share(end: float) -> float:
+        reach = math.asin(math.sqrt((end - low) / (high - low)))
+
+        def density(t: float) -> float:
+            at = low + (high - low) * math.sin(t) ** 2
+            return (high - low) ** 2 * (math.sin(t) * math.cos(t)) ** 2 / (math.pi * beta * at) if at else 0.0
+
+        return scipy.integrate.quad(density, 0, reach, epsabs=1e-12, epsrel=1e-12)[0] - 0.5
+
+    median = scipy.optimize.brentq(share, low, high, xtol=1e-14)
+    known = math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta**2 + 14 * beta + 1)))
+    return known / math.sqrt(median)
+
+
+def hard_threshold(S: np.ndarray, shape: tuple[int, int]) -> float:
+    return threshold_factor(min(shape) / max(shape)) * float(np.median(S))
+
+
+def density_peaks(S: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Grid, density and tops of the peaks in the density of ln sigma."""
+    x = np.log(S[S > 0])
+    if len(x) < 3 or np.ptp(x) < 1e-12:
+        return None
+    kernel = scipy.stats.gaussian_kde(x)
+    h = max(math.sqrt(kernel.covariance[0, 0]), np.ptp(x) / (255 - 6))
+    kernel.set_bandwidth(h / x.std(ddof=1))
+    grid = np.linspace(x.min() - 3 * h, x.max() + 3 * h, 256)
+    values = kernel(grid)
+    tops, _ = scipy.signal.find_peaks(values, prominence=0.05 * values.max())
+    return grid, values, tops
+
+
+def peak_count(S: np.ndarray) -> float:
+    found = density_peaks(S)
+    return math.nan if found is None else float(len(found[2]))
+
+
+def in_peaks(S: np.ndarray) -> np.ndarray:
+    """Whether each sigma lies within its peak: down to half-way between the top and the valley on that side."""
+    found = density_peaks(S)
+    inside = np.zeros(len(S), dtype=bool)
+    if found is None:
+        return inside
+    grid, values, tops = found
+    for i, top in enumerate(tops):
+        valley_ends = (tops[i - 1] if i else 0, tops[i + 1] if i + 1 < len(tops) else len(grid) - 1)
+        ends = []
+        for end, step in zip(valley_ends, (-1, 1), strict=True):
+            side = np.arange(top, end + step, step)
+            level = (values[top] + values[side].min()) / 2
+            at = next(j for j in side if values[j] <= level)
+            share = (level - values[at]) / (values[at - step] - values[at])
+            ends.append(grid[at] + share * (grid[at - step] - grid[at]))
+        x = np.log(np.where(S > 0, S, np.nan))
+        inside |= (x >= ends[0]) & (x <= ends[1])
+    return inside
+
+
+def enrichment(energy: np.ndarray, inside: np.ndarray) -> float:
+    if inside.all() or not inside.any():
+        return math.nan
+    return float(energy[inside].mean() / energy[~inside].mean())
+
+
+def enrichment_pvalue(energy: np.ndarray, inside: np.ndarray) -> float:
+    if inside.all() or not inside.any():
+        return math.nan
+    uniform = torch.rand(999, len(energy), generator=torch.Generator().manual_seed(0))
+    observed, reached = energy[inside].sum(), 0
+    for places in uniform.argsort(-1).numpy():
+        reached += energy[places < inside.sum()].sum() >= observed - 1e-12 * energy.sum()
+    return (1 + reached) / 1000

@@ -1,0 +1,120 @@
+"""The report of a trajectory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import diffract
+from conftest import llama_tensors
+from diffract import report
+from diffract.report.payload import on_page, payload
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture
+def followed(write_model) -> diffract.Run:
+    tensors, paths = llama_tensors(0), []
+    for k in range(4):
+        paths.append(write_model(f"step{100 * k}", tensors))
+        tensors = llama_tensors(k + 1, tensors)
+    return diffract.trajectory(*paths)
+
+
+@pytest.fixture
+def peaked() -> diffract.Run:
+    @diffract.metric
+    def peak_count(sigmas: torch.Tensor) -> torch.Tensor:
+        return 1.0 + (sigmas > 2).any(1)
+
+    series = [{"w": scale * torch.eye(3)} for scale in (1, 3)]
+    return diffract.trajectory(*series, by="given", metrics=[peak_count, "stable_rank"])
+
+
+def test_headlines_are_the_series(followed: diffract.Run) -> None:
+    page = report.render(followed.tables)
+    body = page[page.index("</head>") :]
+    assert "checkpoints, from step 0 to step 300." in body
+    assert "is the size of the change from step0 to step100 relative to step0" in body
+    assert "is the size of the change from step200 to step300 relative to step200" in body
+    assert "<h1>step0 … step300</h1>" in body
+    assert "checkpoint at step 300" in body
+    assert "evenly spaced, are in this page" not in body
+
+
+def test_peaks_have_a_headline(peaked: diffract.Run) -> None:
+    page = report.render(peaked.tables)
+    assert "matrices have at least two spectral peaks in the last checkpoint, 0 in the first." in page
+    assert "checkpoints, from checkpoint-0 to checkpoint-1." in page
+    assert payload(peaked.tables)["metrics"] == ["peak_count", "stable_rank", "peaks_appear"]
+
+
+def test_places_are_no_metrics_and_bases_are_named(followed: diffract.Run) -> None:
+    data = payload(followed.tables)
+    assert data["kind"] == "trajectory"
+    assert not {"order", "stage", "step", "tokens"} & set(data["metrics"])
+    assert [m["base"] for m in data["models"]] == ["step0", "step0", "step100", "step200"]
+
+
+def test_a_comparison_is_drawn_beside_its_base(family: tuple[Path, Path]) -> None:
+    data = payload(diffract.compare(*family, metrics=["frobenius_norm"]).tables)
+    assert (data["kind"], [m["base"] for m in data["models"]]) == ("compare", ["base", "base"])
+
+
+def test_a_long_series_is_shown_in_part(followed: diffract.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffract.report.payload.ROW_BUDGET", 70)
+    kept = on_page(followed.tables)
+    assert kept.models["model"].to_list() == ["step0", "step300"]
+    for table in (kept.metrics, kept.spectra, kept.tensors):
+        assert set(table["model"]) == {"step0", "step300"}
+    page = report.render(followed.tables)
+    assert "2 of 4 checkpoints, evenly spaced, are in this page" in page
+    assert "checkpoint at step 100" in page  # the list of checkpoints is whole
+    monkeypatch.setattr("diffract.report.payload.ROW_BUDGET", 1)
+    assert len(on_page(followed.tables).models) == 2
+
+
+@pytest.fixture
+def page() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        opened = browser.new_page(viewport={"width": 1280, "height": 900})
+        opened.problems = []
+        opened.on("pageerror", lambda e: opened.problems.append(str(e)))
+        yield opened
+        browser.close()
+
+
+@pytest.mark.browser
+def test_the_page_draws_each_beside_its_base(followed: diffract.Run, page: Any, tmp_path: Path) -> None:
+    page.goto(f"file://{followed.report(tmp_path / 'r.html')}")
+    page.wait_for_selector("#panels .heatmaplayer")
+    assert page.input_value("#model") == "step300"
+
+    def traces() -> list:
+        return page.evaluate("document.getElementById('spectrum').data.map((t) => [t.name, t.y])")
+
+    name = page.input_value("#matrix")
+    for model, base in (("step300", "step200"), ("step100", "step0")):
+        page.select_option("#model", model)
+        for (label, values), (source, quantity) in zip(
+            traces(), [(base, "sigma"), (model, "sigma"), (model, "delta_sigma")], strict=True
+        ):
+            assert label in (source, "delta")
+            curve = followed.spectra.filter(model=source, name=name, quantity=quantity)["values"][0]
+            assert values == pytest.approx(curve.to_list(), rel=1e-6)
+        assert page.is_visible("#agreement")
+    page.select_option("#model", "step0")
+    assert [label for label, _ in traces()] == ["sigma"]
+    assert page.is_hidden("#agreement")
+    assert page.problems == []
