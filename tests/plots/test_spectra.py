@@ -45,7 +45,7 @@ def test_density_has_every_law() -> None:
         "truncated power law",
         "exponential",
         "log-normal",
-        "spikes above its edge",
+        "spikes above the edge",
     ]
     assert (figure.layout.xaxis.type, figure.layout.yaxis.type) == ("log", "log")
     assert figure.layout.title.text == f"{NAME}, math"
@@ -94,7 +94,7 @@ def test_tails_begin_at_xmin_with_their_share(name: str, prefix: str) -> None:
 def test_spikes_and_xmin_are_marked() -> None:
     figure = plots.density(SPECTRA, METRICS, NAME, model="math")
     values = eigenvalues()
-    assert sorted(traces(figure)["spikes above its edge"].x) == sorted(values[values > ROW["mp_edge"]])
+    assert sorted(traces(figure)["spikes above the edge"].x) == sorted(values[values > ROW["mp_edge"]])
     assert [shape.x0 for shape in figure.layout.shapes] == [ROW["pl_xmin"]]
     assert figure.layout.annotations[0].x == pytest.approx(math.log10(ROW["pl_xmin"]))
 

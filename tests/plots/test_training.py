@@ -22,7 +22,7 @@ STEPS = METRICS["step"].unique().sort().to_list()
 def test_evolution_is_median_and_quartiles_of_each_projection() -> None:
     figure = plots.evolution(METRICS, "pl_alpha")
     titles = [a.text for a in figure.layout.annotations[:6]]
-    assert titles == ["attn.q", "attn.o", "attn.k", "attn.v", "mlp.gate", "mlp.down"]
+    assert titles == ["attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.down"]
     for place, title in enumerate(titles):
         middle, band = figure.data[2 * place : 2 * place + 2]
         rows = METRICS.filter(projection=title.split(".")[1])

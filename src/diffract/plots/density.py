@@ -160,7 +160,7 @@ def _spikes(values: Array, row: Row, floor: float) -> list[go.Scatter]:
         return []
     look = {"symbol": "triangle-up", "size": 8, "color": COLOURS["mark"], "opacity": 0.7}
     hover = "λ %{x:.4g}<extra>spike</extra>"
-    name = f"spikes above its edge ({len(found)})"
+    name = f"spikes above the edge ({len(found)})"
     y = [floor] * len(found)
     return [go.Scatter(x=found, y=y, name=name, mode="markers", marker=look, hovertemplate=hover, cliponaxis=False)]
 

@@ -15,6 +15,9 @@ from diffract.plots.style import COLOURS, LOG, figure, label
 AXES = ("lin-lin", "lin-log", "log-lin", "log-log")
 OVER = {"tokens": "tokens", "step": "step", "order": "checkpoint"}
 BAND = "rgba(15,118,110,0.18)"
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+"""The order of panels within a block; others follow in that of the tables."""
+
 NAMES = ("median over layers and heads", "lower to upper quartile")
 
 
@@ -46,13 +49,23 @@ def evolution(
         rows = known.filter(pl.col("name") == matrix)
         words["title"] = ", ".join(filter(None, [label(matrix), words["title"]]))
         return _scaled(evolution_line(rows[over].to_list(), rows[metric].to_list(), **words), axes)
-    places = known.select("block", part().alias("part")).unique("part", maintain_order=True)
+    places = _panels(known)
     bands = _quartiles(known, metric, over)
     contents = [_band(bands.filter(pl.col("part") == p), over, legend=not i) for i, p in enumerate(places["part"])]
     titles = [label(p) for p in places["part"]]
     made = panels(titles, contents, **words, height=150 if len(titles) > 4 else 220, share_y=False, legend=True)
     _share_within_blocks(made, places["block"].to_list())
     return _scaled(made, axes)
+
+
+def _panels(metrics: pl.DataFrame) -> pl.DataFrame:
+    """Return block and part of each panel: blocks as they come, their projections in the usual order."""
+    parts = metrics.select("block", "projection", part().alias("part")).unique("part", maintain_order=True)
+    usual = {projection: place for place, projection in enumerate(PROJECTIONS)}
+    rank = pl.col("projection").replace_strict(usual, default=len(usual), return_dtype=pl.Int32)
+    first = parts["block"].unique(maintain_order=True).to_list()
+    block = pl.col("block").replace_strict({name: i for i, name in enumerate(first)}, return_dtype=pl.Int32)
+    return parts.sort(block, rank, maintain_order=True)
 
 
 def time_column(metrics: pl.DataFrame) -> str:
