@@ -46,9 +46,10 @@ def test_notes_place_what_has_no_number(trained: Path) -> None:
 
 def test_weights_beside_the_checkpoints_are_left_out_aloud(trained: Path) -> None:
     (trained / "model.safetensors").touch()
+    (trained / "runs").mkdir()
     stops, warnings = find_series([trained], "step")
     assert len(stops) == 3
-    assert warnings == [f"{trained}: its subfolders are the checkpoints; model.safetensors beside them left out."]
+    assert warnings == [f"{trained}: 3 checkpoints; left out are model.safetensors, runs/."]
 
 
 def test_revisions_are_names_and_places() -> None:
@@ -95,6 +96,17 @@ def test_the_usual_file_is_called_after_its_folder(trained: Path) -> None:
     assert [(stop.name, stop.place) for stop in stops] == [
         ("checkpoint-500", Place(None, 500)),
         ("checkpoint-1000", Place(None, 1000, 10_000)),
+    ]
+
+
+def test_links_are_called_as_they_are_written(trained: Path, tmp_path: Path) -> None:
+    for step in (7, 8):
+        (tmp_path / f"step{step}").symlink_to(trained / f"checkpoint-{500 * (step - 6)}", target_is_directory=True)
+    stops, _ = find_series([tmp_path / "step8", tmp_path / "step7"], "step")
+    assert [(stop.name, stop.place.step) for stop in stops] == [("step7", 7), ("step8", 8)]
+    assert names(trained / "checkpoint-500" / ".", trained / "checkpoint-500" / ".." / "checkpoint-1000") == [
+        "checkpoint-500",
+        "checkpoint-1000",
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import weakref
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from diffract.analysis import run as opening
 from diffract.analysis import trajectory, work
 from diffract.analysis.trends import peaks_appear
 from diffract.checkpoints import open_checkpoint
-from diffract.metrics import CATALOG
+from diffract.metrics import choose_metrics
 
 STORIES = Path(__file__).parents[3] / "shared" / "data" / "checkpoints" / "hybrid_stories"
 STEPS = (100, 20, 3)
@@ -77,7 +78,7 @@ def test_every_change_has_the_numbers_of_its_comparison(
     for base, tuned in pairs:
         name = f"checkpoint-{tuned}"
         both = diffract.compare(series / f"checkpoint-{base}", series / name, cache=False)
-        pair = ["name", *(m.name for m in CATALOG.values() if m.pair)]
+        pair = ["name", *(m.name for m in choose_metrics(None, pair=True) if m.pair)]
         expected = columns_of(both.metrics, name).select(pair)
         # the sums are the same, in the same order; only which of them are taken together differs
         close: Any = {"rel_tol": 1e-12, "abs_tol": 1e-12}
@@ -108,7 +109,7 @@ def test_tables_tell_the_place(series: Path) -> None:
 def test_order_does_not_depend_on_how_checkpoints_are_named(series: Path) -> None:
     parts = [series / f"checkpoint-{step}" for step in (100, 3, 20)]
     one, other = diffract.trajectory(series), diffract.trajectory(*parts)
-    for name in tables.TABLES:
+    for name in tables.Tables.SCHEMAS:
         assert_frame_equal(getattr(one, name), getattr(other, name), **EXACT)
     backwards = diffract.trajectory(*parts, by="given", select="layers 0, attn.q")
     assert backwards.models["step"].to_list() == [100, 3, 20]
@@ -118,7 +119,7 @@ def test_order_does_not_depend_on_how_checkpoints_are_named(series: Path) -> Non
 def test_a_run_folder_comes_back_whole(series: Path, tmp_path: Path) -> None:
     run = diffract.trajectory(series, output=tmp_path / "run", against="first")
     loaded = diffract.load_run(tmp_path / "run")
-    for name in tables.TABLES:
+    for name in tables.Tables.SCHEMAS:
         assert_frame_equal(getattr(run, name), getattr(loaded, name), **EXACT)
     assert loaded.manifest["kind"] == "trajectory"
     assert {k: loaded.manifest["settings"][k] for k in ("by", "against", "heads")} == {
@@ -194,6 +195,38 @@ def test_a_scan_is_not_computed_again(series: Path, monkeypatch: pytest.MonkeyPa
     again = diffract.trajectory(series)
     assert_frame_equal(run.metrics, again.metrics, **EXACT)
     assert_frame_equal(run.spectra, again.spectra, **EXACT)
+
+
+def test_revisions_of_a_model_on_the_hub(series: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, bool]] = []
+
+    def from_disk(reference: str, *, base: object, download: bool) -> diffract.Checkpoint:
+        asked.append((reference, download))
+        return open_checkpoint(series / reference.replace("org/m@step", "checkpoint-"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(opening, "open_checkpoint", from_disk)
+        run = diffract.trajectory("org/m@step100", "org/m@step3", "first=org/m@step20", by="step", download=True)
+    assert run.models.select("model", "step").rows() == [("step3", 3), ("first", 20), ("step100", 100)]
+    assert asked == 2 * [("org/m@step3", True), ("org/m@step20", True), ("org/m@step100", True)]
+    local = diffract.trajectory(series)
+    assert_frame_equal(run.metrics.drop("model"), local.metrics.drop("model"), **EXACT)
+
+
+def test_a_tensor_is_read_once_of_each_checkpoint(series: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: Counter[str] = Counter()
+    real = diffract.Checkpoint.read
+
+    def counted(self: diffract.Checkpoint, name: str, *rest: Any) -> Tensor:
+        reads[f"{Path(self.reference).name} {name}"] += 1
+        return real(self, name, *rest)
+
+    monkeypatch.setattr(diffract.Checkpoint, "read", counted)
+    diffract.trajectory(series, cache=False)
+    for name in llama_tensors(0):
+        # once for its scan and its comparison together, and once more as the base of the next
+        expected = [1, 1, 1] if "norm" in name else [2, 2, 1]
+        assert [reads[f"checkpoint-{step} {name}"] for step in (3, 20, 100)] == expected
 
 
 # Memory
@@ -310,7 +343,7 @@ def test_an_interrupted_run_continues_to_the_same_result(
     calls = interrupt_after(10**6, monkeypatch)
     run = diffract.trajectory(series, output=tmp_path / "run")
     assert len(calls) == 2 * 16 - 20  # two pairs of 16 tensors
-    for name in tables.TABLES:
+    for name in tables.Tables.SCHEMAS:
         assert_frame_equal(getattr(run, name), getattr(undisturbed, name), **EXACT)
 
 

@@ -25,8 +25,18 @@ def names(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def test_files_of_one_folder_are_several_checkpoints(tmp_path: Path) -> None:
-    make(tmp_path, "step_2.safetensors", "step_1.safetensors", "step_3.npz", "optimizer.pt", "README.md", ".x.pt")
-    assert names(tmp_path) == (["step_1.safetensors", "step_2.safetensors", "step_3.npz"], [])
+    make(
+        tmp_path,
+        "step_2.safetensors",
+        "step_1.safetensors",
+        "step_3.npz",
+        "global_step4.pt",
+        "optimizer.pt",
+        "README.md",
+        ".x.pt",
+    )
+    expected = ["global_step4.pt", "step_1.safetensors", "step_2.safetensors", "step_3.npz"]
+    assert names(tmp_path) == (expected, [])
 
 
 def test_subfolders_with_weights_come_first(tmp_path: Path) -> None:
@@ -41,7 +51,12 @@ def test_subfolders_with_weights_come_first(tmp_path: Path) -> None:
         "model.safetensors",
         "training_args.bin",
     )
-    assert names(tmp_path) == (["checkpoint-10", "checkpoint-15", "checkpoint-5"], ["model.safetensors"])
+    left_out = [
+        "model.safetensors",
+        "checkpoint-20/",
+        "logs/",
+    ]  # a checkpoint without weights is not passed over in silence
+    assert names(tmp_path) == (["checkpoint-10", "checkpoint-15", "checkpoint-5"], left_out)
 
 
 def test_a_link_to_another_checkpoint_is_none(tmp_path: Path) -> None:

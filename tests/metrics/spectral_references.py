@@ -153,3 +153,44 @@ def enrichment_pvalue(energy: np.ndarray, inside: np.ndarray) -> float:
     for places in uniform.argsort(-1).numpy():
         reached += energy[places < inside.sum()].sum() >= observed - 1e-12 * energy.sum()
     return (1 + reached) / 1000
+
+
+def tail_distance(tail: np.ndarray, survival: np.ndarray) -> float:
+    """max |i / k - F| over an ascending tail, the empirical function from its left side; ties share their least i."""
+    first = np.searchsorted(tail, tail, side="left")
+    return float(np.abs(first / len(tail) - (1 - survival)).max())
+
+
+def best_tail(values: np.ndarray, law: str) -> dict[str, float]:
+    """The tail of least distance of a law with one parameter, candidate by candidate."""
+    x, best = np.sort(values[values > 0]), {"ks": math.inf}
+    for xmin in np.unique(x)[:-1]:
+        tail = x[x >= xmin]
+        k = len(tail)
+        if law == "power_law":
+            slope = k / np.log(tail / xmin).sum()
+            survival, own = (tail / xmin) ** -slope, {"alpha": 1 + slope, "alpha_stderr": slope / math.sqrt(k)}
+        else:
+            rate = 1 / (tail - xmin).mean()
+            survival, own = np.exp(-rate * (tail - xmin)), {"rate": rate}
+        ks = tail_distance(tail, survival)
+        if ks < best["ks"]:
+            best = {"xmin": xmin, "ks": ks, "tail_count": float(k), **own}
+    return (
+        best
+        if len(best) > 1
+        else dict.fromkeys(("xmin", "ks", "tail_count", "alpha", "alpha_stderr", "rate"), math.nan)
+    )
+
+
+def against_exponential(values: np.ndarray) -> tuple[float, float]:
+    """Vuong's ratio and p of the power law's tail against an exponential."""
+    found = best_tail(values, "power_law")
+    if math.isnan(found["alpha"]):
+        return math.nan, math.nan
+    tail = values[values >= found["xmin"]]
+    k, rate = len(tail), 1 / (tail - found["xmin"]).mean()
+    power = math.log((found["alpha"] - 1) / found["xmin"]) - found["alpha"] * np.log(tail / found["xmin"])
+    differences = power - (math.log(rate) - rate * (tail - found["xmin"]))
+    ratio = differences.sum() / (math.sqrt(k) * differences.std())
+    return ratio, math.erfc(abs(ratio) / math.sqrt(2))

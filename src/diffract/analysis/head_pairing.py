@@ -77,19 +77,25 @@ def uncut_notes(base: Layout, wanted: Sequence[str]) -> list[str]:
     ]
 
 
-def adapter_notes(names: Sequence[str], layouts: Sequence[Layout]) -> list[str]:
-    """Say where an adapter names another base: its factors count as the change all the same."""
+def base_adapters(layouts: Sequence[Layout]) -> frozenset[int]:
+    """Return which checkpoints are adapters over the first one itself."""
     base = layouts[0].checkpoint.reference
-    others = ((name, layout.checkpoint) for name, layout in zip(names[1:], layouts[1:], strict=True))
+    return frozenset(i for i, layout in enumerate(layouts) if _same(layout.checkpoint.base_reference, base))
+
+
+def adapter_notes(names: Sequence[str], layouts: Sequence[Layout]) -> list[str]:
+    """Say which adapters lie over another base than the one that they are compared with."""
+    own, base = base_adapters(layouts), layouts[0].checkpoint.reference
     return [
-        f"{name}: an adapter of {own.base_reference}; its factors are taken as a change of {base}."
-        for name, own in others
-        if own.factors and not _same(own.base_reference, base)
+        f"{names[i]}: an adapter over {layout.checkpoint.base_reference}, not over {base}: "
+        "its merged weights are compared, rounded to their dtype."
+        for i, layout in enumerate(layouts)
+        if layout.checkpoint.factors and i and i not in own
     ]
 
 
 def _same(one: str | None, other: str) -> bool:
     if one is None or one == other:
-        return True
+        return one is not None
     paths = Path(one), Path(other)
     return all(p.exists() for p in paths) and paths[0].samefile(paths[1])

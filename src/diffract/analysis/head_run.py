@@ -14,7 +14,7 @@ from diffract.analysis.assemble import Member, describe, model_row, tensor_table
 from diffract.analysis.cache import Cache, cache_folder
 from diffract.analysis.engine import run_tasks
 from diffract.analysis.head_grams import Slices, head_grams, slice_grams
-from diffract.analysis.head_pairing import adapter_notes, choose_projections, pair_heads, uncut_notes
+from diffract.analysis.head_pairing import adapter_notes, base_adapters, choose_projections, pair_heads, uncut_notes
 from diffract.analysis.head_tables import (
     cosine_table,
     domain_numbers,
@@ -74,7 +74,7 @@ def analyse_heads(
         names, opened = open_all(references, options, stack)
         layouts, tasks = pair_heads(opened, wanted, allow_unmatched=allow_unmatched)
         cache = stack.enter_context(Cache(cache_folder())) if options.cache else None
-        worker = HeadWorker([layout.checkpoint for layout in layouts], device, cache)
+        worker = HeadWorker([layout.checkpoint for layout in layouts], base_adapters(layouts), device, cache)
         found = _run(tasks, worker, options.progress)
         slices = _slices(opened[0], layouts, found)
         roles = ["base", *["tuned"] * (len(layouts) - 1)]

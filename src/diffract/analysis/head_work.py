@@ -57,18 +57,20 @@ class HeadWorker:
 
     Attributes:
         checkpoints: Base first.
+        adapters: Which of them are adapters over that very base, so that their factors are the change.
         device: Where.
         cache: Results that are known already.
     """
 
     checkpoints: Sequence[Checkpoint]
+    adapters: frozenset[int]
     device: torch.device
     cache: Cache | None
 
     def __call__(self, task: HeadTask) -> np.ndarray:
         """Return the inner products (slices, k, k) of W0 and the k - 1 changes of each slice."""
         base = Held(self.checkpoints[0], task.info.name)
-        changed = [_open(self.checkpoints[i], task.info.name) for i in task.tuned]
+        changed = [self._open(i, task.info.name) for i in task.tuned]
         key = self._key(task, base, changed) if self.cache else ""
         known = self.cache.get(key) if self.cache else None
         if known is not None:
@@ -79,15 +81,17 @@ class HeadWorker:
             self.cache.put(key, pl.DataFrame({"grams": pl.Series(flat, dtype=pl.Array(pl.Float64, flat.shape[1]))}))
         return grams
 
+    def _open(self, model: int, name: str) -> Held | Factors:
+        """A checkpoint's tensor; of an adapter the change as factors, which are never multiplied out."""
+        checkpoint = self.checkpoints[model]
+        if model in self.adapters and name in checkpoint.factors:
+            return checkpoint.factors[name]()
+        return Held(checkpoint, name)
+
     def _key(self, task: HeadTask, base: Held, changed: Sequence[Held | Factors]) -> str:
         content = [factor_digest(one) if isinstance(one, Factors) else one.digest() for one in changed]
         slices = [m.slice_key for m in task.matrices]
         return cache_key("heads", VERSION, base.digest(), content, slices, self.device.type)
-
-
-def _open(checkpoint: Checkpoint, name: str) -> Held | Factors:
-    """A checkpoint's tensor; of an adapter the change as factors, which are never multiplied out."""
-    return checkpoint.factors[name]() if name in checkpoint.factors else Held(checkpoint, name)
 
 
 def _slice_grams(task: HeadTask, base: Held, changed: Sequence[Held | Factors], device: torch.device) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 from diffract.analysis.run import split_name
 from diffract.analysis.timeline import Place, Stop, arrange, parse_by, read_place
 from diffract.checkpoints import Checkpoint, Reference
-from diffract.checkpoints.series import ALONE, STATE, USUAL, find_checkpoints, trainer_state
+from diffract.checkpoints.series import ALONE, STATE, USUAL, find_checkpoints, some, trainer_state
 from diffract.errors import CheckpointError, SelectionError, printable
 
 
@@ -44,9 +44,8 @@ def _expand(references: Sequence[Reference]) -> tuple[list[Reference], list[str]
     if folder is None or not folder.is_dir():
         return list(references), []
     found = find_checkpoints(folder)
-    left = ", ".join(printable(name, 60) for name in found.left_out)
-    warning = f"{printable(folder)}: its subfolders are the checkpoints; {left} beside them left out."
-    return list(found.paths), [warning] if left else []
+    warning = f"{printable(folder)}: {len(found.paths)} checkpoints; left out are {some(found.left_out)}."
+    return list(found.paths), [warning] if found.left_out else []
 
 
 def _local(reference: Reference) -> Path | None:
@@ -74,13 +73,18 @@ def _labels(reference: Reference) -> list[str]:
     """What tells a checkpoint apart: a revision and its repository, or the last part of a path."""
     path = _local(reference)
     if path is not None:
-        stem = path.stem if path.name.endswith(ALONE) and path.is_file() else path.resolve().name
-        return [path.resolve().parent.name, stem] if path.is_file() and stem in USUAL else [stem]
+        stem = path.stem if path.name.endswith(ALONE) and path.is_file() else _folder_name(path)
+        return [_folder_name(path.parent), stem] if path.is_file() and stem in USUAL else [stem]
     text = reference.reference if isinstance(reference, Checkpoint) else reference
     if not isinstance(text, str | Path) or str(text).startswith("<"):
         return []
     repository, _, revision = str(text).partition("@")
     return [part for part in (revision, re.split(r"[/\\]", repository.rstrip("/\\"))[-1]) if part]
+
+
+def _folder_name(path: Path) -> str:
+    """The name as it is written, of a link too; only ``.`` and ``..`` must be looked up."""
+    return path.name if path.name not in ("", "..") else path.resolve().name
 
 
 def _with_state(stop: Stop) -> Stop:
@@ -123,4 +127,4 @@ def _with_unique_names(stops: Sequence[Stop]) -> list[Stop]:
 
 def _long_name(reference: Reference, labels: Sequence[str]) -> str:
     path = _local(reference)
-    return "/".join(path.resolve().parts[-2:]) if path else "@".join(reversed(labels))
+    return "/".join(path.absolute().parts[-2:]) if path else "@".join(reversed(labels))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,11 @@ ALONE = (*IN_FOLDERS, ".npz")
 USUAL = ("model", "pytorch_model", "adapter_model")
 """How a checkpoint's file is called whatever it holds, so that its folder's name says more."""
 
+BESIDE = tuple(start for start in TRAINER if start != "global_step")
+"""How files begin that are no checkpoint where each file of weights is one; it may be called global_step1000."""
+
 SHOWN = 5
-"""Names that an error lists."""
+"""Names that a message lists."""
 
 _SHARD = re.compile(r".*-\d+-of-\d+\.\w+", re.ASCII)
 
@@ -34,7 +38,7 @@ class Found:
 
     Attributes:
         paths: One for each, by name.
-        left_out: Weights beside them that are taken for something else.
+        left_out: Names of subfolders without weights, and of weights that are taken for no checkpoint.
     """
 
     paths: list[Path]
@@ -50,16 +54,17 @@ def find_checkpoints(path: Path) -> Found:
         CheckpointError: There are none.
     """
     folder = LocalFolder(path)
-    files = [name for name in folder.names if _is_weights(name, ALONE)]
-    folders = _distinct([p for p in _children(path) if p.is_dir() and _holds_weights(p)])
-    if folders:
-        return Found(folders, files)
+    files = [name for name in folder.names if _is_weights(name, ALONE, BESIDE)]
+    subfolders = [p for p in _children(path) if p.is_dir()]
+    if folders := [p for p in subfolders if _holds_weights(p)]:
+        return Found(_distinct(folders), [*files, *(f"{p.name}/" for p in subfolders if p not in folders)])
     sharded = any(name.endswith(".index.json") for name in folder.names)
     alone = [] if sharded else [name for name in files if not _SHARD.fullmatch(name)]
     if not alone:
         raise CheckpointError(
             f"no checkpoints in folder {folder.where!r}: expected subfolders with weights such as checkpoint-500, or "
-            f"files such as step_02000.safetensors, one a checkpoint. Found {_some(path)}."
+            f"files such as step_02000.safetensors, one a checkpoint. Found "
+            f"{some([p.name + '/' * p.is_dir() for p in _children(path)])}."
         )
     return Found(_distinct([path / name for name in alone]), [name for name in files if name not in alone])
 
@@ -79,26 +84,26 @@ def trainer_state(path: Path) -> dict[str, Any]:
     return {}
 
 
+def some(names: Sequence[str]) -> str:
+    """Return the first of some names in words."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(printable(name, 60) for name in names[:SHOWN]) + more or "nothing"
+
+
 def _children(path: Path) -> list[Path]:
     return sorted(p for p in path.iterdir() if not p.name.startswith("."))
 
 
 def _holds_weights(path: Path) -> bool:
     names = LocalFolder(path).names
-    return adapter.CONFIG in names or any(_is_weights(name, IN_FOLDERS) for name in names)
+    return adapter.CONFIG in names or any(_is_weights(name, IN_FOLDERS, TRAINER) for name in names)
 
 
-def _is_weights(name: str, suffixes: tuple[str, ...]) -> bool:
-    return name.endswith(suffixes) and not name.startswith((*TRAINER, "adapter_", "."))
+def _is_weights(name: str, suffixes: tuple[str, ...], beside: tuple[str, ...]) -> bool:
+    return name.endswith(suffixes) and not name.startswith((*beside, "adapter_", "."))
 
 
 def _distinct(paths: list[Path]) -> list[Path]:
     """Each checkpoint once: ``latest`` is often a link to one of the others."""
     own = {p.resolve() for p in paths if not p.is_symlink()}
     return [p for p in paths if not p.is_symlink() or p.resolve() not in own]
-
-
-def _some(path: Path) -> str:
-    names = [printable(p.name, 60) + ("/" if p.is_dir() else "") for p in _children(path)]
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return (", ".join(names[:SHOWN]) + more) if names else "nothing"

@@ -145,7 +145,7 @@ TAILS = {"pl": "power_law", "tpl": "truncated_power_law", "exp": "exponential", 
 _PARAMETERS = {
     "pl": (("alpha", "exponent of rho ~ lambda^-alpha above xmin", "1", "[1, inf)", 0),
            ("alpha_stderr", "(alpha - 1) / sqrt(values in the tail)", "1", "[0, inf)", 0)),
-    "tpl": (("alpha", "alpha of rho ~ lambda^-alpha exp(-rate lambda)", "1", "(-inf, inf)", 0),
+    "tpl": (("alpha", "alpha of rho ~ lambda^-alpha exp(-rate lambda), at least 1", "1", "[1, inf)", 0),
             ("rate", "rate of the same", "weight^-2", "[0, inf)", -2)),
     "exp": (("rate", "rate of rho ~ exp(-rate lambda)", "weight^-2", "[0, inf)", -2),),
     "ln": (("mu", "mean of ln lambda before truncation at xmin", "ln weight^2", "(-inf, inf)", None),

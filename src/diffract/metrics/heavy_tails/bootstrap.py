@@ -74,6 +74,8 @@ def p_value(
     p = torch.full_like(fitted.ks, torch.nan)
     fits = fitted.ks.isfinite().nonzero()[:, 0]
     for rows in fits.split(max(1, ROWS_ENTRIES // (BLOCK * max(1, values.shape[1])))):
+        if not len(rows):
+            break
         generator = torch.Generator().manual_seed(seed)
         p[rows] = _share_of_worse(values[rows], fitted[rows], law, draws, generator, refit and at is None, options)
     return PValue(p, (p * (1 - p) / draws).sqrt())

@@ -128,7 +128,7 @@ def _survival(parameters: Parameters, t: OfPoints) -> OfPoints:
     return _decay(a, z, t) * mills(a, _beyond(z, t)) / mills(a, z)
 
 
-def _lower(parameters: Parameters, t: OfPoints, chords: OfPoints) -> OfPoints:
+def _lower(parameters: Parameters, t: OfPoints, chords: Tensor) -> OfPoints:
     """Sum the density's integrals between neighbouring values, with its logarithm replaced by chords.
 
     The logarithm of the density is concave, so that chords lie below it. Integrals of exponentials are differences of
