@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow lint check docs bench clean
+.PHONY: setup demo test test-slow lint check docs bench gallery clean
 
 setup: .venv/ready
 
@@ -33,6 +33,9 @@ docs: setup
 
 bench: setup
 	$(BIN)/python benchmarks/run.py
+
+gallery: setup
+	$(BIN)/python docs/make_gallery.py
 
 clean:
 	rm -rf .venv build dist demo-run

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from diffract.checkpoints import open_checkpoint as open
     from diffract.inspection import Inspection, inspect
     from diffract.metrics import Metric, metric
+    from diffract.plots import plot
 
 _PLACES = {
     "Checkpoint": ("diffract.checkpoints", "Checkpoint"),
@@ -32,6 +33,7 @@ _PLACES = {
     "load_run": ("diffract.api", "load_run"),
     "metric": ("diffract.metrics", "metric"),
     "open": ("diffract.checkpoints", "open_checkpoint"),
+    "plot": ("diffract.plots", "plot"),
     "scan": ("diffract.api", "scan"),
     "trajectory": ("diffract.api", "trajectory"),
 }
@@ -54,6 +56,7 @@ __all__ = [
     "load_run",
     "metric",
     "open",
+    "plot",
     "scan",
     "trajectory",
 ]

@@ -108,7 +108,9 @@ def test_facts_are_listed() -> None:
     assert "left_agreement_window  (needs vectors)" in run.invoke(app, ["metrics", "--facts"]).stdout
 
 
-@pytest.mark.parametrize("command", ["scan", "compare", "trajectory", "heads", "inspect", "report", "metrics", "demo"])
+@pytest.mark.parametrize(
+    "command", ["scan", "compare", "trajectory", "heads", "inspect", "report", "plot", "metrics", "demo"]
+)
 def test_every_command_and_option_is_documented(command: str) -> None:
     documented = (ROOT / "docs" / "commands.md").read_text()
     assert f"## diffract {command}" in documented

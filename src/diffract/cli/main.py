@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from diffract._version import __version__
-from diffract.cli import analyse, heads, look, series, show
+from diffract.cli import analyse, draw, heads, look, series, show
 
 HELP = """See what a training stage did to a language model's weights.
 
@@ -18,7 +18,7 @@ EPILOG = """Exit codes: 0 done; 1 the input is wrong, the message says what to d
 3 an error in diffract; 130 interrupted (run the same command again: it continues)."""
 
 app = typer.Typer(help=HELP, epilog=EPILOG, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-NEED_ARGUMENTS = (analyse.scan, analyse.compare, series.trajectory, heads.heads, look.inspect, show.report)
+NEED_ARGUMENTS = (analyse.scan, analyse.compare, series.trajectory, heads.heads, look.inspect, show.report, draw.plot)
 for command in (*NEED_ARGUMENTS, look.metrics, show.demo):
     app.command(no_args_is_help=command in NEED_ARGUMENTS)(command)
 

@@ -1,17 +1,47 @@
 """Figures from tables, one per file; no weights, no torch."""
 
 from diffract.plots.agreement import agreement, agreement_lines
+from diffract.plots.catalog import KINDS, Kind
+from diffract.plots.density import density, density_lines
+from diffract.plots.draw import plot
+from diffract.plots.evolution import evolution, evolution_line
 from diffract.plots.head_heatmap import head_heatmap, heatmap
-from diffract.plots.layer_violins import layer_boxes, layer_violins
+from diffract.plots.head_maps import head_grids, head_maps, heat_panels
+from diffract.plots.images import check_ending, save
+from diffract.plots.ks_scan import ks_lines, ks_scan
+from diffract.plots.layer_violins import coloured_boxes, layer_boxes, layer_violins
+from diffract.plots.lorenz import lorenz, lorenz_lines
+from diffract.plots.ridge import ridge, ridge_lines
+from diffract.plots.scores import reference_scores
 from diffract.plots.spectrum import spectrum, spectrum_lines
 
 __all__ = [
+    "KINDS",
+    "Kind",
     "agreement",
     "agreement_lines",
+    "check_ending",
+    "coloured_boxes",
+    "density",
+    "density_lines",
+    "evolution",
+    "evolution_line",
+    "head_grids",
     "head_heatmap",
+    "head_maps",
+    "heat_panels",
     "heatmap",
+    "ks_lines",
+    "ks_scan",
     "layer_boxes",
     "layer_violins",
+    "lorenz",
+    "lorenz_lines",
+    "plot",
+    "reference_scores",
+    "ridge",
+    "ridge_lines",
+    "save",
     "spectrum",
     "spectrum_lines",
 ]

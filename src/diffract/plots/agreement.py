@@ -2,54 +2,117 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import Any
 
 import plotly.graph_objects as go
 import polars as pl
 
-from diffract.plots.style import CHANCE, COLOURS, figure, label
+from diffract.plots.panels import panels
+from diffract.plots.rows import curve, facts
+from diffract.plots.style import CHANCE, COLOURS, caption, figure
 
 SIDES = ("left", "right")
+WIDTHS = {"left": 2.5, "right": 1.5}
+"""The first one drawn is the wider, so that it shows where both coincide."""
+
+LABELLED = 0.08
+"""Share of the ranks from which on a peak's band carries its name."""
+
+SAME_RANK, SAME_SIGMA = "vectors of the same rank", "projected on base vectors of about the same σ"
 
 
-def agreement(spectra: pl.DataFrame, metrics: pl.DataFrame, name: str, *, model: str) -> go.Figure:
+def agreement(
+    spectra: pl.DataFrame, metrics: pl.DataFrame, name: str, *, model: str, base: str | None = None
+) -> go.Figure:
     """Draw |cos| of matching vectors by rank, with the level that chance gives.
+
+    Where the tables have the agreement within a window of sigmas, it stands in a second panel; where they have the
+    spectrum's peaks, the ranks that belong to one are shaded.
 
     Args:
         spectra: The spectra table.
         metrics: The metrics table, for the chance levels.
         name: Of the matrix.
         model: Name of the tuned model.
+        base: Whose peaks are shaded; the tuned model's by default.
     """
-    rows = spectra.filter(pl.col("model") == model, pl.col("name") == name)
-    row = metrics.filter(pl.col("model") == model, pl.col("name") == name).to_dicts()
-    curves = {side: _values(rows, f"{side}_agreement") for side in SIDES}
-    chance = {side: row[0].get(f"{side}_agreement_chance") for side in SIDES} if row else {}
-    return agreement_lines(curves, chance, title=label(name))
+    row = facts(metrics, model, name)
+    kinds = ("agreement", "agreement_window")
+    curves = [{side: curve(spectra, model, name, f"{side}_{kind}") for side in SIDES} for kind in kinds]
+    chance = [{side: row.get(f"{side}_{kind}_chance") for side in SIDES} for kind in kinds]
+    peaks = curve(spectra, base or model, name, "peak")
+    if not any(curves[1].values()):
+        return agreement_lines(curves[0], chance[0], peaks=peaks, title=caption(model, name))
+    contents = [_traces(curves[0], chance[0]), _traces(curves[1], chance[1], legend=False)]
+    titles, y = (SAME_RANK, SAME_SIGMA), "|cos|, norm of the projection"
+    made = panels(titles, contents, x="rank", y=y, title=caption(model, name), height=260, legend=True)
+    made.update_layout(shapes=[*_shades(peaks), *_shades(peaks, "x2", "y2")])
+    return made.update_yaxes(range=[0, 1.02])
 
 
 def agreement_lines(
-    curves: Mapping[str, Sequence[float]], chance: Mapping[str, float | None], *, title: str = ""
+    curves: Mapping[str, Sequence[float]],
+    chance: Mapping[str, float | None],
+    *,
+    peaks: Sequence[float] = (),
+    title: str = "",
 ) -> go.Figure:
-    """Draw agreement of both sides and their chance levels."""
+    """Draw agreement of both sides and their chance levels.
+
+    Args:
+        curves: By side.
+        chance: By side.
+        peaks: For each rank the peak of the spectrum that it belongs to, -1 for none.
+        title: Made safe already.
+    """
+    made = figure(_traces(curves, chance), x="rank", y="|cos| of base and tuned vector", title=title)
+    return made.update_yaxes(range=[0, 1.02]).update_layout(shapes=list(_shades(peaks)))
+
+
+def _traces(
+    curves: Mapping[str, Sequence[float]], chance: Mapping[str, float | None], *, legend: bool = True
+) -> list[go.Scatter]:
     longest = max((len(values) for values in curves.values()), default=0)
+    common: dict[str, Any] = {"mode": "lines", "showlegend": legend}
     traces = []
     for side in SIDES:
         values = list(curves.get(side, ()))
         ranks = list(range(1, len(values) + 1))
-        colour = {"color": COLOURS[side], "width": 2}
-        traces.append(go.Scatter(x=ranks, y=values, name=side, mode="lines", line=colour))
+        traces.append(
+            go.Scatter(x=ranks, y=values, name=side, line={"color": COLOURS[side], "width": WIDTHS[side]}, **common)
+        )
     for side in SIDES:
         level = chance.get(side)
         ends = [] if level is None else [level, level]
-        colour = {**CHANCE, "color": COLOURS[side], "width": 1}
-        traces.append(
-            go.Scatter(x=[1, longest][: len(ends)], y=ends, name=f"{side} by chance", mode="lines", line=colour)
-        )
-    made = figure(traces, x="rank", y="|cos| of base and tuned vector", title=title)
-    return made.update_yaxes(range=[0, 1.02])
+        look = {**CHANCE, "color": COLOURS[side], "width": 1}
+        traces.append(go.Scatter(x=[1, longest][: len(ends)], y=ends, name=f"{side} by chance", line=look, **common))
+    return traces
 
 
-def _values(spectra: pl.DataFrame, quantity: str) -> list[float]:
-    rows = spectra.filter(pl.col("quantity") == quantity)["values"]
-    return rows[0].to_list() if len(rows) else []
+def _shades(peaks: Sequence[float], x: str = "x", y: str = "y") -> Iterator[dict[str, Any]]:
+    """Yield a band for each run of ranks that belong to one peak."""
+    for peak, run in groupby(enumerate(peaks, start=1), key=lambda pair: pair[1]):
+        ranks = [rank for rank, _ in run]
+        if not peak >= 0:
+            continue
+        yield {
+            "type": "rect",
+            "xref": x,
+            "yref": f"{y} domain",
+            "x0": ranks[0] - 0.5,
+            "x1": ranks[-1] + 0.5,
+            "y0": 0,
+            "y1": 1,
+            "layer": "below",
+            "line": {"width": 0},
+            "fillcolor": "rgba(107,114,128,0.14)",
+            # A narrow band has no room for its name.
+            "label": _name(peak) if len(ranks) > LABELLED * len(peaks) else {},
+        }
+
+
+def _name(peak: float) -> dict[str, Any]:
+    look = {"size": 10, "color": COLOURS["base"]}
+    return {"text": f"peak {int(peak) + 1}", "textposition": "bottom left", "font": look}

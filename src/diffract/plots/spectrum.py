@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 import plotly.graph_objects as go
 import polars as pl
 
-from diffract.plots.style import COLOURS, figure, label
+from diffract.plots.rows import curve
+from diffract.plots.style import COLOURS, LOG, caption, figure
+
+DASHES = {"base": "dot", "tuned": "solid", "delta": "dash"}
 
 
 def spectrum(spectra: pl.DataFrame, name: str, *, base: str, tuned: str | None = None) -> go.Figure:
@@ -19,11 +22,10 @@ def spectrum(spectra: pl.DataFrame, name: str, *, base: str, tuned: str | None =
         base: Name of the (base) model.
         tuned: Name of a tuned model, if there is one.
     """
-    chosen = spectra.filter(pl.col("name") == name)
-    curves = {"base": _values(chosen, base, "sigma")}
+    curves = {"base": curve(spectra, base, name, "sigma")}
     if tuned is not None:
-        curves |= {"tuned": _values(chosen, tuned, "sigma"), "delta": _values(chosen, tuned, "delta_sigma")}
-    return spectrum_lines(curves, title=label(name))
+        curves |= {"tuned": curve(spectra, tuned, name, "sigma"), "delta": curve(spectra, tuned, name, "delta_sigma")}
+    return spectrum_lines(curves, title=caption(tuned or base, name))
 
 
 def spectrum_lines(curves: Mapping[str, Sequence[float]], *, title: str = "") -> go.Figure:
@@ -34,16 +36,9 @@ def spectrum_lines(curves: Mapping[str, Sequence[float]], *, title: str = "") ->
             y=list(values),
             name=kind,
             mode="lines",
-            line={"color": COLOURS[kind], "width": 2, "dash": "dot" if kind == "base" else "solid"},
+            line={"color": COLOURS[kind], "width": 2, "dash": DASHES[kind]},
             hovertemplate="rank %{x}: %{y:.4g}<extra>" + kind + "</extra>",
         )
         for kind, values in curves.items()
     ]
-    fine = {"showgrid": True, "gridcolor": "#f3f4f6"}
-    made = figure(traces, x="rank", y="singular value", title=title)
-    return made.update_yaxes(type="log", dtick=1, exponentformat="power", minor=fine)
-
-
-def _values(spectra: pl.DataFrame, model: str, quantity: str) -> list[float]:
-    rows = spectra.filter(pl.col("model") == model, pl.col("quantity") == quantity)["values"]
-    return rows[0].to_list() if len(rows) else []
+    return figure(traces, x="rank", y="singular value", title=title).update_yaxes(**LOG)

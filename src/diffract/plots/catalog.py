@@ -1,0 +1,264 @@
+"""Every kind of figure: what draws it, what it needs, and which options it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import plotly.graph_objects as go
+import polars as pl
+
+from diffract.errors import SelectionError
+from diffract.plots.agreement import agreement
+from diffract.plots.choice import Choice, base_model, of_projection, pick, pick_matrix, pick_metric, pick_model
+from diffract.plots.density import AXES as DENSITY_AXES
+from diffract.plots.density import density
+from diffract.plots.evolution import AXES as EVOLUTION_AXES
+from diffract.plots.evolution import OVER, evolution
+from diffract.plots.frames import Frames
+from diffract.plots.head_heatmap import head_heatmap
+from diffract.plots.head_maps import SCALES, head_maps
+from diffract.plots.ks_scan import ks_scan
+from diffract.plots.layer_violins import layer_violins
+from diffract.plots.lorenz import lorenz
+from diffract.plots.ridge import ridge
+from diffract.plots.scores import reference_scores
+from diffract.plots.spectrum import spectrum
+
+COMPARE = "diffract compare BASE TUNED -o RUN"
+SCAN_ALL = "diffract scan MODEL --metrics all -o RUN` or `diffract compare BASE TUNED --metrics all -o RUN"
+HEADS = "diffract heads BASE TUNED -o RUN"
+TRAJECTORY = "diffract trajectory MODEL... -o RUN"
+
+CHANGE_FIRST = ("delta_relative", "effective_rank", "stable_rank")
+SHADE = "left_agreement_mean"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A row of the catalog.
+
+    Attributes:
+        draw: Draws it.
+        summary: One line.
+        make: The command that makes a run for it.
+        tables: Which must be there.
+        quantities: Of the spectra table; all must be there.
+        columns: Of the first table; at least one must be there.
+        further: Tables that it uses where they are there.
+        options: Names of the options that it takes.
+    """
+
+    draw: Callable[[Frames, Choice], go.Figure]
+    summary: str
+    make: str
+    tables: tuple[str, ...]
+    quantities: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    further: tuple[str, ...] = ("models",)
+    options: tuple[str, ...] = ()
+
+
+def _density(frames: Frames, choice: Choice) -> go.Figure:
+    model = pick_model(frames, choice.model)
+    matrix = pick_matrix(frames, choice.matrix, model, "sigma")
+    axes = pick("axes", choice.axes, DENSITY_AXES)
+    return density(frames["spectra"], frames["metrics"], matrix, model=model, axes=axes)
+
+
+def _ks(frames: Frames, choice: Choice) -> go.Figure:
+    model = pick_model(frames, choice.model)
+    matrix = pick_matrix(frames, choice.matrix, model, "pl_ks_scan")
+    return ks_scan(frames["spectra"], frames["metrics"], matrix, model=model)
+
+
+def _spectrum(frames: Frames, choice: Choice) -> go.Figure:
+    model = pick_model(frames, choice.model)
+    base = base_model(frames, model)
+    matrix = pick_matrix(frames, choice.matrix, model, "sigma")
+    if base is None:
+        return spectrum(frames["spectra"], matrix, base=model)
+    return spectrum(frames["spectra"], matrix, base=base, tuned=model)
+
+
+def _agreement(frames: Frames, choice: Choice) -> go.Figure:
+    model = pick_model(frames, choice.model)
+    matrix = pick_matrix(frames, choice.matrix, model, "left_agreement")
+    return agreement(frames["spectra"], frames["metrics"], matrix, model=model, base=base_model(frames, model))
+
+
+def _heads(frames: Frames, choice: Choice) -> go.Figure:
+    metric = pick("metric", choice.metric, [m for m in SCALES if m in frames["heads"].columns])
+    return head_maps(_domains(frames, choice.model), metric=metric)
+
+
+def _lorenz(frames: Frames, choice: Choice) -> go.Figure:
+    return lorenz(_domains(frames, choice.model))
+
+
+def _scores(frames: Frames, choice: Choice) -> go.Figure:
+    names = frames["heads"]["model"].unique(maintain_order=True).to_list()
+    if len(names) < 2:
+        raise SelectionError(
+            "scores hold domains against each other: the run needs two tuned models. Make one with "
+            "`diffract heads BASE TUNED1 TUNED2 -o RUN`."
+        )
+    reference = pick("reference", choice.reference, names)
+    others = [name for name in names if name != reference]
+    shown = others if choice.model is None else [pick("model", choice.model, others)]
+    return reference_scores(frames["heads"].filter(pl.col("model").is_in([*shown, reference])), reference)
+
+
+def _evolution(frames: Frames, choice: Choice) -> go.Figure:
+    metrics = of_projection(frames["metrics"], choice.projection)
+    metric = pick_metric(metrics, choice.metric, CHANGE_FIRST[1:])
+    names = metrics["name"].unique(maintain_order=True).to_list()
+    matrix = None if choice.matrix is None else pick("matrix", choice.matrix, names)
+    axes = pick("axes", choice.axes, EVOLUTION_AXES)
+    return evolution(metrics, metric, over=_over(metrics, choice.over), matrix=matrix, axes=axes)
+
+
+def _ridge(frames: Frames, choice: Choice) -> go.Figure:
+    metrics, over = frames["metrics"], _over(frames["metrics"], choice.over)
+    if choice.layer is None and choice.projection is None:
+        names = [pick_matrix(frames, choice.matrix, pick_model(frames, None), "sigma")]
+        return ridge(frames["spectra"], metrics, names, over=over)
+    if choice.matrix is not None:
+        raise SelectionError(
+            "ridge draws one matrix, or pools those of a layer or projection. Leave out one of the two."
+        )
+    rows = of_projection(metrics, choice.projection, choice.layer)
+    where = "all layers" if choice.layer is None else f"layer {choice.layer}"
+    title = f"{where}, {choice.projection or 'all matrices'}"
+    return ridge(frames["spectra"], metrics, rows["name"].unique(maintain_order=True).to_list(), title=title, over=over)
+
+
+def _violins(frames: Frames, choice: Choice) -> go.Figure:
+    rows = _of_model(frames, choice)
+    metric = pick_metric(rows, choice.metric, CHANGE_FIRST)
+    shaded = SHADE in rows.columns and metric != SHADE and rows[SHADE].count() > 0
+    title = ", ".join(filter(None, [choice.projection, rows["model"][0]]))
+    return layer_violins(rows, metric, colour=SHADE if shaded else None, title=title)
+
+
+def _head_heatmap(frames: Frames, choice: Choice) -> go.Figure:
+    rows = _of_model(frames, Choice(model=choice.model))
+    metric = pick_metric(rows, choice.metric, CHANGE_FIRST)
+    cut = rows.filter(pl.coalesce("head", "kv_head").is_not_null())["projection"].unique(maintain_order=True).to_list()
+    return head_heatmap(rows, metric, pick("projection", choice.projection, cut, "q"), model=rows["model"][0])
+
+
+def _domains(frames: Frames, wanted: str | None) -> pl.DataFrame:
+    heads = frames["heads"]
+    if wanted is None:
+        return heads
+    return heads.filter(pl.col("model") == pick("model", wanted, heads["model"].unique(maintain_order=True).to_list()))
+
+
+def _of_model(frames: Frames, choice: Choice) -> pl.DataFrame:
+    model = pick_model(frames, choice.model)
+    return of_projection(frames["metrics"].filter(pl.col("model") == model), choice.projection)
+
+
+def _over(metrics: pl.DataFrame, wanted: str | None) -> str | None:
+    known = [c for c in OVER if c in metrics.columns and metrics[c].count() > 0]
+    return None if wanted is None else pick("time axis", wanted, known)
+
+
+ONE_MATRIX = ("matrix", "model")
+SPECTRA = ("metrics", "spectra")
+
+KINDS: dict[str, Kind] = {
+    "density": Kind(
+        _density,
+        "density of one matrix's eigenvalues, with the Marchenko-Pastur law, the permuted matrix and four tail fits",
+        SCAN_ALL,
+        SPECTRA,
+        ("sigma",),
+        ("pl_alpha", "mp_variance"),
+        options=(*ONE_MATRIX, "axes"),
+    ),
+    "ks": Kind(
+        _ks,
+        "distance of the best power law for every place where its tail might begin",
+        SCAN_ALL,
+        SPECTRA,
+        ("sigma", "pl_ks_scan"),
+        ("pl_xmin",),
+        options=ONE_MATRIX,
+    ),
+    "spectrum": Kind(
+        _spectrum,
+        "singular values of one matrix: base, tuned, and the change",
+        "diffract scan MODEL -o RUN` or `" + COMPARE,
+        SPECTRA,
+        ("sigma",),
+        options=ONE_MATRIX,
+    ),
+    "agreement": Kind(
+        _agreement,
+        "how far singular vectors of base and tuned agree along the spectrum, beside chance",
+        COMPARE,
+        SPECTRA,
+        ("left_agreement",),
+        options=ONE_MATRIX,
+    ),
+    "heads": Kind(
+        _heads,
+        "change of every head, a map for each domain, the same colours in all",
+        HEADS,
+        ("heads",),
+        columns=tuple(SCALES),
+        further=(),
+        options=("model", "metric"),
+    ),
+    "lorenz": Kind(
+        _lorenz,
+        "how unevenly each domain's change is spread over heads",
+        HEADS,
+        ("heads",),
+        columns=("head_delta",),
+        further=(),
+        options=("model",),
+    ),
+    "scores": Kind(
+        _scores,
+        "which heads a domain changed more than a reference domain did",
+        "diffract heads BASE TUNED1 TUNED2 -o RUN",
+        ("heads",),
+        columns=("head_delta",),
+        further=(),
+        options=("model", "reference"),
+    ),
+    "evolution": Kind(
+        _evolution,
+        "a metric over training: median and quartiles of each projection, or one matrix",
+        TRAJECTORY,
+        ("metrics",),
+        columns=("order",),
+        options=("metric", "matrix", "projection", "over", "axes"),
+    ),
+    "ridge": Kind(
+        _ridge,
+        "spectra over training, of one matrix or pooled over a layer or projection",
+        TRAJECTORY,
+        SPECTRA,
+        ("sigma",),
+        ("order",),
+        options=("matrix", "layer", "projection", "over"),
+    ),
+    "violins": Kind(
+        _violins,
+        "spread of a metric within each layer, coloured by how far singular vectors agree",
+        "diffract scan MODEL -o RUN` or `" + COMPARE,
+        ("metrics",),
+        options=("metric", "model", "projection"),
+    ),
+    "head_heatmap": Kind(
+        _head_heatmap,
+        "a metric over the layers and heads of one projection",
+        "diffract scan MODEL -o RUN` or `" + COMPARE,
+        ("metrics",),
+        options=("metric", "model", "projection"),
+    ),
+}

@@ -1,0 +1,120 @@
+"""What a figure shows: as asked for, or the most telling of what a run has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import polars as pl
+
+from diffract.errors import SelectionError, printable, suggest
+from diffract.plots.frames import Frames
+from diffract.plots.rows import part
+
+NO_METRICS = ("resolved",)
+"""Columns of numbers that are no metrics."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Options of a figure; ``None`` leaves them to the figure.
+
+    Attributes:
+        matrix: Its name in the tables.
+        model: A name in the tables.
+        metric: A column.
+        reference: The model that others are held against.
+        projection: Such as ``q`` or ``attn.q``.
+        layer: A number.
+        over: ``tokens``, ``step`` or ``order``.
+        axes: Of y and x, such as ``log-log`` or ``lin-log``.
+    """
+
+    matrix: str | None = None
+    model: str | None = None
+    metric: str | None = None
+    reference: str | None = None
+    projection: str | None = None
+    layer: int | None = None
+    over: str | None = None
+    axes: str | None = None
+
+
+def pick(what: str, wanted: str | None, known: Sequence[str], default: str | None = None) -> str:
+    """Return what is wanted if it is known, else the default, else the first that is known.
+
+    Raises:
+        SelectionError: It is not known, or nothing is.
+    """
+    if not known:
+        raise SelectionError(f"the run has no {what} to draw.")
+    if wanted is None:
+        return default if default is not None and default in known else known[0]
+    if wanted not in known:
+        few = f" Known: {', '.join(printable(k, 60) for k in known)}." if len(known) <= 12 else ""
+        raise SelectionError(f"unknown {what} {printable(wanted)!r}.{suggest(wanted, known) or few}")
+    return wanted
+
+
+def pick_model(frames: Frames, wanted: str | None) -> str:
+    """Return the wanted model; by default the first tuned one, the last checkpoint of a trajectory, or the only one."""
+    known = frames["metrics"]["model"].unique(maintain_order=True).to_list()
+    last = [name for name in _of_role(frames, "checkpoint") if name in known][-1:]
+    default = [*_of_role(frames, "tuned"), *last]
+    return pick("model", wanted, known, default[0] if default else None)
+
+
+def base_model(frames: Frames, model: str) -> str | None:
+    """Return what a model was compared with, ``None`` for the base of all and where there is none."""
+    models = frames.get("models")
+    if models is not None and "against" in models.columns:
+        return next(iter(models.filter(pl.col("model") == model)["against"]), None)
+    return next((name for name in _of_role(frames, "base") if name != model), None)
+
+
+def pick_matrix(frames: Frames, wanted: str | None, model: str, quantity: str) -> str:
+    """Return the wanted matrix of a model.
+
+    By default, of those with most singular values the one that changed most (``delta_relative``), or the first.
+    """
+    has = frames["spectra"].filter(pl.col("model") == model, pl.col("quantity") == quantity)["name"]
+    rows = frames["metrics"].filter(pl.col("model") == model, pl.col("name").is_in(has.implode()))
+    short = pl.min_horizontal("rows", "cols")
+    change = pl.col("delta_relative") if "delta_relative" in rows.columns else pl.lit(None)
+    # A stable sort keeps the order of the table among equals.
+    ordered = rows.sort(short, change, descending=True, nulls_last=True, maintain_order=True)
+    return pick("matrix", wanted, rows["name"].to_list(), ordered["name"][0] if len(ordered) else None)
+
+
+def pick_metric(metrics: pl.DataFrame, wanted: str | None, defaults: Sequence[str]) -> str:
+    """Return the wanted column of numbers; by default the first of ``defaults`` that is there."""
+    known = [c for c, t in metrics.schema.items() if t == pl.Float64 and c not in NO_METRICS]
+    return pick("metric", wanted, known, next((d for d in defaults if d in known), None))
+
+
+def of_projection(metrics: pl.DataFrame, wanted: str | None, layer: int | None = None) -> pl.DataFrame:
+    """Return the rows of a projection (``q`` or ``attn.q``) and of a layer; all where none is wanted.
+
+    Raises:
+        SelectionError: There is no such projection or layer.
+    """
+    rows = metrics.with_columns(part().alias("_part"))
+    if wanted is not None:
+        known = [
+            *rows["projection"].drop_nulls().unique(maintain_order=True),
+            *rows["_part"].unique(maintain_order=True),
+        ]
+        pick("projection", wanted, known)
+        rows = rows.filter((pl.col("projection") == wanted) | (pl.col("_part") == wanted))
+    if layer is not None:
+        layers = [str(n) for n in rows["layer"].drop_nulls().unique().sort()]
+        pick("layer", str(layer), layers)
+        rows = rows.filter(pl.col("layer") == layer)
+    return rows.drop("_part")
+
+
+def _of_role(frames: Frames, role: str) -> list[str]:
+    models = frames.get("models")
+    if models is None or "role" not in models.columns:
+        return []
+    return models.filter(pl.col("role") == role)["model"].to_list()
