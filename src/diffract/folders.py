@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from diffract.errors import RunError
@@ -44,7 +44,8 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise RunError(f"cannot write {str(path)!r}: {error.strerror or error}. Nothing was changed there.") from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):  # where the parent is a file, there is no draft either
+            draft.unlink()
 
 
 def refuse_existing(folder: str | Path, *, force: bool) -> None:

@@ -5,7 +5,7 @@
   const by = (id) => document.getElementById(id);
   const safe = (text) => String(text).replace(/[&<>"']/g, (c) => `&#${c.charCodeAt(0)};`);
   const baseOf = new Map(data.models.map((m) => [m.model, m.base]));
-  const config = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d"] };
+  const config = { displaylogo: false, responsive: true, showSendToCloud: false, plotlyServerURL: "", modeBarButtonsToRemove: ["lasso2d", "select2d"] };
   const state = { metric: data.first, model: null, name: null, part: "", sort: "name", up: true, filter: "" };
 
   const curves = new Map();
