@@ -5,9 +5,9 @@ the way a scan and a comparison compute them.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,11 @@ from diffract.analysis.stack import Stack
 from diffract.metrics import CATALOG, GROUPS, heavy_tails
 from diffract.metrics.agreement import best_match_chance, cosine_chance
 from diffract.metrics.subspaces import principal_angle_chance
+
+BOOTSTRAPPED = {m.name for m in GROUPS["p_values"]}
+"""A thousand fits each: they have a test of their own, below."""
+
+QUICK = [name for name in CATALOG if name not in BOOTSTRAPPED]
 
 CPU = torch.device("cpu")
 
@@ -69,21 +74,32 @@ class Case:
         (U0, _, V0), (U1, _, V1) = self.base, self.tuned
         return (U0, U1) if side == "left" else (V0.T, V1.T)
 
-    @property
+    @cached_property
     def noise(self) -> dict[str, float]:
         return slow.noise(self.sigmas, self.w.shape)
 
-    @property
+    @cached_property
     def energy(self) -> np.ndarray:
         return ((self.base[0].T @ self.delta) ** 2).sum(1)
+
+    @cached_property
+    def in_peaks(self) -> np.ndarray:
+        return slow.in_peaks(self.base[1])
 
     @property
     def eigenvalues(self) -> np.ndarray:
         return self.sigmas**2 / max(self.w.shape)
 
-    def tail(self, law: str) -> Any:
-        """Of laws with two parameters the fit itself: ``heavy_tails`` is held against references in its own tests."""
-        return getattr(heavy_tails, law)(torch.from_numpy(self.eigenvalues)[None])
+    @cached_property
+    def tails(self) -> dict[str, Any]:
+        """Laws with two parameters by the fit itself: ``heavy_tails`` is held against references in its own tests."""
+        values = torch.from_numpy(self.eigenvalues)[None]
+        names = ("truncated_power_law", "log_normal", "compare_tails")
+        return {name: getattr(heavy_tails, name)(values) for name in names}
+
+    @cached_property
+    def slow_tails(self) -> dict[str, dict[str, float]]:
+        return {law: slow.best_tail(self.eigenvalues, law) for law in ("power_law", "exponential")}
 
     def window(self, j: int) -> list[int]:
         return [i for i, s in enumerate(self.base[1]) if abs(s - self.sigmas[j]) <= 0.05 * self.sigmas[j]]
@@ -183,21 +199,21 @@ for _short, _law in (("pl", "power_law"), ("exp", "exponential")):
     _parameters = {"alpha": 0, "alpha_stderr": 0} if _short == "pl" else {"rate": -2}
     for _name, _degree in {**_parameters, "xmin": 2, "ks": 0, "tail_count": 0}.items():
         TABLE[f"{_short}_{_name}"] = (
-            lambda c, law=_law, n=_name: slow.best_tail(c.eigenvalues, law)[n],
+            lambda c, law=_law, n=_name: c.slow_tails[law][n],
             _degree,
             ALL,
         )
 for _short, _law in (("tpl", "truncated_power_law"), ("ln", "log_normal")):
     _parameters = {"alpha": 0, "rate": -2} if _short == "tpl" else {"mu": None, "sigma": 0}
     for _name, _degree in {**_parameters, "xmin": 2, "ks": 0, "tail_count": 0}.items():
-        TABLE[f"{_short}_{_name}"] = (lambda c, law=_law, n=_name: getattr(c.tail(law), n).item(), _degree, ALL)
+        TABLE[f"{_short}_{_name}"] = (lambda c, law=_law, n=_name: getattr(c.tails[law], n).item(), _degree, ALL)
 for _short, _law in (("tpl", "truncated_power_law"), ("ln", "log_normal")):
-    TABLE[f"pl_vs_{_short}"] = (lambda c, law=_law: getattr(c.tail("compare_tails"), law).ratio.item(), 0, ALL)
-    TABLE[f"pl_vs_{_short}_p"] = (lambda c, law=_law: getattr(c.tail("compare_tails"), law).p.item(), 0, ALL)
+    TABLE[f"pl_vs_{_short}"] = (lambda c, law=_law: getattr(c.tails["compare_tails"], law).ratio.item(), 0, ALL)
+    TABLE[f"pl_vs_{_short}_p"] = (lambda c, law=_law: getattr(c.tails["compare_tails"], law).p.item(), 0, ALL)
 
 
 def alpha(c: Case) -> float:
-    return slow.best_tail(c.eigenvalues, "power_law")["alpha"]
+    return c.slow_tails["power_law"]["alpha"]
 
 
 TABLE |= {
@@ -210,8 +226,8 @@ TABLE |= {
     "donoho_gavish_threshold": (lambda c: slow.hard_threshold(c.sigmas, c.w.shape), 1, ALL),
     "donoho_gavish_rank": (lambda c: float((c.sigmas > slow.hard_threshold(c.sigmas, c.w.shape)).sum()), 0, ALL),
     "peak_count": (lambda c: slow.peak_count(c.sigmas), 0, ALL),
-    "peak_enrichment": (lambda c: slow.enrichment(c.energy, slow.in_peaks(c.base[1])), 0, SIDED),
-    "peak_enrichment_pvalue": (lambda c: slow.enrichment_pvalue(c.energy, slow.in_peaks(c.base[1])), 0, SIDED),
+    "peak_enrichment": (lambda c: slow.enrichment(c.energy, c.in_peaks), 0, SIDED),
+    "peak_enrichment_pvalue": (lambda c: slow.enrichment_pvalue(c.energy, c.in_peaks), 0, SIDED),
 }
 
 for _side in ("left", "right"):
@@ -248,12 +264,6 @@ for _side in ("left", "right"):
     }
 
 
-BOOTSTRAPPED = {m.name for m in GROUPS["p_values"]}
-"""A thousand fits each: they have a test of their own, below."""
-
-QUICK = [name for name in CATALOG if name not in BOOTSTRAPPED]
-
-
 def test_every_metric_has_its_row() -> None:
     assert set(TABLE) == set(QUICK)
 
@@ -273,11 +283,13 @@ def stack_of(w: torch.Tensor) -> Stack:
     return Stack(len(w), (w.shape[1], w.shape[2]), w.dtype, lambda: iter([w]))
 
 
-def compute(base: torch.Tensor, tuned: torch.Tensor, method: str) -> dict[str, torch.Tensor]:
-    """Every metric; those of one matrix of the tuned one."""
+def compute(
+    base: torch.Tensor, tuned: torch.Tensor, method: str, names: Sequence[str] = QUICK
+) -> dict[str, torch.Tensor]:
+    """Metrics by name; those of one matrix of the tuned one."""
     found = {}
     for pair in (False, True):
-        metrics = tuple(CATALOG[name] for name in QUICK if CATALOG[name].pair == pair)
+        metrics = tuple(CATALOG[name] for name in names if CATALOG[name].pair == pair)
         plan = Plan(metrics, method=method)
         if pair:
             facts = pair_facts(stack_of(base), stack_of(tuned), plan, CPU)[1].facts
@@ -470,6 +482,11 @@ def test_bootstrapped_p_values_are_invariant_and_in_range(name: str) -> None:
     assert math.isnan(value(0 * base))
 
 
+@cache
+def together(method: str) -> dict[str, float]:
+    return numbers(*make_pair(34, 40, 0.3, 4, torch.float32), method)
+
+
 @pytest.mark.parametrize("method", ["auto", "exact", "gram"])
 @pytest.mark.parametrize("name", QUICK)
 def test_a_metric_alone_gives_what_it_gives_among_all(name: str, method: str) -> None:
@@ -481,10 +498,9 @@ def test_a_metric_alone_gives_what_it_gives_among_all(name: str, method: str) ->
     else:
         facts = single_facts(stack_of(tuned), plan, CPU).facts
     alone = m(*(facts[fact] for fact in m.facts)).item()
-    together = numbers(base, tuned, method)[name]
     # Another solver (with or without vectors) may serve it: its tolerance.
     tolerance = room(name, TOLERANCE["exact" if method == "exact" else "gram"])
-    assert alone == pytest.approx(together, rel=tolerance, nan_ok=True)
+    assert alone == pytest.approx(together(method)[name], rel=tolerance, nan_ok=True)
 
 
 # Chance
@@ -505,7 +521,8 @@ def test_mean_cosine_of_random_unit_vectors(dimension: int) -> None:
 @pytest.mark.parametrize("shape", [(9, 14), (14, 9), (10, 10)], ids=str)
 def test_chance_levels_of_unrelated_matrices(shape: tuple[int, int]) -> None:
     base, tuned = gaussian(2, 600, *shape, seed=7)
-    found = compute(base, tuned, "exact")
+    names = [m.name for m in GROUPS["agreement"]]
+    found = compute(base, tuned, "exact", names)
     for side in ("left", "right"):
         # Gaussian matrices have Haar-distributed vectors: these levels are exact.
         assert five_errors(found[f"{side}_agreement_mean"], found[f"{side}_agreement_chance"][0].item())
@@ -521,6 +538,7 @@ def test_chance_levels_of_unrelated_matrices(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("shape", [(6, 10), (10, 6), (8, 8)], ids=str)
 def test_value_share_of_random_changes(shape: tuple[int, int]) -> None:
     base = gaussian(1, *shape, seed=1).expand(3000, *shape)
-    found = compute(base, base + 0.1 * gaussian(3000, *shape, seed=2), "exact")
+    names = ["value_share", "value_share_chance"]
+    found = compute(base, base + 0.1 * gaussian(3000, *shape, seed=2), "exact", names)
     assert found["value_share_chance"][0].item() == pytest.approx(1 / max(shape), rel=1e-15)
     assert five_errors(found["value_share"], 1 / max(shape))
