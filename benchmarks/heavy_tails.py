@@ -1,7 +1,7 @@
 """Measure the heavy-tail fits: all four laws with their search for xmin, and what a p-value costs.
 
-    python benchmarks/heavy_tails.py               # at one thread and at two
-    python benchmarks/heavy_tails.py --threads 1
+    python benchmarks/heavy_tails.py                 # on one thread, as the engine's workers run
+    python benchmarks/heavy_tails.py --threads 1 2   # two threads want an idle machine
 
 Spectra of three kinds: Wishart (random initialisation), Wishart with a power-law tail (a trained layer), log-normal
 over five decades. Times are medians of several runs after one that warms up, by the clock and by the processor (all
@@ -95,7 +95,7 @@ def measure_powerlaw() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--threads", type=int, nargs="*", default=[1])
     args = parser.parse_args()
     for threads in args.threads:
         torch.set_num_threads(threads)

@@ -12,7 +12,9 @@ from scipy import integrate, special, stats
 from tail_samples import KINDS, batch, brute_power_law, distance, sample
 
 from diffract.metrics.heavy_tails import exponential, log_normal, power_law, truncated_power_law
+from diffract.metrics.heavy_tails.cutoff import moments
 from diffract.metrics.heavy_tails.families import LAWS
+from diffract.metrics.heavy_tails.hazard import excess
 from diffract.metrics.heavy_tails.order import order
 from diffract.metrics.heavy_tails.search import fit_tails, nearest
 
@@ -107,6 +109,27 @@ def neighbours(family: str, found: list[float]) -> list[tuple[float, ...]]:
     if family == "truncated_power_law":
         return [(a, r) for a, r in around if a >= 1 and r >= 0 and (r > 0 or a > 1)]
     return [other for other in around if other[-1] > (1 if family == "power_law" else 0)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_candidate_solves_its_likelihood_equations(kind: str) -> None:
+    ordered = order(batch(*(sample(kind, n, seed) for n in (4, 10, 60, 300) for seed in range(5))))
+    tails = ordered.tails(*ordered.candidates(2).nonzero().unbind(1))
+    a, z = LAWS["truncated_power_law"].fit(tails).unbind(1)
+    cut = z > 0
+    m = moments(a[cut], z[cut])
+    # In standard deviations of the two statistics. Where they nearly coincide, or the cut-off nearly vanishes, the
+    # likelihood is flat to rounding before its slope is.
+    slope_a = (m.s - tails.mean_log[cut]) / m.var_s.sqrt()
+    slope_z = (m.w - z[cut] * tails.mean_excess[cut]) / m.var_w.sqrt()
+    inner = a[cut] > 0
+    assert slope_a[inner].abs().max() < 1e-8
+    assert slope_z.abs().max() < 1e-8
+    assert (slope_a[~inner] <= 0).all()  # a smaller alpha would be likelier still
+    D, q = excess(LAWS["log_normal"].fit(tails)[:, 0])
+    wanted = (tails.mean_square_log / tails.mean_log.square()).clamp(max=2)
+    assert (q - wanted).abs().max() < 2e-11  # q itself loses 1e-12 near z = 8; the limit is 2e-12 below 2
+    assert torch.allclose(D / LAWS["log_normal"].fit(tails)[:, 1], tails.mean_log, rtol=1e-13)
 
 
 def test_a_truncated_power_law_may_lie_on_either_bound() -> None:

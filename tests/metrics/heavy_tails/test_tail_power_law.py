@@ -123,10 +123,10 @@ def test_scale_order_and_padding_do_not_matter(
         assert torch.allclose(getattr(again, name), want, rtol=1e-9, atol=1e-9, equal_nan=True), name
 
 
-def test_a_batch_beyond_one_piece_gives_what_single_rows_give() -> None:
-    x = torch.from_numpy(np.stack([sample("body and tail", 700, seed) for seed in range(450)]))  # above 2^17 values
+def test_a_batch_of_several_pieces_gives_what_single_rows_give() -> None:
+    x = torch.from_numpy(np.stack([sample("body and tail", 700, seed) for seed in range(100)]))
     fit = power_law(x)
-    for i in (0, 186, 187, 188, 374, 449):
+    for i in (0, 44, 45, 46, 90, 99):
         assert row(fit, i) == pytest.approx(row(power_law(x[i : i + 1])), rel=1e-12)
 
 

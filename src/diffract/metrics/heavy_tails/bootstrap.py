@@ -13,7 +13,8 @@ from diffract.errors import SelectionError
 from diffract.metrics.heavy_tails.families import Family, law_of
 from diffract.metrics.heavy_tails.law import Law
 from diffract.metrics.heavy_tails.order import order
-from diffract.metrics.heavy_tails.search import ROUNDING, ROWS_ENTRIES, Fitted, fit_tails
+from diffract.metrics.heavy_tails.pieces import piece_entries
+from diffract.metrics.heavy_tails.search import ROUNDING, Fitted, fit_tails
 
 PerMatrix = Float64[Tensor, "b"]
 
@@ -73,9 +74,14 @@ def p_value(
     fitted = fit_tails(values, law, at=at, **options)
     p = torch.full_like(fitted.ks, torch.nan)
     fits = fitted.ks.isfinite().nonzero()[:, 0]
+<<<<<<< HEAD
     for rows in fits.split(max(1, ROWS_ENTRIES // (BLOCK * max(1, values.shape[1])))):
         if not len(rows):
             break
+=======
+    entries = piece_entries(values.device)
+    for rows in fits.split(max(1, entries // (BLOCK * max(1, values.shape[1])))):
+>>>>>>> wt-tails
         generator = torch.Generator().manual_seed(seed)
         p[rows] = _share_of_worse(values[rows], fitted[rows], law, draws, generator, refit and at is None, options)
     return PValue(p, (p * (1 - p) / draws).sqrt())

@@ -16,9 +16,6 @@ from diffract.metrics.heavy_tails.law import Law, Parameters
 from diffract.metrics.heavy_tails.order import Ordered, Tails, order
 from diffract.metrics.heavy_tails.pieces import piece_entries
 
-ROWS_ENTRIES = 1 << 17
-"""Values of the rows that are sorted and fitted together."""
-
 LONG = 512
 """Rows of more values are looked at in part before they are looked at in full."""
 
@@ -60,7 +57,7 @@ def fit_tails(
         min_tail: Fewest values in a tail.
         two_sided: Whether the distance looks at the empirical distribution function from both sides.
     """
-    rows = max(1, ROWS_ENTRIES // max(1, values.shape[1]))
+    rows = max(1, piece_entries(values.device) // max(1, values.shape[1]))
     parts = []
     for start in range(0, max(1, len(values)), rows):
         ordered = order(values[start : start + rows])
