@@ -74,14 +74,10 @@ def p_value(
     fitted = fit_tails(values, law, at=at, **options)
     p = torch.full_like(fitted.ks, torch.nan)
     fits = fitted.ks.isfinite().nonzero()[:, 0]
-<<<<<<< HEAD
-    for rows in fits.split(max(1, ROWS_ENTRIES // (BLOCK * max(1, values.shape[1])))):
-        if not len(rows):
-            break
-=======
     entries = piece_entries(values.device)
     for rows in fits.split(max(1, entries // (BLOCK * max(1, values.shape[1])))):
->>>>>>> wt-tails
+        if not len(rows):
+            break
         generator = torch.Generator().manual_seed(seed)
         p[rows] = _share_of_worse(values[rows], fitted[rows], law, draws, generator, refit and at is None, options)
     return PValue(p, (p * (1 - p) / draws).sqrt())
