@@ -84,6 +84,10 @@ def _tail_warnings(found: heavy_tails.PowerLaw, values: Tensor) -> tuple[str, ..
     return heavy_tails.describe_warning(heavy_tails.tail_warning(found, values), found)
 
 
+def _compare_tails(values: Tensor, tail: heavy_tails.PowerLaw) -> heavy_tails.Comparisons:
+    return heavy_tails.compare_tails(values, at=tail.xmin)
+
+
 def _find_peaks(sigmas: Tensor) -> peaks.Peaks:
     return peaks.find_peaks(peaks.log_density(sigmas), sigmas)
 
@@ -102,8 +106,8 @@ _derive("power_law", "fitted tail, heavy_tails.PowerLaw", heavy_tails.power_law,
 _derive("truncated_power_law", "likewise", heavy_tails.truncated_power_law, "tail_eigenvalues")
 _derive("exponential", "likewise", heavy_tails.exponential, "tail_eigenvalues")
 _derive("log_normal", "likewise", heavy_tails.log_normal, "tail_eigenvalues")
-_derive("tail_comparisons", "power law against the others, heavy_tails.Comparisons", heavy_tails.compare_tails,
-        "tail_eigenvalues")  # fmt: skip
+_derive("tail_comparisons", "power law against the others, heavy_tails.Comparisons", _compare_tails,
+        "tail_eigenvalues", "power_law")  # fmt: skip
 _derive("tail_warnings", "what speaks against the power law, one text a matrix", _tail_warnings,
         "power_law", "tail_eigenvalues")  # fmt: skip
 _derive("power_law_scan", "(b, M), distance of the power law with xmin at each eigenvalue", heavy_tails.power_law_scan,
