@@ -8,7 +8,8 @@ import torch
 from diffract.analysis.facts import pair_facts, single_facts
 from diffract.analysis.plan import Plan
 from diffract.analysis.stack import Stack
-from diffract.metrics import CATALOG
+from diffract.metrics import CATALOG, GROUPS
+from diffract.metrics.catalog import DEFAULT
 
 CPU = torch.device("cpu")
 
@@ -18,8 +19,11 @@ EXACT = 1e-12
 GRAM = 1e-7
 """Relative: what Gram matrices promise of sigma_1; the sigmas here are no smaller than a tenth of it."""
 
-SINGLE = [name for name, m in CATALOG.items() if not m.pair]
-PAIR = [name for name, m in CATALOG.items() if m.pair]
+USUAL = [m for group in DEFAULT for m in GROUPS[group]]
+"""What is computed by default; the other groups have closed forms beside their kernels."""
+
+SINGLE = [m.name for m in USUAL if not m.pair]
+PAIR = [m.name for m in USUAL if m.pair]
 
 
 def stack_of(w: torch.Tensor) -> Stack:

@@ -164,7 +164,7 @@ def test_catalog_rows_are_well_formed() -> None:
         assert row.summary
         assert row.range
         assert row.invariant <= INVARIANCES
-        assert row.degree == {"weight": 1, "weight^2": 2}.get(row.unit, 0) or row.degree is None
+        assert row.degree == {"weight": 1, "weight^2": 2, "weight^-2": -2}.get(row.unit, 0) or row.degree is None
 
 
 # Choosing

@@ -16,6 +16,7 @@ from diffract import tables
 from diffract._version import __version__
 from diffract.analysis.models import model_numbers, tail_summaries
 from diffract.analysis.plan import Plan
+from diffract.analysis.pooled import MEANING, POOLED, pooled_peaks
 from diffract.analysis.rows import CURVE
 from diffract.analysis.work import Part
 from diffract.matrices import Layout
@@ -56,12 +57,16 @@ def assemble(
     names = [m.name for m in plan.metrics]
     metrics = wide.select(*tables.LABELS, *tables.OUTCOME, *(n for n in names if n in wide.columns))
     models = _models(members, metrics, digests)
+    spectra = _spectra(wide)
+    metrics = pooled_peaks(metrics, spectra)
     glossary = {
         m.name: {"summary": m.summary, "unit": m.unit, "range": m.range, "source": m.source, "version": m.version}
         for m in plan.metrics
     }
+    if POOLED in metrics.columns:
+        glossary[POOLED] = MEANING
     described = describe(members, models, manifest, glossary, row_warnings(metrics))
-    return tables.Tables(metrics, _spectra(wide), models, tensor_table(members), described)
+    return tables.Tables(metrics, spectra, models, tensor_table(members), described)
 
 
 def describe(
