@@ -92,7 +92,7 @@ class Run:
 def scan(
     ref: Reference,
     *,
-    metrics: Sequence[str | Metric] | None = None,
+    metrics: str | Sequence[str | Metric] | None = None,
     select: str | None = None,
     heads: bool = True,
     circuits: bool = False,
@@ -113,7 +113,9 @@ def scan(
     Args:
         ref: A file, a folder, ``org/name@revision``, a mapping of arrays, an ``nn.Module``, or an open checkpoint.
             Text may begin with ``name=``, which then names the model in the tables.
-        metrics: Names of the catalog, or metrics of one's own; all by default. Only what these need is computed.
+        metrics: Names of metrics or groups of the catalog (as a list, or separated by commas), or metrics of one's own.
+            By default norms, ranks, shape, change and agreement; ``"all"`` is everything but p-values. Only what
+            these need is computed.
         select: Which matrices, such as ``"layers 0-7, attn.q, attn.o"``; all by default.
         heads: Cut attention projections into heads.
         circuits: Analyse the circuits W_q^T W_k and W_o W_v of each head too, as rows ``qk`` and ``ov``.
@@ -160,7 +162,7 @@ def scan(
 def compare(
     base: Reference,
     *tuned: Reference,
-    metrics: Sequence[str | Metric] | None = None,
+    metrics: str | Sequence[str | Metric] | None = None,
     select: str | None = None,
     heads: bool = True,
     circuits: bool = False,
@@ -231,7 +233,7 @@ def trajectory(
     *refs: Reference,
     by: str = "step",
     against: str = "previous",
-    metrics: Sequence[str | Metric] | None = None,
+    metrics: str | Sequence[str | Metric] | None = None,
     select: str | None = None,
     heads: bool = True,
     architecture: str | Path | None = None,

@@ -24,7 +24,7 @@ from diffract.checkpoints import Checkpoint, Reference, open_checkpoint
 from diffract.errors import CheckpointError, SelectionError, suggest
 from diffract.linalg import Method
 from diffract.matrices import Layout, lay_out
-from diffract.metrics import Metric, choose_metrics
+from diffract.metrics import Metric, choose_metrics, split_names
 from diffract.tables import Tables
 
 Progress = Callable[[float, float, str], None]
@@ -42,7 +42,7 @@ _NAMED = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]{0,63})=(?P<reference>.+)", re.A
 class Options:
     """What ``scan`` and ``compare`` have in common; the public functions say what each means."""
 
-    metrics: Sequence[str | Metric] | None = None
+    metrics: str | Sequence[str | Metric] | None = None
     select: str | None = None
     heads: bool = True
     circuits: bool = False
@@ -64,7 +64,8 @@ class Options:
 
     def settings(self) -> dict[str, Any]:
         """Return the options as a manifest keeps them."""
-        names = [m if isinstance(m, str) else m.name for m in self.metrics] if self.metrics is not None else None
+        chosen = split_names(self.metrics) if isinstance(self.metrics, str) else self.metrics
+        names = None if chosen is None else [m if isinstance(m, str) else m.name for m in chosen]
         kept = ("select", "heads", "circuits", "vectors", "method", "engine")
         architecture = str(self.architecture) if self.architecture else None
         return {"metrics": names, **{k: getattr(self, k) for k in kept}, "architecture": architecture}

@@ -41,7 +41,7 @@ def scan(
 
         run = run_scan(
             model,
-            metrics=options.split_names(metrics),
+            metrics=metrics,
             select=select,
             heads=heads,
             circuits=circuits,
@@ -90,7 +90,7 @@ def compare(
         run = run_compare(
             base,
             *tuned,
-            metrics=options.split_names(metrics),
+            metrics=metrics,
             select=select,
             heads=heads,
             circuits=circuits,

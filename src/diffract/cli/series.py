@@ -72,7 +72,7 @@ def trajectory(
             *models,
             by=by,
             against=against,
-            metrics=options.split_names(metrics),
+            metrics=metrics,
             select=select,
             heads=heads,
             architecture=architecture,

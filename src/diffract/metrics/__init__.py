@@ -1,6 +1,6 @@
 """Metrics: functions of facts about matrices, and the catalog that lists them. Sees tensors only."""
 
-from diffract.metrics.catalog import CATALOG, GROUPS, choose_metrics, installed_metrics
+from diffract.metrics.catalog import CATALOG, GROUPS, choose_metrics, installed_metrics, split_names
 from diffract.metrics.curves import CURVES
 from diffract.metrics.facts import FACTS, NEEDS, Facts, sources
 from diffract.metrics.metric import Metric, metric
@@ -17,4 +17,5 @@ __all__ = [
     "installed_metrics",
     "metric",
     "sources",
+    "split_names",
 ]

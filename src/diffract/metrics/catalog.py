@@ -382,7 +382,7 @@ def choose_metrics(chosen: str | Iterable[str | Metric] | None, *, pair: bool) -
     if chosen is None:
         chosen = DEFAULT
     elif isinstance(chosen, str):
-        chosen = [name.strip() for name in chosen.split(",") if name.strip()]
+        chosen = split_names(chosen)
     named: list[Metric] = []
     grouped: list[Metric] = []
     for choice in chosen:
@@ -397,6 +397,11 @@ def choose_metrics(chosen: str | Iterable[str | Metric] | None, *, pair: bool) -
     if not found:
         raise SelectionError("no metric is chosen. Name one, or leave the option out for the usual ones.")
     return found
+
+
+def split_names(text: str) -> list[str]:
+    """Return names that are separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _group(name: str) -> tuple[Metric, ...] | None:
