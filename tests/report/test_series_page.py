@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from conftest import llama_tensors
 from diffract import report
 from diffract.report.payload import on_page, payload
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture
@@ -78,21 +75,6 @@ def test_a_long_series_is_shown_in_part(followed: diffract.Run, monkeypatch: pyt
     assert "checkpoint at step 100" in page  # the list of checkpoints is whole
     monkeypatch.setattr("diffract.report.payload.ROW_BUDGET", 1)
     assert len(on_page(followed.tables).models) == 2
-
-
-@pytest.fixture
-def page() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium is installed")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        opened = browser.new_page(viewport={"width": 1280, "height": 900})
-        opened.problems = []
-        opened.on("pageerror", lambda e: opened.problems.append(str(e)))
-        yield opened
-        browser.close()
 
 
 @pytest.mark.browser

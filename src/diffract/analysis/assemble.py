@@ -19,6 +19,7 @@ from diffract.analysis.plan import Plan
 from diffract.analysis.rows import CURVE
 from diffract.analysis.work import Part
 from diffract.matrices import Layout
+from diffract.metrics.catalog import GROUPS
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,16 @@ def assemble(
     names = [m.name for m in plan.metrics]
     metrics = wide.select(*tables.LABELS, *tables.OUTCOME, *(n for n in names if n in wide.columns))
     models = _models(members, metrics, digests)
+    groups = {m.name: group for group, members in GROUPS.items() for m in members}
     glossary = {
-        m.name: {"summary": m.summary, "unit": m.unit, "range": m.range, "source": m.source, "version": m.version}
+        m.name: {
+            "summary": m.summary,
+            "unit": m.unit,
+            "range": m.range,
+            "source": m.source,
+            "version": m.version,
+            "group": groups.get(m.name, ""),
+        }
         for m in plan.metrics
     }
     described = describe(members, models, manifest, glossary, row_warnings(metrics))
