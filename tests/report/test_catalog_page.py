@@ -20,7 +20,7 @@ from diffract.report.payload import payload
 from diffract.report.words import headlines
 
 NAME = "L0.mlp.gate"
-HOSTILE = "<img src=x onerror=alert(1)>"
+HOSTILE = "t<b onclick='alert(1)'>"
 
 
 @pytest.fixture
@@ -75,7 +75,9 @@ def test_densities_are_those_of_python(full: diffract.Run, page: Any, tmp_path: 
             assert x == pytest.approx(list(trace.x), rel=1e-6)
             assert y == pytest.approx(list(trace.y), rel=1e-6)
         assert axis(page, "density", "y") == pytest.approx(list(figure.layout.yaxis.range), rel=1e-6)
-        titles = page.evaluate("['x', 'y'].map((a) => document.getElementById('density').layout[`${a}axis`].title.text)")
+        titles = page.evaluate(
+            "['x', 'y'].map((a) => document.getElementById('density').layout[`${a}axis`].title.text)"
+        )
         assert titles == [figure.layout.xaxis.title.text, figure.layout.yaxis.title.text]
         shapes = page.evaluate("document.getElementById('density').layout.shapes.map((s) => s.x0)")
         assert shapes == pytest.approx([s.x0 for s in figure.layout.shapes], rel=1e-5)  # six digits, as in the table
@@ -168,7 +170,11 @@ def test_densities_are_left_out_beyond_a_budget(full: diffract.Run, monkeypatch:
     monkeypatch.setattr(densities, "MOST", 3)
     data = payload(full.tables)
     assert (len(data["densities"]), data["left_out"]) == (3, len(full.metrics) - 3)
-    assert "Densities of the first 3 matrices are in this page" in report.render(full.tables)
+    longest = full.metrics.select(pl.min_horizontal("rows", "cols")).to_series().max()
+    for model, name, _ in data["densities"]:
+        row = facts(full.metrics, model, name)
+        assert min(row["rows"], row["cols"]) == longest
+    assert "Densities of the 3 matrices with the longest spectra are in this page" in report.render(full.tables)
 
 
 def test_zero_matrices_have_no_density() -> None:

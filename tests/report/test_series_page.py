@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import torch
 
@@ -12,7 +13,6 @@ import diffract
 from conftest import llama_tensors
 from diffract import report
 from diffract.report.payload import on_page, payload
-
 
 
 @pytest.fixture
@@ -100,3 +100,34 @@ def test_the_page_draws_each_beside_its_base(followed: diffract.Run, page: Any, 
     assert [label for label, _ in traces()] == ["sigma"]
     assert page.is_hidden("#agreement")
     assert page.problems == []
+
+
+@pytest.mark.browser
+def test_the_page_shows_how_the_chosen_metric_evolves(followed: diffract.Run, page: Any, tmp_path: Path) -> None:
+    page.goto(f"file://{followed.report(tmp_path / 'r.html')}")
+    page.wait_for_selector("#bands .scatterlayer")
+    for metric in ("delta_relative", "stable_rank"):
+        page.select_option("#metric", metric)
+        assert page.inner_text("#evolution-metric") == metric
+        parts = page.evaluate("[...document.querySelectorAll('#bands > div')].map((d) => d.dataset.part)")
+        assert {"attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate"} <= set(parts)
+        own = followed.metrics.filter(block="mlp", projection="gate").drop_nulls(metric)
+        middle, band = page.evaluate(
+            "document.querySelector('#bands [data-part=\"mlp.gate\"]').data.map((t) => [t.x, t.y])"
+        )
+        expected = own.group_by("step").agg(pl.col(metric).median()).sort("step")
+        assert middle[0] == expected["step"].to_list()
+        assert middle[1] == pytest.approx(expected[metric].to_list(), rel=1e-5)  # six digits
+        low = own.group_by("step").agg(pl.col(metric).quantile(0.25, "linear")).sort("step")[metric].to_list()
+        assert band[1][: len(low)] == pytest.approx(low, rel=1e-5)
+    assert page.problems == []
+
+
+def test_checkpoints_that_are_left_out_still_count_in_bands(
+    followed: diffract.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffract.report.payload.ROW_BUDGET", 70)
+    data = payload(followed.tables)
+    assert data["evolution"]["over"] == "step"
+    assert data["evolution"]["bands"]["stable_rank"]["mlp.up"]["times"] == [0, 100, 200, 300]
+    assert len(data["models"]) == 2

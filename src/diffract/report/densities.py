@@ -23,7 +23,7 @@ NEEDED = ("mp_variance", "pl_xmin", "tpl_xmin", "exp_xmin", "ln_xmin", "null_w1"
 
 
 def densities(metrics: pl.DataFrame, spectra: pl.DataFrame) -> list[list[Any]]:
-    """Return (model, matrix, parts) of the first matrices of the table; nothing if no law was fitted."""
+    """Return (model, matrix, parts), of long spectra before short ones; nothing if no law was fitted."""
     if not set(NEEDED) & set(metrics.columns):
         return []
     return [[model, name, _plain(parts)] for model, name, parts in _parts(metrics, spectra)]
@@ -37,7 +37,8 @@ def left_out(metrics: pl.DataFrame) -> int:
 def _parts(metrics: pl.DataFrame, spectra: pl.DataFrame) -> Iterator[tuple[str, str, parts_of.Parts]]:
     sigmas, nulls = (_by_matrix(spectra, quantity) for quantity in ("sigma", "null_sigma"))
     columns = [c for c in metrics.columns if c.startswith(("mp_", *(f"{prefix}_" for prefix in laws.TAILS)))]
-    for row in metrics.select("model", "name", "rows", "cols", *columns).head(MOST).iter_rows(named=True):
+    longest = metrics.sort(pl.min_horizontal("rows", "cols"), descending=True, maintain_order=True).head(MOST)
+    for row in longest.select("model", "name", "rows", "cols", *columns).iter_rows(named=True):
         key, shape = (row["model"], row["name"]), (row["rows"], row["cols"])
         if key in sigmas:
             values, null = (np.square(found.get(key, [])) / max(shape) for found in (sigmas, nulls))
@@ -46,7 +47,9 @@ def _parts(metrics: pl.DataFrame, spectra: pl.DataFrame) -> Iterator[tuple[str, 
 
 def _by_matrix(spectra: pl.DataFrame, quantity: str) -> dict[tuple[str, str], Any]:
     rows = spectra.filter(pl.col("quantity") == quantity)
-    return {(model, name): np.array(values, float) for model, name, values in rows.select("model", "name", "values").rows()}
+    return {
+        (model, name): np.array(values, float) for model, name, values in rows.select("model", "name", "values").rows()
+    }
 
 
 def _plain(parts: parts_of.Parts) -> dict[str, Any]:
@@ -62,5 +65,3 @@ def _plain(parts: parts_of.Parts) -> dict[str, Any]:
 def _bars(bars: parts_of.Bars) -> list[Any]:
     """Ends of the edges, which are evenly spaced in ln lambda, and the share in each bin."""
     return [float(bars.edges[0]), float(bars.edges[-1]), pack(bars.shares)]
-
-

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 import polars as pl
 
 from diffract import plots
+from diffract.plots.head_maps import Grid, HeadGrids
 from diffract.plots.scores import scale01
 from diffract.plots.style import DIVERGING
 from diffract.report.packing import short, thin
@@ -45,18 +46,18 @@ def _part(heads: pl.DataFrame, domains: pl.DataFrame) -> dict[str, Any]:
 def _lorenz(heads: pl.DataFrame) -> go.Figure:
     """As wide as its place, and with no more points than can be seen."""
     made = plots.lorenz(heads)
-    for trace in made.data:
-        trace.update(x=thin(trace.x, CURVE_POINTS), y=thin(trace.y, CURVE_POINTS))
+    made.for_each_trace(lambda t: t.update(x=thin(t["x"], CURVE_POINTS), y=thin(t["y"], CURVE_POINTS)))
     return made.update_layout(width=None, height=340, title_text="How concentrated the change is")
 
 
-def _empty_score(found: plots.HeadGrids) -> go.Figure:
+def _empty_score(found: HeadGrids) -> go.Figure:
     """The figure of one score, with its axes and no values; a score is in [-1, 1]."""
-    blank = [[None] * len(found.heads) for _ in found.layers]
+    blank: Grid = [[None] * len(found.heads) for _ in found.layers]
     made = plots.heat_panels({"": blank}, found.layers, found.heads, scale="score", colours=DIVERGING)
     made.update_layout(title_text="Reference-domain score")
     return made.update_layout(height=340, coloraxis={"cmin": -1, "cmax": 1, "cmid": 0})
 
 
 def _chance(domains: pl.DataFrame) -> float | None:
-    return short(domains["cosine_chance"].max()) if "cosine_chance" in domains.columns and len(domains) else None
+    """The widest of the pairs' standard deviations."""
+    return max(domains["cosine_chance"].to_list(), default=None) if "cosine_chance" in domains.columns else None

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from diffract import plots
 from diffract.plots.agreement import peak_runs
 from diffract.plots.rows import part
 from diffract.report.densities import densities, left_out
@@ -98,21 +97,20 @@ def _of_matrices(tables: Tables) -> dict[str, Any]:
 
 def _without_matrices(tables: HeadTables) -> dict[str, Any]:
     """A page that shows heads only."""
-    empty: dict[str, Any] = dict.fromkeys(("metrics", "curves", "peaks", "densities"), [])
-    return empty | {
-        "models": [{"model": name, "role": role, "base": None} for name, role in _names(tables.models)],
+    return {
+        "models": tables.models.select("model", "role", base=pl.lit(None, pl.String)).to_dicts(),
+        "metrics": [],
         "first": None,
         "rows": {name: [] for name in PLAIN},
+        "curves": [],
         "thinned": 0,
+        "peaks": [],
+        "densities": [],
         "left_out": 0,
         "evolution": None,
         "glossary": {},
         "figures": {},
     }
-
-
-def _names(models: pl.DataFrame) -> list[Any]:
-    return models.select("model", "role").rows()
 
 
 def _models(models: pl.DataFrame) -> list[dict[str, Any]]:
@@ -149,5 +147,3 @@ def _peaks(spectra: pl.DataFrame) -> list[list[Any]]:
     return [
         [row["model"], row["name"], list(peak_runs(_numbers(row["values"])))] for row in known.iter_rows(named=True)
     ]
-
-

@@ -10,7 +10,6 @@ import polars as pl
 from diffract.errors import printable
 from diffract.tables import HeadTables, Tables
 
-
 LONG_TAIL = 50
 """Eigenvalues from which on a fitted tail is called long; below it, exponents scatter widely."""
 
