@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 LLAMA = {
     "model_type": "llama",
@@ -62,3 +66,22 @@ def family(write_model: Callable[..., Path]) -> tuple[Path, Path]:
     """A base and its tuned descendant."""
     tensors = llama_tensors(0)
     return write_model("base", tensors), write_model("tuned", llama_tensors(1, tensors))
+
+
+@pytest.fixture
+def page() -> Iterator[Any]:
+    """A browser page that notes errors, dialogs and requests to a network in ``problems``."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        opened = browser.new_page(viewport={"width": 1280, "height": 900})
+        opened.problems = []
+        opened.on("pageerror", lambda e: opened.problems.append(str(e)))
+        opened.on("console", lambda m: opened.problems.append(m.text) if m.type == "error" else None)
+        opened.on("dialog", lambda d: opened.problems.append(f"dialog {d.message}"))
+        opened.on("request", lambda r: opened.problems.append(r.url) if r.url.startswith("http") else None)
+        yield opened
+        browser.close()

@@ -75,11 +75,11 @@ def test_quiet_prints_nothing(references: list[str]) -> None:
     assert (done.exit_code, done.output) == (0, "")
 
 
-def test_a_run_of_heads_has_no_page(references: list[str], tmp_path: Path) -> None:
+def test_a_run_of_heads_has_a_page(references: list[str], tmp_path: Path) -> None:
     diffract.heads(*references, output=tmp_path / "run")
     done = run.invoke(app, ["report", str(tmp_path / "run")])
-    assert done.exit_code == 1
-    assert "holds a run of `diffract heads`" in done.stderr
+    assert done.exit_code == 0
+    assert "Which heads change" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,10 @@ import torch
 import diffract
 from conftest import llama_tensors
 from diffract import plots, report
-from diffract.report.payload import embed, payload, points_per_curve
+from diffract.report.packing import embed
+from diffract.report.payload import payload, points_per_curve
 from diffract.report.words import percent
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = ("<img src=x onerror=alert(1)>", "</script><script>alert(2)</script>", "=cmd()|'/c calc'!A1", "\u2028\u202e")
 
 
@@ -79,24 +77,6 @@ def test_figures_show_the_tables(family: tuple[Path, Path]) -> None:
     assert list(agree.data[2].y) == [level, level]
     violins = plots.layer_violins(tuned, "delta_relative")
     assert len(violins.data[0].y) == tuned.filter(tuned["layer"].is_not_null()).height
-
-
-@pytest.fixture
-def page(tmp_path: Path) -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium is installed")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        opened = browser.new_page(viewport={"width": 1280, "height": 900})
-        opened.problems = []
-        opened.on("pageerror", lambda e: opened.problems.append(str(e)))
-        opened.on("console", lambda m: opened.problems.append(m.text) if m.type == "error" else None)
-        opened.on("dialog", lambda d: opened.problems.append(f"dialog {d.message}"))
-        opened.on("request", lambda r: opened.problems.append(r.url) if r.url.startswith("http") else None)
-        yield opened
-        browser.close()
 
 
 @pytest.mark.browser

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import torch
 
@@ -14,8 +13,6 @@ import diffract
 from conftest import llama_tensors
 from diffract import report
 from diffract.report.payload import on_page, payload
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture
@@ -80,21 +77,6 @@ def test_a_long_series_is_shown_in_part(followed: diffract.Run, monkeypatch: pyt
     assert len(on_page(followed.tables).models) == 2
 
 
-@pytest.fixture
-def page() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no Chromium is installed")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        opened = browser.new_page(viewport={"width": 1280, "height": 900})
-        opened.problems = []
-        opened.on("pageerror", lambda e: opened.problems.append(str(e)))
-        yield opened
-        browser.close()
-
-
 @pytest.mark.browser
 def test_the_page_draws_each_beside_its_base(followed: diffract.Run, page: Any, tmp_path: Path) -> None:
     page.goto(f"file://{followed.report(tmp_path / 'r.html')}")
@@ -118,3 +100,34 @@ def test_the_page_draws_each_beside_its_base(followed: diffract.Run, page: Any, 
     assert [label for label, _ in traces()] == ["sigma"]
     assert page.is_hidden("#agreement")
     assert page.problems == []
+
+
+@pytest.mark.browser
+def test_the_page_shows_how_the_chosen_metric_evolves(followed: diffract.Run, page: Any, tmp_path: Path) -> None:
+    page.goto(f"file://{followed.report(tmp_path / 'r.html')}")
+    page.wait_for_selector("#bands .scatterlayer")
+    for metric in ("delta_relative", "stable_rank"):
+        page.select_option("#metric", metric)
+        assert page.inner_text("#evolution-metric") == metric
+        parts = page.evaluate("[...document.querySelectorAll('#bands > div')].map((d) => d.dataset.part)")
+        assert {"attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate"} <= set(parts)
+        own = followed.metrics.filter(block="mlp", projection="gate").drop_nulls(metric)
+        middle, band = page.evaluate(
+            "document.querySelector('#bands [data-part=\"mlp.gate\"]').data.map((t) => [t.x, t.y])"
+        )
+        expected = own.group_by("step").agg(pl.col(metric).median()).sort("step")
+        assert middle[0] == expected["step"].to_list()
+        assert middle[1] == pytest.approx(expected[metric].to_list(), rel=1e-5)  # six digits
+        low = own.group_by("step").agg(pl.col(metric).quantile(0.25, "linear")).sort("step")[metric].to_list()
+        assert band[1][: len(low)] == pytest.approx(low, rel=1e-5)
+    assert page.problems == []
+
+
+def test_checkpoints_that_are_left_out_still_count_in_bands(
+    followed: diffract.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffract.report.payload.ROW_BUDGET", 70)
+    data = payload(followed.tables)
+    assert data["evolution"]["over"] == "step"
+    assert data["evolution"]["bands"]["stable_rank"]["mlp.up"]["times"] == [0, 100, 200, 300]
+    assert len(data["models"]) == 2

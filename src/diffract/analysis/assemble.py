@@ -20,6 +20,7 @@ from diffract.analysis.pooled import MEANING, POOLED, pooled_peaks
 from diffract.analysis.rows import CURVE
 from diffract.analysis.work import Part
 from diffract.matrices import Layout
+from diffract.metrics.catalog import GROUPS
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,16 @@ def assemble(
     models = _models(members, metrics, digests)
     spectra = _spectra(wide)
     metrics = pooled_peaks(metrics, spectra)
+    groups = {m.name: group for group, members in GROUPS.items() for m in members}
     glossary = {
-        m.name: {"summary": m.summary, "unit": m.unit, "range": m.range, "source": m.source, "version": m.version}
+        m.name: {
+            "summary": m.summary,
+            "unit": m.unit,
+            "range": m.range,
+            "source": m.source,
+            "version": m.version,
+            "group": groups.get(m.name, ""),
+        }
         for m in plan.metrics
     }
     if POOLED in metrics.columns:

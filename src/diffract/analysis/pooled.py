@@ -18,6 +18,7 @@ MEANING = {
     "range": "[1, inf)",
     "source": "Scott 1992, 6.3",
     "version": 1,
+    "group": "spectral_shape",
 }
 """The manifest's words for the column."""
 

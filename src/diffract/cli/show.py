@@ -16,7 +16,7 @@ DEMO_RUN = Path("demo-run")
 
 
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of scan, compare or trajectory.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of scan, compare, trajectory or heads.")],
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="Where to write; RUN/report.html by default."),
@@ -29,7 +29,9 @@ def report(
         from diffract import report as drawing
         from diffract import tables
 
-        path = drawing.write(tables.load(run), output or run / "report.html")
+        kind = tables.read_manifest(run)["kind"]
+        shape = tables.HeadTables if kind in tables.HeadTables.KINDS else tables.Tables
+        path = drawing.write(tables.load(run, shape), output or run / "report.html")
     say(f"report: {path}", quiet=quiet)
 
 
@@ -54,6 +56,7 @@ def demo(
     analyse.compare(
         f"base={samples / 'base'}",
         [f"{domain}={samples / domain}" for domain in DOMAINS],
+        metrics="all",
         output=output,
         force=force,
         quiet=quiet,

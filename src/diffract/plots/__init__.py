@@ -3,8 +3,9 @@
 from diffract.plots.agreement import agreement, agreement_lines
 from diffract.plots.catalog import KINDS, Kind
 from diffract.plots.density import density, density_lines
+from diffract.plots.domains import domain_matrix, domains_of, heads_of
 from diffract.plots.draw import plot
-from diffract.plots.evolution import evolution, evolution_line
+from diffract.plots.evolution import band_lines, evolution, evolution_line
 from diffract.plots.head_heatmap import head_heatmap, heatmap
 from diffract.plots.head_maps import head_grids, head_maps, heat_panels
 from diffract.plots.images import check_ending, save
@@ -20,15 +21,19 @@ __all__ = [
     "Kind",
     "agreement",
     "agreement_lines",
+    "band_lines",
     "check_ending",
     "coloured_boxes",
     "density",
     "density_lines",
+    "domain_matrix",
+    "domains_of",
     "evolution",
     "evolution_line",
     "head_grids",
     "head_heatmap",
     "head_maps",
+    "heads_of",
     "heat_panels",
     "heatmap",
     "ks_lines",

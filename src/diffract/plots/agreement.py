@@ -91,28 +91,41 @@ def _traces(
     return traces
 
 
-def _shades(peaks: Sequence[float], x: str = "x", y: str = "y") -> Iterator[dict[str, Any]]:
-    """Yield a band for each run of ranks that belong to one peak."""
+def peak_runs(peaks: Sequence[float]) -> Iterator[tuple[int, int, int]]:
+    """Yield peak, first and last rank of each run of ranks that belong to one peak.
+
+    >>> list(peak_runs([0, 0, -1, 1]))
+    [(0, 1, 2), (1, 4, 4)]
+    """
     for peak, run in groupby(enumerate(peaks, start=1), key=lambda pair: pair[1]):
         ranks = [rank for rank, _ in run]
-        if not peak >= 0:
-            continue
-        yield {
-            "type": "rect",
-            "xref": x,
-            "yref": f"{y} domain",
-            "x0": ranks[0] - 0.5,
-            "x1": ranks[-1] + 0.5,
-            "y0": 0,
-            "y1": 1,
-            "layer": "below",
-            "line": {"width": 0},
-            "fillcolor": "rgba(107,114,128,0.14)",
-            # A narrow band has no room for its name.
-            "label": _name(peak) if len(ranks) > LABELLED * len(peaks) else {},
-        }
+        if peak >= 0:
+            yield int(peak), ranks[0], ranks[-1]
 
 
-def _name(peak: float) -> dict[str, Any]:
+def peak_shape(peak: int, first: int, last: int, *, named: bool, x: str = "x", y: str = "y") -> dict[str, Any]:
+    """Return the band behind the ranks of one peak."""
+    return {
+        "type": "rect",
+        "xref": x,
+        "yref": f"{y} domain",
+        "x0": first - 0.5,
+        "x1": last + 0.5,
+        "y0": 0,
+        "y1": 1,
+        "layer": "below",
+        "line": {"width": 0},
+        "fillcolor": "rgba(107,114,128,0.14)",
+        "label": _name(peak) if named else {},
+    }
+
+
+def _shades(peaks: Sequence[float], x: str = "x", y: str = "y") -> Iterator[dict[str, Any]]:
+    """Yield a band for each run of ranks that belong to one peak; a narrow one has no room for its name."""
+    for peak, first, last in peak_runs(peaks):
+        yield peak_shape(peak, first, last, named=last - first + 1 > LABELLED * len(peaks), x=x, y=y)
+
+
+def _name(peak: int) -> dict[str, Any]:
     look = {"size": 10, "color": COLOURS["base"]}
-    return {"text": f"peak {int(peak) + 1}", "textposition": "bottom left", "font": look}
+    return {"text": f"peak {peak + 1}", "textposition": "bottom left", "font": look}

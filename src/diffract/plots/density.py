@@ -10,19 +10,25 @@ import numpy as np
 import plotly.graph_objects as go
 import polars as pl
 
-from diffract.plots import laws
+from diffract.plots.density_parts import POINTS, Bars, Curve, Parts, density_parts
 from diffract.plots.laws import Array, Row
 from diffract.plots.rows import curve, facts
 from diffract.plots.style import COLOURS, LEGEND_RIGHT, LOG, caption, figure
 
 AXES = ("log-log", "lin-log")
-FEWEST_BINS, MOST_BINS = 8, 60
-POINTS = 400
-TAIL_LINES = {
-    "pl": {"color": "#d55e00", "dash": "solid", "width": 3},
-    "tpl": {"color": "#009e73", "dash": "dash", "width": 2},
-    "exp": {"color": "#cc79a7", "dash": "dot", "width": 2.5},
-    "ln": {"color": "#0072b2", "dash": "dashdot", "width": 2},
+BELOW = 0.01
+"""Decades by which the axis begins below the floor: marks that stand on its very end may not be drawn."""
+
+AXIS_TITLES = {
+    "log-log": ("eigenvalue λ = σ²/N", "density ρ(λ)"),
+    "lin-log": ("eigenvalue λ = σ²/N", "λ ρ(λ), density of ln λ"),
+}
+LAWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mp": ("Marchenko-Pastur", {"color": COLOURS["mark"], "width": 2}),
+    "pl": ("power law", {"color": "#d55e00", "dash": "solid", "width": 3}),
+    "tpl": ("truncated power law", {"color": "#009e73", "dash": "dash", "width": 2}),
+    "exp": ("exponential", {"color": "#cc79a7", "dash": "dot", "width": 2.5}),
+    "ln": ("log-normal", {"color": "#0072b2", "dash": "dashdot", "width": 2}),
 }
 
 
@@ -52,105 +58,63 @@ def density_lines(
     null: Sequence[float] = (),
     axes: str = "log-log",
     title: str = "",
+    points: int = POINTS,
 ) -> go.Figure:
-    """Draw a histogram of eigenvalues and the laws whose parameters are in ``row``.
+    """Draw a histogram of eigenvalues and the laws whose parameters are in ``row``; ``density_parts`` says how.
 
-    The Marchenko-Pastur law is scaled by the share of eigenvalues that are no spikes, each tail by the share of
-    eigenvalues from its xmin on.
+    Each trace's ``meta`` says what it is: ``bars``, ``null``, ``mp``, ``pl``, ``tpl``, ``exp``, ``ln`` or ``spikes``.
     """
     values, log_y = np.asarray(eigenvalues, float), axes == "log-log"
-    shown = values[values > 0]
-    edges = _edges(shown)
-    floor = _floor(edges, len(values), log_y=log_y)
+    parts = density_parts(eigenvalues, shape, row, null=null, points=points)
+    floor = parts.floor(log_y=log_y)
     traces = [
-        _bars(shown, edges, len(values), floor, log_y=log_y),
-        *_null(np.asarray(null, float), edges, floor, log_y=log_y),
-        *_bulk(values, shape, row, log_y=log_y),
-        *(_tail(values, row, prefix, log_y=log_y) for prefix in laws.TAILS),
+        _bars(parts, log_y=log_y),
+        *_null(parts, log_y=log_y),
+        *(_law(key, curve, row, log_y=log_y) for key, curve in parts.laws.items()),
     ]
-    traces = [trace for trace in traces if trace is not None]
     top = max((max(trace.y) for trace in traces if len(trace.y)), default=1.0)
-    x, y = "eigenvalue λ = σ²/N", "density ρ(λ)" if log_y else "λ ρ(λ), density of ln λ"
+    x, y = AXIS_TITLES[axes]
     made = figure(traces + _spikes(values, row, floor), x=x, y=y, title=title, height=420, legend=LEGEND_RIGHT)
     made.update_xaxes(**LOG)
     _mark_xmin(made, row, values)
     if log_y:
-        return made.update_yaxes(**LOG, range=[math.log10(floor), math.log10(max(top, floor * 10)) + 0.2])
+        return made.update_yaxes(**LOG, range=[math.log10(floor) - BELOW, math.log10(max(top, floor * 10)) + 0.2])
     return made.update_yaxes(range=[0, 1.08 * top])
 
 
-def _edges(shown: Array) -> Array:
-    """Edges of 2 sqrt(n) bins, within limits, equally wide in ln lambda."""
-    if not len(shown):
-        return np.array([])
-    logs = np.log(shown)
-    count = int(np.clip(2 * math.sqrt(len(logs)), FEWEST_BINS, MOST_BINS))
-    return np.exp(np.linspace(logs.min(), max(logs.max(), logs.min() + 1e-3), count + 1))
+def _steps(bars: Bars, floor: float, *, log_y: bool) -> tuple[list[float], list[float]]:
+    tops = np.maximum(bars.heights(log_y=log_y), floor).repeat(2)
+    return bars.edges.repeat(2).tolist(), [floor, *tops.tolist(), floor]
 
 
-def _heights(values: Array, edges: Array, total: int, *, log_y: bool) -> Array:
-    """Density in each bin, per unit of lambda or of ln lambda."""
-    # The first and the last value may lie beyond the edges by a rounding.
-    counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
-    return counts / (total * np.diff(edges if log_y else np.log(edges)))
-
-
-def _floor(edges: Array, total: int, *, log_y: bool) -> float:
-    """Where bars stand: below the lowest bar that a single eigenvalue can make."""
-    return 0.5 / (total * float(np.diff(edges).max())) if log_y and len(edges) else 0.0 if not log_y else 1e-3
-
-
-def _steps(edges: Array, heights: Array, floor: float) -> tuple[list[float], list[float]]:
-    tops = np.maximum(heights, floor).repeat(2)
-    return edges.repeat(2).tolist(), [floor, *tops.tolist(), floor]
-
-
-def _bars(shown: Array, edges: Array, total: int, floor: float, *, log_y: bool) -> go.Scatter:
-    x, y = _steps(edges, _heights(shown, edges, total, log_y=log_y), floor) if len(edges) else ([], [])
-    missing = total - len(shown)
-    name = "spectrum" if not missing else f"spectrum (without {missing} zeros)"
+def _bars(parts: Parts, *, log_y: bool) -> go.Scatter:
+    x, y = ([], []) if parts.spectrum is None else _steps(parts.spectrum, parts.floor(log_y=log_y), log_y=log_y)
+    name = "spectrum" if not parts.zeros else f"spectrum (without {parts.zeros} zeros)"
     look = {"line": {"color": COLOURS["bars"], "width": 1}, "fillcolor": "rgba(156,163,175,0.35)"}
-    return go.Scatter(x=x, y=y, name=name, mode="lines", fill="toself", hoverinfo="skip", **look)
+    return go.Scatter(x=x, y=y, name=name, meta="bars", mode="lines", fill="toself", hoverinfo="skip", **look)
 
 
-def _null(null: Array, edges: Array, floor: float, *, log_y: bool) -> list[go.Scatter]:
-    shown = null[null > 0]
-    if not len(shown):
+def _null(parts: Parts, *, log_y: bool) -> list[go.Scatter]:
+    if parts.null is None:
         return []
-    own = _edges(shown)
-    x, y = _steps(own, _heights(shown, own, len(null), log_y=log_y), floor)
+    x, y = _steps(parts.null, parts.floor(log_y=log_y), log_y=log_y)
     look = {"color": "#56b4e9", "width": 1.5}
-    return [go.Scatter(x=x, y=y, name="permuted entries", mode="lines", line=look, hoverinfo="skip")]
+    return [go.Scatter(x=x, y=y, name="permuted entries", meta="null", mode="lines", line=look, hoverinfo="skip")]
 
 
-def _bulk(values: Array, shape: tuple[int, int], row: Row, *, log_y: bool) -> list[go.Scatter]:
-    variance = row.get("mp_variance")
-    if variance is None or not variance > 0 or not len(values):
-        return []
-    low, high = laws.marchenko_pastur_edges(variance, *shape)
-    low = max(low, float(min(values[values > 0], default=high)) / 2)
-    # An angle makes points dense at both edges, where the curve is steep.
-    x = low + (high - low) * (1 - np.cos(np.linspace(0, math.pi, POINTS)[1:-1])) / 2
-    share = 1 - (row.get("mp_spikes") or 0) / len(values)
-    y = share * laws.marchenko_pastur(x, variance, *shape)
-    return [_law("Marchenko-Pastur", x, y, {"color": COLOURS["mark"], "width": 2}, log_y=log_y)]
-
-
-def _tail(values: Array, row: Row, prefix: str, *, log_y: bool) -> go.Scatter | None:
-    found = laws.tail_parameters(row, prefix)
-    if found is None or not len(values) or not 0 < found[-1] < values.max():
-        return None
-    name, law, names = laws.TAILS[prefix]
-    x = np.geomspace(found[-1], values.max(), POINTS)
-    share = np.count_nonzero(values >= found[-1]) / len(values)
-    alpha = f" (α {found[0]:.2f})" if names[0] == "alpha" else ""
-    return _law(name + alpha, x, share * law(x, *found), TAIL_LINES[prefix], log_y=log_y)
-
-
-def _law(name: str, x: Array, y: Array, line: dict[str, Any], *, log_y: bool) -> go.Scatter:
+def _law(key: str, curve: Curve, row: Row, *, log_y: bool) -> go.Scatter:
+    name, alpha = LAWS[key][0], row.get(f"{key}_alpha")
     hover = f"λ %{{x:.4g}}: %{{y:.4g}}<extra>{name}</extra>"
-    drawn = y if log_y else x * y
-    return go.Scatter(x=x.tolist(), y=drawn.tolist(), name=name, mode="lines", line=line, hovertemplate=hover)
+    x, rho = curve
+    return go.Scatter(
+        x=x.tolist(),
+        y=(rho if log_y else x * rho).tolist(),
+        name=name if alpha is None else f"{name} (α {alpha:.2f})",
+        meta=key,
+        mode="lines",
+        line=LAWS[key][1],
+        hovertemplate=hover,
+    )
 
 
 def _spikes(values: Array, row: Row, floor: float) -> list[go.Scatter]:
@@ -162,14 +126,15 @@ def _spikes(values: Array, row: Row, floor: float) -> list[go.Scatter]:
     hover = "λ %{x:.4g}<extra>spike</extra>"
     name = f"spikes above the edge ({len(found)})"
     y = [floor] * len(found)
-    return [go.Scatter(x=found, y=y, name=name, mode="markers", marker=look, hovertemplate=hover, cliponaxis=False)]
+    common: dict[str, Any] = {"name": name, "meta": "spikes", "mode": "markers", "hovertemplate": hover}
+    return [go.Scatter(x=found, y=y, marker=look, cliponaxis=False, **common)]
 
 
 def _mark_xmin(made: go.Figure, row: Row, values: Array) -> None:
     xmin = row.get("pl_xmin")
     if xmin is None or not xmin > 0 or not len(values):
         return
-    colour = TAIL_LINES["pl"]["color"]
+    colour = LAWS["pl"][1]["color"]
     made.add_vline(x=xmin, line={"color": colour, "width": 1, "dash": "dot"})
     made.add_annotation(
         x=math.log10(xmin), y=1, yref="paper", text="x<sub>min</sub>", showarrow=False, xanchor="left", yanchor="top",

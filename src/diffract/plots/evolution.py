@@ -49,8 +49,8 @@ def evolution(
         rows = known.filter(pl.col("name") == matrix)
         words["title"] = ", ".join(filter(None, [label(matrix), words["title"]]))
         return _scaled(evolution_line(rows[over].to_list(), rows[metric].to_list(), **words), axes)
-    places = _panels(known)
-    bands = _quartiles(known, metric, over)
+    places = places_of(known)
+    bands = quartiles(known, metric, over)
     contents = [_band(bands.filter(pl.col("part") == p), over, legend=not i) for i, p in enumerate(places["part"])]
     titles = [label(p) for p in places["part"]]
     made = panels(titles, contents, **words, height=150 if len(titles) > 4 else 220, share_y=False, legend=True)
@@ -58,7 +58,7 @@ def evolution(
     return _scaled(made, axes)
 
 
-def _panels(metrics: pl.DataFrame) -> pl.DataFrame:
+def places_of(metrics: pl.DataFrame) -> pl.DataFrame:
     """Return block and part of each panel: blocks as they come, their projections in the usual order."""
     parts = metrics.select("block", "projection", part().alias("part")).unique("part", maintain_order=True)
     usual = {projection: place for place, projection in enumerate(PROJECTIONS)}
@@ -81,7 +81,14 @@ def _grows(metrics: pl.DataFrame, column: str) -> bool:
     return times.null_count() == 0 and bool((times.diff().drop_nulls() > 0).all())
 
 
-def _quartiles(metrics: pl.DataFrame, metric: str, over: str) -> pl.DataFrame:
+def quartiles(metrics: pl.DataFrame, metric: str, over: str) -> pl.DataFrame:
+    """Return ``low``, ``middle`` and ``high`` of a metric for each ``part`` and checkpoint.
+
+    Args:
+        metrics: Rows in the order of the checkpoints, all with the metric.
+        metric: A column.
+        over: ``tokens``, ``step`` or ``order``.
+    """
     value = pl.col(metric)
     numbers = {"low": value.quantile(0.25, "linear"), "middle": value.median(), "high": value.quantile(0.75, "linear")}
     return (
@@ -96,6 +103,11 @@ def evolution_line(times: Sequence[float], values: Sequence[float], *, x: str, y
     look: dict[str, Any] = {"line": {"color": COLOURS["tuned"], "width": 2}, "marker": {"size": 5}}
     trace = go.Scatter(x=list(times), y=list(values), mode="lines+markers", **look)
     return figure([trace], x=x, y=y, title=title)
+
+
+def band_lines(rows: pl.DataFrame, over: str, *, y: str) -> go.Figure:
+    """Draw median and quartiles of one part: rows of ``quartiles``."""
+    return figure(_band(rows, over, legend=True), x=OVER[over], y=label(y), height=230)
 
 
 def _band(rows: pl.DataFrame, over: str, *, legend: bool) -> list[go.Scatter]:

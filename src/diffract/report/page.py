@@ -12,12 +12,13 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from diffract.errors import printable
-from diffract.report.payload import embed, payload
-from diffract.report.words import Headline, headlines
-from diffract.tables import Tables, write_text
+from diffract.report.packing import embed
+from diffract.report.payload import payload
+from diffract.report.words import Headline, concentration, headlines
+from diffract.tables import HeadTables, Tables, write_text
 
 
-def write(tables: Tables, path: str | Path) -> Path:
+def write(tables: Tables | HeadTables, path: str | Path) -> Path:
     """Write the report of a run; it appears whole or not at all.
 
     Raises:
@@ -26,7 +27,7 @@ def write(tables: Tables, path: str | Path) -> Path:
     return write_text(path, render(tables))
 
 
-def render(tables: Tables) -> str:
+def render(tables: Tables | HeadTables) -> str:
     """Return the report of a run as HTML that needs nothing else, no network either."""
     data = payload(tables)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -36,9 +37,10 @@ def render(tables: Tables) -> str:
         manifest=tables.manifest,
         kind=data["kind"],
         models=_described(tables),
-        headlines=_grouped(headlines(tables.models, tables.metrics)),
-        thinned=data["thinned"],
-        drawn=len(data["models"]),
+        headlines=_grouped(headlines(tables)),
+        concentration=concentration(tables.models),
+        glossary=_by_group(tables.manifest["metrics"]),
+        page=data,
         data=Markup(embed(data)),
         css=Markup(_resource("report.css")),
         js=Markup(_resource("report.js")),
@@ -59,7 +61,13 @@ def _grouped(found: list[Headline]) -> list[tuple[str, list[Headline]]]:
     return [(name, [h for h in found if h.model == name]) for name in dict.fromkeys(h.model for h in found)]
 
 
-def _described(tables: Tables) -> list[dict[str, Any]]:
+def _by_group(glossary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The glossary by group of the catalog, in its order; what is in none comes last."""
+    groups = sorted(dict.fromkeys(m.get("group", "") for m in glossary.values()), key=lambda group: group == "")
+    return [(g.replace("_", " "), {k: m for k, m in glossary.items() if m.get("group", "") == g}) for g in groups]
+
+
+def _described(tables: Tables | HeadTables) -> list[dict[str, Any]]:
     """Models with their architecture in words."""
     rows = []
     for row in tables.manifest.get("models", []):

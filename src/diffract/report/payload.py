@@ -1,17 +1,20 @@
-"""What the page's script works with: rows, curves and empty figures, as JSON that is safe inside HTML."""
+"""What the page's script works with: rows, curves and empty figures."""
 
 from __future__ import annotations
 
-import base64
-import json
-import math
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from diffract import plots
-from diffract.tables import LABELS, OUTCOME, TIMELINE, Tables
+from diffract.plots.agreement import peak_runs
+from diffract.plots.rows import part
+from diffract.report.densities import densities, left_out
+from diffract.report.domains import domain_part
+from diffract.report.packing import pack, short, thin
+from diffract.report.templates import templates
+from diffract.report.training import bands
+from diffract.tables import LABELS, OUTCOME, TIMELINE, HeadTables, Tables
 
 CURVE_BUDGET = 4_000_000
 """Numbers in all curves together; beyond it every curve is thinned evenly."""
@@ -24,26 +27,30 @@ ROW_BUDGET = 20_000
 HEAT_METRIC = ("delta_relative", "stable_rank", "frobenius_norm")
 """What the page shows first, of these the first that was computed."""
 
+DRAWN = (
+    "sigma",
+    "delta_sigma",
+    "left_agreement",
+    "right_agreement",
+    "left_agreement_window",
+    "right_agreement_window",
+    "pl_ks_scan",
+)
+"""Quantities along the spectrum that the page draws as curves."""
 
-def payload(tables: Tables) -> dict[str, Any]:
+PLAIN = ("model", "name", "part", "layer", "head", "kv_head", "expert", "rows", "cols", "status", "method", "warning")
+
+
+def payload(tables: Tables | HeadTables) -> dict[str, Any]:
     """Return everything that the script needs."""
-    tables = on_page(tables)
-    metrics = [c for c in tables.metrics.columns if c not in LABELS | OUTCOME | TIMELINE]
-    points = points_per_curve(tables.spectra)
-    return {
+    common = {
         "kind": tables.manifest["kind"],
-        "models": _models(tables.models),
-        "metrics": metrics,
-        "first": next((m for m in HEAT_METRIC if m in metrics), metrics[0] if metrics else None),
-        "rows": _rows(tables.metrics, metrics),
-        "curves": _curves(tables.spectra, points),
-        "thinned": points if points is not None else 0,
         "tensors": tables.tensors.with_columns(
             shape=pl.col("shape").cast(pl.List(pl.String)).list.join(" x ")
         ).to_dicts(),
-        "glossary": tables.manifest.get("metrics", {}),
-        "figures": _figures(),
+        "domains": domain_part(tables),
     }
+    return common | (_without_matrices(tables) if isinstance(tables, HeadTables) else _of_matrices(tables))
 
 
 def on_page(tables: Tables) -> Tables:
@@ -60,6 +67,52 @@ def on_page(tables: Tables) -> Tables:
     return Tables(**own, manifest=tables.manifest)
 
 
+def points_per_curve(spectra: pl.DataFrame) -> int | None:
+    """Return to how many points curves are thinned, ``None`` if they are kept whole."""
+    total = spectra["values"].list.len().sum() if len(spectra) else 0
+    return None if total <= CURVE_BUDGET else max(FEWEST_POINTS, CURVE_BUDGET // len(spectra))
+
+
+def _of_matrices(tables: Tables) -> dict[str, Any]:
+    metrics = [c for c in tables.metrics.columns if c not in LABELS | OUTCOME | TIMELINE]
+    evolution = bands(tables.metrics, metrics) if tables.manifest["kind"] == "trajectory" else None
+    tables = on_page(tables)
+    drawn = tables.spectra.filter(pl.col("quantity").is_in(DRAWN))
+    points = points_per_curve(drawn)
+    return {
+        "models": _models(tables.models),
+        "metrics": metrics,
+        "first": next((m for m in HEAT_METRIC if m in metrics), metrics[0] if metrics else None),
+        "rows": _rows(tables.metrics, metrics),
+        "curves": _curves(drawn, points),
+        "thinned": points if points is not None else 0,
+        "peaks": _peaks(tables.spectra),
+        "densities": densities(tables.metrics, tables.spectra),
+        "left_out": left_out(tables.metrics),
+        "evolution": evolution,
+        "glossary": tables.manifest.get("metrics", {}),
+        "figures": templates(),
+    }
+
+
+def _without_matrices(tables: HeadTables) -> dict[str, Any]:
+    """A page that shows heads only."""
+    return {
+        "models": tables.models.select("model", "role", base=pl.lit(None, pl.String)).to_dicts(),
+        "metrics": [],
+        "first": None,
+        "rows": {name: [] for name in PLAIN},
+        "curves": [],
+        "thinned": 0,
+        "peaks": [],
+        "densities": [],
+        "left_out": 0,
+        "evolution": None,
+        "glossary": {},
+        "figures": {},
+    }
+
+
 def _models(models: pl.DataFrame) -> list[dict[str, Any]]:
     """Name and role of each, and the model beside which it is drawn."""
     first = pl.lit(models["model"][0]).alias("base")
@@ -67,67 +120,30 @@ def _models(models: pl.DataFrame) -> list[dict[str, Any]]:
     return models.select("model", "role", base).to_dicts()
 
 
-def embed(value: Any) -> str:
-    """Return JSON that cannot end the script element it stands in, nor break JavaScript."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
-
-
-def points_per_curve(spectra: pl.DataFrame) -> int | None:
-    """Return to how many points curves are thinned, ``None`` if they are kept whole."""
-    total = spectra["values"].list.len().sum() if len(spectra) else 0
-    return None if total <= CURVE_BUDGET else max(FEWEST_POINTS, CURVE_BUDGET // len(spectra))
-
-
 def _rows(metrics: pl.DataFrame, names: list[str]) -> dict[str, list[Any]]:
-    """Columns of the metrics table; numbers to six digits, which is what a page can show."""
-    part = pl.when(pl.col("projection").is_null() | (pl.col("block") == pl.col("projection"))).then("block")
-    table = metrics.with_columns(part=part.otherwise(pl.concat_str("block", "projection", separator=".")))
-    plain = [
-        "model",
-        "name",
-        "part",
-        "layer",
-        "head",
-        "kv_head",
-        "expert",
-        "rows",
-        "cols",
-        "status",
-        "method",
-    ]
-    columns = {name: table[name].to_list() for name in plain}
-    columns["status"] = [s if s != "ok" else "" for s in columns["status"]]
-    return columns | {name: [_short(v) for v in table[name].to_list()] for name in names}
-
-
-def _short(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
+    """Columns of the metrics table."""
+    table = metrics.with_columns(
+        part=part(), status=pl.col("status").replace("ok", ""), warning=pl.col("warning").fill_null("")
+    )
+    columns = {name: table[name].to_list() for name in PLAIN}
+    return columns | {name: [short(v) for v in table[name].to_list()] for name in names}
 
 
 def _curves(spectra: pl.DataFrame, points: int | None) -> list[list[Any]]:
     """(model, matrix, quantity, length, float32 values in base64) of every curve."""
     return [
-        [row["model"], row["name"], row["quantity"], len(row["values"]), _pack(row["values"], points)]
+        [row["model"], row["name"], row["quantity"], len(row["values"]), pack(_numbers(thin(row["values"], points)))]
         for row in spectra.iter_rows(named=True)
     ]
 
 
-def _pack(values: list[float], points: int | None) -> str:
-    kept = np.asarray(values, dtype="<f4")
-    if points is not None and len(kept) > points:
-        kept = kept[np.linspace(0, len(kept) - 1, points).round().astype(int)]
-    return base64.b64encode(kept.tobytes()).decode()
+def _numbers(values: Any) -> list[float]:
+    return [float("nan") if v is None else v for v in values]
 
 
-def _figures() -> dict[str, Any]:
-    """Figures without data: the script fills them in, so that their looks are defined once."""
-    empty = {
-        "heatmap": plots.heatmap(z=[], x=[], y=[], title="", metric=""),
-        "spectrum": plots.spectrum_lines({"base": [], "tuned": [], "delta": []}),
-        "agreement": plots.agreement_lines({}, {}),
-        "layers": plots.layer_boxes([], [], [], metric=""),
-    }
-    return {name: json.loads(str(made.to_json())) for name, made in empty.items()}
+def _peaks(spectra: pl.DataFrame) -> list[list[Any]]:
+    """(model, matrix, runs of ranks that belong to a peak) of every matrix whose peaks are known."""
+    known = spectra.filter(pl.col("quantity") == "peak")
+    return [
+        [row["model"], row["name"], list(peak_runs(_numbers(row["values"])))] for row in known.iter_rows(named=True)
+    ]

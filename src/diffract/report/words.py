@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import polars as pl
 
 from diffract.errors import printable
+from diffract.tables import HeadTables, Tables
+
+LONG_TAIL = 50
+"""Eigenvalues from which on a fitted tail is called long; below it, exponents scatter widely."""
+
+SIGNIFICANT = 0.01
+CIRCUITS = ("qk", "ov")
 
 
 @dataclass(frozen=True)
@@ -18,21 +25,40 @@ class Headline:
         model: Of which model it speaks.
         figure: The number, as it is shown large.
         text: The sentence that goes with it.
+        minor: It stands in a line below the large ones.
     """
 
     model: str
     figure: str
     text: str
+    minor: bool = False
 
 
-def headlines(models: pl.DataFrame, metrics: pl.DataFrame) -> list[Headline]:
+def headlines(tables: Tables | HeadTables) -> list[Headline]:
     """Return the headlines of a run; of a scan, those of its only model; of a trajectory, those of the series."""
+    models = tables.models
     if models["role"][0] == "checkpoint":
         return _of_trajectory(models)
     tuned = models.filter(pl.col("role") == "tuned")
+    if isinstance(tables, HeadTables):
+        return [headline for row in tuned.iter_rows(named=True) for headline in _of_domain(row)]
     if not len(tuned):
-        return _of_scan(models, metrics)
-    return [headline for row in tuned.iter_rows(named=True) for headline in _of_tuned(row)]
+        return _of_scan(models, tables.metrics) + _of_spectra(models["model"][0], tables)
+    return [
+        headline
+        for row in tuned.iter_rows(named=True)
+        for headline in _of_tuned(row) + [replace(h, minor=True) for h in _of_spectra(row["model"], tables)]
+    ]
+
+
+def concentration(models: pl.DataFrame) -> str:
+    """Return how much of the change the top tenth of heads carries in each domain; empty where it is not known."""
+    rows = [row for row in models.to_dicts() if row.get("head_top10_share") is not None]
+    if not rows:
+        return ""
+    shares = ", ".join(f"{percent(row['head_top10_share'])} in {printable(row['model'], 60)}" for row in rows)
+    even = " to ".join(sorted({percent(row["head_top10_share_chance"]) for row in rows}))
+    return f"The top tenth of heads carries {shares}; an even spread gives {even}."
 
 
 def _of_tuned(row: dict[str, Any]) -> list[Headline]:
@@ -49,16 +75,78 @@ def _of_tuned(row: dict[str, Any]) -> list[Headline]:
             f"of the change lies in singular vectors, {percent(share)} in singular values (chance {percent(chance)})."
         )
         found.append(Headline(name, percent(1 - share), text))
-    if (top := row.get("head_top10_share")) is not None:
-        even = row["head_top10_share_chance"]
-        text = (
-            f"of the change in attention is carried by the top tenth of heads (an even spread gives {percent(even)})."
-        )
-        found.append(Headline(name, percent(top), text))
+    found += _of_heads(name, row)
     if (shift := row.get("spectral_shift_share")) is not None:
         text = "of the change is what moving the singular values alone would take (sum of squared shifts; Mirsky)."
         found.append(Headline(name, percent(shift), text))
     return found
+
+
+def _of_heads(name: str, row: dict[str, Any]) -> list[Headline]:
+    if (top := row.get("head_top10_share")) is None:
+        return []
+    even = row["head_top10_share_chance"]
+    text = f"of the change in attention is carried by the top tenth of heads (an even spread gives {percent(even)})."
+    return [Headline(name, percent(top), text)]
+
+
+def _of_domain(row: dict[str, Any]) -> list[Headline]:
+    """Of one tuned model in a run over heads."""
+    name = printable(row["model"], 60)
+    found = []
+    if (relative := row.get("attention_delta_relative")) is not None:
+        text = "is the size of the change in attention relative to the base (Frobenius norm)."
+        found.append(Headline(name, percent(relative), text))
+    found += _of_heads(name, row)
+    if (shared := row.get("shared_share")) is not None:
+        text = "of the change lies along the mean change of the other domains."
+        found.append(Headline(name, percent(shared), text))
+    return found
+
+
+def _of_spectra(model: str, tables: Tables) -> list[Headline]:
+    """What the fits to one model's spectra say together, where they were made."""
+    found = [_exponent(model, tables), _bulk(model, tables.metrics), _enrichment(model, tables.metrics)]
+    return [headline for headline in found if headline is not None]
+
+
+def _exponent(model: str, tables: Tables) -> Headline | None:
+    row = tables.models.row(by_predicate=pl.col("model") == model, named=True)
+    if row.get("pl_alpha_mean") is None:
+        return None
+    text = f"is the mean power-law exponent over the {row['pl_alpha_count']:,.0f} matrices that could be fitted"
+    if "pl_tail_count" in tables.metrics.columns:
+        own = tables.metrics.filter(pl.col("model") == model, ~_circuit(), pl.col("pl_alpha").is_not_null())
+        text += f"; {(own['pl_tail_count'] >= LONG_TAIL).sum():,} have a tail of {LONG_TAIL} eigenvalues or more"
+    base = tables.models.row(0, named=True)
+    if base["model"] != model and base["pl_alpha_mean"] is not None:
+        text += f". The base has {base['pl_alpha_mean']:.2f}"
+    return Headline(printable(model, 60), f"{row['pl_alpha_mean']:.2f}", text + ".")
+
+
+def _bulk(model: str, metrics: pl.DataFrame) -> Headline | None:
+    if "mp_bulk_share" not in metrics.columns:
+        return None
+    shares = metrics.filter(pl.col("model") == model, ~_circuit())["mp_bulk_share"].drop_nulls()
+    if not len(shares):
+        return None
+    text = "matrices have a Marchenko-Pastur bulk, as noise has, that holds half of the squared norm or more."
+    return Headline(printable(model, 60), f"{(shares >= 0.5).sum():,} of {len(shares):,}", text)
+
+
+def _enrichment(model: str, metrics: pl.DataFrame) -> Headline | None:
+    if not {"peak_enrichment", "peak_enrichment_pvalue"} <= set(metrics.columns):
+        return None
+    known = metrics.filter(pl.col("model") == model, ~_circuit())["peak_enrichment_pvalue"].drop_nulls()
+    if not len(known):
+        return None
+    text = f"matrices changed more inside spectral peaks than outside (permutation p < {SIGNIFICANT})."
+    return Headline(printable(model, 60), f"{(known < SIGNIFICANT).sum():,} of {len(known):,}", text)
+
+
+def _circuit() -> pl.Expr:
+    """Rows of circuits, which are products of matrices that have rows themselves."""
+    return pl.col("projection").is_in(CIRCUITS).fill_null(value=False)
 
 
 def _of_scan(models: pl.DataFrame, metrics: pl.DataFrame) -> list[Headline]:
