@@ -49,7 +49,7 @@ def test_peaks_have_a_headline(peaked: diffract.Run) -> None:
     page = report.render(peaked.tables)
     assert "matrices have at least two spectral peaks in the last checkpoint, 0 in the first." in page
     assert "checkpoints, from checkpoint-0 to checkpoint-1." in page
-    assert payload(peaked.tables)["metrics"] == ["peak_count", "stable_rank", "peaks_appear"]
+    assert payload(peaked.tables)["metrics"] == ["peak_count", "stable_rank", "pooled_peak_count", "peaks_appear"]
 
 
 def test_places_are_no_metrics_and_bases_are_named(followed: diffract.Run) -> None:

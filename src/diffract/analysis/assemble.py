@@ -54,11 +54,11 @@ def assemble(
         plan: What was computed.
         manifest: What the caller knows; models, metrics and warnings are added to it.
     """
-    wide = _wide(members, parts)
+    parts = _in_order(members, parts)
+    rows, spectra = _metrics(members, parts), _spectra(members, parts)
     names = [m.name for m in plan.metrics]
-    metrics = wide.select(*tables.LABELS, *tables.OUTCOME, *(n for n in names if n in wide.columns))
+    metrics = rows.select(*tables.LABELS, *tables.OUTCOME, *(n for n in names if n in rows.columns))
     models = _models(members, metrics, digests)
-    spectra = _spectra(wide)
     metrics = pooled_peaks(metrics, spectra)
     groups = {m.name: group for group, members in GROUPS.items() for m in members}
     glossary = {
@@ -105,23 +105,32 @@ def describe(
     }
 
 
-def _wide(members: Sequence[Member], parts: Sequence[Part]) -> pl.DataFrame:
-    """All rows with labels, metrics and curves; models in order, matrices in file order."""
-    order = {(i, m.name): k for i, member in enumerate(members) for k, m in enumerate(member.layout.matrices)}
-    frames, last = [], len(order)  # circuits lie in no file: they come after all matrices
+def _in_order(members: Sequence[Member], parts: Sequence[Part]) -> list[Part]:
+    """Parts by model, then in file order; circuits, which lie in no file, come after all matrices."""
+    places = {(i, m.name): k for i, member in enumerate(members) for k, m in enumerate(member.layout.matrices)}
+
+    def place(part: Part) -> tuple[int, int, int, str]:
+        first = part.matrices[0]
+        at = places.get((part.model, first.name), len(places))
+        return part.model, at, first.layer or 0, first.name
+
+    return sorted(parts, key=place)
+
+
+def _metrics(members: Sequence[Member], parts: Sequence[Part]) -> pl.DataFrame:
+    """One row per model and matrix: labels, outcome and metrics."""
+    frames = []
     for part in parts:
         member = members[part.model]
         labels = [
             {"model": member.name, **m.labels, "dtype": member.layout.checkpoint.info(m.tensor).dtype}
             for m in part.matrices
         ]
-        places = pl.DataFrame(
-            {"_model": [part.model] * len(labels), "_at": [order.get((part.model, x["name"]), last) for x in labels]}
-        )
-        frames.append(pl.concat([places, pl.DataFrame(labels, schema=tables.LABELS), part.rows], how="horizontal"))
-    wide = pl.concat(frames, how="diagonal").sort("_model", "_at", "layer", "projection", "head").drop("_model", "_at")
+        numbers = part.rows.select(pl.exclude(f"^{CURVE}.*$"))
+        frames.append(pl.concat([pl.DataFrame(labels, schema=tables.LABELS), numbers], how="horizontal"))
     alone = pl.col("_alone") & (pl.col("status") == "ok")
-    marked = wide.join(_unpaired(members), on=["model", "tensor"], how="left", maintain_order="left")
+    rows = pl.concat(frames, how="diagonal")
+    marked = rows.join(_unpaired(members), on=["model", "tensor"], how="left", maintain_order="left")
     return marked.with_columns(status=pl.when(alone).then(pl.lit("unpaired")).otherwise("status")).drop("_alone")
 
 
@@ -135,18 +144,19 @@ def _unpaired(members: Sequence[Member]) -> pl.DataFrame:
     return pl.DataFrame(found, schema={"model": pl.String, "tensor": pl.String, "_alone": pl.Boolean})
 
 
-def _spectra(wide: pl.DataFrame) -> pl.DataFrame:
-    curves = [c for c in wide.columns if c.startswith(CURVE)]
-    if not curves:
-        return pl.DataFrame(schema=tables.SPECTRA)
-    long = wide.select("model", "name", *curves).unpivot(
-        curves, index=["model", "name"], variable_name="quantity", value_name="values"
-    )
-    return (
-        long.filter(pl.col("values").is_not_null())
-        .with_columns(pl.col("quantity").str.strip_prefix(CURVE))
-        .select(*tables.SPECTRA)
-    )
+def _spectra(members: Sequence[Member], parts: Sequence[Part]) -> pl.DataFrame:
+    """One row per model, matrix and quantity; part by part, as together they are most of what a run keeps."""
+    frames = [pl.DataFrame(schema=tables.SPECTRA)]
+    for part in parts:
+        names = pl.DataFrame({"model": members[part.model].name, "name": [m.name for m in part.matrices]})
+        curves = part.rows.select(f"^{CURVE}.*$")
+        long = pl.concat([names, curves], how="horizontal").unpivot(
+            curves.columns, index=["model", "name"], variable_name="quantity", value_name="values"
+        )
+        if curves.width:
+            known = long.filter(pl.col("values").is_not_null())
+            frames.append(known.with_columns(pl.col("quantity").str.strip_prefix(CURVE)).select(*tables.SPECTRA))
+    return pl.concat(frames)
 
 
 def _models(members: Sequence[Member], metrics: pl.DataFrame, digests: Mapping[tuple[int, str], str]) -> pl.DataFrame:
