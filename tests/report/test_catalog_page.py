@@ -93,6 +93,7 @@ def test_the_scan_of_xmin_is_that_of_python(full: diffract.Run, page: Any, tmp_p
     for (x, y), trace, digits in zip(found, figure.data, (1e-6, 1e-5), strict=True):
         assert x == pytest.approx(list(trace.x), rel=digits)
         assert y == pytest.approx(list(trace.y), rel=digits)
+    assert axis(page, "ks", "x") == pytest.approx(list(figure.layout.xaxis.range), rel=1e-6)
     text = page.evaluate("document.getElementById('ks').layout.annotations[0].text")
     assert text == figure.layout.annotations[0].text
     assert page.problems == []

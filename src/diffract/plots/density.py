@@ -67,7 +67,7 @@ def density_lines(
     values, log_y = np.asarray(eigenvalues, float), axes == "log-log"
     parts = density_parts(eigenvalues, shape, row, null=null, points=points)
     floor = parts.floor(log_y=log_y)
-    traces = [
+    traces: list[Any] = [
         _bars(parts, log_y=log_y),
         *_null(parts, log_y=log_y),
         *(_law(key, curve, row, log_y=log_y) for key, curve in parts.laws.items()),

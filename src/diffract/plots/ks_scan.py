@@ -14,6 +14,10 @@ from diffract.plots.rows import curve, facts
 from diffract.plots.style import COLOURS, LOG, SERIES, caption, figure
 
 
+MARGIN = 0.1
+"""Decades beside the first and the last point."""
+
+
 def ks_scan(spectra: pl.DataFrame, metrics: pl.DataFrame, name: str, *, model: str) -> go.Figure:
     """Draw the Kolmogorov-Smirnov distance of the best power law from each eigenvalue on, and which one was chosen.
 
@@ -50,6 +54,9 @@ def ks_lines(eigenvalues: Sequence[float], distances: Sequence[float], row: Row,
     )
     made = figure([scan], x="tail begins at λ", y="KS distance of the power law", title=title)
     _mark(made, row)
+    if points:  # of themselves, axes would make room for the words above
+        ends = math.log10(points[0][0]), math.log10(points[-1][0])
+        made.update_xaxes(range=[ends[0] - MARGIN, ends[1] + MARGIN])
     return made.update_xaxes(**LOG).update_yaxes(rangemode="tozero")
 
 

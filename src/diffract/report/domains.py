@@ -47,6 +47,7 @@ def _lorenz(heads: pl.DataFrame) -> go.Figure:
     """As wide as its place, and with no more points than can be seen."""
     made = plots.lorenz(heads)
     made.for_each_trace(lambda t: t.update(x=thin(t["x"], CURVE_POINTS), y=thin(t["y"], CURVE_POINTS)))
+    made.update_xaxes(constrain=None).update_yaxes(scaleanchor=None, constrain=None)
     return made.update_layout(width=None, height=340, title_text="How concentrated the change is")
 
 

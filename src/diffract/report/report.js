@@ -108,7 +108,7 @@
     describe(i);
     by("density-box").hidden = !parts;
     if (parts) drawDensity(parts, i);
-    by("ks-box").hidden = !scan || !scan.y.some(Number.isFinite);
+    by("ks-box").hidden = !scan || !scan.y.some(Number.isFinite) || !unpack(state.model, state.name, "sigma").y.some((s) => s > 0);
     if (!by("ks-box").hidden) drawScan(scan, i);
     by("agreement-box").hidden = by("agreement").hidden = !compared;
     if (compared) drawAgreement(i);
@@ -181,6 +181,7 @@
     const fig = figure("ks"), sigma = unpack(state.model, state.name, "sigma");
     const points = scan.y.map((d, k) => [lambda(sigma.y[k], i), d]).filter(([x, d]) => x > 0 && Number.isFinite(d)).sort((a, b) => a[0] - b[0]);
     Object.assign(fig.data[0], { x: points.map((p) => p[0]), y: points.map((p) => p[1]) });
+    fig.layout.xaxis.range = [Math.log10(points[0][0]) - 0.1, Math.log10(points.at(-1)[0]) + 0.1];
     const xmin = at("pl_xmin", i), distance = at("pl_ks", i), alpha = at("pl_alpha", i), tail = at("pl_tail_count", i);
     if (xmin === null || distance === null) fig.data.length = 1;
     else Object.assign(fig.data[1], { x: [xmin], y: [distance] });
@@ -268,6 +269,7 @@
     const made = document.createElement(tag);
     made.textContent = format(value);
     if (numeric) made.className = "num";
+    else made.title = made.textContent;
     return made;
   }
 
