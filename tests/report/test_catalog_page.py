@@ -186,6 +186,34 @@ def test_zero_matrices_have_no_density() -> None:
     assert parts["one"]["total"] == 4
 
 
+@pytest.mark.browser
+def test_matrices_without_fits_are_drawn_too(page: Any, tmp_path: Path) -> None:
+    matrices = {
+        "zero": torch.zeros(4, 4),
+        "one": torch.ones(1, 1),
+        "eye": torch.eye(5),
+        "low": torch.ones(6, 4),
+        "nan": torch.full((3, 3), torch.nan),
+        "usual": torch.randn(40, 30, generator=torch.Generator().manual_seed(0)),
+    }
+    tuned = {name: 2 * matrix for name, matrix in matrices.items()}
+    for run in (diffract.scan(matrices, metrics="all"), diffract.compare(matrices, tuned, metrics="all")):
+        page.goto(f"file://{run.report(tmp_path / 'r.html')}")
+        page.wait_for_selector("#metrics-table tbody tr")
+        for name in matrices:
+            page.select_option("#matrix", name)
+            for axes in ("lin-log", "log-log"):
+                page.evaluate(
+                    "(axes) => { const s = document.getElementById('density-axes'); s.value = axes;"
+                    " s.dispatchEvent(new Event('change')); }",
+                    axes,
+                )
+        page.select_option("#matrix", "usual")
+        assert page.is_visible("#density")
+        assert page.is_visible("#ks")
+    assert page.problems == []
+
+
 def test_glossary_stands_in_groups(full: diffract.Run) -> None:
     page = report.render(full.tables)
     glossary = page[page.index('<section id="glossary"') :]

@@ -13,7 +13,6 @@ from diffract.plots.laws import Row
 from diffract.plots.rows import curve, facts
 from diffract.plots.style import COLOURS, LOG, SERIES, caption, figure
 
-
 MARGIN = 0.1
 """Decades beside the first and the last point."""
 

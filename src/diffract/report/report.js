@@ -102,14 +102,14 @@
     else if (data.kind === "trajectory") [baseOf.get(state.model), state.model].forEach((name, k) => { fig.data[k].name = safe(name); });
     fig.layout.title.text = "Singular values";
     const i = places.get(key(state.model, state.name));
-    const parts = densities.get(key(state.model, state.name)), scan = i !== undefined && unpack(state.model, state.name, "pl_ks_scan");
+    const parts = densities.get(key(state.model, state.name)), scan = i === undefined ? [] : scanPoints(i);
     if (parts) fig.layout.height = data.figures.density.layout.height;
     Plotly.react(by("spectrum"), fig.data, fig.layout, config);
     describe(i);
     by("density-box").hidden = !parts;
     if (parts) drawDensity(parts, i);
-    by("ks-box").hidden = !scan || !scan.y.some(Number.isFinite) || !unpack(state.model, state.name, "sigma").y.some((s) => s > 0);
-    if (!by("ks-box").hidden) drawScan(scan, i);
+    by("ks-box").hidden = !scan.length;
+    if (scan.length) drawScan(scan, i);
     by("agreement-box").hidden = by("agreement").hidden = !compared;
     if (compared) drawAgreement(i);
   }
@@ -177,15 +177,19 @@
     if (text) fig.layout.annotations[0].text = text;
   }
 
-  function drawScan(scan, i) {
-    const fig = figure("ks"), sigma = unpack(state.model, state.name, "sigma");
-    const points = scan.y.map((d, k) => [lambda(sigma.y[k], i), d]).filter(([x, d]) => x > 0 && Number.isFinite(d)).sort((a, b) => a[0] - b[0]);
+  function scanPoints(i) {
+    const sigma = unpack(state.model, state.name, "sigma"), scan = unpack(state.model, state.name, "pl_ks_scan");
+    return scan.y.map((d, k) => [lambda(sigma.y[k], i), d]).filter(([x, d]) => x > 0 && Number.isFinite(d)).sort((a, b) => a[0] - b[0]);
+  }
+
+  function drawScan(points, i) {
+    const fig = figure("ks");
     Object.assign(fig.data[0], { x: points.map((p) => p[0]), y: points.map((p) => p[1]) });
     fig.layout.xaxis.range = [Math.log10(points[0][0]) - 0.1, Math.log10(points.at(-1)[0]) + 0.1];
     const xmin = at("pl_xmin", i), distance = at("pl_ks", i), alpha = at("pl_alpha", i), tail = at("pl_tail_count", i);
     if (xmin === null || distance === null) fig.data.length = 1;
     else Object.assign(fig.data[1], { x: [xmin], y: [distance] });
-    const words = distance === null ? [] : [`x<sub>min</sub> = ${format(+xmin?.toPrecision(3))}`, `KS ${distance.toFixed(3)}`];
+    const words = distance === null ? [] : [`x<sub>min</sub> = ${format(xmin === null ? null : +xmin.toPrecision(3))}`, `KS ${distance.toFixed(3)}`];
     if (alpha !== null) words.push(`α ${alpha.toFixed(2)}`);
     if (tail !== null) words.push(`${tail} eigenvalues in the tail`);
     markXmin(fig, i, words.join(", "));
