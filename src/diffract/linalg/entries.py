@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from diffract.linalg.blas import row_dots
+
 Entries = Float64[Tensor, "b k"]
 PerMatrix = Float64[Tensor, "b"]
 
@@ -46,32 +48,31 @@ def blocks(x: Tensor) -> tuple[Tensor, ...]:
 def power_sums(x: Entries, scratch: Buffer, highest: int) -> Float64[Tensor, "4 b"]:
     """Return the sums of the first ``highest`` (0, 2 or 4) powers; zeros for the others."""
     sums = x.new_zeros(4, len(x))
-    if highest == 0:
-        return sums
-    squares = scratch.like(tuple(x.shape)) if highest > 2 else None
-    if x.device.type == "cpu":
-        _add_powers(sums.numpy(), x.numpy(), None if squares is None else squares.numpy())
-        return sums
-    sums[0], sums[1] = x.sum(1), dots(x, x)
-    if squares is not None:
-        torch.mul(x, x, out=squares)
+    if highest:
+        sums[0], sums[1] = _row_sums(x), dots(x, x)
+    if highest > 2:
+        squares = _squares(x, scratch)
         sums[2], sums[3] = dots(squares, x), dots(squares, squares)
     return sums
 
 
-def _add_powers(sums: np.ndarray, x: np.ndarray, squares: np.ndarray | None) -> None:
-    for j, row in enumerate(x):
-        sums[0, j], sums[1, j] = row.sum(), np.dot(row, row)
-        if squares is not None:
-            z = np.multiply(row, row, out=squares[j])
-            sums[2, j], sums[3, j] = np.dot(z, row), np.dot(z, z)
+def _row_sums(x: Entries) -> PerMatrix:
+    return x.sum(1) if x.device.type != "cpu" else torch.from_numpy(x.numpy().sum(1))
+
+
+def _squares(x: Entries, scratch: Buffer) -> Entries:
+    out = scratch.like(tuple(x.shape))
+    if x.device.type != "cpu":
+        return torch.mul(x, x, out=out)
+    np.multiply(x.numpy(), x.numpy(), out=out.numpy())
+    return out
 
 
 def dots(x: Entries, y: Entries) -> PerMatrix:
     """Return the sum of x * y over each row, by BLAS."""
     if x.device.type != "cpu":
         return torch.linalg.vecdot(x, y)
-    return torch.from_numpy(np.array([np.dot(a, b) for a, b in zip(x.numpy(), y.numpy(), strict=True)]))
+    return torch.tensor(row_dots(x, y), dtype=torch.float64)
 
 
 def changed_count(d: Entries) -> PerMatrix:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from diffract.linalg.syrk import add_gram
+from diffract.linalg.blas import add_gram, add_product
 
 PIECE_BYTES = {"cpu": 1 << 25, "cuda": 1 << 29}
 """Float64 bytes cast at once, by device. On the CPU one matrix at a time, so that it stays in the cache."""
@@ -25,6 +25,15 @@ def add_grams(total: Float64[Tensor, "b m m"], x: Float64[Tensor, "b m n"]) -> N
         return
     for one, matrix in zip(total, x, strict=True):
         add_gram(one, matrix)
+
+
+def add_products(total: Float64[Tensor, "b m m"], x: Float64[Tensor, "b m n"], y: Float64[Tensor, "b m n"]) -> None:
+    """Add x y^T to ``total``."""
+    if x.device.type != "cpu":
+        total += x @ y.mT
+        return
+    for one, first, second in zip(total, x, y, strict=True):
+        add_product(one, first, second)
 
 
 def product(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffract.linalg.entries import Buffer, blocks, changed_count, dots, power_sums, rounding_squares
 from diffract.linalg.factored import LowRank
-from diffract.linalg.products import add_grams, pieces, product, short_first, short_side
+from diffract.linalg.products import add_grams, add_products, pieces, short_first, short_side
 from diffract.linalg.symmetric import mirrored
 
 
@@ -132,7 +132,7 @@ class PairSums:
             add_grams(self._delta_gram[batch], d)
         if self.base_gram.shape[0]:
             add_grams(self.base_gram[batch], x0)
-            self.cross[batch] += product(x0, d.mT)
+            add_products(self.cross[batch], x0, d)
 
     @cached_property
     def delta_gram(self) -> Float64[Tensor, "b M M"]:
