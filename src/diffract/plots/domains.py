@@ -18,7 +18,7 @@ HEADS_SCHEMA = {
     "head": pl.Int32,
     "head_delta": pl.Float64,
 }
-MEANINGS = {"spearman": "Spearman's ρ of the heads' changes", "cosine": "cosine of the changes"}
+MEANINGS = {"spearman": "Spearman's ρ of the heads' changes", "cosine": "Cosine of the changes"}
 
 
 def heads_of(metrics: pl.DataFrame) -> pl.DataFrame:

@@ -13,9 +13,6 @@ from diffract.plots.laws import Row
 from diffract.plots.rows import curve, facts
 from diffract.plots.style import COLOURS, LOG, SERIES, caption, figure
 
-MARGIN = 0.1
-"""Decades beside the first and the last point."""
-
 
 def ks_scan(spectra: pl.DataFrame, metrics: pl.DataFrame, name: str, *, model: str) -> go.Figure:
     """Draw the Kolmogorov-Smirnov distance of the best power law from each eigenvalue on, and which one was chosen.
@@ -53,9 +50,6 @@ def ks_lines(eigenvalues: Sequence[float], distances: Sequence[float], row: Row,
     )
     made = figure([scan], x="tail begins at λ", y="KS distance of the power law", title=title)
     _mark(made, row)
-    if points:  # of themselves, axes would make room for the words above
-        ends = math.log10(points[0][0]), math.log10(points[-1][0])
-        made.update_xaxes(range=[ends[0] - MARGIN, ends[1] + MARGIN])
     return made.update_xaxes(**LOG).update_yaxes(rangemode="tozero")
 
 
@@ -71,7 +65,8 @@ def _mark(made: go.Figure, row: Row) -> None:
     words = [f"x<sub>min</sub> = {xmin:.3g}", f"KS {ks:.3f}"]
     words += [] if alpha is None else [f"α {alpha:.2f}"]
     words += [] if count is None else [f"{count:.0f} eigenvalues in the tail"]
+    # Placed on the paper: an axis makes room for words that belong to a point of it.
     made.add_annotation(
-        x=math.log10(xmin), y=1, yref="paper", text=", ".join(words), showarrow=False, xanchor="auto", yanchor="bottom",
+        x=1, xref="paper", y=1, yref="paper", text=", ".join(words), showarrow=False, xanchor="right", yanchor="bottom",
         font={"color": colour},
     )  # fmt: skip

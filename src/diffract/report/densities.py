@@ -23,7 +23,7 @@ NEEDED = ("mp_variance", "pl_xmin", "tpl_xmin", "exp_xmin", "ln_xmin", "null_w1"
 
 
 def densities(metrics: pl.DataFrame, spectra: pl.DataFrame) -> list[list[Any]]:
-    """Return (model, matrix, parts), of long spectra before short ones; nothing if no law was fitted."""
+    """Return (model, matrix, parts), long spectra first, of these the last model's; nothing if no law was fitted."""
     if not set(NEEDED) & set(metrics.columns):
         return []
     return [[model, name, _plain(parts)] for model, name, parts in _parts(metrics, spectra)]
@@ -37,7 +37,9 @@ def left_out(metrics: pl.DataFrame) -> int:
 def _parts(metrics: pl.DataFrame, spectra: pl.DataFrame) -> Iterator[tuple[str, str, parts_of.Parts]]:
     sigmas, nulls = (_by_matrix(spectra, quantity) for quantity in ("sigma", "null_sigma"))
     columns = [c for c in metrics.columns if c.startswith(("mp_", *(f"{prefix}_" for prefix in laws.TAILS)))]
-    longest = metrics.sort(pl.min_horizontal("rows", "cols"), descending=True, maintain_order=True).head(MOST)
+    places = {name: i for i, name in enumerate(metrics["model"].unique(maintain_order=True))}
+    place = pl.col("model").replace_strict(places, return_dtype=pl.Int32)
+    longest = metrics.sort(pl.min_horizontal("rows", "cols"), place, descending=True, maintain_order=True).head(MOST)
     for row in longest.select("model", "name", "rows", "cols", *columns).iter_rows(named=True):
         key, shape = (row["model"], row["name"]), (row["rows"], row["cols"])
         if key in sigmas:

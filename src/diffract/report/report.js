@@ -173,8 +173,8 @@
     const xmin = at("pl_xmin", i);
     if (!(xmin > 0)) { fig.layout.shapes = []; fig.layout.annotations = []; return; }
     Object.assign(fig.layout.shapes[0], { x0: xmin, x1: xmin });
-    fig.layout.annotations[0].x = Math.log10(xmin);
     if (text) fig.layout.annotations[0].text = text;
+    else fig.layout.annotations[0].x = Math.log10(xmin);
   }
 
   function scanPoints(i) {
@@ -185,7 +185,6 @@
   function drawScan(points, i) {
     const fig = figure("ks");
     Object.assign(fig.data[0], { x: points.map((p) => p[0]), y: points.map((p) => p[1]) });
-    fig.layout.xaxis.range = [Math.log10(points[0][0]) - 0.1, Math.log10(points.at(-1)[0]) + 0.1];
     const xmin = at("pl_xmin", i), distance = at("pl_ks", i), alpha = at("pl_alpha", i), tail = at("pl_tail_count", i);
     if (xmin === null || distance === null) fig.data.length = 1;
     else Object.assign(fig.data[1], { x: [xmin], y: [distance] });
