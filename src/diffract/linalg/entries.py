@@ -48,31 +48,32 @@ def blocks(x: Tensor) -> tuple[Tensor, ...]:
 def power_sums(x: Entries, scratch: Buffer, highest: int) -> Float64[Tensor, "4 b"]:
     """Return the sums of the first ``highest`` (0, 2 or 4) powers; zeros for the others."""
     sums = x.new_zeros(4, len(x))
-    if highest:
-        sums[0], sums[1] = _row_sums(x), dots(x, x)
-    if highest > 2:
-        squares = _squares(x, scratch)
+    if highest == 0:
+        return sums
+    squares = scratch.like(tuple(x.shape)) if highest > 2 else None
+    if x.device.type == "cpu":
+        _fill_powers(sums.numpy(), x, squares)
+        return sums
+    sums[0], sums[1] = x.sum(1), dots(x, x)
+    if squares is not None:
+        torch.mul(x, x, out=squares)
         sums[2], sums[3] = dots(squares, x), dots(squares, squares)
     return sums
 
 
-def _row_sums(x: Entries) -> PerMatrix:
-    return x.sum(1) if x.device.type != "cpu" else torch.from_numpy(x.numpy().sum(1))
-
-
-def _squares(x: Entries, scratch: Buffer) -> Entries:
-    out = scratch.like(tuple(x.shape))
-    if x.device.type != "cpu":
-        return torch.mul(x, x, out=out)
-    np.multiply(x.numpy(), x.numpy(), out=out.numpy())
-    return out
+def _fill_powers(sums: np.ndarray, x: Entries, squares: Entries | None) -> None:
+    entries = x.numpy()
+    sums[0], sums[1] = entries.sum(1), row_dots(x, x)
+    if squares is not None:
+        np.multiply(entries, entries, out=squares.numpy())
+        sums[2], sums[3] = row_dots(squares, x), row_dots(squares, squares)
 
 
 def dots(x: Entries, y: Entries) -> PerMatrix:
     """Return the sum of x * y over each row, by BLAS."""
     if x.device.type != "cpu":
         return torch.linalg.vecdot(x, y)
-    return torch.tensor(row_dots(x, y), dtype=torch.float64)
+    return torch.from_numpy(np.array(row_dots(x, y)))
 
 
 def changed_count(d: Entries) -> PerMatrix:
