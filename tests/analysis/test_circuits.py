@@ -12,6 +12,7 @@ import torch
 import diffract
 from conftest import llama_tensors
 from diffract.errors import SelectionError
+from diffract.metrics import GROUPS
 
 HEADS, KV_HEADS, SIZE = 4, 2, 8
 
@@ -81,6 +82,16 @@ def test_a_comparison_has_those_of_every_model_and_its_own_numbers_are_the_same(
         .select(same)
         .equals(alone.metrics.filter(alone.metrics["projection"].is_in(["qk", "ov"])).select(same))
     )
+
+
+def test_metrics_that_mean_nothing_of_a_product_are_null(family: tuple[Path, Path]) -> None:
+    run = diffract.scan(family[0], metrics="all", circuits=True, cache=False)
+    rows = run.metrics.filter(run.metrics["projection"].is_in(["qk", "ov"]))
+    for group in ("shape", "random_matrix"):
+        for m in GROUPS[group]:
+            assert rows[m.name].is_null().all(), m.name
+    for name in ("nuclear_norm", "effective_rank", "pl_alpha", "peak_count"):
+        assert rows[name].is_not_null().all(), name
 
 
 def test_circuits_need_heads(family: tuple[Path, Path]) -> None:

@@ -510,11 +510,11 @@ def test_a_real_run_slows_down_as_its_readme_says() -> None:
     of_all = []
     for k, (before, after) in enumerate(pairwise(weights), start=1):
         squares = {n: ((after[n] - w).square().sum().item(), w.square().sum().item()) for n, w in before.items()}
-        matrices = [v for n, v in squares.items() if before[n].ndim > 1]
+        matrices = [v for n, v in squares.items() if before[n].ndim == 2]  # the 3-D ones are depthwise convolutions
         # sums of 230,000 float64 squares
         assert run.models["delta_relative"][k] == pytest.approx(relative(matrices), rel=1e-10)
         of_all.append(relative(list(squares.values())))
-    # the published figures are of all weights; 1-D tensors hold 1 to 3% of the squared norm and hardly move
+    # the published figures are of all weights; tensors that are no matrices hold 1 to 3% of the squared norm
     assert [round(of_all[0], 3), round(of_all[2], 3)] == [0.445, 0.135]
     assert run.models["delta_relative"][1] == pytest.approx(0.445, rel=0.02)
     assert run.models["delta_relative"][3] == pytest.approx(0.135, rel=0.02)

@@ -90,6 +90,24 @@ def test_the_key_tells_texts_and_versions_apart() -> None:
     assert len(set(keys)) == len(keys)
 
 
+def test_the_key_tells_closures_and_defaults_apart() -> None:
+    def closed(k: int) -> Metric:
+        def kth(sigmas: torch.Tensor) -> torch.Tensor:
+            return sigmas[:, k]
+
+        return metric(kth)
+
+    def with_default(k: object) -> Metric:
+        def kth(sigmas: torch.Tensor) -> torch.Tensor:
+            return sigmas * kth.__kwdefaults__["scale"]
+
+        kth.__kwdefaults__ = {"scale": k}
+        return metric(kth)
+
+    assert closed(0).key == closed(0).key != closed(5).key
+    assert with_default(torch.ones(3000)).key != with_default(torch.ones(3000).index_fill(0, torch.tensor(9), 2)).key
+
+
 def test_a_function_without_source_has_a_key_of_its_code() -> None:
     def typed(text: str) -> Metric:
         space: dict = {}

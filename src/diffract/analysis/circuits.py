@@ -17,12 +17,22 @@ from diffract.checkpoints import Checkpoint
 from diffract.errors import SelectionError, printable
 from diffract.linalg import circuit_spectrum
 from diffract.matrices import Layout, Matrix
-from diffract.metrics import Facts, sources
+from diffract.metrics import GROUPS, Facts, Metric, sources
 
 FACTORS = {"qk": ("q", "k"), "ov": ("o", "v")}
 
 KNOWN = frozenset({"sigmas", "sigma_max", "resolved", "squares", "shape"})
-"""Facts that the spectrum of a product tells; entries and noise laws of it mean nothing."""
+"""Facts that the spectrum of a product tells."""
+
+MEANINGLESS = ("shape", "random_matrix")
+"""Groups that speak of a matrix of full rank with entries of its own: a circuit has as many sigmas as a head has
+dimensions, the others are zero."""
+
+
+def has_meaning(metric: Metric) -> bool:
+    """Whether a metric can be computed of a circuit and says something about it."""
+    names = {m.name for group in MEANINGLESS for m in GROUPS[group]}
+    return not metric.pair and sources(metric.facts) <= KNOWN and metric.name not in names
 
 
 @dataclass(frozen=True)
@@ -113,8 +123,8 @@ class CircuitWorker:
         checkpoint = self.checkpoints[task.model]
         held = {m.tensor: Held(checkpoint, m.tensor) for m in (*task.left, *task.right)}
         digests = {name: one.digest() for name, one in held.items()}
-        plan = replace(self.plan, metrics=tuple(m for m in self.plan.single if sources(m.facts) <= KNOWN))
-        content = [[digests[m.tensor], m.slice_key] for m in (*task.left, *task.right)]
+        plan = replace(self.plan, metrics=tuple(filter(has_meaning, self.plan.metrics)))
+        content = [[digests[m.tensor], m.slice_key, m.kv_head] for m in (*task.left, *task.right)]
         key = cache_key("circuit", task.circuits[0].projection, content, plan.key, self.device.type)
         rows = self.cache.get(key) if self.cache else None
         if rows is None:

@@ -56,10 +56,10 @@ def slice_tensor(
 
 
 def _generic(name: str, shape: tuple[int, ...], dtype: str) -> list[Matrix]:
-    """A tensor that nothing describes: 2-D is one matrix, 3-D one matrix per leading index, more are left."""
+    """A tensor that nothing describes: 2-D is one matrix, 3-D one matrix per leading index; others are left."""
     if len(shape) == 2:
         return [Matrix(name, name, (shape[0], shape[1]), dtype, block="other")]
-    if len(shape) == 3:
+    if len(shape) == 3 and min(shape[1:]) > 1:  # else a depthwise convolution: rows, not matrices
         whole = Matrix(name, name, (shape[1], shape[2]), dtype, block="other")
         return [replace(whole, name=f"{name}[{i}]", index=i) for i in range(shape[0])]
     return []

@@ -259,7 +259,7 @@ SPECTRAL_SHAPE = (
     ),
     Metric(
         "peak_enrichment", enrichment.peak_enrichment, ("delta_energy", "in_base_peak"),
-        "mean ||u0_i^T D||^2 inside the base's spectral peaks over outside", "1", "[0, inf]", "", 0,
+        "mean ||u0_i^T D||^2 inside the base's spectral peaks over outside", "1", "[0, inf)", "", 0,
         frozenset({"rotation", "permutation"}),
     ),
     Metric(

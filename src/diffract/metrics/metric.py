@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, overload
@@ -94,7 +95,8 @@ def metric(
         summary: One line; the docstring's first line by default.
         unit: Of the value.
         range: In which values lie.
-        version: Raise it when what the function calls changes; a change of its own text is noticed.
+        version: Raise it when what the function calls, or a global that it reads, changes; a change of its own text,
+            its defaults or its closure is noticed.
 
     Raises:
         SelectionError: A parameter is no fact.
@@ -129,9 +131,23 @@ def _user_metric(
 
 
 def _digest(function: Callable[..., Tensor]) -> str:
+    """Digest of a function's text, default values and closure; what it reads from elsewhere is not in it."""
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    bound = [getattr(function, "__defaults__", None), getattr(function, "__kwdefaults__", None), cells]
+    return hashlib.sha256(_text(function).encode() + b"".join(map(_bytes, bound))).hexdigest()[:16]
+
+
+def _bytes(value: Any) -> bytes:
+    """What tells a value apart; one that cannot be pickled has its address in its text and is taken for no other."""
     try:
-        text = inspect.getsource(function)
+        return pickle.dumps(value)
+    except Exception:
+        return repr(value).encode()
+
+
+def _text(function: Callable[..., Tensor]) -> str:
+    try:
+        return inspect.getsource(function)
     except (OSError, TypeError):  # typed at a prompt: the compiled code tells it apart
         code = getattr(function, "__code__", None)
-        text = repr((code.co_code, code.co_consts, code.co_names)) if code else repr(function)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return repr((code.co_code, code.co_consts, code.co_names)) if code else repr(function)

@@ -46,7 +46,7 @@ LEGEND_RIGHT = {"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanch
 
 def label(text: object) -> str:
     """Return untrusted text for a label or a hover box."""
-    return html.escape(printable(text, 80))
+    return html.escape(printable(text, 80), quote=False)
 
 
 def caption(model: str, name: str) -> str:
