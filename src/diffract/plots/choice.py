@@ -51,7 +51,8 @@ def pick(what: str, wanted: str | None, known: Sequence[str], default: str | Non
     if wanted is None:
         return default if default is not None and default in known else known[0]
     if wanted not in known:
-        few = f" Known: {', '.join(printable(k, 60) for k in known)}." if len(known) <= 12 else ""
+        more = f" and {len(known) - 12} more in the run's tables" if len(known) > 12 else ""
+        few = f" Known: {', '.join(printable(k, 60) for k in known[:12])}{more}."
         raise SelectionError(f"unknown {what} {printable(wanted)!r}.{suggest(wanted, known) or few}")
     return wanted
 
@@ -83,6 +84,10 @@ def pick_matrix(frames: Frames, wanted: str | None, model: str, quantity: str) -
     change = pl.col("delta_relative") if "delta_relative" in rows.columns else pl.lit(None)
     # A stable sort keeps the order of the table among equals.
     ordered = rows.sort(short, change, descending=True, nulls_last=True, maintain_order=True)
+    if not len(rows):
+        raise SelectionError(
+            f"{printable(model)!r} has no {quantity} in this run; of a comparison, name a tuned model."
+        )
     return pick("matrix", wanted, rows["name"].to_list(), ordered["name"][0] if len(ordered) else None)
 
 
