@@ -35,6 +35,8 @@ def excess(z: Points) -> tuple[Points, Points]:
     large, near, far = z >= LARGE, z.clamp(max=LARGE), z.clamp(min=LARGE)
     D = AT_ZERO / torch.special.erfcx(near * HALF) - near
     q = (1 - near * D) / D.square()
+    if not bool(large.any()):
+        return D, q
     K = fraction(far, 3, DEPTH)
     D_far = 1 / (far + 2 * K)
     return torch.where(large, D_far, D), torch.where(large, 2 * K / D_far, q)
@@ -72,7 +74,7 @@ def _far_ratio(z: Tensor, v: Tensor) -> Tensor:
 
 def fraction(z: Points, first: int, depth: int) -> Points:
     """1 / (z + first / (z + (first + 1) / (z + ...))), ``depth`` numerators, for z > 0."""
-    found = z
+    found = z.clone()
     for numerator in range(first + depth - 1, first - 1, -1):
-        found = (numerator / found).add_(z)
+        found.reciprocal_().mul_(numerator).add_(z)
     return found.reciprocal_()
