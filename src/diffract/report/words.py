@@ -140,8 +140,8 @@ def _enrichment(model: str, metrics: pl.DataFrame) -> Headline | None:
     known = metrics.filter(pl.col("model") == model, ~_circuit())["peak_enrichment_pvalue"].drop_nulls()
     if not len(known):
         return None
-    chance = SIGNIFICANT * len(known)
-    text = f"matrices changed more inside spectral peaks than outside (permutation p < {SIGNIFICANT}; chance {chance:.2g})."
+    test = f"permutation p < {SIGNIFICANT}; chance {SIGNIFICANT * len(known):.2g}"
+    text = f"matrices changed more inside spectral peaks than outside ({test})."
     return Headline(printable(model, 60), f"{(known < SIGNIFICANT).sum():,} of {len(known):,}", text)
 
 
