@@ -229,12 +229,23 @@ def tensor_table(members: Sequence[Member]) -> pl.DataFrame:
 def row_warnings(metrics: pl.DataFrame) -> list[str]:
     """One sentence for each kind of row that has no numbers."""
     texts = {
-        "non_finite": "hold NaN or Inf; they have no metrics",
-        "zero": "are all zero; their ratios are null",
+        "non_finite": "matrices hold NaN or Inf; they have no metrics",
+        "zero": "matrices are all zero; their ratios are null",
     }
+    return status_warnings(metrics, texts, "{model} {name}")
+
+
+def status_warnings(rows: pl.DataFrame, texts: Mapping[str, str], first: str) -> list[str]:
+    """Return a sentence for each status that some rows have.
+
+    Args:
+        rows: With a column ``status``.
+        texts: What is said of their number, by status.
+        first: How the first of them is called, a format over its columns.
+    """
     found = []
     for status, text in texts.items():
-        rows = metrics.filter(pl.col("status") == status)
-        if len(rows):
-            found.append(f"{len(rows)} matrices {text}, first {rows['model'][0]} {rows['name'][0]}.")
+        some = rows.filter(pl.col("status") == status)
+        if len(some):
+            found.append(f"{len(some)} {text}, first {first.format_map(some.row(0, named=True))}.")
     return found

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from diffract.analysis.assemble import Member, describe, model_row, tensor_table
+from diffract.analysis.assemble import Member, describe, model_row, status_warnings, tensor_table
 from diffract.analysis.cache import Cache, cache_folder
 from diffract.analysis.engine import run_tasks
 from diffract.analysis.head_grams import Slices, head_grams, slice_grams
@@ -150,15 +150,7 @@ def _assemble(members: Sequence[Member], slices: Slices, manifest: dict[str, Any
 
 def _row_warnings(heads: pl.DataFrame) -> list[str]:
     texts = {
-        "non_finite": "hold NaN or Inf; they have no numbers",
-        "unpaired": "lack a slice in the tuned checkpoint; they have no numbers",
+        "non_finite": "heads hold NaN or Inf; they have no numbers",
+        "unpaired": "heads lack a slice in the tuned checkpoint; they have no numbers",
     }
-    found = []
-    for status, text in texts.items():
-        rows = heads.filter(pl.col("status") == status)
-        if len(rows):
-            first = rows.row(0, named=True)
-            found.append(
-                f"{len(rows)} heads {text}, first {first['model']} layer {first['layer']} head {first['head']}."
-            )
-    return found
+    return status_warnings(heads, texts, "{model} layer {layer} head {head}")

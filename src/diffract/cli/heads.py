@@ -44,12 +44,13 @@ def heads(
     """Which attention heads change, in one domain or in all."""
     with explained(debug=debug):
         from diffract.heterogeneity import heads as run_heads
+        from diffract.metrics import split_names
 
         with progress("heads", quiet=quiet or json) as update:
             run = run_heads(
                 base,
                 *tuned,
-                projections=options.split_names(projections) or [],
+                projections=split_names(projections),
                 architecture=architecture,
                 adapter_base=adapter_base,
                 allow_unmatched=allow_unmatched,

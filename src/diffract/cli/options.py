@@ -46,8 +46,3 @@ AllowUnmatched = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print a summary as JSON, for scripts.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
-
-def split_names(text: str | None) -> list[str] | None:
-    """Return names separated by commas, ``None`` for no text."""
-    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]

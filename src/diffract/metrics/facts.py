@@ -88,10 +88,6 @@ def _compare_tails(values: Tensor, tail: heavy_tails.PowerLaw) -> heavy_tails.Co
     return heavy_tails.compare_tails(values, at=tail.xmin)
 
 
-def _find_peaks(sigmas: Tensor) -> peaks.Peaks:
-    return peaks.find_peaks(peaks.log_density(sigmas), sigmas)
-
-
 def _in_peak(found: peaks.Peaks) -> Tensor:
     return found.membership >= 0
 
@@ -112,9 +108,9 @@ _derive("tail_warnings", "what speaks against the power law, one text a matrix",
         "power_law", "tail_eigenvalues")  # fmt: skip
 _derive("power_law_scan", "(b, M), distance of the power law with xmin at each eigenvalue", heavy_tails.power_law_scan,
         "tail_eigenvalues")  # fmt: skip
-_derive("peaks", "peaks in the density of ln sigma, peaks.Peaks", _find_peaks, "resolved_sigmas")
+_derive("peaks", "peaks in the density of ln sigma, peaks.Peaks", peaks.spectral_peaks, "resolved_sigmas")
 _derive("base_resolved_sigmas", "(b, M), likewise of W0", _resolved_sigmas, "base_sigmas", "base_resolved")
-_derive("base_peaks", "peaks of W0", _find_peaks, "base_resolved_sigmas")
+_derive("base_peaks", "peaks of W0", peaks.spectral_peaks, "base_resolved_sigmas")
 _derive("in_base_peak", "(b, M), whether base sigma i lies in a peak", _in_peak, "base_peaks")
 _derive("window", "(b, M, M), whether base sigma i is within 5% of tuned sigma j", agreement.window,
         "base_sigmas", "sigmas")  # fmt: skip

@@ -163,7 +163,12 @@ def find_peaks(density: Density, sigmas: Sigmas, *, prominence: float = PROMINEN
 
 def peak_count(sigmas: Sigmas) -> PerMatrix:
     """Number of peaks in the density of ln sigma, at least 1; see ``find_peaks`` for what noise gives."""
-    return find_peaks(log_density(sigmas), sigmas).count
+    return spectral_peaks(sigmas).count
+
+
+def spectral_peaks(sigmas: Sigmas) -> Peaks:
+    """Peaks in the density of ln sigma, all by default."""
+    return find_peaks(log_density(sigmas), sigmas)
 
 
 def _logarithms(sigmas: Sigmas) -> tuple[Tensor, Tensor]:
