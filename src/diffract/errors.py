@@ -26,6 +26,10 @@ class RunError(DiffractError):
     """A run folder cannot be read or written."""
 
 
+class RecipeError(DiffractError):
+    """A recipe, or a setting of an edit, is wrong."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the nearest known names, or an empty string."""
     near = get_close_matches(name, list(known), n=3, cutoff=0.55)

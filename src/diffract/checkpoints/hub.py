@@ -32,6 +32,7 @@ except ImportError:
     import httpx  # pyright: ignore[reportMissingImports]
 
 from diffract._version import __version__
+from diffract.checkpoints.companions import find_companions
 from diffract.checkpoints.files import ByteFile
 from diffract.checkpoints.folder import (
     SAFETENSORS,
@@ -192,7 +193,7 @@ def open_hub_folder(folder: HubFolder) -> Checkpoint:
         reason = "only PyTorch files, and reading ranges needs safetensors" if pickles else "no weights"
         remedy = " Pass --download to fetch them whole." if pickles else " Is this the right model?"
         raise CheckpointError(f"{folder.where} holds {reason}.{remedy}")
-    return replace(open_shards(folder, shards), config=read_config(folder))
+    return replace(open_shards(folder, shards), config=read_config(folder), companions=find_companions(folder))
 
 
 def download_hub(repo: str, revision: str | None = None) -> Path:

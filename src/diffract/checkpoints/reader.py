@@ -66,6 +66,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         tied: Name of a tensor that shares its memory with another, to that other's name.
         factors: For each tensor that an adapter changes, a function that reads the change as factors.
         base_reference: The reference of an adapter's base, ``None`` for any other checkpoint.
+        companions: For each file that belongs to the model besides its weights, a function that reads it.
     """
 
     reference: str
@@ -75,6 +76,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     tied: Mapping[str, str] = field(default_factory=dict)
     factors: Mapping[str, Callable[[], Factors]] = field(default_factory=dict)
     base_reference: str | None = None
+    companions: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from diffract.checkpoints import adapter
+from diffract.checkpoints.companions import find_companions
 from diffract.checkpoints.files import LocalFile, LocalFolder
 from diffract.checkpoints.folder import (
     SAFETENSORS,
@@ -119,18 +120,20 @@ def _open_hub(repo: str, revision: str | None, how: _How) -> Checkpoint:
 
 
 def _open_file(path: Path) -> Checkpoint:
-    config = read_config(LocalFolder(path.parent))
+    folder = LocalFolder(path.parent)
+    config, companions = read_config(folder), find_companions(folder)
     if path.suffix == ".npz":
         from diffract.checkpoints.arrays import open_npz
 
-        return replace(open_npz(path), config=config)
+        return replace(open_npz(path), config=config, companions=companions)
     if path.suffix in TORCH_SUFFIXES:
         from diffract.checkpoints.pickles import open_pickle
 
-        return replace(open_pickle(path), config=config)
+        return replace(open_pickle(path), config=config, companions=companions)
     if path.suffix == ".safetensors":
         found, metadata = open_safetensors(LocalFile(path))
-        return replace(found, config=config or _metadata_config(metadata, found.reference))
+        config = config or _metadata_config(metadata, found.reference)
+        return replace(found, config=config, companions=companions)
     raise CheckpointError(
         f"{printable(path, 1000)!r}: unknown kind of file, expected .safetensors, .bin, .pt, .pth or .npz."
     )
@@ -146,15 +149,15 @@ def _open_folder(path: Path, how: _How) -> Checkpoint:
     folder = LocalFolder(path)
     if adapter.CONFIG in folder.names:
         return _open_adapter(folder, how)
-    config = read_config(folder)
+    config, companions = read_config(folder), find_companions(folder)
     shards = find_shards(folder, SAFETENSORS, (".safetensors",))
     if shards.files:
-        return replace(open_shards(folder, shards), config=config)
+        return replace(open_shards(folder, shards), config=config, companions=companions)
     pickles = find_shards(folder, TORCH, TORCH_SUFFIXES)
     if pickles.files:
         from diffract.checkpoints.pickles import open_pickles
 
-        return replace(open_pickles(folder, pickles), config=config)
+        return replace(open_pickles(folder, pickles), config=config, companions=companions)
     raise CheckpointError(
         f"folder {folder.where!r} holds no .safetensors, .bin, .pt or .pth files. Is this the right folder?"
     )
@@ -181,7 +184,7 @@ def _open_adapter(folder: Folder, how: _How) -> Checkpoint:
             opened.callback(base.close)
         merged = adapter.open_adapter(weights, base, config, reference=folder.where, owns_base=owns_base)
         opened.pop_all()
-    return merged
+    return replace(merged, companions={**base.companions, **find_companions(folder)})
 
 
 def _adapter_base(folder: Folder, config: Mapping[str, Any]) -> str | Path:

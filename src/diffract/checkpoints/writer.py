@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,16 @@ SHARD_BYTES = 5_000_000_000
 
 COPY_BYTES = 1 << 24
 """Bytes copied at once."""
+
+
+def file_names(count: int) -> list[str]:
+    """Return what the files of a model are called; none for no file."""
+    return [SAFETENSORS] if count == 1 else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def index_text(weight_map: Mapping[str, str], total_bytes: int) -> str:
+    """Return the index of a sharded model."""
+    return json.dumps({"metadata": {"total_size": total_bytes}, "weight_map": weight_map}, indent=2) + "\n"
 
 
 @dataclass
@@ -146,13 +156,10 @@ class TensorWriter:
     def _commit(self) -> None:
         """Give the files their names; one alone needs no index."""
         self._end_shard()
-        total = len(self._files)
-        names = [SAFETENSORS]
-        if total > 1:
-            names = [f"model-{i:05d}-of-{total:05d}.safetensors" for i in range(1, total + 1)]
+        names = file_names(len(self._files))
+        if len(names) > 1:
             weight_map = {tensor: names[place] for tensor, place in self._places.items()}
-            index = {"metadata": {"total_size": self._size_bytes}, "weight_map": weight_map}
-            self._draft().write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            self._draft().write_text(index_text(weight_map, self._size_bytes), encoding="utf-8")
             names.append(f"{SAFETENSORS}.index.json")
         for place, file in enumerate(self._files):
             self._files[place] = file.rename(self.folder / names[place])

@@ -1,0 +1,138 @@
+"""The manifest of an edited checkpoint: what went in, what was done, what came out; and whether that is still so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import blake3
+
+from diffract._version import __version__
+from diffract.checkpoints.reader import Checkpoint
+from diffract.checkpoints.reference import open_checkpoint
+from diffract.errors import CheckpointError, printable
+
+MANIFEST = "manifest.json"
+KIND = "diffract edit"
+FORMAT = 1
+"""Number of the manifest's layout; a reader refuses a newer one."""
+
+WEIGHTS = (".safetensors", ".safetensors.index.json")
+"""What the names of weight files end in; the digests of tensors speak for them."""
+
+
+def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write the manifest of a folder, with digests of all its files that hold no weights."""
+    files = {name: _file_digest(folder / name) for name in _small_files(folder)}
+    head = {"kind": KIND, "format": FORMAT, "diffract": __version__}
+    text = json.dumps({**head, **content, "files": files}, indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """Return the manifest of an edited checkpoint.
+
+    Raises:
+        CheckpointError: There is none, or it is none that this version reads.
+    """
+    path = Path(folder) / MANIFEST
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"{printable(folder)}: no readable {MANIFEST} ({error.strerror}). Only what diffract wrote can be verified."
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{printable(path)} is no JSON: {printable(error)}. It was damaged.") from error
+    if not isinstance(found, dict) or found.get("kind") != KIND:
+        raise CheckpointError(f"{printable(path)} belongs to no edited checkpoint. Give the folder that an edit wrote.")
+    if found.get("format") != FORMAT or not all(isinstance(found.get(k), dict) for k in ("outputs", "inputs", "files")):
+        raise CheckpointError(
+            f"{printable(path)} has format {printable(found.get('format'))}, expected {FORMAT}. Update diffract."
+        )
+    return found
+
+
+@dataclass
+class Verdict:
+    """What verifying a folder found.
+
+    Attributes:
+        tensors: How many tensors are as they were written.
+        inputs: How many tensors of inputs are as they were read.
+        faults: What is not as the manifest says.
+        unchecked: What could not be checked, and why.
+    """
+
+    tensors: int = 0
+    inputs: int = 0
+    faults: list[str] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+
+
+def verify_folder(folder: str | Path) -> Verdict:
+    """Compare an edited checkpoint, and its inputs as far as they can be opened, with its manifest.
+
+    Raises:
+        CheckpointError: There is no manifest, or the weights cannot be opened.
+    """
+    manifest = read_manifest(folder)
+    verdict = Verdict()
+    verdict.faults += _file_faults(Path(folder), manifest["files"])
+    for part, stated in manifest["outputs"].items():
+        with open_checkpoint(_weights(Path(folder), part)) as checkpoint:
+            faults = list(_tensor_faults(checkpoint, stated))
+            strange = [name for name in checkpoint.names if name not in stated]
+        verdict.tensors += len(stated) - len(faults)
+        verdict.faults += faults + [f"tensor {printable(name)!r} is not in the manifest" for name in strange]
+    for label, stated in manifest["inputs"].items():
+        _check_input(label, stated, verdict)
+    return verdict
+
+
+def _weights(folder: Path, part: str) -> Path:
+    """Where a part of the output lies: ``.`` is the folder, others are files or folders in it."""
+    path = (folder / part).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise CheckpointError(f"{printable(folder)}: the manifest names {printable(part)!r}, which is outside of it.")
+    return path
+
+
+def _check_input(label: str, stated: Mapping[str, str], verdict: Verdict) -> None:
+    try:
+        with open_checkpoint(label) as checkpoint:
+            faults = list(_tensor_faults(checkpoint, stated))
+    except CheckpointError as error:
+        verdict.unchecked.append(f"input {printable(label)}: {error}")
+        return
+    verdict.inputs += len(stated) - len(faults)
+    verdict.faults += [f"input {printable(label)}, {fault}" for fault in faults]
+
+
+def _tensor_faults(checkpoint: Checkpoint, stated: Mapping[str, str]) -> Iterator[str]:
+    for name, digest in stated.items():
+        if name not in checkpoint:
+            yield f"tensor {printable(name)!r} is missing"
+        elif checkpoint.digest(name) != digest:
+            yield f"tensor {printable(name)!r} is not what it was"
+
+
+def _file_faults(folder: Path, stated: Mapping[str, str]) -> Iterator[str]:
+    for name, digest in stated.items():
+        path = _weights(folder, name)
+        if not path.is_file():
+            yield f"file {printable(name)!r} is missing"
+        elif _file_digest(path) != digest:
+            yield f"file {printable(name)!r} is not what it was"
+
+
+def _small_files(folder: Path) -> Iterator[str]:
+    found = (p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.endswith(WEIGHTS))
+    return (p.relative_to(folder).as_posix() for p in found if p.name != MANIFEST)
+
+
+def _file_digest(path: Path) -> str:
+    return blake3.blake3(path.read_bytes()).hexdigest()

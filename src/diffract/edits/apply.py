@@ -1,0 +1,125 @@
+"""Apply a recipe: from checkpoints to one edited checkpoint on disk, which appears whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffract._version import __version__
+from diffract.checkpoints import Checkpoint
+from diffract.checkpoints.companions import CONFIG
+from diffract.checkpoints.provenance import write_manifest
+from diffract.edits.bench import Bench
+from diffract.edits.card import model_card
+from diffract.edits.draft import Draft
+from diffract.edits.recipe import Recipe, load_recipe, validated
+from diffract.edits.step import Planned, Step
+from diffract.edits.write import Progress, write_draft
+from diffract.folders import whole_folder
+
+RECIPE = "recipe.yaml"
+CARD = "README.md"
+
+Plans = list[tuple[Step, Planned]]
+
+
+@dataclass(frozen=True)
+class Edited:
+    """What an edit made.
+
+    Attributes:
+        folder: The checkpoint.
+        manifest: Digests, recipe, what each step did.
+    """
+
+    folder: Path
+    manifest: Mapping[str, Any]
+
+
+def apply(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    output: str | Path,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Edited:
+    """Make the checkpoint that a recipe describes.
+
+    Args:
+        recipe: A recipe, or a YAML file.
+        output: The folder to write; must not exist unless ``force``.
+        force: Replace a folder that an edit has written.
+        progress: Called with bytes done, all bytes, and what was just finished.
+
+    Raises:
+        DiffractError: The recipe is wrong, checkpoints do not fit, or the folder cannot be written.
+    """
+    recipe = as_recipe(recipe)
+    with whole_folder(output, force=force) as folder, open_bench(recipe) as bench:
+        draft, plans = plan(recipe, bench)
+        outputs = {".": write_draft(draft, folder, recipe.output, progress)}
+        write_companions(bench.checkpoint, folder, recipe)
+        manifest = _describe(recipe, bench, plans, outputs, folder)
+    return Edited(Path(output), manifest)
+
+
+def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+    """Return a recipe, read and validated where it is not one yet."""
+    if isinstance(recipe, str | Path):
+        return load_recipe(recipe)
+    return recipe if isinstance(recipe, Recipe) else validated(Recipe, recipe, "recipe")
+
+
+def open_bench(recipe: Recipe) -> Bench:
+    """Open the model of a recipe."""
+    return Bench(recipe.model, architecture=recipe.architecture, adapter_base=recipe.adapter_base)
+
+
+def plan(recipe: Recipe, bench: Bench) -> tuple[Draft, Plans]:
+    """Return the model as the steps will have changed it, and what they decided."""
+    draft, plans = bench.draft(), []
+    for item in recipe.steps:
+        planned = item.step.plan(bench, draft)
+        plans.append((item.step, planned))
+        draft = draft.then(planned.changes)
+    return draft, plans
+
+
+def write_companions(checkpoint: Checkpoint, folder: Path, recipe: Recipe) -> None:
+    """Write configuration, tokenizer, chat template and whatever else belongs to the model."""
+    for name, read in checkpoint.companions.items():
+        (folder / name).write_bytes(read())
+    config = dict(checkpoint.config)
+    if config and (recipe.output.dtype or CONFIG not in checkpoint.companions):
+        if recipe.output.dtype:
+            config.pop("torch_dtype", None)
+            config["dtype"] = recipe.output.dtype
+        (folder / CONFIG).write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def described(plans: Plans) -> list[dict[str, Any]]:
+    """Return what each step did, for the manifest."""
+    return [{"step": step.name, "summary": p.summary, "rows": p.rows} for step, p in plans]
+
+
+def _describe(recipe: Recipe, bench: Bench, plans: Plans, outputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Write recipe, card and manifest; return the manifest."""
+    import torch
+
+    plain, steps = recipe.as_dict(), described(plans)
+    (folder / RECIPE).write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    (folder / CARD).write_text(model_card(plain, steps), encoding="utf-8")
+    manifest = {
+        "torch": torch.__version__,
+        "recipe": plain,
+        "steps": steps,
+        "inputs": {label: found.digests() for label, found in bench.inputs.items()},
+        "outputs": outputs,
+    }
+    write_manifest(folder, manifest)
+    return {"diffract": __version__, **manifest}

@@ -1,0 +1,125 @@
+"""A checkpoint as steps will have changed it: computed block by block when it is read, rounded by whoever keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from diffract.checkpoints import Checkpoint, TensorInfo, row_blocks
+from diffract.checkpoints.reader import Range
+from diffract.errors import CheckpointError, DiffractError, printable
+from diffract.matrices import Matrix
+
+BLOCK_BYTES = 1 << 20
+"""Stored bytes that entrywise edits work on at once: what they make of them stays in the processor's cache."""
+
+Place = tuple[slice, ...]
+"""A part of a tensor: a slice with start and stop for each axis."""
+
+Apply = Callable[[Tensor, Place], Tensor]
+"""``apply(values, place)`` returns the new values of a part; the old ones may have any float dtype and stay as they are."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a step does to one tensor.
+
+    Attributes:
+        parts: The parts that change, none of which overlap, and what computes their new values.
+        whole: Each part must come whole; otherwise it may come in blocks of rows, in their order.
+    """
+
+    parts: tuple[tuple[Place, Apply], ...]
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A checkpoint and the changes of one step after another.
+
+    Attributes:
+        checkpoint: What is edited.
+        ties: Tensors that share their values with another one, which is the one that changes.
+        steps: For each step the changes by tensor name.
+    """
+
+    checkpoint: Checkpoint
+    ties: Mapping[str, str] = field(default_factory=dict)
+    steps: tuple[Mapping[str, Change], ...] = ()
+
+    def then(self, changes: Mapping[str, Change]) -> Draft:
+        """Return the draft with one more step."""
+        return replace(self, steps=(*self.steps, changes))
+
+    def changes(self, name: str) -> list[Change]:
+        """Return what happens to a tensor, in order."""
+        name = self.ties.get(name, name)
+        return [step[name] for step in self.steps if name in step]
+
+    def spans(self, name: str) -> Iterator[Range | None]:
+        """Yield the blocks of rows in which a tensor is read; they depend on the tensor and its changes alone."""
+        if any(change.whole for change in self.changes(name)):
+            yield None
+        else:
+            yield from row_blocks(self.checkpoint.info(name), BLOCK_BYTES)
+
+    def block(self, name: str, rows: Range | None) -> Tensor:
+        """Return one of a tensor's blocks, not rounded to its dtype where something changed."""
+        info = self.checkpoint.info(self.ties.get(name, name))
+        block = self.checkpoint.read(info.name, rows)
+        try:
+            for change in self.changes(name):
+                block = _changed(block, change, rows)
+        except DiffractError:
+            raise
+        except ValueError as error:  # operations know no names
+            where = f"{printable(self.checkpoint.reference)}, tensor {printable(name)!r}"
+            raise CheckpointError(f"{where}: {error}.") from error
+        return block
+
+    def blocks(self, name: str) -> Iterator[tuple[Range | None, Tensor]]:
+        """Yield all blocks of a tensor in their order."""
+        for rows in self.spans(name):
+            yield rows, self.block(name, rows)
+
+
+def everything(shape: Sequence[int]) -> Place:
+    """Return the place of a whole tensor."""
+    return tuple(slice(0, n) for n in shape)
+
+
+def place_of(matrix: Matrix, shape: Sequence[int]) -> Place:
+    """Return where a matrix lies in its tensor of this shape."""
+    lead = () if matrix.index is None else (slice(matrix.index, matrix.index + 1),)
+    rows, cols = matrix.rows or (0, shape[-2]), matrix.cols or (0, shape[-1])
+    return (*lead, slice(*rows), slice(*cols))
+
+
+def overlap(place: Place, rows: Range | None) -> tuple[Place, Place] | None:
+    """Return where a place lies in a block of rows (the whole tensor if ``None``): counted within the block, and within
+    the tensor; ``None`` where they have nothing in common."""
+    if rows is None or not place:
+        return place, place
+    low, high = max(rows[0], place[0].start), min(rows[1], place[0].stop)
+    if low >= high:
+        return None
+    return (slice(low - rows[0], high - rows[0]), *place[1:]), (slice(low, high), *place[1:])
+
+
+def _changed(block: Tensor, change: Change, rows: Range | None) -> Tensor:
+    """Return a block after a change; parts that nothing touches keep their bits."""
+    met = ((overlap(place, rows), apply) for place, apply in change.parts)
+    parts = [(found[0], apply(block[found[0]], found[1])) for found, apply in met if found]
+    if len(parts) == 1 and parts[0][1].shape == block.shape:
+        return parts[0][1]
+    if not parts:
+        return block
+    dtype = reduce(torch.promote_types, (values.dtype for _, values in parts), block.dtype)
+    found = block.to(dtype, copy=True)
+    for here, values in parts:
+        found[here] = values
+    return found

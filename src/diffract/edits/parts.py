@@ -1,0 +1,215 @@
+"""Heads, matrices, experts and tensors as what is edited together: which parts of which tensors they are made of."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+from diffract.edits.bench import Bench
+from diffract.edits.draft import Place, everything, place_of
+from diffract.errors import SelectionError, printable
+from diffract.matrices import Matrix
+
+Unit = Literal["head", "matrix", "expert", "tensor"]
+Shared = Literal["all", "majority", "never"]
+
+HEAD_PARTS = ("q", "k", "v", "o")
+
+NORMS = ("norm", "layernorm")
+"""What norms of queries and keys are called, after ``q_`` and ``k_``."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a tensor.
+
+    Attributes:
+        tensor: The tensor's name.
+        place: Where in it.
+        owners: The units that it belongs to; several query heads share a key-value head.
+        counts: Whether it counts when the unit's change is measured; biases and norms do not.
+    """
+
+    tensor: str
+    place: Place
+    owners: frozenset[str]
+    counts: bool = True
+
+
+@dataclass(frozen=True)
+class Units:
+    """What can be chosen, in the model's order, and all their parts."""
+
+    names: tuple[str, ...]
+    parts: tuple[Part, ...]
+
+    def chosen(self, names: Collection[str], shared: Shared) -> Iterator[Part]:
+        """Yield the parts that go with some units.
+
+        Args:
+            names: The units.
+            shared: Whether a part with several owners goes when ``all`` of them are chosen, the ``majority`` (more
+                than half), or ``never``.
+        """
+        for part in self.parts:
+            count, total = len(part.owners.intersection(names)), len(part.owners)
+            need = {"all": total, "majority": total // 2 + 1, "never": total + 1}[shared] if total > 1 else 1
+            if count >= need:
+                yield part
+
+
+def find_units(bench: Bench, unit: Unit, select: str | None) -> Units:
+    """Return the units of a model.
+
+    Args:
+        bench: The model.
+        unit: What they are: attention heads; matrices; experts, all matrices of one; or tensors, 1-D ones included.
+        select: Matrices that count; all by default.
+
+    Raises:
+        SelectionError: There are none.
+    """
+    find: dict[str, Callable[[Bench, str | None], Units]] = {
+        "head": _heads,
+        "matrix": _matrices,
+        "expert": _experts,
+        "tensor": _tensors,
+    }
+    units = bench.remember((unit, select), lambda: find[unit](bench, select))
+    if not units.names:
+        note = bench.layout.architecture.note
+        raise SelectionError(
+            f"{printable(bench.checkpoint.reference)}: no {unit} among what is selected. "
+            f"{note or 'Choose another unit or selection.'}"
+        )
+    return units
+
+
+def _heads(bench: Bench, select: str | None) -> Units:
+    """Attention heads: q and o of a query head; k and v belong to all heads that share them, as do common norms."""
+    matrices = [m for m in bench.matrices(select, heads=True) if m.projection in HEAD_PARTS]
+    queries: dict[tuple[int | None, str | None, int | None], set[str]] = defaultdict(set)
+    for m in bench.layout.matrices:
+        if m.projection == "q" and m.head is not None:
+            queries[m.layer, m.block, m.kv_head].add(_head_name(m, m.head))
+    parts = []
+    for m in matrices:
+        own = m.projection in ("q", "o") and m.head is not None
+        owners = {_head_name(m, m.head)} if own else queries[m.layer, m.block, m.kv_head]
+        if own or (m.projection in ("k", "v") and m.kv_head is not None):
+            parts.append(Part(m.tensor, _place(bench, m), frozenset(owners)))
+    known = {(part.tensor, _key(part.place)): part.owners for part in parts}
+    everyone: dict[str, frozenset[str]] = defaultdict(frozenset)
+    for part in parts:
+        everyone[part.tensor] |= part.owners
+    attached: dict[tuple[object, ...], Part] = {}
+    for m in matrices:
+        owners = known.get((m.tensor, _key(_place(bench, m))))
+        if owners and m.projection != "o" and m.index is None:
+            for part in _attached(bench, m, owners, everyone[m.tensor]):
+                attached[part.tensor, _key(part.place)] = part
+    return Units(_ordered(parts), (*parts, *attached.values()))
+
+
+def _head_name(matrix: Matrix, head: int | None) -> str:
+    """``L3.h5``; the block is named where it is not the one attention of a layer."""
+    block = "" if matrix.block == "attn" else f"{matrix.block}."
+    return f"L{matrix.layer}.{block}h{head}"
+
+
+def _attached(bench: Bench, matrix: Matrix, owners: frozenset[str], everyone: frozenset[str]) -> Iterator[Part]:
+    """Yield the parts of a head's bias and of its norm of queries or keys, cut as its rows are.
+
+    What all heads of a layer have in common belongs to all of them.
+    """
+    shape = bench.layout.entries[matrix.tensor].info.shape
+    start, stop = (matrix.cols if matrix.transposed else matrix.rows) or (0, matrix.shape[0])
+    extent, head_dim = shape[-1] if matrix.transposed else shape[0], matrix.shape[0]
+    for name in _companions(bench, matrix):
+        size = bench.checkpoint.info(name).shape
+        if size == (extent,):
+            yield Part(name, (slice(start, stop),), owners, counts=False)
+        elif size == (extent // head_dim, head_dim):
+            yield Part(name, (slice(start // head_dim, stop // head_dim), slice(0, head_dim)), owners, counts=False)
+        elif size == (head_dim,):
+            yield Part(name, everything(size), everyone, counts=False)
+
+
+def _companions(bench: Bench, matrix: Matrix) -> Iterator[str]:
+    """Yield the names of the bias of a projection's tensor, and of the norms of what it projects to, as far as there.
+
+    Fused projections have norms that belong to one of their parts, which their names tell.
+    """
+    stem, found, _ = matrix.tensor.rpartition(".weight")
+    module = stem.rpartition(".")[0]
+    word = {"q": ("q", "query"), "k": ("k", "key")}.get(matrix.projection or "", ())
+    norms = (f"{module}.{w}_{norm}.{kind}" for w in word for norm in NORMS for kind in ("weight", "bias"))
+    return (name for name in (f"{stem}.bias", *norms) if found and name in bench.checkpoint)
+
+
+def _matrices(bench: Bench, select: str | None) -> Units:
+    parts = [Part(m.tensor, _place(bench, m), frozenset({m.name})) for m in bench.matrices(select, heads=False)]
+    return Units(_ordered(parts), tuple(parts))
+
+
+def _experts(bench: Bench, select: str | None) -> Units:
+    experts = [m for m in bench.matrices(select, heads=False) if m.expert is not None]
+    parts = [Part(m.tensor, _place(bench, m), frozenset({f"L{m.layer}.e{m.expert}"})) for m in experts]
+    return Units(_ordered(parts), tuple(parts))
+
+
+def _tensors(bench: Bench, select: str | None) -> Units:
+    kept = None if select is None else {m.tensor for m in bench.matrices(select, heads=False)}
+    names = [name for name in bench.entries() if kept is None or name in kept]
+    shapes = {name: bench.layout.entries[name].info.shape for name in names}
+    parts = [Part(name, everything(shapes[name]), frozenset({name})) for name in names]
+    return Units(tuple(names), tuple(parts))
+
+
+def _place(bench: Bench, matrix: Matrix) -> Place:
+    return place_of(matrix, bench.layout.entries[matrix.tensor].info.shape)
+
+
+def _ordered(parts: Iterable[Part]) -> tuple[str, ...]:
+    """Names of units in the model's order: by layer, then by number."""
+    names = dict.fromkeys(name for part in parts for name in sorted(part.owners))
+    return tuple(sorted(names, key=lambda name: [int(w) if w.isdecimal() else w for w in re.split(r"(\d+)", name)]))
+
+
+def places_by_tensor(bench: Bench, parts: Iterable[Part]) -> dict[str, list[Place]]:
+    """Return the places of parts by tensor; where they fill it, it counts as one place."""
+    found: dict[str, dict[object, Place]] = defaultdict(dict)
+    for part in parts:
+        found[part.tensor][_key(part.place)] = part.place
+    return {name: _joined(list(places.values()), bench.checkpoint.info(name).shape) for name, places in found.items()}
+
+
+def _joined(places: list[Place], shape: tuple[int, ...]) -> list[Place]:
+    filled = sum(prod(span.stop - span.start for span in place) for place in places)
+    return [everything(shape)] if filled == prod(shape) else places
+
+
+def _key(place: Place) -> tuple[tuple[int, int], ...]:
+    """A place that can be looked up: slices cannot."""
+    return tuple((span.start, span.stop) for span in place)
+
+
+def parse_heads(text: str, units: Units) -> list[str]:
+    """Read a list of units, ``L3.h5,L7.h0``.
+
+    Raises:
+        SelectionError: One is not in the model.
+    """
+    names = [word.strip() for word in text.split(",") if word.strip()]
+    for name in names:
+        if name not in units.names:
+            raise SelectionError(
+                f"no {printable(name)!r} in this model, expected names from {units.names[0]} to {units.names[-1]}."
+            )
+    if not names:
+        raise SelectionError("the list names nothing. Write it as L3.h5,L7.h0.")
+    return names

@@ -1,0 +1,197 @@
+"""Merge: one checkpoint of several that were tuned from one base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from diffract.edits.bench import Bench, Other
+from diffract.edits.draft import Apply, Change, Draft, Place
+from diffract.edits.entrywise import weighted_places
+from diffract.edits.operations.dare import dare, seeded
+from diffract.edits.operations.iso_c import iso_c
+from diffract.edits.operations.linear import linear, weighted_sum
+from diffract.edits.operations.slerp import angle, slerp
+from diffract.edits.operations.task_arithmetic import task_arithmetic
+from diffract.edits.operations.ties import elect_and_merge, magnitude_threshold, trim
+from diffract.edits.operations.tsv import tsv_merge
+from diffract.edits.step import Model, Planned, Step, describe, flat, matrix_changes, together
+from diffract.matrices import Matrix
+
+Method = Literal["linear", "slerp", "task-arithmetic", "dare", "ties", "dare-ties", "tsv", "iso-c"]
+
+OF_MATRICES: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {"tsv": tsv_merge, "iso-c": iso_c}
+"""Methods that are defined for matrices; other tensors get the mean change."""
+
+WITHOUT_BASE = ("linear", "slerp")
+
+
+class Merge(Step):
+    """Merge the model with others: their mean, or their changes against a common base."""
+
+    name: ClassVar[str] = "merge"
+
+    models: Annotated[dict[str, Model], Field(min_length=1)]
+    """The others, by name."""
+    base: Model | None = None
+    """What all were tuned from; linear and slerp need none."""
+    called: str = "model"
+    """Name of the model that is edited, for weights."""
+    method: Method = "task-arithmetic"
+    """linear, slerp, task-arithmetic, dare, ties, dare-ties, tsv or iso-c."""
+    weights: dict[str, float] = Field(default_factory=dict)
+    """Weight of each model by name; 1 where nothing is said. linear and slerp divide by their sum."""
+    scale: float = 1.0
+    """What the merged change is multiplied with."""
+    density: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Ties: share of each change's entries that is kept, the largest."""
+    drop: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Dare: probability with which an entry of a change is dropped."""
+    seed: int = 0
+    """Of dare."""
+    select: str | None = None
+    """Matrices that are merged, such as 'layers 8-, attn'; every tensor by default."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Merge:
+        names = (self.called, *self.models)
+        if self.called in self.models:
+            raise ValueError(f"two models are called {self.called!r}")
+        if strange := [name for name in self.weights if name not in names]:
+            raise ValueError(f"weights: no model is called {strange[0]!r}, expected some of {', '.join(names)}")
+        if self.base is None and self.method not in WITHOUT_BASE:
+            raise ValueError(f"method {self.method} needs a base")
+        if self.method == "slerp" and len(self.models) > 1:
+            raise ValueError(f"slerp goes between two models, got {len(names)}")
+        if self.method in OF_MATRICES and self.weights:
+            raise ValueError(f"method {self.method} knows no weights; scale is the weight of all")
+        if self.method in WITHOUT_BASE and sum(self.shares) == 0:
+            raise ValueError("the weights sum to 0")
+        return self
+
+    @property
+    def shares(self) -> list[float]:
+        """Weights in the order of the models, the edited one first."""
+        return [self.weights.get(name, 1.0) for name in (self.called, *self.models)]
+
+    def plan(self, bench: Bench, draft: Draft) -> Planned:
+        """Return what the step changes."""
+        mix = Mix(self, draft, None if self.base is None else bench.other(self.base), [
+            bench.other(reference) for reference in self.models.values()
+        ])  # fmt: skip
+        moved = weighted_places(bench, self.select, 1.0, {})
+        changes = {name: Change(tuple((p, mix.apply(name)) for p, _ in parts)) for name, parts in moved.items()}
+        if self.method in OF_MATRICES:
+            kept = bench.matrices(self.select, heads=False)
+            changes |= matrix_changes(bench, kept, mix.of_matrix)
+        models = {self.called: bench.checkpoint.reference}
+        models |= {name: describe(reference) for name, reference in self.models.items()}
+        return Planned(changes, {"method": self.method, "models": models, "tensors": len(changes)})
+
+
+class Mix:
+    """Computes merged values of parts of tensors; what needs whole tensors is measured when it is first needed."""
+
+    def __init__(self, step: Merge, draft: Draft, base: Other | None, others: Sequence[Other]) -> None:
+        self.step, self.draft, self.base, self.others = step, draft, base, others
+        self._known: dict[str, list[float]] = {}
+
+    def apply(self, name: str) -> Apply:
+        """Return what computes parts of a tensor."""
+        make: Mapping[str, Callable[[str], Apply]] = {
+            "linear": self._linear,
+            "slerp": self._slerp,
+            "task-arithmetic": self._task_arithmetic,
+            "dare": partial(self._from_changes, self._dare),
+            "ties": partial(self._from_changes, self._ties),
+            "dare-ties": partial(self._from_changes, self._dare_ties),
+        }
+        return make.get(self.step.method, partial(self._from_changes, self._mean))(name)
+
+    def of_matrix(self, values: Tensor, matrix: Matrix, place: Place) -> Tensor:
+        """Return one matrix merged by a method of matrices."""
+        base, *tuned = together(self._base(matrix.tensor, place), flat(values), *self._read(matrix.tensor, place))
+        deltas = [flat(w) - flat(base) for w in tuned]
+        return (flat(base) + self.step.scale * OF_MATRICES[self.step.method](deltas)).to(flat(base).dtype)
+
+    def _linear(self, name: str) -> Apply:
+        shares = self.step.shares
+        return lambda values, place: linear(together(values, *self._read(name, place)), shares)
+
+    def _slerp(self, name: str) -> Apply:
+        (other,), (one, two) = self.others, self.step.shares
+
+        @cache
+        def theta() -> float:
+            return angle(together(block, other.block(name, rows)) for rows, block in self.draft.blocks(name))
+
+        return lambda values, place: slerp(*together(values, other.read(name, place)), two / (one + two), theta())
+
+    def _task_arithmetic(self, name: str) -> Apply:
+        weights = [self.step.scale * share for share in self.step.shares]
+
+        def apply(values: Tensor, place: Place) -> Tensor:
+            base, *tuned = together(self._base(name, place), values, *self._read(name, place))
+            return task_arithmetic(base, tuned, weights)
+
+        return apply
+
+    def _from_changes(self, merge: Callable[[str, Place, list[Tensor]], Tensor], name: str) -> Apply:
+        """Return base + scale times what a method makes of the changes."""
+
+        def apply(values: Tensor, place: Place) -> Tensor:
+            base, *tuned = together(self._base(name, place), values, *self._read(name, place))
+            return torch.add(base, merge(name, place, [w - base for w in tuned]), alpha=self.step.scale)
+
+        return apply
+
+    def _mean(self, name: str, place: Place, deltas: list[Tensor]) -> Tensor:
+        return linear(deltas, [1.0] * len(deltas))
+
+    def _dare(self, name: str, place: Place, deltas: list[Tensor]) -> Tensor:
+        return weighted_sum(self._dropped(name, place, deltas), self.step.shares)
+
+    def _dare_ties(self, name: str, place: Place, deltas: list[Tensor]) -> Tensor:
+        return elect_and_merge(self._dropped(name, place, deltas), self.step.shares)
+
+    def _ties(self, name: str, place: Place, deltas: list[Tensor]) -> Tensor:
+        thresholds = self._thresholds(name)
+        return elect_and_merge([trim(d, t) for d, t in zip(deltas, thresholds, strict=True)], self.step.shares)
+
+    def _dropped(self, name: str, place: Place, deltas: list[Tensor]) -> list[Tensor]:
+        models = (self.step.called, *self.step.models)
+        where = str([(span.start, span.stop) for span in place])
+        return [
+            dare(delta, self.step.drop, seeded(self.step.seed, model, name, where, device=delta.device))
+            for model, delta in zip(models, deltas, strict=True)
+        ]
+
+    def _thresholds(self, name: str) -> list[float]:
+        """Return the least magnitude that each model's change keeps; over the whole tensor, measured once."""
+        if name not in self._known:
+            self._known[name] = [self._threshold(name, i) for i in range(1 + len(self.others))]
+        return self._known[name]
+
+    def _threshold(self, name: str, number: int) -> float:
+        assert self.base is not None
+        base, source = self.base, self.draft if number == 0 else self.others[number - 1]
+        entries = self.draft.checkpoint.info(name).entries
+
+        def deltas() -> Iterator[Tensor]:
+            for rows, block in source.blocks(name):
+                tuned, origin = together(block, base.block(name, rows))
+                yield tuned - origin
+
+        return magnitude_threshold(deltas, max(1, round(self.step.density * entries)))
+
+    def _base(self, name: str, place: Place) -> Tensor:
+        assert self.base is not None
+        return self.base.read(name, place)
+
+    def _read(self, name: str, place: Place) -> list[Tensor]:
+        return [other.read(name, place) for other in self.others]
