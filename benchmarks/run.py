@@ -125,7 +125,7 @@ def measure_heads(base: Path, tuned: Path, layers: int) -> None:
 
 def _limit(model: Path, layers: int) -> float:
     """Time of reading, casting, products and eigensolver alone, on two threads side by side."""
-    from diffract.analysis.engine import cores, single_threaded
+    from diffract.engine import cores, single_threaded
     from diffract.linalg.blas import add_gram
     from diffract.linalg.symmetric import eigenvalues
 

@@ -334,7 +334,7 @@ def test_an_interrupted_run_continues_to_the_same_result(
 ) -> None:
     undisturbed = diffract.trajectory(series, cache=False)
     with monkeypatch.context() as patch:
-        patch.setattr("diffract.analysis.engine.cores", lambda: 1)
+        patch.setattr("diffract.engine.cores", lambda: 1)
         calls = interrupt_after(20, patch)
         with pytest.raises(KeyboardInterrupt):
             diffract.trajectory(series, output=tmp_path / "run")

@@ -15,12 +15,12 @@ import torch
 from diffract.analysis.assemble import Member, assemble
 from diffract.analysis.cache import Cache, cache_folder
 from diffract.analysis.circuits import CircuitTask, CircuitWorker, all_circuits
-from diffract.analysis.engine import run_tasks
 from diffract.analysis.pairing import merge_strange_adapters, pair, scan_tasks
 from diffract.analysis.plan import Plan
 from diffract.analysis.work import Outcome, Part, TensorTask, Worker
 from diffract.architectures import Architecture
 from diffract.checkpoints import Checkpoint, Reference, open_checkpoint
+from diffract.engine import run_tasks
 from diffract.errors import CheckpointError, SelectionError, suggest
 from diffract.linalg import Method
 from diffract.matrices import Layout, lay_out

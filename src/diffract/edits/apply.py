@@ -17,15 +17,16 @@ from diffract.checkpoints.provenance import write_manifest
 from diffract.edits.bench import Bench
 from diffract.edits.card import model_card
 from diffract.edits.draft import Draft
+from diffract.edits.exports import Export
 from diffract.edits.recipe import Recipe, load_recipe, validated
-from diffract.edits.step import Planned, Step
+from diffract.edits.step import Planned, Settings
 from diffract.edits.write import Progress, write_draft
 from diffract.folders import whole_folder
 
 RECIPE = "recipe.yaml"
 CARD = "README.md"
 
-Plans = list[tuple[Step, Planned]]
+Plans = list[tuple[Settings, Planned]]
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,25 @@ def apply(
     recipe = as_recipe(recipe)
     with whole_folder(output, force=force) as folder, open_bench(recipe) as bench:
         draft, plans = plan(recipe, bench)
-        outputs = {".": write_draft(draft, folder, recipe.output, progress)}
-        write_companions(bench.checkpoint, folder, recipe)
+        if recipe.export is None:
+            outputs = {".": write_draft(draft, folder, recipe.output, progress)}
+            write_companions(bench.checkpoint, folder, recipe)
+        else:
+            outputs = _export(recipe, bench, draft, plans, (folder, Path(output)), progress)
         manifest = _describe(recipe, bench, plans, outputs, folder)
     return Edited(Path(output), manifest)
+
+
+def _export(
+    recipe: Recipe, bench: Bench, draft: Draft, plans: Plans, where: tuple[Path, Path], progress: Progress | None
+) -> dict[str, Any]:
+    """Write something else than a checkpoint; return the digests of its tensors."""
+    assert recipe.export is not None
+    export: Export = recipe.export.chosen
+    found = export.write(bench, draft, *where, recipe.output, progress)
+    write_companions(bench.checkpoint, found.model, recipe, config=found.loads_alone)
+    plans.append((export, found.planned))
+    return dict(found.outputs)
 
 
 def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
@@ -84,16 +100,23 @@ def plan(recipe: Recipe, bench: Bench) -> tuple[Draft, Plans]:
     """Return the model as the steps will have changed it, and what they decided."""
     draft, plans = bench.draft(), []
     for item in recipe.steps:
-        planned = item.step.plan(bench, draft)
-        plans.append((item.step, planned))
+        planned = item.chosen.plan(bench, draft)
+        plans.append((item.chosen, planned))
         draft = draft.then(planned.changes)
     return draft, plans
 
 
-def write_companions(checkpoint: Checkpoint, folder: Path, recipe: Recipe) -> None:
-    """Write configuration, tokenizer, chat template and whatever else belongs to the model."""
+def write_companions(checkpoint: Checkpoint, folder: Path, recipe: Recipe, *, config: bool = True) -> None:
+    """Write tokenizer, chat template and whatever else belongs to the model; its configuration unless told otherwise."""
     for name, read in checkpoint.companions.items():
-        (folder / name).write_bytes(read())
+        if config or name != CONFIG:
+            (folder / name).write_bytes(read())
+    if config:
+        _write_config(checkpoint, folder, recipe)
+
+
+def _write_config(checkpoint: Checkpoint, folder: Path, recipe: Recipe) -> None:
+    """Write config.json anew where it must say something else, or was no file."""
     config = dict(checkpoint.config)
     if config and (recipe.output.dtype or CONFIG not in checkpoint.companions):
         if recipe.output.dtype:
@@ -113,7 +136,7 @@ def _describe(recipe: Recipe, bench: Bench, plans: Plans, outputs: Mapping[str, 
 
     plain, steps = recipe.as_dict(), described(plans)
     (folder / RECIPE).write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    (folder / CARD).write_text(model_card(plain, steps), encoding="utf-8")
+    (folder / CARD).write_text(model_card(plain, steps, adapter=recipe.export is not None), encoding="utf-8")
     manifest = {
         "torch": torch.__version__,
         "recipe": plain,

@@ -9,13 +9,16 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from diffract.checkpoints import Checkpoint, TensorInfo, row_blocks
+from diffract.checkpoints import Checkpoint, row_blocks
 from diffract.checkpoints.reader import Range
 from diffract.errors import CheckpointError, DiffractError, printable
 from diffract.matrices import Matrix
 
 BLOCK_BYTES = 1 << 20
 """Stored bytes that entrywise edits work on at once: what they make of them stays in the processor's cache."""
+
+WORKING_COPIES = 4
+"""Float64 copies of what is computed at once that exist at a time, about."""
 
 Place = tuple[slice, ...]
 """A part of a tensor: a slice with start and stop for each axis."""
@@ -67,6 +70,12 @@ class Draft:
         else:
             yield from row_blocks(self.checkpoint.info(name), BLOCK_BYTES)
 
+    def workspace_bytes(self, name: str) -> int:
+        """Return the memory that computing a tensor takes, about."""
+        info = self.checkpoint.info(self.ties.get(name, name))
+        whole = any(change.whole for change in self.changes(name))
+        return WORKING_COPIES * 8 * info.entries if whole else WORKING_COPIES * 8 * BLOCK_BYTES
+
     def block(self, name: str, rows: Range | None) -> Tensor:
         """Return one of a tensor's blocks, not rounded to its dtype where something changed."""
         info = self.checkpoint.info(self.ties.get(name, name))
@@ -101,7 +110,8 @@ def place_of(matrix: Matrix, shape: Sequence[int]) -> Place:
 
 def overlap(place: Place, rows: Range | None) -> tuple[Place, Place] | None:
     """Return where a place lies in a block of rows (the whole tensor if ``None``): counted within the block, and within
-    the tensor; ``None`` where they have nothing in common."""
+    the tensor; ``None`` where they have nothing in common.
+    """
     if rows is None or not place:
         return place, place
     low, high = max(rows[0], place[0].start), min(rows[1], place[0].stop)

@@ -74,7 +74,7 @@ def reference_scores(domain: Mapping[str, float], reference: Mapping[str, float]
     return dict(zip(domain, reference_score(*columns).tolist(), strict=True))
 
 
-def shuffled(names: Sequence[str], seed: int) -> list[str]:
+def shuffled(names: tuple[str, ...], seed: int) -> list[str]:
     """Return units in a seeded random order."""
     order = np.random.default_rng(seed).permutation(len(names))
     return [names[i] for i in order]

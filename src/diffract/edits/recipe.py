@@ -6,79 +6,58 @@ import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, BeforeValidator, ValidationError, model_validator
 
-from diffract.edits.exports import EXPORTS
-from diffract.edits.step import Model, Step, describe
-from diffract.edits.steps import STEPS
+from diffract.edits.exports import Lora, Pissa
+from diffract.edits.output import STRICT, Output
+from diffract.edits.step import Model, Settings, describe
+from diffract.edits.steps import Interpolate, Laser, Merge, Rewind, Svf, Truncate
 from diffract.errors import RecipeError, printable, suggest
-
-Dtype = Literal["float64", "float32", "bfloat16", "float16"]
-
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True)
 
 B = TypeVar("B", bound=BaseModel)
 
 
-def parse_size(value: object) -> object:
-    """Read a size in bytes: ``5GB``, ``200 MB``, or a number.
-
-    >>> parse_size("5GB")
-    5000000000
-    """
-    if not isinstance(value, str):
-        return value
-    text = value.strip().upper().removesuffix("B").strip()
-    unit = text[-1:] if text[-1:] in UNITS else ""
-    try:
-        return int(float(text.removesuffix(unit)) * UNITS[unit])
-    except (ValueError, OverflowError):
-        raise ValueError(f"expected a size such as 5GB or 200MB, got {value!r}") from None
+def _named(step: object) -> object:
+    """Put what Python made under its name, as it stands in a file."""
+    return {step.name: step} if isinstance(step, Settings) else step
 
 
-class Output(BaseModel):
-    """How an edited checkpoint is written."""
+class One(BaseModel):
+    """A mapping that holds exactly one thing, under its name."""
 
     model_config = STRICT
 
-    dtype: Dtype | None = None
-    """Convert floating-point tensors; their own dtype is kept by default."""
-    shard_size: Annotated[int, BeforeValidator(parse_size), Field(ge=1)] = 5_000_000_000
-    """Most bytes of tensors in a file, such as 5GB."""
+    @model_validator(mode="after")
+    def _one(self) -> One:
+        if len(self.model_fields_set) != 1 or self.chosen is None:
+            raise ValueError(f"expected one of {', '.join(type(self).model_fields)}, with its settings")
+        return self
+
+    @property
+    def chosen(self) -> Any:
+        """What it holds."""
+        return getattr(self, next(iter(self.model_fields_set), ""), None)
 
 
-def _named(step: object) -> object:
-    """Put a step that Python made under its name, as it stands in a file."""
-    return {step.name: step} if isinstance(step, Step) else step
+class StepItem(One):
+    """One step of a recipe."""
+
+    rewind: Rewind | None = None
+    truncate: Truncate | None = None
+    interpolate: Interpolate | None = None
+    merge: Merge | None = None
+    laser: Laser | None = None
+    svf: Svf | None = None
 
 
-def _item(name: str, steps: Mapping[str, type[Step]]) -> type[BaseModel]:
-    """Make the model of one item of a recipe's list: exactly one step under its name."""
-    fields: dict[str, Any] = {key.replace("-", "_"): (step | None, None) for key, step in steps.items()}
+class ExportItem(One):
+    """What is written instead of a checkpoint."""
 
-    class Item(BaseModel):
-        model_config = ConfigDict(extra="forbid", frozen=True)
-
-        @model_validator(mode="after")
-        def _one(self) -> Item:
-            if len(self.model_fields_set) != 1 or self.step is None:
-                raise ValueError(f"expected one step: {', '.join(steps)}")
-            return self
-
-        @property
-        def step(self) -> Step | None:
-            return getattr(self, next(iter(self.model_fields_set), ""), None)
-
-    return create_model(name, __base__=Item, **fields)
-
-
-Item = _item("Item", STEPS)
-Export = _item("Export", EXPORTS)
+    lora: Lora | None = None
+    pissa: Pissa | None = None
 
 
 class Recipe(BaseModel):
@@ -88,9 +67,9 @@ class Recipe(BaseModel):
 
     model: Model
     """The checkpoint that is edited; tokenizer, chat template and generation config are its."""
-    steps: tuple[Annotated[Item, BeforeValidator(_named)], ...] = ()
+    steps: tuple[Annotated[StepItem, BeforeValidator(_named)], ...] = ()
     """What is done, in this order."""
-    export: Annotated[Export, BeforeValidator(_named)] | None = None
+    export: Annotated[ExportItem, BeforeValidator(_named)] | None = None
     """Write an adapter instead of a checkpoint: lora or pissa."""
     architecture: str | None = None
     """A JSON file that describes the model."""
@@ -102,13 +81,13 @@ class Recipe(BaseModel):
     def as_dict(self) -> dict[str, Any]:
         """Return the recipe as it stands in a file, without what it leaves to its defaults."""
         found = self.model_dump(mode="python", by_alias=True, exclude_defaults=True)
-        found["steps"] = [_plain(item.step) for item in self.steps]
+        found["steps"] = [_plain(item.chosen) for item in self.steps]
         if self.export is not None:
-            found["export"] = _plain(self.export.step)
+            found["export"] = _plain(self.export.chosen)
         return {key: describe(value) if key in ("model", "adapter_base") else value for key, value in found.items()}
 
 
-def _plain(step: Step) -> dict[str, Any]:
+def _plain(step: Settings) -> dict[str, Any]:
     settings = step.model_dump(mode="json", by_alias=True, exclude_defaults=True, fallback=describe)
     return {step.name: settings}
 

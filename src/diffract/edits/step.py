@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, WithJsonSchema
 from torch import Tensor
 
 from diffract.edits.bench import Bench
@@ -31,8 +31,6 @@ def _reference(value: object) -> object:
 Model = Annotated[Any, BeforeValidator(_reference), WithJsonSchema({"type": "string"})]
 """A checkpoint: what ``diffract.open`` takes; text in a recipe."""
 
-Select = Annotated[str | None, Field(description="Matrices, such as 'layers 8-, attn'; all by default.")]
-
 
 @dataclass
 class Planned:
@@ -49,12 +47,20 @@ class Planned:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
-class Step(BaseModel):
-    """One edit: its settings are the fields, ``plan`` says what it changes."""
+class Settings(BaseModel):
+    """A part of a recipe: its settings are the fields, each with its meaning below it.
+
+    Attributes:
+        name: What it is called in recipes and on the command line.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True)
 
-    name: ClassVar[str]
+    name: ClassVar[str] = ""
+
+
+class Step(Settings):
+    """One edit; ``plan`` says what it changes."""
 
     @abstractmethod
     def plan(self, bench: Bench, draft: Draft) -> Planned:
@@ -66,15 +72,16 @@ class Step(BaseModel):
         """
 
 
-def wide(values: Tensor) -> Tensor:
-    """Return values in the dtype that edits compute in."""
-    return values.to(work_dtype(values.dtype))
-
-
-def together(*tensors: Tensor) -> list[Tensor]:
+def together(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Return tensors in the one dtype that edits of all of them compute in."""
     dtype = reduce(torch.promote_types, (work_dtype(t.dtype) for t in tensors))
-    return [t.to(dtype) for t in tensors]
+    return tuple(t.to(dtype) for t in tensors)
+
+
+def both(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two tensors in the one dtype that edits of both compute in."""
+    one, other = together(one, other)
+    return one, other
 
 
 def describe(reference: object) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,14 +15,27 @@ from diffract.checkpoints.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from diffract.checkpoints.reader import start_digest
 from diffract.checkpoints.sharded import ShardedWriter
 from diffract.edits.draft import Draft
-from diffract.edits.recipe import Output
+from diffract.edits.output import Output
+from diffract.engine import run_tasks
 from diffract.errors import RunError
 
 Progress = Callable[[float, float, str], None]
 """``progress(done, total, what)``."""
 
-WORKERS = 2
-"""Threads: one computes while another reads, hashes or writes."""
+
+@dataclass(frozen=True)
+class Job:
+    """A tensor to write.
+
+    Attributes:
+        info: As it will be stored.
+        names: What it is called: tied tensors have several names.
+        workspace_bytes: Memory that computing it takes, about.
+    """
+
+    info: TensorInfo
+    names: tuple[str, ...]
+    workspace_bytes: int
 
 
 def written_infos(draft: Draft, output: Output) -> dict[str, TensorInfo]:
@@ -44,47 +57,25 @@ def write_draft(draft: Draft, folder: Path, output: Output, progress: Progress |
     aliases: dict[str, list[str]] = {name: [name] for name in infos if name not in draft.ties}
     for name, target in draft.ties.items():
         aliases[target].append(name)
-    total, done = sum(infos[name].size_bytes for name in aliases), 0
+    jobs = [Job(infos[name], tuple(twins), draft.workspace_bytes(name)) for name, twins in aliases.items()]
+    total, done = sum(job.info.size_bytes for job in jobs), 0
     digests: dict[str, str] = {}
-    with (
-        _explained(folder),
-        one_thread(),
-        ShardedWriter(folder, list(infos.values()), shard_bytes=output.shard_size) as writer,
-        ThreadPoolExecutor(WORKERS) as pool,
-    ):
-        jobs = {pool.submit(_write_one, draft, writer, infos[name], twins): name for name, twins in aliases.items()}
-        try:
-            for job in as_completed(jobs):
-                name = jobs[job]
-                digests |= dict.fromkeys(aliases[name], job.result())
-                done += infos[name].size_bytes
-                if progress:
-                    progress(done, total, name)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with _explained(folder), ShardedWriter(folder, list(infos.values()), shard_bytes=output.shard_size) as writer:
+        for job, digest in run_tasks(jobs, partial(_write_one, draft, writer), device=torch.device("cpu")):
+            digests |= dict.fromkeys(job.names, digest)
+            done += job.info.size_bytes
+            if progress:
+                progress(done, total, job.info.name)
     return {name: digests[name] for name in infos}
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute in one thread each: several tensors at once use the cores better, and sums come out the same."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _write_one(draft: Draft, writer: ShardedWriter, info: TensorInfo, names: list[str]) -> str:
+def _write_one(draft: Draft, writer: ShardedWriter, job: Job) -> str:
     """Write a tensor, under each of its names; return its digest."""
-    hasher = start_digest(info)
-    dtype = TORCH_DTYPES.get(info.dtype)
-    for rows, block in draft.blocks(info.name):
+    hasher, dtype = start_digest(job.info), TORCH_DTYPES.get(job.info.dtype)
+    for rows, block in draft.blocks(job.info.name):
         stored = block if dtype is None else block.to(dtype)
         hasher.update(as_bytes(stored))
-        for name in names:
+        for name in job.names:
             writer.write(name, stored, rows[0] if rows else 0)
     return hasher.hexdigest()
 
@@ -94,5 +85,6 @@ def _explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(f"cannot write to {str(folder)!r}: {error.strerror or error}. Make room, or choose another folder.") from error
-
+        raise RunError(
+            f"cannot write to {str(folder)!r}: {error.strerror or error}. Make room, or choose another folder."
+        ) from error

@@ -14,7 +14,7 @@ from diffract.edits.draft import Apply, Change, Draft, Place
 from diffract.edits.entrywise import weighted_places
 from diffract.edits.operations.interpolate import interpolate
 from diffract.edits.operations.slerp import angle, slerp
-from diffract.edits.step import Model, Planned, Step, describe, together
+from diffract.edits.step import Model, Planned, Step, both, describe
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -50,7 +50,7 @@ class Interpolate(Step):
 def _straight(other: Other, name: str, at: float) -> Apply:
     def apply(values: Tensor, place: Place) -> Tensor:
         end = other.read(name, place)
-        return end if at == 1 else interpolate(*together(values, end), at)
+        return end if at == 1 else interpolate(*both(values, end), at)
 
     return apply
 
@@ -60,12 +60,12 @@ def _arc(draft: Draft, other: Other, name: str) -> Callable[[Other, str, float],
 
     @cache
     def theta() -> float:
-        return angle(together(block, other.block(name, rows)) for rows, block in draft.blocks(name))
+        return angle(both(block, other.block(name, rows)) for rows, block in draft.blocks(name))
 
     def make(other: Other, name: str, at: float) -> Apply:
         def apply(values: Tensor, place: Place) -> Tensor:
             end = other.read(name, place)
-            return end if at == 1 else slerp(*together(values, end), at, theta())
+            return end if at == 1 else slerp(*both(values, end), at, theta())
 
         return apply
 

@@ -20,7 +20,7 @@ from diffract.edits.operations.slerp import angle, slerp
 from diffract.edits.operations.task_arithmetic import task_arithmetic
 from diffract.edits.operations.ties import elect_and_merge, magnitude_threshold, trim
 from diffract.edits.operations.tsv import tsv_merge
-from diffract.edits.step import Model, Planned, Step, describe, flat, matrix_changes, together
+from diffract.edits.step import Model, Planned, Step, both, describe, flat, matrix_changes, together
 from diffract.matrices import Matrix
 
 Method = Literal["linear", "slerp", "task-arithmetic", "dare", "ties", "dare-ties", "tsv", "iso-c"]
@@ -128,9 +128,9 @@ class Mix:
 
         @cache
         def theta() -> float:
-            return angle(together(block, other.block(name, rows)) for rows, block in self.draft.blocks(name))
+            return angle(both(block, other.block(name, rows)) for rows, block in self.draft.blocks(name))
 
-        return lambda values, place: slerp(*together(values, other.read(name, place)), two / (one + two), theta())
+        return lambda values, place: slerp(*both(values, other.read(name, place)), two / (one + two), theta())
 
     def _task_arithmetic(self, name: str) -> Apply:
         weights = [self.step.scale * share for share in self.step.shares]

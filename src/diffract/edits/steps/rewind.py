@@ -12,7 +12,7 @@ from diffract.edits.draft import Apply, Change, Draft, Place
 from diffract.edits.operations.interpolate import interpolate
 from diffract.edits.order import Order, change_norms, least_first, read_scores, reference_scores, shuffled
 from diffract.edits.parts import Shared, Unit, Units, find_units, parse_heads, places_by_tensor
-from diffract.edits.step import Model, Planned, Step, describe, together
+from diffract.edits.step import Model, Planned, Step, both, describe
 from diffract.errors import SelectionError
 
 
@@ -120,6 +120,6 @@ def _back(base: Other, name: str, amount: float) -> Apply:
 
     def apply(values: Tensor, place: Place) -> Tensor:
         origin = base.read(name, place)
-        return origin if amount == 1 else interpolate(*together(values, origin), amount)
+        return origin if amount == 1 else interpolate(*both(values, origin), amount)
 
     return apply

@@ -39,13 +39,12 @@ class Svf(Step):
     def plan(self, bench: Bench, draft: Draft) -> Planned:
         """Return what the step changes."""
         matrices = bench.matrices(self.select, heads=False)
-        factors: dict[str, Tensor] | None = None
+        factors = {} if self.factors is None else read_factors(self.factors, bench)
         if self.factors is not None:
-            factors = read_factors(self.factors, bench)
             matrices = [m for m in matrices if m.name in factors]
 
         def edit(values: Tensor, matrix: Matrix, place: Place) -> Tensor:
-            return svf(values, self.z if factors is None else factors[matrix.name])
+            return svf(values, factors[matrix.name] if self.z is None else self.z)
 
         return Planned(matrix_changes(bench, matrices, edit), {"matrices": len(matrices)})
 
