@@ -45,7 +45,7 @@ class ShardedWriter:
             self._begin(shard)
 
     def write(self, name: str, tensor: torch.Tensor, first: int = 0) -> None:
-        """Write a tensor, or entries of its leading axis from ``first`` on; on the CPU, in the dtype that was stated."""
+        """Write a tensor, or entries of its leading axis from ``first`` on; on the CPU, in the stated dtype."""
         number, offset = self.places[name]
         view = as_bytes(tensor)
         offset += first * (len(view) // len(tensor)) if first else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from diffract.checkpoints.provenance import write_manifest
 from diffract.edits.bench import Bench
 from diffract.edits.card import model_card
 from diffract.edits.draft import Draft
-from diffract.edits.exports import Export
+from diffract.edits.exports.export import Export, Target
+from diffract.edits.output import Output
 from diffract.edits.recipe import Recipe, load_recipe, validated
 from diffract.edits.step import Planned, Settings
 from diffract.edits.write import Progress, write_draft
@@ -65,22 +67,20 @@ def apply(
         draft, plans = plan(recipe, bench)
         if recipe.export is None:
             outputs = {".": write_draft(draft, folder, recipe.output, progress)}
-            write_companions(bench.checkpoint, folder, recipe)
+            write_companions(bench.checkpoint, folder, recipe.output)
         else:
-            outputs = _export(recipe, bench, draft, plans, (folder, Path(output)), progress)
+            target = Target(folder, Path(output), recipe.output, progress)
+            outputs = _export(bench, draft, recipe.export.chosen, plans, target)
         manifest = _describe(recipe, bench, plans, outputs, folder)
     return Edited(Path(output), manifest)
 
 
-def _export(
-    recipe: Recipe, bench: Bench, draft: Draft, plans: Plans, where: tuple[Path, Path], progress: Progress | None
-) -> dict[str, Any]:
+def _export(bench: Bench, draft: Draft, export: Export, plans: Plans, target: Target) -> dict[str, Any]:
     """Write something else than a checkpoint; return the digests of its tensors."""
-    assert recipe.export is not None
-    export: Export = recipe.export.chosen
-    found = export.write(bench, draft, *where, recipe.output, progress)
-    write_companions(bench.checkpoint, found.model, recipe, config=found.loads_alone)
-    plans.append((export, found.planned))
+    split = export.plan(bench, draft)
+    found = export.write(bench, draft, split, target)
+    write_companions(bench.checkpoint, found.model, target.output, config=found.loads_alone)
+    plans.append((export, split.planned))
     return dict(found.outputs)
 
 
@@ -106,28 +106,33 @@ def plan(recipe: Recipe, bench: Bench) -> tuple[Draft, Plans]:
     return draft, plans
 
 
-def write_companions(checkpoint: Checkpoint, folder: Path, recipe: Recipe, *, config: bool = True) -> None:
-    """Write tokenizer, chat template and whatever else belongs to the model; its configuration unless told otherwise."""
+def write_companions(checkpoint: Checkpoint, folder: Path, output: Output, *, config: bool = True) -> None:
+    """Write tokenizer, chat template and what else belongs to the model; its configuration unless told otherwise."""
     for name, read in checkpoint.companions.items():
         if config or name != CONFIG:
             (folder / name).write_bytes(read())
     if config:
-        _write_config(checkpoint, folder, recipe)
+        _write_config(checkpoint, folder, output)
 
 
-def _write_config(checkpoint: Checkpoint, folder: Path, recipe: Recipe) -> None:
+def _write_config(checkpoint: Checkpoint, folder: Path, output: Output) -> None:
     """Write config.json anew where it must say something else, or was no file."""
     config = dict(checkpoint.config)
-    if config and (recipe.output.dtype or CONFIG not in checkpoint.companions):
-        if recipe.output.dtype:
+    if config and (output.dtype or CONFIG not in checkpoint.companions):
+        if output.dtype:
             config.pop("torch_dtype", None)
-            config["dtype"] = recipe.output.dtype
+            config["dtype"] = output.dtype
         (folder / CONFIG).write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def described(plans: Plans) -> list[dict[str, Any]]:
     """Return what each step did, for the manifest."""
-    return [{"step": step.name, "summary": p.summary, "rows": p.rows} for step, p in plans]
+    return [{"step": s.name, "summary": p.summary, "rows": sorted(p.rows, key=_by_number)} for s, p in plans]
+
+
+def _by_number(row: Mapping[str, Any]) -> list[Any]:
+    """A key that puts L2 before L10; rows come as threads finish."""
+    return [int(w) if w.isdecimal() else w for w in re.split(r"(\d+)", row["name"])]
 
 
 def _describe(recipe: Recipe, bench: Bench, plans: Plans, outputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -83,6 +83,7 @@ class Bench:
         architecture: str | Path | None = None,
         adapter_base: Reference | None = None,
         download: bool = False,
+        record: bool = True,
     ) -> None:
         """Open the model; headers only.
 
@@ -91,7 +92,9 @@ class Bench:
             architecture: A JSON file that describes it; by default its config.json's ``model_type`` decides.
             adapter_base: The base of an adapter whose config names none that can be opened.
             download: Fetch hub references whole instead of reading byte ranges.
+            record: Note the digests of what is read.
         """
+        self._record = record
         self._opened = ExitStack()
         self._options = {"base": adapter_base, "download": download}
         self._architecture = architecture
@@ -158,6 +161,8 @@ class Bench:
         checkpoint = open_checkpoint(reference, **self._options)
         if checkpoint is not reference:
             self._opened.callback(checkpoint.close)
+        if not self._record:
+            return checkpoint
         checkpoint, recorder = recorded(checkpoint)
         label = checkpoint.reference
         while label in self.inputs:
@@ -195,7 +200,7 @@ def match(layout: Layout, checkpoint: Checkpoint, ties: Mapping[str, str]) -> Ot
 
 
 def _own_name(name: str, other: Layout, ties: Mapping[str, str]) -> str | None:
-    """What another checkpoint calls a tensor; where it ties what the model does not, or the reverse, there is a twin."""
+    """What another checkpoint calls a tensor; where it ties what the model does not, there is a twin."""
     names = other.checkpoint.names
     if name in other.checkpoint:
         return name

@@ -30,8 +30,8 @@ def model_card(recipe: Mapping[str, Any], steps: Sequence[Mapping[str, Any]], *,
 
 # Edited checkpoint
 
-Made by diffract {__version__} from `{printable(recipe["model"])}`. `manifest.json` holds the digests of all that went in
-and came out; `diffract verify` compares them with what is there.
+Made by diffract {__version__} from `{printable(recipe["model"])}`. `manifest.json` holds the digests of all that
+went in and came out; `diffract verify` compares them with what is there.
 
 {chr(10).join(lines) or "- nothing was changed"}
 

@@ -24,7 +24,7 @@ Place = tuple[slice, ...]
 """A part of a tensor: a slice with start and stop for each axis."""
 
 Apply = Callable[[Tensor, Place], Tensor]
-"""``apply(values, place)`` returns the new values of a part; the old ones may have any float dtype and stay as they are."""
+"""``apply(values, place)`` returns the new values of a part; the old ones have any float dtype and stay as they are."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,9 @@ def place_of(matrix: Matrix, shape: Sequence[int]) -> Place:
 
 
 def overlap(place: Place, rows: Range | None) -> tuple[Place, Place] | None:
-    """Return where a place lies in a block of rows (the whole tensor if ``None``): counted within the block, and within
-    the tensor; ``None`` where they have nothing in common.
+    """Return where a place lies in a block of rows, counted within the block and within the tensor.
+
+    The block is the whole tensor for ``None``; ``None`` is returned where the two have nothing in common.
     """
     if rows is None or not place:
         return place, place

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from diffract.edits.bench import Bench
 from diffract.edits.draft import Draft
+from diffract.edits.exports.peft import Factors, Module
 from diffract.edits.output import Output
 from diffract.edits.step import Planned, Settings
 from diffract.edits.write import Progress
@@ -18,36 +19,60 @@ FactorDtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
+class Split:
+    """A model split into an adapter and what it lies over.
+
+    Attributes:
+        planned: Changes that make of each adapted tensor what the adapter lies over or stands for; the adapter's factors
+            are found on the way.
+        modules: What is adapted, in the model's order.
+        factors: By tensor, as soon as its change has been computed.
+    """
+
+    planned: Planned
+    modules: list[Module]
+    factors: dict[str, Factors] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where an export is written.
+
+    Attributes:
+        folder: The folder to fill.
+        path: What it will be called when it is whole.
+        output: How the recipe wants weights to be written.
+        progress: Called with work done, all work, and what was just finished.
+    """
+
+    folder: Path
+    path: Path
+    output: Output
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True)
 class Exported:
     """What was written.
 
     Attributes:
         outputs: For each file or folder of weights the digest of each tensor.
-        planned: What was decided; it changes nothing.
-        model: Folder of the model, to which configuration and tokenizer belong.
+        model: The folder that tokenizer and the like belong to.
         loads_alone: Whether that folder is a whole model with its own configuration.
     """
 
     outputs: Mapping[str, Mapping[str, str]]
-    planned: Planned
     model: Path
     loads_alone: bool
 
 
 class Export(Settings):
-    """One way to write an edited model: its settings are the fields."""
+    """One way to write an edited model."""
 
     @abstractmethod
-    def write(
-        self, bench: Bench, draft: Draft, folder: Path, target: Path, output: Output, progress: Progress | None
-    ) -> Exported:
-        """Write the model.
+    def plan(self, bench: Bench, draft: Draft) -> Split:
+        """Return how the model, after all steps, is split."""
 
-        Args:
-            bench: The model and the checkpoints beside it.
-            draft: The model after all steps.
-            folder: Where to write.
-            target: What the folder will be called.
-            output: How the recipe wants weights to be written.
-            progress: Called with work done, all work, and what was just finished.
-        """
+    @abstractmethod
+    def write(self, bench: Bench, draft: Draft, split: Split, target: Target) -> Exported:
+        """Write what ``plan`` has returned for the same bench and draft."""

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from diffract.checkpoints.adapter import WEIGHTS
 from diffract.edits.bench import Bench, Other
-from diffract.edits.draft import WORKING_COPIES, Draft, everything
-from diffract.edits.exports.export import Export, Exported, FactorDtype
-from diffract.edits.exports.peft import Factors, Module, linear_modules, write_adapter
-from diffract.edits.operations.low_rank import LowRankDelta, low_rank
+from diffract.edits.draft import Draft, Place
+from diffract.edits.exports.export import Export, Exported, FactorDtype, Split, Target
+from diffract.edits.exports.peft import Factors, Module, linear_modules, whole_matrix, write_adapter
+from diffract.edits.operations.low_rank import low_rank
 from diffract.edits.operations.rules import NoiseRule, Rule
-from diffract.edits.output import Output
-from diffract.edits.step import Model, Planned, describe, together
-from diffract.edits.write import Progress
+from diffract.edits.step import Model, Planned, both, describe, matrix_changes
 from diffract.engine import run_tasks
+from diffract.matrices import Matrix
 
 
 @dataclass(frozen=True)
 class Task:
-    """A module whose change is decomposed."""
+    """A tensor whose change is decomposed."""
 
-    place: int
-    module: Module
+    tensor: str
     workspace_bytes: int
 
 
@@ -68,79 +66,83 @@ class Lora(Export):
             return Rule(energy=self.energy)
         return Rule(rule=self.rule or "donoho-gavish")
 
-    def write(
-        self, bench: Bench, draft: Draft, folder: Path, target: Path, output: Output, progress: Progress | None
-    ) -> Exported:
-        """Write the adapter into the folder."""
+    def plan(self, bench: Bench, draft: Draft) -> Split:
+        """Return changes to base + B A of every linear layer."""
         base = bench.other(self.base)
         modules, left = linear_modules(bench, self.select)
-        rows: list[dict[str, Any]] = []
-        factors = self._factors(bench, draft, base, modules, rows, progress)
-        digests = write_adapter(folder, bench, base.checkpoint.reference, factors)
-        rows += [{"name": name, "left": reason, **_change(draft, base, name)} for name, reason in left.items()]
-        return Exported(
-            {"adapter_model.safetensors": digests}, Planned({}, _summary(self.base, rows), rows), folder, False
-        )
+        by_tensor = {module.tensor: module for module in modules}
+        rows: list[dict[str, Any]] = [
+            {"name": name, "left": why, **_change(draft, base, name)} for name, why in left.items()
+        ]
+        split = Split(Planned({}, {"base": describe(self.base), "modules": len(modules)}, rows), modules)
 
-    def _factors(
-        self, bench: Bench, draft: Draft, base: Other, modules: list[Module], rows: list[Any], progress: Progress | None
-    ) -> Iterator[Factors]:
-        """Yield the factors of each module in the model's order, and note what they miss."""
-        sizes = [WORKING_COPIES * 8 * bench.checkpoint.info(m.tensor).entries for m in modules]
-        tasks = [Task(i, module, size) for i, (module, size) in enumerate(zip(modules, sizes, strict=True))]
-        ready: dict[int, Factors] = {}
-        done, following = 0, 0
-        for task, (found, row) in run_tasks(tasks, partial(self._one, draft, base), device=torch.device("cpu")):
-            ready[task.place] = found
+        def edit(values: Tensor, matrix: Matrix, place: Place) -> Tensor:
+            module, origin = by_tensor[matrix.tensor], base.read(matrix.tensor, place)
+            tuned, origin = (w.mT if module.transposed else w for w in (values, origin))
+            factors, row = self._factors(module, tuned, origin)
+            split.factors[matrix.tensor] = factors
             rows.append(row)
+            return values
+
+        split.planned.changes = matrix_changes(bench, [whole_matrix(bench, m.tensor) for m in modules], edit)
+        return split
+
+    def write(self, bench: Bench, draft: Draft, split: Split, target: Target) -> Exported:
+        """Write the adapter into the folder itself."""
+        digests = write_adapter(target.folder, bench, describe(self.base), self._computed(draft, split, target))
+        split.planned.summary |= _summary(split.planned.rows)
+        return Exported({WEIGHTS: digests}, target.folder, loads_alone=False)
+
+    def _computed(self, draft: Draft, split: Split, target: Target) -> Iterator[Factors]:
+        """Yield the factors of each module in the model's order."""
+        draft = draft.then(split.planned.changes)
+        tasks = [Task(m.tensor, draft.workspace_bytes(m.tensor)) for m in split.modules]
+        total, done, waiting = sum(task.workspace_bytes for task in tasks), 0, deque(split.modules)
+        for task, _ in run_tasks(tasks, lambda task: _run(draft, task.tensor), device=torch.device("cpu")):
             done += task.workspace_bytes
-            if progress:
-                progress(done, sum(sizes), task.module.tensor)
-            while following in ready:
-                yield ready.pop(following)
-                following += 1
+            if target.progress:
+                target.progress(done, total, task.tensor)
+            while waiting and waiting[0].tensor in split.factors:
+                yield split.factors.pop(waiting.popleft().tensor)
 
-    def _one(self, draft: Draft, base: Other, task: Task) -> tuple[Factors, dict[str, Any]]:
-        module, dtype = task.module, getattr(torch, self.dtype)
-        tuned = torch.cat([block for _, block in draft.blocks(module.tensor)])
-        origin = base.read(module.tensor, everything(tuned.shape))
-        if module.transposed:
-            tuned, origin = tuned.mT, origin.mT
-        found = low_rank(tuned, origin, self.criterion())
+    def _factors(self, module: Module, tuned: Tensor, base: Tensor) -> tuple[Factors, dict[str, Any]]:
+        """Return factors as they are stored, and what these miss of the change."""
+        dtype = getattr(torch, self.dtype)
+        found = low_rank(tuned, base, self.criterion())
         B, A = found.B.to(dtype), found.A.to(dtype)
-        error = _error(tuned, origin, B, A)
-        return Factors(module, B, A), {"name": module.tensor, **_record(found, error)}
+        delta = tuned.double() - base.double()
+        change, error = float(delta.norm()), float(delta.sub_(B.double() @ A.double()).norm())
+        row = {"name": module.tensor, "rank": found.kept, "of": found.total, "change": change, "error": error}
+        return Factors(module, B, A), row
 
 
-def _record(found: LowRankDelta, error: Tensor) -> dict[str, Any]:
-    missed = float(error)
-    relative = found.error_relative * missed / found.error if found.error else 0.0
-    return {"rank": found.kept, "of": found.total, "error": missed, "error_relative": relative}
-
-
-def _error(tuned: Tensor, base: Tensor, B: Tensor, A: Tensor) -> Tensor:
-    """Return ||W1 - W0 - B A||_F of factors as they are stored."""
-    return (tuned.double() - base.double() - B.double() @ A.double()).norm()
+def _run(draft: Draft, tensor: str) -> None:
+    for _ in draft.blocks(tensor):
+        pass
 
 
 def _change(draft: Draft, base: Other, name: str) -> dict[str, float]:
-    """Return what a tensor that no adapter carries has changed."""
+    """Return what a tensor that no adapter carries has changed: all of it is missed."""
     square = 0.0
     for rows, block in draft.blocks(name):
-        tuned, origin = together(block, base.block(name, rows))
-        square += float((tuned - origin).double().square().sum())
-    return {"error": square**0.5}
+        tuned, origin = both(block, base.block(name, rows))
+        square += float(torch.linalg.vector_norm(tuned - origin, dtype=torch.float64)) ** 2
+    return {"change": square**0.5, "error": square**0.5}
 
 
-def _summary(base: object, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    carried = [row for row in rows if "rank" in row]
-    left = [row for row in rows if "left" in row and row["error"]]
+def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Say how much of the change the adapter carries, and how much stays behind in other tensors."""
+    carried, left = ([row for row in rows if ("left" in row) == other] for other in (False, True))
+    ranks = [row["rank"] for row in carried]
+    whole, missed, behind = (
+        sum(row[key] ** 2 for row in part) ** 0.5
+        for part, key in ((carried, "change"), (carried, "error"), (left, "error"))
+    )
     return {
-        "base": describe(base),
-        "modules": sum(row["rank"] > 0 for row in carried),
-        "of": len(carried),
-        "ranks": f"{min(r['rank'] for r in carried)} to {max(r['rank'] for r in carried)}",
-        "error": sum(row["error"] ** 2 for row in carried) ** 0.5,
-        "changed tensors left out": len(left),
-        "their change": sum(row["error"] ** 2 for row in left) ** 0.5,
+        "adapted": sum(rank > 0 for rank in ranks),
+        "ranks": f"{min(ranks)} to {max(ranks)}",
+        "change": whole,
+        "error": missed,
+        "changed tensors left out": sum(row["error"] > 0 for row in left),
+        "change left out": behind,
     }

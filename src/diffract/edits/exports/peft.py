@@ -16,7 +16,7 @@ from diffract.checkpoints.dtypes import DTYPE_NAMES
 from diffract.checkpoints.tensors import TensorInfo
 from diffract.edits.bench import Bench
 from diffract.errors import SelectionError, printable
-from diffract.matrices import Entry, parse_selection
+from diffract.matrices import Entry, Matrix, parse_selection
 
 TASKS = {"ForCausalLM": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 
@@ -74,6 +74,12 @@ def linear_modules(bench: Bench, select: str | None) -> tuple[list[Module], dict
             f"{''.join(f'; {printable(n)}: {reason}' for n, reason in list(left.items())[:3])}."
         )
     return found, left
+
+
+def whole_matrix(bench: Bench, tensor: str) -> Matrix:
+    """Return a 2-D tensor as one matrix, fused parts together."""
+    info = bench.checkpoint.info(tensor)
+    return Matrix(tensor, tensor, (info.shape[0], info.shape[1]), info.dtype)
 
 
 def _obstacle(bench: Bench, name: str, entry: Entry) -> str:

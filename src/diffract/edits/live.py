@@ -1,0 +1,113 @@
+"""Edits of a loaded model in place, undone to the last bit: for evaluation without files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diffract.checkpoints import TensorInfo
+from diffract.checkpoints.dtypes import TORCH_DTYPES
+from diffract.edits.bench import Bench
+from diffract.edits.draft import Draft, Place, everything, overlap
+from diffract.edits.step import Step
+
+Saved = list[tuple[Tensor, Tensor]]
+"""Parts of parameters, and what they were."""
+
+
+class LiveModel:
+    """A loaded model that steps of recipes change in place, on whatever device it is.
+
+    What they compute is what they would write to files, bit for bit. A step costs time in proportion to what it
+    changes: bases should lie in memory too (a loaded model, a mapping), as files are read anew by every step.
+
+    >>> model, base = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    >>> before = model.weight.clone()
+    >>> from diffract.edits import Interpolate
+    >>> with LiveModel(model).edited(Interpolate(other=base, at=1)):
+    ...     torch.equal(model.weight, base.weight)
+    True
+    >>> torch.equal(model.weight, before)
+    True
+    """
+
+    def __init__(self, model: torch.nn.Module, *, architecture: str | Path | None = None) -> None:
+        """Look at a model; nothing of it is copied.
+
+        Args:
+            model: Its parameters must not be replaced afterwards; training them in place is fine.
+            architecture: A JSON file that describes it; by default ``model.config`` does.
+        """
+        state = model.state_dict(keep_vars=True)
+        self._tensors = {name: value.data for name, value in state.items() if isinstance(value, Tensor)}
+        self.bench = Bench(model, architecture=architecture, record=False)
+
+    @contextmanager
+    def edited(self, *steps: Step) -> Iterator[None]:
+        """Change the model for the duration of a block.
+
+        Args:
+            steps: What to do, in this order.
+
+        Raises:
+            DiffractError: A step does not fit the model; nothing is changed then.
+        """
+        saved: Saved = []
+        try:
+            self._change(steps, saved)
+            yield
+        finally:
+            for part, before in reversed(saved):
+                part.copy_(before)
+
+    def apply(self, *steps: Step) -> None:
+        """Change the model for good.
+
+        Raises:
+            DiffractError: A step does not fit the model; nothing is changed then.
+        """
+        saved: Saved = []
+        try:
+            self._change(steps, saved)
+        except BaseException:
+            for part, before in reversed(saved):
+                part.copy_(before)
+            raise
+
+    @torch.no_grad()
+    def _change(self, steps: Sequence[Step], saved: Saved) -> None:
+        draft = self.bench.draft()
+        for step in steps:
+            draft = draft.then(step.plan(self.bench, draft).changes)
+        for name in dict.fromkeys(name for changes in draft.steps for name in changes):
+            info = self.bench.checkpoint.info(name)
+            for place, values in list(_new_values(draft, info, self._tensors[name])):
+                for tensor in self._copies(name):
+                    saved.append((tensor[place], tensor[place].clone()))
+                    tensor[place].copy_(values)
+
+    def _copies(self, name: str) -> list[Tensor]:
+        """Return the tensor, and those tied to it that have memory of their own."""
+        twins = (self._tensors[twin] for twin, target in self.bench.ties.items() if target == name)
+        own = self._tensors[name]
+        return [own, *(twin for twin in twins if twin.data_ptr() != own.data_ptr())]
+
+
+def _new_values(draft: Draft, info: TensorInfo, stored: Tensor) -> Iterator[tuple[Place, Tensor]]:
+    """Yield what changes of a tensor, in the blocks that files are written in: if one step alone changes it, its parts,
+    else all of it.
+    """
+    changes, dtype = draft.changes(info.name), TORCH_DTYPES[info.dtype]
+    whole = everything(info.shape)
+    for rows in draft.spans(info.name):
+        if len(changes) > 1:
+            place = whole if rows is None else (slice(*rows), *whole[1:])
+            yield place, draft.block(info.name, rows).to(dtype)
+            continue
+        for part, apply in changes[0].parts:
+            if found := overlap(part, rows):
+                yield found[1], apply(stored[found[1]].cpu(), found[1]).to(dtype)
