@@ -1,0 +1,1 @@
+"""Edits of checkpoints: operations as pure functions over tensors."""
