@@ -67,9 +67,9 @@ def test_agrees_with_lapack(shape: tuple[int, int], dtype: torch.dtype, rule: Ru
     want, S = reference(tuned, base, start, stop)
     assert found.total == min(shape)
     assert found.values.dtype == (torch.float64 if dtype in (torch.float64, torch.float32) else torch.float32)
-    # eps sigma_1^2 over the gap of the sigmas at the cut, of which the narrowest here is 1e-3 sigma_1, and room; then
-    # the rounding of entries of at most 0.15 to float32.
-    rounding = 0.15 * 2.0**-24 if found.values.dtype == torch.float32 else 0.0
+    # eps sigma_1^2 over the gap of the sigmas at the cut, of which the narrowest here is 3e-3 sigma_1, and room; then
+    # the rounding of entries below 0.1 to float32.
+    rounding = 0.1 * 2.0**-24 if found.values.dtype == torch.float32 else 0.0
     assert np.abs(found.values.double().numpy() - want).max() <= 1e-11 * S[0] + rounding
     assert found.energy_share == pytest.approx((S[start:stop] ** 2).sum() / (S**2).sum(), abs=1e-12)
 
@@ -129,6 +129,12 @@ def test_an_unchanged_matrix(rule: Rule, dtype: torch.dtype) -> None:
     found = truncate(tuned, tuned.clone(), rule)
     assert torch.equal(found.values.to(dtype), tuned)
     assert (found.kept, found.total, found.energy_share) == (0, 6, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_an_unchanged_matrix_keeps_the_signs_of_its_zeros(dtype: torch.dtype) -> None:
+    tuned, base = torch.full((2, 3), -0.0, dtype=dtype), torch.zeros(2, 3, dtype=dtype)
+    assert bool(truncate(tuned, base, Rule(rank=1)).values.signbit().all())
 
 
 @pytest.mark.parametrize("rule", [Rule(rank=3), Rule(drop=0.2), Rule(band=(0.3, 0.6))], ids=str)
@@ -214,8 +220,8 @@ def test_noise_rules_find_the_planted_rank(shape: tuple[int, int], name: str) ->
     found = truncate(tuned, base, Rule(rule=name))  # type: ignore[arg-type]
     assert found.kept == 5
     left = found.values.double() - base.double() - signal
-    # What noise is left in five directions: 10 of its sigmas at the most, of entries that would have 1e-3 each.
-    assert left.norm() < 0.7 * (1e-3 * math.sqrt(shape[0] * shape[1]))
+    # Five directions take 5 (m + n) of the m n degrees of freedom of the noise, 0.28 of its norm at the most; and room.
+    assert left.norm() < 0.5 * (1e-3 * math.sqrt(shape[0] * shape[1]))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
