@@ -38,6 +38,11 @@ class Directions:
         sigmas = self.S if S is None else S
         return matmul(self.U[:, chosen] * sigmas[chosen], self.Vh[chosen])
 
+    def factors(self, chosen: slice) -> tuple[Float64[Tensor, "m k"], Float64[Tensor, "k n"]]:
+        """Return U sqrt(S) and sqrt(S) Vh of some directions: their product is the sum of these."""
+        roots = self.S[chosen].sqrt()
+        return self.U[:, chosen] * roots, roots[:, None] * self.Vh[chosen]
+
 
 def decomposed(x: Float64[Tensor, "m n"], *, gram: bool) -> Directions:
     """Return the singular directions of a finite matrix.
