@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,12 @@ from diffract.checkpoints.provenance import write_manifest
 from diffract.edits.bench import Bench
 from diffract.edits.card import model_card
 from diffract.edits.draft import Draft
-from diffract.edits.exports.export import Export, Target
+from diffract.edits.exports import EXPORTERS, Target
 from diffract.edits.output import Output
+from diffract.edits.planning import Planned
 from diffract.edits.recipe import Recipe, load_recipe, validated
-from diffract.edits.step import Planned, Settings
+from diffract.edits.settings import Settings
+from diffract.edits.steps import plan_step
 from diffract.edits.write import Progress, write_draft
 from diffract.folders import whole_folder
 
@@ -75,10 +76,11 @@ def apply(
     return Edited(Path(output), manifest)
 
 
-def _export(bench: Bench, draft: Draft, export: Export, plans: Plans, target: Target) -> dict[str, Any]:
+def _export(bench: Bench, draft: Draft, export: Settings, plans: Plans, target: Target) -> dict[str, Any]:
     """Write something else than a checkpoint; return the digests of its tensors."""
-    split = export.plan(bench, draft)
-    found = export.write(bench, draft, split, target)
+    exporter = EXPORTERS[type(export)]
+    split = exporter.plan(export, bench, draft)
+    found = exporter.write(export, bench, draft, split, target)
     write_companions(bench.checkpoint, found.model, target.output, config=found.loads_alone)
     plans.append((export, split.planned))
     return dict(found.outputs)
@@ -100,7 +102,7 @@ def plan(recipe: Recipe, bench: Bench) -> tuple[Draft, Plans]:
     """Return the model as the steps will have changed it, and what they decided."""
     draft, plans = bench.draft(), []
     for item in recipe.steps:
-        planned = item.chosen.plan(bench, draft)
+        planned = plan_step(item.chosen, bench, draft)
         plans.append((item.chosen, planned))
         draft = draft.then(planned.changes)
     return draft, plans
@@ -127,12 +129,7 @@ def _write_config(checkpoint: Checkpoint, folder: Path, output: Output) -> None:
 
 def described(plans: Plans) -> list[dict[str, Any]]:
     """Return what each step did, for the manifest."""
-    return [{"step": s.name, "summary": p.summary, "rows": sorted(p.rows, key=_by_number)} for s, p in plans]
-
-
-def _by_number(row: Mapping[str, Any]) -> list[Any]:
-    """A key that puts L2 before L10; rows come as threads finish."""
-    return [int(w) if w.isdecimal() else w for w in re.split(r"(\d+)", row["name"])]
+    return [{"step": settings.name, **planned.described()} for settings, planned in plans]
 
 
 def _describe(recipe: Recipe, bench: Bench, plans: Plans, outputs: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def model_card(recipe: Mapping[str, Any], steps: Sequence[Mapping[str, Any]], *,
     """
     library = "peft" if adapter else "transformers"
     head = yaml.safe_dump({"base_model": recipe["model"], "library_name": library, "tags": ["diffract"]})
-    lines = [f"- `{step['step']}`: {_said(step['summary'])}" for step in steps]
+    lines = [f"- `{step['step']}`: {_listed(step['summary'])}" for step in steps]
     return f"""---
 {head}---
 
@@ -42,14 +42,15 @@ went in and came out; `diffract verify` compares them with what is there.
 """
 
 
-def _said(summary: Mapping[str, Any]) -> str:
-    parts = []
-    for key, value in summary.items():
-        shown = value
-        if isinstance(value, list):
-            rest = f" and {len(value) - SHOWN} more" if len(value) > SHOWN else ""
-            shown = ", ".join(map(str, value[:SHOWN])) + rest
-        elif isinstance(value, dict):
-            shown = ", ".join(f"{k}={v}" for k, v in value.items())
-        parts.append(f"{key} {printable(shown, 400)}")
-    return "; ".join(parts)
+def _listed(summary: Mapping[str, Any]) -> str:
+    return "; ".join(f"{key} {said(value)}" for key, value in summary.items())
+
+
+def said(value: Any) -> str:
+    """Return a value of a summary as text of bounded length."""
+    if isinstance(value, list):
+        rest = f" and {len(value) - SHOWN} more" if len(value) > SHOWN else ""
+        return printable(", ".join(map(str, value[:SHOWN])) + rest, 400)
+    if isinstance(value, dict):
+        return printable(", ".join(f"{k}={v}" for k, v in value.items()), 400)
+    return f"{value:.4g}" if isinstance(value, float) else printable(value, 400)

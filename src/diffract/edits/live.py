@@ -13,7 +13,8 @@ from diffract.checkpoints import TensorInfo
 from diffract.checkpoints.dtypes import TORCH_DTYPES
 from diffract.edits.bench import Bench
 from diffract.edits.draft import Draft, Place, everything, overlap
-from diffract.edits.step import Step
+from diffract.edits.settings import Settings
+from diffract.edits.steps import plan_step
 
 Saved = list[tuple[Tensor, Tensor]]
 """Parts of parameters, and what they were."""
@@ -47,7 +48,7 @@ class LiveModel:
         self.bench = Bench(model, architecture=architecture, record=False)
 
     @contextmanager
-    def edited(self, *steps: Step) -> Iterator[None]:
+    def edited(self, *steps: Settings) -> Iterator[None]:
         """Change the model for the duration of a block.
 
         Args:
@@ -64,7 +65,7 @@ class LiveModel:
             for part, before in reversed(saved):
                 part.copy_(before)
 
-    def apply(self, *steps: Step) -> None:
+    def apply(self, *steps: Settings) -> None:
         """Change the model for good.
 
         Raises:
@@ -79,10 +80,10 @@ class LiveModel:
             raise
 
     @torch.no_grad()
-    def _change(self, steps: Sequence[Step], saved: Saved) -> None:
+    def _change(self, steps: Sequence[Settings], saved: Saved) -> None:
         draft = self.bench.draft()
         for step in steps:
-            draft = draft.then(step.plan(self.bench, draft).changes)
+            draft = draft.then(plan_step(step, self.bench, draft).changes)
         for name in dict.fromkeys(name for changes in draft.steps for name in changes):
             info = self.bench.checkpoint.info(name)
             for place, values in list(_new_values(draft, info, self._tensors[name])):
@@ -98,8 +99,9 @@ class LiveModel:
 
 
 def _new_values(draft: Draft, info: TensorInfo, stored: Tensor) -> Iterator[tuple[Place, Tensor]]:
-    """Yield what changes of a tensor, in the blocks that files are written in: if one step alone changes it, its parts,
-    else all of it.
+    """Yield what changes of a tensor, in the blocks that files are written in.
+
+    If one step alone changes it, that is what it changes; else all of the tensor.
     """
     changes, dtype = draft.changes(info.name), TORCH_DTYPES[info.dtype]
     whole = everything(info.shape)

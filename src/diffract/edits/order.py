@@ -1,4 +1,4 @@
-"""In which order units are rewound: by how much they changed, by what changed elsewhere too, by measurements, by chance."""
+"""In which order units are rewound: by their change, by what changed elsewhere too, by measurements, by chance."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -17,11 +16,9 @@ from diffract.checkpoints.reader import Range
 from diffract.edits.bench import Other
 from diffract.edits.draft import overlap
 from diffract.edits.parts import Part, Units
-from diffract.edits.step import together
+from diffract.edits.planning import both
 from diffract.errors import SelectionError, printable, suggest
 from diffract.metrics.concentration import reference_score
-
-Order = Literal["reference", "magnitude", "random", "greedy"]
 
 Blocks = Callable[[str], Iterable[tuple[Range | None, Tensor]]]
 """A tensor's blocks of rows by its name."""
@@ -45,7 +42,7 @@ def change_norms(units: Units, blocks: Blocks, base: Other) -> dict[str, float]:
     squares = dict.fromkeys(units.names, 0.0)
     for name, parts in by_tensor.items():
         for rows, block in blocks(name):
-            tuned, origin = together(block, base.block(name, rows))
+            tuned, origin = both(block, base.block(name, rows))
             delta = tuned - origin
             for part in parts:
                 if inside := overlap(part.place, rows):

@@ -7,15 +7,12 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
 
 from diffract.edits.bench import Bench
 from diffract.edits.draft import Place, everything, place_of
+from diffract.edits.settings import Shared, Unit
 from diffract.errors import SelectionError, printable
 from diffract.matrices import Matrix
-
-Unit = Literal["head", "matrix", "expert", "tensor"]
-Shared = Literal["all", "majority", "never"]
 
 HEAD_PARTS = ("q", "k", "v", "o")
 

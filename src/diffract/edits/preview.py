@@ -13,6 +13,7 @@ from diffract.checkpoints import TensorInfo
 from diffract.edits.apply import Plans, as_recipe, described, open_bench, plan
 from diffract.edits.bench import Bench
 from diffract.edits.draft import Draft
+from diffract.edits.exports import EXPORTERS
 from diffract.edits.recipe import Recipe
 from diffract.edits.write import written_infos
 from diffract.engine import cores, single_threaded
@@ -52,8 +53,9 @@ def preview(recipe: Recipe | Mapping[str, Any] | str | Path) -> Preview:
     with open_bench(recipe) as bench:
         draft, plans = plan(recipe, bench)
         if recipe.export is not None:
-            split = recipe.export.chosen.plan(bench, draft)
-            plans.append((recipe.export.chosen, split.planned))
+            export = recipe.export.chosen
+            split = EXPORTERS[type(export)].plan(export, bench, draft)
+            plans.append((export, split.planned))
             draft = draft.then(split.planned.changes)
         infos = written_infos(draft, recipe.output)
         written = None if recipe.export is not None else sum(info.size_bytes for info in infos.values())

@@ -11,10 +11,21 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ValidationError, model_validator
 
-from diffract.edits.exports import Lora, Pissa
-from diffract.edits.output import STRICT, Output
-from diffract.edits.step import Model, Settings, describe
-from diffract.edits.steps import Interpolate, Laser, Merge, Rewind, Svf, Truncate
+from diffract.edits.output import Output
+from diffract.edits.settings import (
+    STRICT,
+    Interpolate,
+    Laser,
+    Lora,
+    Merge,
+    Model,
+    Pissa,
+    Rewind,
+    Settings,
+    Svf,
+    Truncate,
+    describe,
+)
 from diffract.errors import RecipeError, printable, suggest
 
 B = TypeVar("B", bound=BaseModel)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from diffract.checkpoints import TensorInfo, as_bytes
 from diffract.checkpoints.dtypes import DTYPE_NAMES, TORCH_DTYPES
@@ -47,6 +48,14 @@ def written_infos(draft: Draft, output: Output) -> dict[str, TensorInfo]:
     return found
 
 
+def jobs_of(draft: Draft, infos: Mapping[str, TensorInfo]) -> list[Job]:
+    """Return one job for each tensor; tied ones are one tensor."""
+    twins: dict[str, list[str]] = {name: [name] for name in infos if name not in draft.ties}
+    for name, target in draft.ties.items():
+        twins[target].append(name)
+    return [Job(infos[name], tuple(names), draft.workspace_bytes(name)) for name, names in twins.items()]
+
+
 def write_draft(draft: Draft, folder: Path, output: Output, progress: Progress | None = None) -> dict[str, str]:
     """Compute a draft and write it as a model's safetensors.
 
@@ -54,10 +63,7 @@ def write_draft(draft: Draft, folder: Path, output: Output, progress: Progress |
         The digest of each tensor written.
     """
     infos = written_infos(draft, output)
-    aliases: dict[str, list[str]] = {name: [name] for name in infos if name not in draft.ties}
-    for name, target in draft.ties.items():
-        aliases[target].append(name)
-    jobs = [Job(infos[name], tuple(twins), draft.workspace_bytes(name)) for name, twins in aliases.items()]
+    jobs = jobs_of(draft, infos)
     total, done = sum(job.info.size_bytes for job in jobs), 0
     digests: dict[str, str] = {}
     with _explained(folder), ShardedWriter(folder, list(infos.values()), shard_bytes=output.shard_size) as writer:
@@ -69,14 +75,20 @@ def write_draft(draft: Draft, folder: Path, output: Output, progress: Progress |
     return {name: digests[name] for name in infos}
 
 
+def stored_blocks(draft: Draft, info: TensorInfo) -> Iterator[tuple[int, Tensor]]:
+    """Yield a tensor as it is stored, in blocks of rows, each with its first row."""
+    dtype = TORCH_DTYPES.get(info.dtype)
+    for rows, block in draft.blocks(info.name):
+        yield rows[0] if rows else 0, block if dtype is None else block.to(dtype)
+
+
 def _write_one(draft: Draft, writer: ShardedWriter, job: Job) -> str:
     """Write a tensor, under each of its names; return its digest."""
-    hasher, dtype = start_digest(job.info), TORCH_DTYPES.get(job.info.dtype)
-    for rows, block in draft.blocks(job.info.name):
-        stored = block if dtype is None else block.to(dtype)
+    hasher = start_digest(job.info)
+    for first, stored in stored_blocks(draft, job.info):
         hasher.update(as_bytes(stored))
         for name in job.names:
-            writer.write(name, stored, rows[0] if rows else 0)
+            writer.write(name, stored, first)
     return hasher.hexdigest()
 
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from diffract.edits.bench import Bench
 from diffract.edits.draft import Draft
 from diffract.edits.exports.peft import Factors, Module
 from diffract.edits.output import Output
-from diffract.edits.step import Planned, Settings
+from diffract.edits.planning import Planned
 from diffract.edits.write import Progress
-
-FactorDtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -23,8 +20,7 @@ class Split:
     """A model split into an adapter and what it lies over.
 
     Attributes:
-        planned: Changes that make of each adapted tensor what the adapter lies over or stands for; the adapter's factors
-            are found on the way.
+        planned: Changes of each adapted tensor, on whose way the adapter's factors are found.
         modules: What is adapted, in the model's order.
         factors: By tensor, as soon as its change has been computed.
     """
@@ -66,13 +62,14 @@ class Exported:
     loads_alone: bool
 
 
-class Export(Settings):
-    """One way to write an edited model."""
+@dataclass(frozen=True)
+class Exporter:
+    """One way to write an edited model.
 
-    @abstractmethod
-    def plan(self, bench: Bench, draft: Draft) -> Split:
-        """Return how the model, after all steps, is split."""
+    Attributes:
+        plan: Returns how the model, after all steps, is split: from settings, bench and draft.
+        write: Writes that: from settings, bench, draft, what ``plan`` returned, and where to.
+    """
 
-    @abstractmethod
-    def write(self, bench: Bench, draft: Draft, split: Split, target: Target) -> Exported:
-        """Write what ``plan`` has returned for the same bench and draft."""
+    plan: Callable[[Any, Bench, Draft], Split]
+    write: Callable[[Any, Bench, Draft, Split, Target], Exported]

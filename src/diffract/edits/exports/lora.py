@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from diffract.checkpoints.adapter import WEIGHTS
 from diffract.edits.bench import Bench, Other
 from diffract.edits.draft import Draft, Place
-from diffract.edits.exports.export import Export, Exported, FactorDtype, Split, Target
+from diffract.edits.exports.export import Exported, Split, Target
 from diffract.edits.exports.peft import Factors, Module, linear_modules, whole_matrix, write_adapter
 from diffract.edits.operations.low_rank import low_rank
-from diffract.edits.operations.rules import NoiseRule, Rule
-from diffract.edits.step import Model, Planned, both, describe, matrix_changes
+from diffract.edits.planning import Planned, both, matrix_changes
+from diffract.edits.settings import Lora, describe
 from diffract.engine import run_tasks
 from diffract.matrices import Matrix
 
@@ -31,89 +30,56 @@ class Task:
     workspace_bytes: int
 
 
-class Lora(Export):
-    """Write the change against the base as a PEFT LoRA adapter."""
+def plan_lora(lora: Lora, bench: Bench, draft: Draft) -> Split:
+    """Return changes to base + B A of every linear layer."""
+    base = bench.other(lora.base)
+    modules, left = linear_modules(bench, lora.select)
+    by_tensor = {module.tensor: module for module in modules}
+    rows: list[dict[str, Any]] = [
+        {"name": name, "left": why, **_change(draft, base, name)} for name, why in left.items()
+    ]
+    split = Split(Planned({}, {"base": describe(lora.base), "modules": len(modules)}, rows, _summary), modules)
 
-    name: ClassVar[str] = "lora"
+    def edit(values: Tensor, matrix: Matrix, place: Place) -> Tensor:
+        module, origin = by_tensor[matrix.tensor], base.read(matrix.tensor, place)
+        tuned, origin = (w.mT if module.transposed else w for w in (values, origin))
+        factors, row = _factors(lora, module, tuned, origin)
+        split.factors[matrix.tensor] = factors
+        rows.append(row)
+        return values
 
-    base: Model
-    """What the model was tuned from, and what the adapter lies over."""
-    rank: Annotated[int, Field(ge=1)] | Literal["auto", "full"] | None = None
-    """Rank of every matrix, auto for what rises above noise in each (donoho-gavish, the default), or full."""
-    energy: float | None = None
-    """Instead: the fewest directions that hold this share of each change's squared Frobenius norm."""
-    rule: NoiseRule | None = None
-    """Instead: what rises above noise, by donoho-gavish or mp-edge."""
-    dtype: FactorDtype = "float32"
-    """Of the factors."""
-    select: str | None = None
-    """Matrices, such as 'layers 8-, attn'; every linear layer by default."""
+    split.planned.changes = matrix_changes(bench, [whole_matrix(bench, m.tensor) for m in modules], edit)
+    return split
 
-    @model_validator(mode="after")
-    def _check(self) -> Lora:
-        if sum(x is not None for x in (self.rank, self.energy, self.rule)) > 1:
-            raise ValueError("expected one of rank, energy and rule")
-        self.criterion()
-        return self
 
-    def criterion(self) -> Rule:
-        """Return the rule that the settings make."""
-        if self.rank == "full":
-            return Rule(drop=0.0)
-        if isinstance(self.rank, int):
-            return Rule(rank=self.rank)
-        if self.energy is not None:
-            return Rule(energy=self.energy)
-        return Rule(rule=self.rule or "donoho-gavish")
+def write_lora(lora: Lora, bench: Bench, draft: Draft, split: Split, target: Target) -> Exported:
+    """Write the adapter into the folder itlora."""
+    digests = write_adapter(target.folder, bench, describe(lora.base), _computed(draft, split, target))
+    return Exported({WEIGHTS: digests}, target.folder, loads_alone=False)
 
-    def plan(self, bench: Bench, draft: Draft) -> Split:
-        """Return changes to base + B A of every linear layer."""
-        base = bench.other(self.base)
-        modules, left = linear_modules(bench, self.select)
-        by_tensor = {module.tensor: module for module in modules}
-        rows: list[dict[str, Any]] = [
-            {"name": name, "left": why, **_change(draft, base, name)} for name, why in left.items()
-        ]
-        split = Split(Planned({}, {"base": describe(self.base), "modules": len(modules)}, rows), modules)
 
-        def edit(values: Tensor, matrix: Matrix, place: Place) -> Tensor:
-            module, origin = by_tensor[matrix.tensor], base.read(matrix.tensor, place)
-            tuned, origin = (w.mT if module.transposed else w for w in (values, origin))
-            factors, row = self._factors(module, tuned, origin)
-            split.factors[matrix.tensor] = factors
-            rows.append(row)
-            return values
+def _computed(draft: Draft, split: Split, target: Target) -> Iterator[Factors]:
+    """Yield the factors of each module in the model's order."""
+    draft = draft.then(split.planned.changes)
+    tasks = [Task(m.tensor, draft.workspace_bytes(m.tensor)) for m in split.modules]
+    total, done, waiting = sum(task.workspace_bytes for task in tasks), 0, deque(split.modules)
+    for task, _ in run_tasks(tasks, lambda task: _run(draft, task.tensor), device=torch.device("cpu")):
+        done += task.workspace_bytes
+        if target.progress:
+            target.progress(done, total, task.tensor)
+        while waiting and waiting[0].tensor in split.factors:
+            yield split.factors.pop(waiting.popleft().tensor)
 
-        split.planned.changes = matrix_changes(bench, [whole_matrix(bench, m.tensor) for m in modules], edit)
-        return split
 
-    def write(self, bench: Bench, draft: Draft, split: Split, target: Target) -> Exported:
-        """Write the adapter into the folder itself."""
-        digests = write_adapter(target.folder, bench, describe(self.base), self._computed(draft, split, target))
-        split.planned.summary |= _summary(split.planned.rows)
-        return Exported({WEIGHTS: digests}, target.folder, loads_alone=False)
-
-    def _computed(self, draft: Draft, split: Split, target: Target) -> Iterator[Factors]:
-        """Yield the factors of each module in the model's order."""
-        draft = draft.then(split.planned.changes)
-        tasks = [Task(m.tensor, draft.workspace_bytes(m.tensor)) for m in split.modules]
-        total, done, waiting = sum(task.workspace_bytes for task in tasks), 0, deque(split.modules)
-        for task, _ in run_tasks(tasks, lambda task: _run(draft, task.tensor), device=torch.device("cpu")):
-            done += task.workspace_bytes
-            if target.progress:
-                target.progress(done, total, task.tensor)
-            while waiting and waiting[0].tensor in split.factors:
-                yield split.factors.pop(waiting.popleft().tensor)
-
-    def _factors(self, module: Module, tuned: Tensor, base: Tensor) -> tuple[Factors, dict[str, Any]]:
-        """Return factors as they are stored, and what these miss of the change."""
-        dtype = getattr(torch, self.dtype)
-        found = low_rank(tuned, base, self.criterion())
-        B, A = found.B.to(dtype), found.A.to(dtype)
-        delta = tuned.double() - base.double()
-        change, error = float(delta.norm()), float(delta.sub_(B.double() @ A.double()).norm())
-        row = {"name": module.tensor, "rank": found.kept, "of": found.total, "change": change, "error": error}
-        return Factors(module, B, A), row
+def _factors(lora: Lora, module: Module, tuned: Tensor, base: Tensor) -> tuple[Factors, dict[str, Any]]:
+    """Return factors as they are stored, and what these miss of the change."""
+    dtype = getattr(torch, lora.dtype)
+    found = low_rank(tuned, base, lora.criterion())
+    B, A = found.B.to(dtype), found.A.to(dtype)
+    delta = tuned.double() - base.double()
+    change, error = float(delta.norm()), float(delta.sub_(B.double() @ A.double()).norm())
+    row = {"name": module.tensor, "rank": found.kept, "of": found.total, "change": change, "error": error}
+    return Factors(module, B, A), row
 
 
 def _run(draft: Draft, tensor: str) -> None:
@@ -133,6 +99,8 @@ def _change(draft: Draft, base: Other, name: str) -> dict[str, float]:
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Say how much of the change the adapter carries, and how much stays behind in other tensors."""
     carried, left = ([row for row in rows if ("left" in row) == other] for other in (False, True))
+    if not carried:  # nothing is computed yet
+        return {}
     ranks = [row["rank"] for row in carried]
     whole, missed, behind = (
         sum(row[key] ** 2 for row in part) ** 0.5

@@ -86,18 +86,15 @@ def _obstacle(bench: Bench, name: str, entry: Entry) -> str:
     """Say why a tensor cannot carry an adapter; empty if it can."""
     if name in bench.ties or name in bench.ties.values():
         return "tied to another tensor: an adapter would change one of them only"
-    if len(entry.info.shape) == 1:
+    if len(entry.info.shape) < 2:
         return "a vector: adapters change matrices only"
-    if len(entry.info.shape) != 2 or not name.endswith(".weight") or not entry.matrices:
+    if len(entry.info.shape) > 2 or not name.endswith(".weight") or not entry.matrices:
         return "no weight of a linear layer"
     matrix = entry.matrices[0]
-    if "embed" in (matrix.block or "").split(".") or matrix.projection == "position_bias":
-        return "an embedding: only linear layers carry plain LoRA"
     if matrix.expert is not None or matrix.projection == "router":
         return "an expert or a router: loaders keep these as parameters, not as linear layers"
-    if matrix.block == "other" and "embed" in name:
-        return "an embedding by its name"
-    return ""
+    embeds = "embed" in (matrix.block or "").split(".") or (matrix.block == "other" and "embed" in name)
+    return "an embedding: only linear layers carry plain LoRA" if embeds or matrix.projection == "position_bias" else ""
 
 
 def _module_name(bench: Bench, tensor: str) -> str:

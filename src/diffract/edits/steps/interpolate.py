@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
 from torch import Tensor
 
 from diffract.edits.bench import Bench, Other
@@ -14,37 +12,20 @@ from diffract.edits.draft import Apply, Change, Draft, Place
 from diffract.edits.entrywise import weighted_places
 from diffract.edits.operations.interpolate import interpolate
 from diffract.edits.operations.slerp import angle, slerp
-from diffract.edits.step import Model, Planned, Step, both, describe
+from diffract.edits.planning import Planned, both
+from diffract.edits.settings import Interpolate, describe
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
-
-class Interpolate(Step):
-    """Interpolate between two checkpoints: (1 - a) of the model and a of the other."""
-
-    name: ClassVar[str] = "interpolate"
-
-    other: Annotated[Model, Field(alias="with")]
-    """The checkpoint at a = 1."""
-    at: Finite
-    """The weight a of the other; it may leave 0 to 1."""
-    groups: dict[str, Finite] = Field(default_factory=dict)
-    """Other weights for some matrices by selection, such as {'layers 0-7': 0.3, 'mlp': 0.8}; the last that fits counts."""
-    method: Literal["linear", "slerp"] = "linear"
-    """linear, or slerp: along the arc between two tensors."""
-    select: str | None = None
-    """Matrices that move, such as 'layers 8-, attn'; every tensor by default."""
-
-    def plan(self, bench: Bench, draft: Draft) -> Planned:
-        """Return what the step changes."""
-        other = bench.other(self.other)
-        changes = {}
-        for name, parts in weighted_places(bench, self.select, self.at, self.groups).items():
-            make = _straight if self.method == "linear" else _arc(draft, other, name)
-            moved = tuple((place, make(other, name, at)) for place, at in parts if at != 0)
-            if moved:
-                changes[name] = Change(moved)
-        return Planned(changes, {"with": describe(self.other), "tensors moved": len(changes)})
+def plan_interpolate(step: Interpolate, bench: Bench, draft: Draft) -> Planned:
+    """Return what the step changes."""
+    other = bench.other(step.other)
+    changes = {}
+    for name, parts in weighted_places(bench, step.select, step.at, step.groups).items():
+        make = _straight if step.method == "linear" else _arc(draft, other, name)
+        moved = tuple((place, make(other, name, at)) for place, at in parts if at != 0)
+        if moved:
+            changes[name] = Change(moved)
+    return Planned(changes, {"with": describe(step.other), "tensors moved": len(changes)})
 
 
 def _straight(other: Other, name: str, at: float) -> Apply:

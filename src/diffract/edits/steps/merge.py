@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
-from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
 from diffract.edits.bench import Bench, Other
@@ -20,78 +18,26 @@ from diffract.edits.operations.slerp import angle, slerp
 from diffract.edits.operations.task_arithmetic import task_arithmetic
 from diffract.edits.operations.ties import elect_and_merge, magnitude_threshold, trim
 from diffract.edits.operations.tsv import tsv_merge
-from diffract.edits.step import Model, Planned, Step, both, describe, flat, matrix_changes, together
+from diffract.edits.planning import Planned, both, flat, matrix_changes, together
+from diffract.edits.settings import OF_MATRICES, Merge, describe
 from diffract.matrices import Matrix
 
-Method = Literal["linear", "slerp", "task-arithmetic", "dare", "ties", "dare-ties", "tsv", "iso-c"]
-
-OF_MATRICES: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {"tsv": tsv_merge, "iso-c": iso_c}
-"""Methods that are defined for matrices; other tensors get the mean change."""
-
-WITHOUT_BASE = ("linear", "slerp")
+MATRIX_MERGES: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {"tsv": tsv_merge, "iso-c": iso_c}
 
 
-class Merge(Step):
-    """Merge the model with others: their mean, or their changes against a common base."""
-
-    name: ClassVar[str] = "merge"
-
-    models: Annotated[dict[str, Model], Field(min_length=1)]
-    """The others, by name."""
-    base: Model | None = None
-    """What all were tuned from; linear and slerp need none."""
-    called: str = "model"
-    """Name of the model that is edited, for weights."""
-    method: Method = "task-arithmetic"
-    """linear, slerp, task-arithmetic, dare, ties, dare-ties, tsv or iso-c."""
-    weights: dict[str, float] = Field(default_factory=dict)
-    """Weight of each model by name; 1 where nothing is said. linear and slerp divide by their sum."""
-    scale: float = 1.0
-    """What the merged change is multiplied with."""
-    density: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Ties: share of each change's entries that is kept, the largest."""
-    drop: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Dare: probability with which an entry of a change is dropped."""
-    seed: int = 0
-    """Of dare."""
-    select: str | None = None
-    """Matrices that are merged, such as 'layers 8-, attn'; every tensor by default."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Merge:
-        names = (self.called, *self.models)
-        if self.called in self.models:
-            raise ValueError(f"two models are called {self.called!r}")
-        if strange := [name for name in self.weights if name not in names]:
-            raise ValueError(f"weights: no model is called {strange[0]!r}, expected some of {', '.join(names)}")
-        if self.base is None and self.method not in WITHOUT_BASE:
-            raise ValueError(f"method {self.method} needs a base")
-        if self.method == "slerp" and len(self.models) > 1:
-            raise ValueError(f"slerp goes between two models, got {len(names)}")
-        if self.method in OF_MATRICES and self.weights:
-            raise ValueError(f"method {self.method} knows no weights; scale is the weight of all")
-        if self.method in WITHOUT_BASE and sum(self.shares) == 0:
-            raise ValueError("the weights sum to 0")
-        return self
-
-    @property
-    def shares(self) -> list[float]:
-        """Weights in the order of the models, the edited one first."""
-        return [self.weights.get(name, 1.0) for name in (self.called, *self.models)]
-
-    def plan(self, bench: Bench, draft: Draft) -> Planned:
-        """Return what the step changes."""
-        mix = Mix(self, draft, None if self.base is None else bench.other(self.base), [
-            bench.other(reference) for reference in self.models.values()
-        ])  # fmt: skip
-        moved = weighted_places(bench, self.select, 1.0, {})
-        changes = {name: Change(tuple((p, mix.apply(name)) for p, _ in parts)) for name, parts in moved.items()}
-        if self.method in OF_MATRICES:
-            kept = bench.matrices(self.select, heads=False)
-            changes |= matrix_changes(bench, kept, mix.of_matrix)
-        models = {self.called: bench.checkpoint.reference}
-        models |= {name: describe(reference) for name, reference in self.models.items()}
-        return Planned(changes, {"method": self.method, "models": models, "tensors": len(changes)})
+def plan_merge(step: Merge, bench: Bench, draft: Draft) -> Planned:
+    """Return what the step changes."""
+    mix = Mix(step, draft, None if step.base is None else bench.other(step.base), [
+        bench.other(reference) for reference in step.models.values()
+    ])  # fmt: skip
+    moved = weighted_places(bench, step.select, 1.0, {})
+    changes = {name: Change(tuple((p, mix.apply(name)) for p, _ in parts)) for name, parts in moved.items()}
+    if step.method in OF_MATRICES:
+        kept = bench.matrices(step.select, heads=False)
+        changes |= matrix_changes(bench, kept, mix.of_matrix)
+    models = {step.called: bench.checkpoint.reference}
+    models |= {name: describe(reference) for name, reference in step.models.items()}
+    return Planned(changes, {"method": step.method, "models": models, "tensors": len(changes)})
 
 
 class Mix:
@@ -117,7 +63,7 @@ class Mix:
         """Return one matrix merged by a method of matrices."""
         base, *tuned = together(self._base(matrix.tensor, place), flat(values), *self._read(matrix.tensor, place))
         deltas = [flat(w) - flat(base) for w in tuned]
-        return (flat(base) + self.step.scale * OF_MATRICES[self.step.method](deltas)).to(flat(base).dtype)
+        return (flat(base) + self.step.scale * MATRIX_MERGES[self.step.method](deltas)).to(flat(base).dtype)
 
     def _linear(self, name: str) -> Apply:
         shares = self.step.shares

@@ -1,35 +1,24 @@
-"""What every step of a recipe is: validated settings, and a plan of changes made of them."""
+"""What a step of a recipe comes to: changes of tensors, and an account of them."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial, reduce
-from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, WithJsonSchema
 from torch import Tensor
 
 from diffract.edits.bench import Bench
-from diffract.edits.draft import Apply, Change, Draft, Place, place_of
+from diffract.edits.draft import Apply, Change, Place, place_of
 from diffract.edits.operations.precision import work_dtype
-from diffract.errors import printable
 from diffract.matrices import Matrix
 
-
-def _reference(value: object) -> object:
-    """A path becomes text; mappings, modules and open checkpoints stay what they are."""
-    if isinstance(value, str) and not value:
-        raise ValueError("expected a checkpoint, got an empty text")
-    return str(value) if isinstance(value, Path) else value
-
-
-Model = Annotated[Any, BeforeValidator(_reference), WithJsonSchema({"type": "string"})]
-"""A checkpoint: what ``diffract.open`` takes; text in a recipe."""
+Row = dict[str, Any]
+"""What is known of one matrix or head, with its ``name``."""
 
 
 @dataclass
@@ -39,37 +28,24 @@ class Planned:
     Attributes:
         changes: By tensor name.
         summary: What was decided, for the manifest and the terminal.
-        rows: One record per matrix or head; steps that find out while they compute add them then.
+        rows: One record per matrix or head, with its ``name``; steps that find out while they compute add them then.
+        conclude: What the rows come to, where that is known only when they are all there.
     """
 
     changes: Mapping[str, Change]
     summary: dict[str, Any] = field(default_factory=dict)
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    conclude: Callable[[list[Row]], dict[str, Any]] = lambda rows: {}
+
+    def described(self) -> dict[str, Any]:
+        """Return what was decided and found, rows in the model's order though threads finish in another."""
+        rows = sorted(self.rows, key=_by_number)
+        return {"summary": {**self.summary, **(self.conclude(rows) if rows else {})}, "rows": rows}
 
 
-class Settings(BaseModel):
-    """A part of a recipe: its settings are the fields, each with its meaning below it.
-
-    Attributes:
-        name: What it is called in recipes and on the command line.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True)
-
-    name: ClassVar[str] = ""
-
-
-class Step(Settings):
-    """One edit; ``plan`` says what it changes."""
-
-    @abstractmethod
-    def plan(self, bench: Bench, draft: Draft) -> Planned:
-        """Return what the step changes.
-
-        Args:
-            bench: The model and the checkpoints beside it.
-            draft: The model after the steps before this one.
-        """
+def _by_number(row: Row) -> list[Any]:
+    """A key that puts L2 before L10."""
+    return [int(w) if w.isdecimal() else w for w in re.split(r"(\d+)", row["name"])]
 
 
 def together(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -82,11 +58,6 @@ def both(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """Return two tensors in the one dtype that edits of both compute in."""
     one, other = together(one, other)
     return one, other
-
-
-def describe(reference: object) -> str:
-    """Name a checkpoint in a manifest."""
-    return reference if isinstance(reference, str) else printable(type(reference).__name__)
 
 
 Edit = Callable[[Tensor, Matrix, Place], Tensor]

@@ -1,0 +1,200 @@
+"""The commands that edit checkpoints: their options are the settings of steps and exports, as recipes have them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from diffract.cli import options
+from diffract.cli.console import explained, progress, say, say_json, size
+from diffract.errors import RecipeError, printable
+
+if TYPE_CHECKING:
+    from diffract.edits.settings import Settings
+
+Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder to write.")]
+Dtype = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Convert weights: float32, bfloat16 or float16; kept by default.")
+]
+ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Most bytes of tensors in a file.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would change, how many bytes, how long; write nothing.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace a folder that an edit has written.")]
+
+COMMON: dict[str, tuple[Any, Any]] = {
+    "output": (Output, None),
+    "output_dtype": (Dtype, None),
+    "shard_size": (ShardSize, "5GB"),
+    "architecture": (options.ArchitectureFile, None),
+    "adapter_base": (options.AdapterBase, None),
+    "dry_run": (DryRun, False),
+    "force": (Force, False),
+    "quiet": (options.Quiet, False),
+    "json": (options.Json, False),
+    "debug": (options.Debug, False),
+}
+"""Options that all of them have, after those of their own."""
+
+PAIRS = ("weights", "groups")
+"""Settings that are given as NAME=NUMBER, as often as needed."""
+
+NAME_WIDTH = 26
+
+MOST_AT_ONCE = 1000
+"""Checkpoints that one command makes."""
+
+Given = dict[str, Any]
+Build = Callable[[Given], Mapping[str, Any]]
+
+
+def command(kind: type[Settings], arguments: Mapping[str, Any], build: Build, *, hidden: Sequence[str] = ()) -> Any:
+    """Make a command of a step or an export.
+
+    Args:
+        kind: Whose settings become options.
+        arguments: What comes before the options, by name: Typer's annotations.
+        build: Makes a recipe of what was given; settings are under ``settings``.
+        hidden: Settings that arguments stand for.
+    """
+    own = {name: field for name, field in kind.model_fields.items() if name not in hidden}
+
+    def run(**given: Any) -> None:
+        common = {name: given.pop(name) for name in COMMON}
+        settings = {name: given.pop(name) for name in own}
+        with explained(debug=common["debug"]):
+            given["settings"] = {name: value for name, value in settings.items() if value not in (None, False, [])}
+            for name in set(PAIRS) & given["settings"].keys():
+                given["settings"][name] = dict(_pair(text, f"--{name}") for text in given["settings"][name])
+            for recipe, output in _outputs(build(given), common["output"]):
+                _run(recipe, output, common)
+
+    places = [*_arguments(arguments), *(_option(name, field) for name, field in own.items()), *_common()]
+    run.__signature__ = inspect.Signature(places)
+    run.__annotations__ = {place.name: place.annotation for place in places}
+    run.__name__, run.__doc__ = kind.name, kind.__doc__
+    return run
+
+
+def _arguments(arguments: Mapping[str, Any]) -> list[inspect.Parameter]:
+    return [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, annotation=a) for n, a in arguments.items()]
+
+
+def _common() -> list[inspect.Parameter]:
+    return [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+        for name, (annotation, default) in COMMON.items()
+    ]
+
+
+def _option(name: str, field: Any) -> inspect.Parameter:
+    """Make an option of a setting; values are text that the recipe's own validation reads."""
+    flag = f"--{name.replace('_', '-')}"
+    metavar = {"bool": None, "float": "NUMBER", "int": "N"}.get(_word(field), "TEXT")
+    kind: Any = bool if metavar is None else list[str] if name in PAIRS else str | None
+    default: Any = [] if name in PAIRS else False if metavar is None else None
+    standard = "" if field.default in (None, False) or field.is_required() or name in PAIRS else f" [{field.default}]"
+    option = typer.Option(flag, metavar="NAME=NUMBER" if name in PAIRS else metavar, help=field.description + standard)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, option], default=default)
+
+
+def _word(field: Any) -> str:
+    """Name the kind of a setting's value."""
+    text = str(field.annotation)
+    return next((word for word in ("bool", "float", "int") if word in text and "Literal" not in text), "text")
+
+
+def _pair(text: str, where: str) -> tuple[str, str]:
+    name, equals, value = text.rpartition("=")
+    if not equals or not name:
+        raise RecipeError(f"{where}: expected NAME=VALUE, got {printable(text)!r}.")
+    return name, value
+
+
+def _outputs(recipe: Mapping[str, Any], output: Path | None) -> list[tuple[Mapping[str, Any], Path | None]]:
+    """Return recipes and where they go: one, or a row of them for ``--at FROM:TO:STEP``."""
+    steps = recipe.get("steps") or [{}]
+    at = steps[0].get("interpolate", {}).get("at", "")
+    if ":" not in at:
+        return [(recipe, output)]
+    found = []
+    for value in _row(at):
+        step = {"interpolate": {**steps[0]["interpolate"], "at": value}}
+        found.append(({**recipe, "steps": [step]}, output and output / f"at-{value}"))
+    return found
+
+
+def _row(text: str) -> list[str]:
+    """Read FROM:TO:STEP, both ends included, as decimal numbers.
+
+    >>> _row("0:1:0.25")
+    ['0', '0.25', '0.50', '0.75', '1.00']
+    """
+    from decimal import Decimal, InvalidOperation
+
+    try:
+        first, last, step = (Decimal(word) for word in text.split(":"))
+        found = [str(first + i * step) for i in range(min(int((last - first) / step) + 1, MOST_AT_ONCE))]
+    except (InvalidOperation, ValueError, ArithmeticError):
+        found = []
+    if not found:
+        raise RecipeError(f"--at: expected a number or FROM:TO:STEP such as 0:1:0.1, got {printable(text)!r}.")
+    return found
+
+
+def _run(recipe: Mapping[str, Any], output: Path | None, common: Mapping[str, Any]) -> None:
+    written = {"shard_size": common["shard_size"], **({"dtype": d} if (d := common["output_dtype"]) else {})}
+    extra = {k: str(v) for k in ("architecture", "adapter_base") if (v := common[k]) is not None}
+    run_recipe({**recipe, **extra, "output": written}, output, common)
+
+
+def run_recipe(recipe: Any, output: Path | None, common: Mapping[str, Any]) -> None:
+    """Apply a recipe, or say what it would do.
+
+    Args:
+        recipe: As ``diffract.apply`` takes it.
+        output: Folder to write.
+        common: dry_run, force, quiet, json.
+    """
+    if common["dry_run"]:
+        from diffract.edits.preview import preview
+
+        _show_preview(preview(recipe), common)
+        return
+    if output is None:
+        raise RecipeError("where to? Pass -o OUT, or --dry-run to see what would be done.")
+    with progress("edit", quiet=common["quiet"] or common["json"]) as update:
+        from diffract.edits.apply import apply
+
+        edited = apply(recipe, output, force=common["force"], progress=update)
+    if common["json"]:
+        say_json({"output": str(output), "steps": edited.manifest["steps"]})
+        return
+    _show_steps(edited.manifest["steps"], quiet=common["quiet"])
+    say(f"written: {output} (details in manifest.json)", quiet=common["quiet"])
+
+
+def _show_preview(found: Any, common: Mapping[str, Any]) -> None:
+    if common["json"]:
+        from dataclasses import asdict
+
+        say_json(asdict(found))
+        return
+    quiet = common["quiet"]
+    _show_steps(found.steps, quiet=quiet)
+    written = "the adapter" if found.written_bytes is None else size(found.written_bytes)
+    say(f"would change {found.changed} of {found.tensors} tensors", quiet=quiet)
+    say(f"would read {size(found.read_bytes)}, write {written}, in about {found.seconds:.3g} s", quiet=quiet)
+
+
+def _show_steps(steps: Sequence[Mapping[str, Any]], *, quiet: bool) -> None:
+    from diffract.edits.card import said
+
+    for step in steps:
+        say(f"{step['step']}:", quiet=quiet)
+        for key, value in step["summary"].items():
+            say(f"  {key:<{NAME_WIDTH}} {said(value)}", quiet=quiet)
