@@ -1,0 +1,1 @@
+"""Edits of checkpoints: what the tensors of one or several models become."""
