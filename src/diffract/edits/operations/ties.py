@@ -102,7 +102,9 @@ def trim(delta: Float[Tensor, "*shape"], threshold: float) -> Float[Tensor, "*sh
     """Return the change with entries of |x| < ``threshold`` set to zero.
 
     Entries equal to the threshold all stay. Changes of 16-bit weights take few values, so that more than the share
-    asked for may stay. Zeros are no votes in what follows, whether the threshold keeps them or not.
+    asked for may stay: mostly by less than a hundredth of it, by a quarter where the threshold is a common value, and
+    nearly twice the share for changes as small as the rounding. Zeros are no votes in what follows, whether the
+    threshold keeps them or not.
 
     Args:
         delta: The change, float32 or float64. NaN stays.
