@@ -10,7 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from safetensors.torch import save_file
+
+settings.register_profile("untimed", deadline=None)  # time is measured in benchmarks, never asserted in a test
+settings.load_profile("untimed")
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

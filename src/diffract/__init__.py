@@ -11,12 +11,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from diffract._version import __version__
-from diffract.errors import ArchitectureError, CheckpointError, DiffractError, RunError, SelectionError
+from diffract.errors import (
+    ArchitectureError,
+    CheckpointError,
+    DiffractError,
+    RecipeError,
+    RunError,
+    SelectionError,
+)
 
 if TYPE_CHECKING:
     from diffract.api import HeadsRun, Run, compare, heads, load_run, scan, trajectory
     from diffract.checkpoints import Checkpoint
     from diffract.checkpoints import open_checkpoint as open
+    from diffract.edits import LiveModel, Recipe, apply, verify
     from diffract.inspection import Inspection, inspect
     from diffract.metrics import Metric, metric
     from diffract.plots import plot
@@ -25,8 +33,11 @@ _PLACES = {
     "Checkpoint": ("diffract.checkpoints", "Checkpoint"),
     "HeadsRun": ("diffract.api", "HeadsRun"),
     "Inspection": ("diffract.inspection", "Inspection"),
+    "LiveModel": ("diffract.edits", "LiveModel"),
     "Metric": ("diffract.metrics", "Metric"),
+    "Recipe": ("diffract.edits", "Recipe"),
     "Run": ("diffract.api", "Run"),
+    "apply": ("diffract.edits", "apply"),
     "compare": ("diffract.api", "compare"),
     "heads": ("diffract.api", "heads"),
     "inspect": ("diffract.inspection", "inspect"),
@@ -36,6 +47,7 @@ _PLACES = {
     "plot": ("diffract.plots", "plot"),
     "scan": ("diffract.api", "scan"),
     "trajectory": ("diffract.api", "trajectory"),
+    "verify": ("diffract.edits", "verify"),
 }
 
 __all__ = [
@@ -45,11 +57,15 @@ __all__ = [
     "DiffractError",
     "HeadsRun",
     "Inspection",
+    "LiveModel",
     "Metric",
+    "Recipe",
+    "RecipeError",
     "Run",
     "RunError",
     "SelectionError",
     "__version__",
+    "apply",
     "compare",
     "heads",
     "inspect",
@@ -59,6 +75,7 @@ __all__ = [
     "plot",
     "scan",
     "trajectory",
+    "verify",
 ]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -15,21 +18,48 @@ from diffract.errors import RunError
 def whole_folder(folder: str | Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a draft folder beside ``folder`` and rename it there when the block ends well.
 
-    An error inside the block, a full disk included, removes the draft and leaves what was there untouched.
+    An error inside the block, a full disk included, removes the draft and leaves what was there untouched. What a
+    killed process has left is removed by the next one that writes to the same folder.
     """
     folder = Path(folder)
     refuse_existing(folder, force=force)
     draft = folder.parent / f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}"
     try:
-        draft.mkdir(parents=True)
-        yield draft
-        _replace(draft, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(folder)
+        draft.mkdir()
+        with _held(draft):
+            yield draft
+            _replace(draft, folder)
     except OSError as error:
         raise RunError(
             f"cannot write {str(folder)!r}: {error.strerror or error}. Nothing was changed there."
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def _held(draft: Path) -> Iterator[bool]:
+    """Hold a lock on a folder, which ends with the process however that ends; yield whether it was free."""
+    descriptor = os.open(draft, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove drafts of a folder that nobody is writing to any more."""
+    pattern = re.compile(re.escape(folder.name) + r"\.tmp-[0-9a-f]{8}")
+    for draft in folder.parent.iterdir():
+        if pattern.fullmatch(draft.name) and draft.is_dir():
+            with suppress(OSError), _held(draft) as free:
+                if free:
+                    shutil.rmtree(draft, ignore_errors=True)
 
 
 @contextmanager

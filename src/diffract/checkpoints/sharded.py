@@ -84,6 +84,7 @@ class ShardedWriter:
         for info in infos:
             self.places[info.name] = (number, offset)
             offset += info.size_bytes
+        os.truncate(self._descriptors[-1], offset)
 
     def _draft(self, number: int) -> Path:
         return self.folder / f".weights-{number}.partial"

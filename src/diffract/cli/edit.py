@@ -161,14 +161,14 @@ def run_recipe(recipe: Any, output: Path | None, common: Mapping[str, Any]) -> N
         common: dry_run, force, quiet, json.
     """
     if common["dry_run"]:
-        from diffract.edits.preview import preview
+        from diffract.edits.dry_run import preview
 
         _show_preview(preview(recipe), common)
         return
     if output is None:
         raise RecipeError("where to? Pass -o OUT, or --dry-run to see what would be done.")
     with progress("edit", quiet=common["quiet"] or common["json"]) as update:
-        from diffract.edits.apply import apply
+        from diffract.edits.to_files import apply
 
         edited = apply(recipe, output, force=common["force"], progress=update)
     if common["json"]:

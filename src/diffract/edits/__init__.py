@@ -7,19 +7,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffract.edits.apply import Edited, apply
+    from diffract.edits.dry_run import Preview, preview
     from diffract.edits.live import LiveModel
     from diffract.edits.output import Output
-    from diffract.edits.preview import Preview, preview
     from diffract.edits.recipe import Recipe, load_recipe, recipe_schema
     from diffract.edits.replay import verify
     from diffract.edits.settings import Interpolate, Laser, Lora, Merge, Pissa, Rewind, Svf, Truncate
+    from diffract.edits.to_files import Edited, apply
 
 _PLACES = {
-    **dict.fromkeys(("Edited", "apply"), "apply"),
+    **dict.fromkeys(("Edited", "apply"), "to_files"),
     "LiveModel": "live",
     "Output": "output",
-    **dict.fromkeys(("Preview", "preview"), "preview"),
+    **dict.fromkeys(("Preview", "preview"), "dry_run"),
     **dict.fromkeys(("Recipe", "load_recipe", "recipe_schema"), "recipe"),
     "verify": "replay",
     **dict.fromkeys(("Interpolate", "Laser", "Lora", "Merge", "Pissa", "Rewind", "Svf", "Truncate"), "settings"),

@@ -9,9 +9,9 @@ import torch
 
 from diffract.checkpoints.provenance import Verdict, read_manifest, verify_folder
 from diffract.checkpoints.reader import as_bytes, start_digest
-from diffract.edits.apply import open_bench, plan
 from diffract.edits.draft import Draft
 from diffract.edits.recipe import Recipe, validated
+from diffract.edits.to_files import open_bench, plan
 from diffract.edits.write import Job, jobs_of, stored_blocks, written_infos
 from diffract.engine import run_tasks
 from diffract.errors import RecipeError, printable

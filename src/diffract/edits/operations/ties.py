@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from diffract.edits.operations.linear import weighted_sum
@@ -15,6 +15,9 @@ DIGIT_BITS = 16
 
 PIECE_ENTRIES = 1 << 19
 """Entries that are counted at once: their temporaries stay in the cache, and are many beside the bins."""
+
+ROW_ENTRIES = 32
+"""Entries that are looked at together for those that still count after the first pass."""
 
 _INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
@@ -67,8 +70,19 @@ def _count_piece(piece: Float[Tensor, " entries"], prefix: int, known: int) -> I
     magnitudes = piece.view(integers).bitwise_and(torch.iinfo(integers).max)
     undecided = torch.iinfo(integers).bits - known
     if known:
-        magnitudes = magnitudes.masked_select(magnitudes >> undecided == prefix).bitwise_and_((1 << undecided) - 1)
+        magnitudes = _beginning_with(magnitudes, prefix, undecided).bitwise_and_((1 << undecided) - 1)
     return torch.bincount(magnitudes.bitwise_right_shift_(undecided - DIGIT_BITS), minlength=1 << DIGIT_BITS)
+
+
+def _beginning_with(magnitudes: Int[Tensor, " entries"], prefix: int, undecided: int) -> Int[Tensor, " matching"]:
+    """Return the magnitudes whose bits above the ``undecided`` ones are ``prefix``.
+
+    Few are. Rows without any are left out first, which is several times faster than to choose among all entries.
+    """
+    rows = magnitudes[: len(magnitudes) // ROW_ENTRIES * ROW_ENTRIES].view(-1, ROW_ENTRIES)
+    holds = (rows >> undecided).eq_(prefix).amax(1)
+    left = torch.cat((rows[holds.nonzero().flatten()].flatten(), magnitudes[rows.numel() :]))
+    return left.masked_select(left >> undecided == prefix)
 
 
 def _may_hold_nan(counts: Int64[Tensor, "digits"], dtype: torch.dtype) -> bool:
@@ -88,7 +102,9 @@ def trim(delta: Float[Tensor, "*shape"], threshold: float) -> Float[Tensor, "*sh
     """Return the change with entries of |x| < ``threshold`` set to zero.
 
     Entries equal to the threshold all stay. Changes of 16-bit weights take few values, so that more than the share
-    asked for may stay. Zeros are no votes in what follows, whether the threshold keeps them or not.
+    asked for may stay: mostly by less than a hundredth of it, by a quarter where the threshold is a common value, and
+    nearly twice the share for changes as small as the rounding. Zeros are no votes in what follows, whether the
+    threshold keeps them or not.
 
     Args:
         delta: The change, float32 or float64. NaN stays.

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from diffract.checkpoints import TensorInfo
-from diffract.edits.apply import Plans, as_recipe, described, open_bench, plan
 from diffract.edits.bench import Bench
 from diffract.edits.draft import Draft
 from diffract.edits.exports import EXPORTERS
 from diffract.edits.recipe import Recipe
+from diffract.edits.to_files import Plans, as_recipe, described, open_bench, plan
 from diffract.edits.write import written_infos
 from diffract.engine import cores, single_threaded
 
