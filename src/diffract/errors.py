@@ -30,6 +30,10 @@ class RecipeError(DiffractError):
     """A recipe, or a setting of an edit, is wrong."""
 
 
+class CorpusError(DiffractError):
+    """Text for training or evaluation cannot be read, or must not be used so."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the nearest known names, or an empty string."""
     near = get_close_matches(name, list(known), n=3, cutoff=0.55)

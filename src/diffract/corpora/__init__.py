@@ -1,0 +1,24 @@
+"""Text by domain, split by document: for training, for choosing, and for reporting."""
+
+from diffract.corpora.evaluation_only import refuse_evaluation_only
+from diffract.corpora.records import instruction_text, question_text, record_text
+from diffract.corpora.sources import read_documents, read_records, read_texts
+from diffract.corpora.splits import Document, Split, digest, split_documents, split_of
+from diffract.corpora.word_problems import Problem, make_problems
+
+__all__ = [
+    "Document",
+    "Problem",
+    "Split",
+    "digest",
+    "instruction_text",
+    "make_problems",
+    "question_text",
+    "read_documents",
+    "read_records",
+    "read_texts",
+    "record_text",
+    "refuse_evaluation_only",
+    "split_documents",
+    "split_of",
+]

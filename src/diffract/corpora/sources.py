@@ -1,0 +1,158 @@
+"""Where text comes from: files, folders of code, the standard library, data sets on the hub, made-up word problems."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from diffract.corpora.evaluation_only import refuse_evaluation_only
+from diffract.corpora.records import record_text
+from diffract.corpora.splits import Document, Split, check_split, document, split_documents, split_of
+from diffract.corpora.word_problems import problem_documents
+from diffract.errors import CorpusError, printable
+
+STANDARD_LIBRARY = "stdlib"
+WORD_PROBLEMS = "word-problems"
+HUB = "datasets:"
+
+PIECE_CHARACTERS = 20_000
+"""A text file without articles of its own is cut into pieces of about so many characters, at blank lines."""
+
+SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+"""Folders of the standard library that are left out."""
+
+ARTICLE = re.compile(r"^ = [^=].* = $", re.MULTILINE)
+"""How WikiText begins an article."""
+
+
+def read_documents(source: str, split: Split, *, data: Path | None = None) -> Iterator[Document]:
+    """Yield the documents of a source that are in a split, always the same ones in the same order.
+
+    Args:
+        source: A file (``.jsonl``, ``.json``, ``.txt``, also with ``.gz``), a folder of ``.py`` files, ``stdlib`` (the
+            running Python's standard library without its tests), ``word-problems`` (``word-problems:1-2`` for some
+            levels of them), or ``datasets:org/name``, ``datasets:org/name:config:split`` on the hub, which needs the
+            ``datasets`` package and is streamed.
+        split: ``train``, ``selection`` or ``held-out``.
+        data: The folder that files' names are relative to.
+
+    Raises:
+        CorpusError: The source is not there, cannot be read, holds nothing, or is for evaluation only.
+    """
+    check_split(split)
+    refuse_evaluation_only(source.removeprefix(HUB).partition(":")[0])
+    if source.partition(":")[0] == WORD_PROBLEMS:
+        yield from problem_documents(source.partition(":")[2], split)
+    elif source.startswith(HUB):
+        yield from (d for d in _hub_documents(source) if split_of(d.id) == split)
+    else:
+        found = [document(text) for text in read_texts(source, data=data) if text.strip()]
+        if not found:
+            raise CorpusError(f"{printable(source)} holds no text. Is this the right file?")
+        yield from split_documents(found, split)
+
+
+def read_texts(source: str, *, data: Path | None = None) -> Iterator[str]:
+    """Yield all texts of a file or folder, in order.
+
+    Raises:
+        CorpusError: It cannot be read, or is for evaluation only.
+    """
+    path = Path(sysconfig.get_paths()["stdlib"]) if source == STANDARD_LIBRARY else _path(source, data)
+    if path.is_dir():
+        yield from _code_texts(path)
+        return
+    stem = path.name.removesuffix(".gz")
+    if stem.endswith((".jsonl", ".json")):
+        records = list(read_records(path))
+        refuse_evaluation_only(source, (str(r.get("question", "")) for r in records))
+        yield from (record_text(r, f"{printable(source)}, record {i}") for i, r in enumerate(records, start=1))
+    elif stem.endswith(".txt"):
+        yield from _articles(_decoded(path))
+    else:
+        raise CorpusError(f"{printable(source)}: unknown kind of file, expected .jsonl, .json or .txt, also with .gz.")
+
+
+def read_records(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Yield the records of a JSON-lines file, or of a JSON list.
+
+    Raises:
+        CorpusError: It cannot be read, or holds something else than records.
+    """
+    text = _decoded(path)
+    whole = path.name.removesuffix(".gz").endswith(".json")
+    lines: Iterable[str] = [text] if whole else text.splitlines()
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise CorpusError(f"{printable(path)}, line {number} is no JSON: {printable(error)}. Mend it.") from error
+        for record in found if whole and isinstance(found, list) else [found]:
+            if not isinstance(record, dict):
+                raise CorpusError(f"{printable(path)}, line {number}: expected an object, got {type(record).__name__}.")
+            yield record
+
+
+def _path(source: str, data: Path | None) -> Path:
+    places = [Path(source), *([data / source] if data else [])]
+    found = next((path for path in places if path.exists()), None)
+    if found is None:
+        raise CorpusError(
+            f"no text at {printable(source)!r}: expected a file, a folder, {STANDARD_LIBRARY}, {WORD_PROBLEMS} or "
+            f"{HUB}org/name{'' if data else '; --data says where files are'}."
+        )
+    return found
+
+
+def _decoded(path: Path) -> str:
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
+        return raw.decode("utf-8")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise CorpusError(f"cannot read {printable(path)!r}: {printable(error)}. Fetch it again.") from error
+
+
+def _code_texts(root: Path) -> Iterator[str]:
+    for path in sorted(root.rglob("*.py")):
+        if not SKIPPED & set(path.relative_to(root).parts):
+            yield path.read_text(encoding="utf-8", errors="replace")
+
+
+def _articles(text: str) -> Iterator[str]:
+    """Cut a text into its articles, or into pieces where it has none."""
+    starts = [m.start() for m in ARTICLE.finditer(text)]
+    if len(starts) > 2:
+        yield from (text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True))
+        return
+    piece = ""
+    for paragraph in re.split(r"(?<=\n\n)", text):
+        piece += paragraph
+        if len(piece) >= PIECE_CHARACTERS:
+            yield piece
+            piece = ""
+    if piece:
+        yield piece
+
+
+def _hub_documents(source: str) -> Iterator[Document]:
+    """Stream a data set of the hub."""
+    try:
+        from datasets import load_dataset  # pyright: ignore[reportMissingImports] (an extra)
+    except ImportError as error:
+        raise CorpusError(f"{printable(source)} needs the datasets package: pip install datasets.") from error
+    name, config, part = (*source.removeprefix(HUB).split(":"), "", "")[:3]
+    try:
+        stream = load_dataset(name, config or None, split=part or "train", streaming=True)
+        for number, record in enumerate(stream, start=1):
+            yield document(record_text(record, f"{printable(source)}, record {number}"))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CorpusError(
+            f"cannot stream {printable(source)}: {printable(error)}. Check name, config and split."
+        ) from error
