@@ -16,7 +16,7 @@ from diffract.metrics.heavy_tails.cutoff import moments
 from diffract.metrics.heavy_tails.families import LAWS
 from diffract.metrics.heavy_tails.hazard import excess
 from diffract.metrics.heavy_tails.order import order
-from diffract.metrics.heavy_tails.search import fit_tails, nearest
+from diffract.metrics.heavy_tails.search import fit_candidates, fit_tails, search
 
 
 def tensor(*values: float) -> torch.Tensor:
@@ -222,8 +222,10 @@ def test_chords_bound_the_survival_from_below() -> None:
 def test_ruling_candidates_out_by_chords_changes_no_result(n: int, two_sided: bool) -> None:
     law = LAWS["truncated_power_law"]
     ordered = order(batch(*(sample(kind, n, seed) for kind in KINDS for seed in range(8))))
-    found = nearest(ordered, law, 2, two_sided)
-    full = nearest(ordered, dataclasses.replace(law, lower=None), 2, two_sided)
+    candidates = fit_candidates(ordered, law)
+    found = search(candidates, two_sided=two_sided)
+    plain = dataclasses.replace(candidates, law=dataclasses.replace(law, lower=None))
+    full = search(plain, two_sided=two_sided)
     assert found.xmin.isfinite().double().mean() > 0.9
     assert torch.equal(found.xmin.nan_to_num(0.0), full.xmin.nan_to_num(0.0))
 
@@ -237,9 +239,10 @@ def test_looking_at_long_rows_in_part_first_changes_no_result(
     rows = [sample(kind, n, seed) for kind in KINDS for n, seed in ((520, 1), (900, 2))]
     ordered = order(batch(*rows, np.ones(700)))
     assert ordered.thinned(64, 1.03).values.shape[1] < 200
-    found = nearest(ordered, law, 2, two_sided)
+    candidates = fit_candidates(ordered, law)
+    found = search(candidates, two_sided=two_sided)
     monkeypatch.setattr("diffract.metrics.heavy_tails.search.LONG", 10**9)
-    full = nearest(ordered, law, 2, two_sided)
+    full = search(candidates, two_sided=two_sided)
     assert found.xmin.isfinite().tolist() == [True] * len(rows) + [False]
     assert torch.equal(found.xmin[:-1], full.xmin[:-1])
     if family == "power_law":

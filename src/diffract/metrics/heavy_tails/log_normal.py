@@ -11,7 +11,7 @@ from torch import Tensor
 from diffract.metrics.heavy_tails.hazard import excess, log_hazard, survival_ratio
 from diffract.metrics.heavy_tails.law import Law, OfPoints, Parameters
 from diffract.metrics.heavy_tails.order import Tails
-from diffract.metrics.heavy_tails.search import fit_tails
+from diffract.metrics.heavy_tails.search import Fitted, fit_tails
 
 PerMatrix = Float64[Tensor, "b"]
 
@@ -46,6 +46,14 @@ class LogNormal:
     ks: PerMatrix
     tail_count: PerMatrix
 
+    @classmethod
+    def of(cls, fitted: Fitted) -> LogNormal:
+        """Name what was fitted."""
+        z, sigma = fitted.parameters[:, 0], 1 / fitted.parameters[:, 1]
+        limit = z >= POWER_LIKE
+        mu = (fitted.xmin.log() - z * sigma).masked_fill(limit, -torch.inf)
+        return cls(mu, sigma.masked_fill(limit, torch.inf), fitted.xmin, fitted.ks, fitted.count)
+
 
 def log_normal(
     values: Float64[Tensor, "b n"], *, at: PerMatrix | None = None, min_tail: int = 2, two_sided: bool = False
@@ -61,11 +69,7 @@ def log_normal(
 
     Source: Clauset, Shalizi, Newman (2009), table 2.1.
     """
-    fitted = fit_tails(values, LOG_NORMAL, at=at, min_tail=min_tail, two_sided=two_sided)
-    z, sigma = fitted.parameters[:, 0], 1 / fitted.parameters[:, 1]
-    limit = z >= POWER_LIKE
-    mu = (fitted.xmin.log() - z * sigma).masked_fill(limit, -torch.inf)
-    return LogNormal(mu, sigma.masked_fill(limit, torch.inf), fitted.xmin, fitted.ks, fitted.count)
+    return LogNormal.of(fit_tails(values, LOG_NORMAL, at=at, min_tail=min_tail, two_sided=two_sided))
 
 
 def _fit(tails: Tails) -> Parameters:

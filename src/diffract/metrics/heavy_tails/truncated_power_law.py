@@ -15,7 +15,7 @@ from torch import Tensor
 from diffract.metrics.heavy_tails.cutoff import FALL, mills, moments
 from diffract.metrics.heavy_tails.law import Law, OfPoints, Parameters
 from diffract.metrics.heavy_tails.order import Tails
-from diffract.metrics.heavy_tails.search import fit_tails
+from diffract.metrics.heavy_tails.search import Fitted, fit_tails
 
 PerMatrix = Float64[Tensor, "b"]
 PerTail = Float64[Tensor, "t"]
@@ -60,6 +60,12 @@ class TruncatedPowerLaw:
     ks: PerMatrix
     tail_count: PerMatrix
 
+    @classmethod
+    def of(cls, fitted: Fitted) -> TruncatedPowerLaw:
+        """Name what was fitted."""
+        a, z = fitted.parameters.unbind(1)
+        return cls(1 + a, z / fitted.xmin, fitted.xmin, fitted.ks, fitted.count)
+
 
 def truncated_power_law(
     values: Float64[Tensor, "b n"], *, at: PerMatrix | None = None, min_tail: int = 2, two_sided: bool = False
@@ -74,9 +80,7 @@ def truncated_power_law(
 
     Source: Clauset, Shalizi, Newman (2009), table 2.1, "power law with cutoff".
     """
-    fitted = fit_tails(values, TRUNCATED_POWER_LAW, at=at, min_tail=min_tail, two_sided=two_sided)
-    a, z = fitted.parameters.unbind(1)
-    return TruncatedPowerLaw(1 + a, z / fitted.xmin, fitted.xmin, fitted.ks, fitted.count)
+    return TruncatedPowerLaw.of(fit_tails(values, TRUNCATED_POWER_LAW, at=at, min_tail=min_tail, two_sided=two_sided))
 
 
 def _fit(tails: Tails) -> Parameters:
