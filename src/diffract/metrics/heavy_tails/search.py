@@ -132,12 +132,27 @@ def search(candidates: Candidates, *, two_sided: bool = False) -> Fitted:
     result is the full search's. Of long rows the bound looks at some of the values only. For laws whose survival is
     dear, it then looks at a lower bound of the survival.
     """
+    ks = torch.full_like(candidates.tails.xmin, torch.inf)
+    open_ = torch.arange(len(ks), device=ks.device)
+
+    def measure(index: Tensor) -> None:
+        unknown = index[ks[index] == torch.inf]
+        ks[unknown] = distances(candidates[unknown], two_sided=two_sided)
+
+    for seen in _views(candidates):
+        part = candidates[open_]
+        bound = _lower_bound(replace(part, ordered=seen), two_sided).nan_to_num(torch.inf)
+        measure(open_[bound <= _least(part, bound)[part.tails.row]])  # the leaders
+        open_ = open_[bound <= _least(candidates, ks)[part.tails.row] + ROUNDING]
+    measure(open_)
+    return candidates.nearest(ks)
+
+
+def _views(candidates: Candidates) -> list[Ordered]:
+    """Return what bounds look at, the cheapest first."""
     ordered = candidates.ordered
-    if ordered.values.shape[1] > LONG:
-        candidates = _contenders(candidates, ordered.thinned(DENSE, GROWTH), two_sided)
-    if candidates.law.lower is not None:
-        candidates = _contenders(candidates, ordered, two_sided)
-    return candidates.nearest(distances(candidates, two_sided=two_sided))
+    some = [ordered.thinned(DENSE, GROWTH)] if ordered.values.shape[1] > LONG else []
+    return some if candidates.law.lower is None else [*some, ordered]
 
 
 def scan_distances(candidates: Candidates, *, two_sided: bool = False) -> Float64[Tensor, "b n"]:
@@ -145,15 +160,6 @@ def scan_distances(candidates: Candidates, *, two_sided: bool = False) -> Float6
     table = torch.full_like(candidates.ordered.values, torch.nan)
     table[candidates.tails.row, candidates.tails.last] = distances(candidates, two_sided=two_sided)
     return table
-
-
-def _contenders(candidates: Candidates, seen: Ordered, two_sided: bool) -> Candidates:
-    """Return the candidates whose distance, as far as it is seen, does not exceed that of their row's leader."""
-    row = candidates.tails.row
-    bound = _lower_bound(replace(candidates, ordered=seen), two_sided).nan_to_num(torch.inf)
-    lead = candidates[(bound <= _least(candidates, bound)[row]).nonzero()[:, 0]]
-    least = _least(lead, distances(lead, two_sided=two_sided))
-    return candidates[(bound <= least[row] + ROUNDING).nonzero()[:, 0]]
 
 
 def distances(candidates: Candidates, *, two_sided: bool = False) -> Float64[Tensor, "t"]:
