@@ -46,9 +46,6 @@ DEGENERATE = 1e-12
 FARTHEST = 0.9
 """Of z, how far a Newton step goes: the quadratic model knows little of what lies farther."""
 
-LEAST_FALL = 1e-12
-"""Of the logarithm of the density between two values: with less the difference of densities is rounding."""
-
 LARGEST = 1e300
 """Where z e^t stops; the survival beyond is zero."""
 
@@ -178,14 +175,14 @@ def _lower(parameters: Parameters, t: OfPoints) -> OfPoints:
     """Sum the density's integrals between neighbouring values, with its logarithm replaced by chords.
 
     The logarithm of the density is concave, so that chords lie below it. Over a step of t in which it falls by d, the
-    exponential in between integrates to the step times the densities' difference over d. What lies above the
+    exponential in between integrates to the step times the upper density times (1 - e^-d) / d. What lies above the
     largest value is exact.
     """
     a, z = parameters[:, :1], parameters[:, 1:]
     exponent = _exponent(a, z, t)
     density = exponent.neg().exp_()
-    fall = (exponent[:, :-1] - exponent[:, 1:]).clamp_(min=LEAST_FALL)
-    between = (density[:, 1:] - density[:, :-1]).div_(fall).mul_(t[:, :-1] - t[:, 1:])
+    fall = (exponent[:, 1:] - exponent[:, :-1]).clamp_(max=-torch.finfo(t.dtype).tiny)
+    between = fall.expm1().div_(fall).mul_(density[:, 1:]).mul_(t[:, :-1] - t[:, 1:])
     above, whole = mills(a, torch.cat([_beyond(z, t[:, :1]), z], 1)).split(1, dim=1)
     return torch.cat([density[:, :1] * above, between], 1).cumsum_(1).div_(whole)
 
