@@ -17,6 +17,7 @@ from diffract.metrics.heavy_tails.families import LAWS
 from diffract.metrics.heavy_tails.hazard import excess
 from diffract.metrics.heavy_tails.order import order
 from diffract.metrics.heavy_tails.search import fit_candidates, fit_tails, search
+from diffract.metrics.heavy_tails.truncated_power_law import _start
 
 
 def tensor(*values: float) -> torch.Tensor:
@@ -130,6 +131,16 @@ def test_every_candidate_solves_its_likelihood_equations(kind: str) -> None:
     wanted = (tails.mean_square_log / tails.mean_log.square()).clamp(max=2)
     assert (q - wanted).abs().max() < 2e-11  # q itself loses 1e-12 near z = 8; the limit is 2e-12 below 2
     assert torch.allclose(D / LAWS["log_normal"].fit(tails)[:, 1], tails.mean_log, rtol=1e-13)
+
+
+def test_the_iteration_starts_close_to_where_it_ends() -> None:
+    for slope, least, room in ((0.0, -30, 1e-7), (0.01, -4, 3e-3), (0.1, -4, 0.01)):
+        z = torch.logspace(least, 3, 200, dtype=torch.float64)
+        m = moments(torch.full_like(z, slope), z)
+        a, log_z = _start(m.s, m.w / z).unbind(1)
+        # On the bound from a table; off it by powers that are exact to first order of the distance.
+        assert ((a - slope).abs() * m.s).max() < room
+        assert (log_z - z.log()).abs().max() < room
 
 
 def test_a_truncated_power_law_may_lie_on_either_bound() -> None:

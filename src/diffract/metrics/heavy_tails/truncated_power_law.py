@@ -22,11 +22,11 @@ PerMatrix = Float64[Tensor, "b"]
 PerTail = Float64[Tensor, "t"]
 
 STEPS = 60
-"""Two or three are usual on the bound alpha = 1, four to six elsewhere."""
+"""One is usual on the bound alpha = 1, four to six elsewhere."""
 
 LOG_Z = (9.0, -90.0)
 POINTS = 800
-"""Of ln z, where the laws with alpha = 1 are tabled; a start from the table is good to 2e-4."""
+"""Of ln z, where the laws with alpha = 1 are tabled; a start from the table is good to 1e-7."""
 
 LEAST_LEFT = 1e-4
 """Of the way from alpha = 1 to the pure power law, in a start."""
@@ -122,7 +122,7 @@ def _solve(A: PerTail, B: PerTail) -> Parameters:
 
 
 def _start(A: PerTail, B: PerTail) -> Parameters:
-    """Return (a, ln z) near the minimum: nearly exact on the bound a = 0, where most spectra have it, close elsewhere.
+    """Return (a, ln z) near the minimum: exact to 1e-7 on the bound a = 0, where most spectra have it, close elsewhere.
 
     For given B, A runs from the law's with a = 0 down to B / (1 + B), the pure power law's. What is left of this way
     has z fall as one power of it, and 1 - a A as another.
@@ -130,16 +130,20 @@ def _start(A: PerTail, B: PerTail) -> Parameters:
     log_B, columns = _on_bound(A.device)
     x = B.log()
     right = torch.searchsorted(log_B, x).clamp_(1, POINTS - 1)
-    left = right - 1
-    weight = (x - log_B[left]) / (log_B[right] - log_B[left])  # beyond the table's ends, too
-    log_w, log_way, of_a, of_z = columns[left].lerp_(columns[right], weight[:, None]).unbind(1)
+    step = log_B[right] - log_B[right - 1]
+    u = (x - log_B[right - 1]) / step  # beyond [0, 1] past the table's ends
+    low, high = columns[right - 1], columns[right]
+    log_w, log_way, of_a, of_z, _ = low.lerp(high, u[:, None]).unbind(1)
+    rise = high[:, 0] - low[:, 0]  # a cubic through values and slopes
+    bend = torch.lerp(step * low[:, 4] - rise, rise - step * high[:, 4], u)
+    log_w = log_w + (u * (1 - u)).clamp_(min=0.0) * bend
     log_left = ((A - B / (1 + B)) / log_way.exp()).clamp_(LEAST_LEFT, 1.0).log_()
     return torch.stack([-(of_a * log_left).expm1() / A, log_w - x + of_z * log_left], 1)
 
 
 @lru_cache(maxsize=2)
-def _on_bound(device: torch.device) -> tuple[Float64[Tensor, "n"], Float64[Tensor, "n 4"]]:
-    """Return ln B of laws with a = 0, ascending, and beside it ln z B, the logarithm of the way, and the powers.
+def _on_bound(device: torch.device) -> tuple[Float64[Tensor, "n"], Float64[Tensor, "n 5"]]:
+    """Return ln B of laws with a = 0, ascending; and ln z B, the logarithm of the way, both powers, d ln z B / d ln B.
 
     The powers are those of the derivatives: with B held, d ln z = -cov / var_w da and dA = -(var_s - cov^2 / var_w) da.
     """
@@ -148,7 +152,8 @@ def _on_bound(device: torch.device) -> tuple[Float64[Tensor, "n"], Float64[Tenso
     B = m.w / z
     way = m.s - B / (1 + B)
     rise = way / (m.var_s - m.cov**2 / m.var_w)
-    return B.log(), torch.stack([m.w.log(), way.log(), m.s * rise, m.cov / m.var_w * rise], 1)
+    powers = (m.s * rise, m.cov / m.var_w * rise)
+    return B.log(), torch.stack([m.w.log(), way.log(), *powers, 1 - m.w / m.var_w], 1)
 
 
 def _newton(A: PerTail, B: PerTail, point: Parameters) -> tuple[PerTail, Parameters, PerTail]:
