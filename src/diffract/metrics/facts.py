@@ -8,11 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from diffract.metrics import agreement, heavy_tails, peaks, random_matrix
+from diffract.metrics.heavy_tails.families import LAWS
+from diffract.metrics.heavy_tails.order import order
+from diffract.metrics.heavy_tails.search import Candidates, fit_candidates, scan_distances, search
+
+Record = TypeVar("Record", heavy_tails.TruncatedPowerLaw, heavy_tails.Exponential, heavy_tails.LogNormal)
 
 NEEDS = ("shape", "entries", "sigma_max", "sigmas", "null", "vectors", "matrix")
 """What finding out a fact costs, cheapest first."""
@@ -84,8 +90,17 @@ def _tail_warnings(found: heavy_tails.PowerLaw, values: Tensor) -> tuple[str, ..
     return heavy_tails.describe_warning(heavy_tails.tail_warning(found, values), found)
 
 
-def _compare_tails(values: Tensor, tail: heavy_tails.PowerLaw) -> heavy_tails.Comparisons:
-    return heavy_tails.compare_tails(values, at=tail.xmin)
+def _searched(record: type[Record], candidates: Candidates) -> Record:
+    return record.of(search(candidates))
+
+
+def _scanned(candidates: Candidates, scan: Tensor) -> heavy_tails.PowerLaw:
+    """The power law whose distance is the least of the scan."""
+    return heavy_tails.PowerLaw.of(candidates.nearest(scan[candidates.tails.row, candidates.tails.last]))
+
+
+def _compare_tails(values: Tensor, tail: heavy_tails.PowerLaw, *laws: Candidates) -> heavy_tails.Comparisons:
+    return heavy_tails.compare_laws(values, tail.xmin, *(law.parameters_at(tail.tail_count) for law in laws))
 
 
 def _in_peak(found: peaks.Peaks) -> Tensor:
@@ -98,16 +113,22 @@ _derive("bulk", "the Marchenko-Pastur law of the noise, random_matrix.Bulk", ran
         "eigenvalues", "shape")  # fmt: skip
 _derive("resolved_sigmas", "(b, M), sigmas, zero where not resolved", _resolved_sigmas, "sigmas", "resolved")
 _derive("tail_eigenvalues", "(b, M), eigenvalues, zero where not resolved", eigenvalues, "resolved_sigmas", "shape")
-_derive("power_law", "fitted tail, heavy_tails.PowerLaw", heavy_tails.power_law, "tail_eigenvalues")
-_derive("truncated_power_law", "likewise", heavy_tails.truncated_power_law, "tail_eigenvalues")
-_derive("exponential", "likewise", heavy_tails.exponential, "tail_eigenvalues")
-_derive("log_normal", "likewise", heavy_tails.log_normal, "tail_eigenvalues")
+_derive("ordered_tails", "eigenvalues in order with sums over their tails, heavy_tails.order.Ordered", order,
+        "tail_eigenvalues")  # fmt: skip
+for _law in LAWS:
+    _derive(f"{_law}_candidates", "fit to every tail that may be the one, heavy_tails.search.Candidates",
+            partial(fit_candidates, law=LAWS[_law]), "ordered_tails")  # fmt: skip
+_derive("power_law_scan", "(b, M), distance of the power law with xmin at each eigenvalue", scan_distances,
+        "power_law_candidates")  # fmt: skip
+_derive("power_law", "fitted tail, heavy_tails.PowerLaw", _scanned, "power_law_candidates", "power_law_scan")
+_derive("truncated_power_law", "likewise", partial(_searched, heavy_tails.TruncatedPowerLaw),
+        "truncated_power_law_candidates")  # fmt: skip
+_derive("exponential", "likewise", partial(_searched, heavy_tails.Exponential), "exponential_candidates")
+_derive("log_normal", "likewise", partial(_searched, heavy_tails.LogNormal), "log_normal_candidates")
 _derive("tail_comparisons", "power law against the others, heavy_tails.Comparisons", _compare_tails,
-        "tail_eigenvalues", "power_law")  # fmt: skip
+        "tail_eigenvalues", "power_law", *(f"{_law}_candidates" for _law in LAWS))  # fmt: skip
 _derive("tail_warnings", "what speaks against the power law, one text a matrix", _tail_warnings,
         "power_law", "tail_eigenvalues")  # fmt: skip
-_derive("power_law_scan", "(b, M), distance of the power law with xmin at each eigenvalue", heavy_tails.power_law_scan,
-        "tail_eigenvalues")  # fmt: skip
 _derive("peaks", "peaks in the density of ln sigma, peaks.Peaks", peaks.spectral_peaks, "resolved_sigmas")
 _derive("base_resolved_sigmas", "(b, M), likewise of W0", _resolved_sigmas, "base_sigmas", "base_resolved")
 _derive("base_peaks", "peaks of W0", peaks.spectral_peaks, "base_resolved_sigmas")

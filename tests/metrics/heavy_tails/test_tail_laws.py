@@ -16,7 +16,8 @@ from diffract.metrics.heavy_tails.cutoff import moments
 from diffract.metrics.heavy_tails.families import LAWS
 from diffract.metrics.heavy_tails.hazard import excess
 from diffract.metrics.heavy_tails.order import order
-from diffract.metrics.heavy_tails.search import fit_tails, nearest
+from diffract.metrics.heavy_tails.search import fit_candidates, fit_tails, search
+from diffract.metrics.heavy_tails.truncated_power_law import _start
 
 
 def tensor(*values: float) -> torch.Tensor:
@@ -132,6 +133,16 @@ def test_every_candidate_solves_its_likelihood_equations(kind: str) -> None:
     assert torch.allclose(D / LAWS["log_normal"].fit(tails)[:, 1], tails.mean_log, rtol=1e-13)
 
 
+def test_the_iteration_starts_close_to_where_it_ends() -> None:
+    for slope, least, room in ((0.0, -30, 1e-7), (0.01, -4, 3e-3), (0.1, -4, 0.01)):
+        z = torch.logspace(least, 3, 200, dtype=torch.float64)
+        m = moments(torch.full_like(z, slope), z)
+        a, log_z = _start(m.s, m.w / z).unbind(1)
+        # On the bound from a table; off it by powers that are exact to first order of the distance.
+        assert ((a - slope).abs() * m.s).max() < room
+        assert (log_z - z.log()).abs().max() < room
+
+
 def test_a_truncated_power_law_may_lie_on_either_bound() -> None:
     heavy = np.exp(np.array([0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 3.5]))
     light = 1 + np.linspace(0, 1, 9)
@@ -222,8 +233,10 @@ def test_chords_bound_the_survival_from_below() -> None:
 def test_ruling_candidates_out_by_chords_changes_no_result(n: int, two_sided: bool) -> None:
     law = LAWS["truncated_power_law"]
     ordered = order(batch(*(sample(kind, n, seed) for kind in KINDS for seed in range(8))))
-    found = nearest(ordered, law, 2, two_sided)
-    full = nearest(ordered, dataclasses.replace(law, lower=None), 2, two_sided)
+    candidates = fit_candidates(ordered, law)
+    found = search(candidates, two_sided=two_sided)
+    plain = dataclasses.replace(candidates, law=dataclasses.replace(law, lower=None))
+    full = search(plain, two_sided=two_sided)
     assert found.xmin.isfinite().double().mean() > 0.9
     assert torch.equal(found.xmin.nan_to_num(0.0), full.xmin.nan_to_num(0.0))
 
@@ -237,9 +250,10 @@ def test_looking_at_long_rows_in_part_first_changes_no_result(
     rows = [sample(kind, n, seed) for kind in KINDS for n, seed in ((520, 1), (900, 2))]
     ordered = order(batch(*rows, np.ones(700)))
     assert ordered.thinned(64, 1.03).values.shape[1] < 200
-    found = nearest(ordered, law, 2, two_sided)
+    candidates = fit_candidates(ordered, law)
+    found = search(candidates, two_sided=two_sided)
     monkeypatch.setattr("diffract.metrics.heavy_tails.search.LONG", 10**9)
-    full = nearest(ordered, law, 2, two_sided)
+    full = search(candidates, two_sided=two_sided)
     assert found.xmin.isfinite().tolist() == [True] * len(rows) + [False]
     assert torch.equal(found.xmin[:-1], full.xmin[:-1])
     if family == "power_law":

@@ -5,7 +5,7 @@ that are not finite or not above zero do not count; a row with nothing to fit gi
 """
 
 from diffract.metrics.heavy_tails.bootstrap import PValue, p_value
-from diffract.metrics.heavy_tails.comparison import Comparison, Comparisons, compare_tails
+from diffract.metrics.heavy_tails.comparison import Comparison, Comparisons, compare_laws, compare_tails
 from diffract.metrics.heavy_tails.exponential import Exponential, exponential
 from diffract.metrics.heavy_tails.families import Family
 from diffract.metrics.heavy_tails.log_normal import LogNormal, log_normal
@@ -25,6 +25,7 @@ __all__ = [
     "TailWarning",
     "TruncatedPowerLaw",
     "alpha_hat",
+    "compare_laws",
     "compare_tails",
     "describe_warning",
     "exponential",

@@ -9,7 +9,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from diffract.metrics.heavy_tails.exponential import EXPONENTIAL
-from diffract.metrics.heavy_tails.law import Law
+from diffract.metrics.heavy_tails.law import Law, Parameters
 from diffract.metrics.heavy_tails.log_normal import LOG_NORMAL
 from diffract.metrics.heavy_tails.power_law import POWER_LAW
 from diffract.metrics.heavy_tails.search import fit_tails
@@ -61,16 +61,33 @@ def compare_tails(values: Float64[Tensor, "b n"], *, at: PerMatrix | None = None
     Source: Vuong (1989), Econometrica 57; Clauset, Shalizi, Newman (2009), section 5.
     """
     tail = fit_tails(values, POWER_LAW, at=at, min_tail=min_tail)
-    inside = (values >= tail.xmin[:, None]) & values.isfinite()
-    t = (values / tail.xmin[:, None]).log().where(inside, 0.0)
-    power = POWER_LAW.log_density(tail.parameters, t)
+    others = (
+        fit_tails(values, law, at=tail.xmin, min_tail=min_tail).parameters
+        for law in (EXPONENTIAL, LOG_NORMAL, TRUNCATED_POWER_LAW)
+    )
+    return compare_laws(values, tail.xmin, tail.parameters, *others)
 
-    def against(law: Law, *, nested: bool) -> Comparison:
-        other = law.log_density(fit_tails(values, law, at=tail.xmin, min_tail=min_tail).parameters, t)
-        return _test(power - other, inside, nested=nested)
+
+def compare_laws(
+    values: Float64[Tensor, "b n"],
+    xmin: PerMatrix,
+    power_law: Float64[Tensor, "b 1"],
+    exponential: Float64[Tensor, "b 1"],
+    log_normal: Float64[Tensor, "b 2"],
+    truncated_power_law: Float64[Tensor, "b 2"],
+) -> Comparisons:
+    """Compare as ``compare_tails`` does, with the parameters of each law for the values >= xmin known already."""
+    inside = (values >= xmin[:, None]) & values.isfinite()
+    t = (values / xmin[:, None]).log().where(inside, 0.0)
+    power = POWER_LAW.log_density(power_law, t)
+
+    def against(law: Law, parameters: Parameters, *, nested: bool = False) -> Comparison:
+        return _test(power - law.log_density(parameters, t), inside, nested=nested)
 
     return Comparisons(
-        against(EXPONENTIAL, nested=False), against(TRUNCATED_POWER_LAW, nested=True), against(LOG_NORMAL, nested=False)
+        against(EXPONENTIAL, exponential),
+        against(TRUNCATED_POWER_LAW, truncated_power_law, nested=True),
+        against(LOG_NORMAL, log_normal),
     )
 
 

@@ -47,62 +47,67 @@ def mills(a: Float64[Tensor, "*#s"], z: Float64[Tensor, "*#s"]) -> Float64[Tenso
     a, z = torch.broadcast_tensors(a, z)
     positive = z.clamp(min=torch.finfo(z.dtype).tiny)
     found = _by_nodes(_integral, a.flatten(), positive.flatten())
-    return torch.where(z > 0, found[:, 0].view(a.shape), 1 / a)
+    return torch.where(z > 0, found.view(a.shape), 1 / a)
 
 
 def moments(a: PerTail, z: PerTail) -> Moments:
     """R and what Newton's method needs: first and second moments of s and w, for a >= 0 and z > 0."""
-    end, mass, *sums = _by_nodes(_integrals, a, z).unbind(1)
+    end, mass, *sums = _by_nodes(_integrals, a, z)
     s, s2, w, sw, w2 = (total / mass for total in sums)
     s, s2, sw = s * end, s2 * end**2, sw * end
     return Moments(mass * end, s, w, s2 - s * s, sw - s * w, w2 - w * w)
 
 
-def _by_nodes(integrate: Callable[[Tensor, Tensor, int], Tensor], a: PerTail, z: PerTail) -> Float64[Tensor, "t k"]:
+def _by_nodes(integrate: Callable[[Tensor, Tensor, int], Tensor], a: PerTail, z: PerTail) -> Float64[Tensor, "k t"]:
     """Integrate with the rule that z asks for, in pieces whose nodes make one temporary."""
-    rule = sum(((z < least).long() for least in LEAST), torch.zeros_like(z, dtype=torch.long))
-    if not bool(rule.any()):
+    if not bool((z < LEAST[0]).any()):
         return _in_pieces(integrate, a, z, NODES[0])
+    rule = sum(((z < least).long() for least in LEAST), torch.zeros_like(z, dtype=torch.long))
     members = [(rule == k).nonzero()[:, 0] for k in range(len(NODES))]
     found = [_in_pieces(integrate, a[i], z[i], n) for i, n in zip(members, NODES, strict=True) if len(i)]
-    whole = torch.cat(found)
-    return torch.empty_like(whole).index_copy_(0, torch.cat(members), whole)
+    whole = torch.cat(found, 1)
+    return torch.empty_like(whole).index_copy_(1, torch.cat(members), whole)
 
 
 def _in_pieces(integrate: Callable[[Tensor, Tensor, int], Tensor], a: Tensor, z: Tensor, nodes: int) -> Tensor:
     size = piece_entries(a.device) // nodes
-    return torch.cat([integrate(*part, nodes) for part in zip(a.split(size), z.split(size), strict=True)])
+    return torch.cat([integrate(*part, nodes) for part in zip(a.split(size), z.split(size), strict=True)], 1)
 
 
-def _integral(a: PerTail, z: PerTail, nodes: int) -> Float64[Tensor, "t 1"]:
+def _integral(a: PerTail, z: PerTail, nodes: int) -> Float64[Tensor, "1 t"]:
     x, weights = _rule(nodes, a.device)
     end = _end(a, z)
-    return (_integrand(a, z, end, x)[0] @ weights * end)[:, None]
+    return (weights @ _integrand(a, z, end, x)[0] * end)[None]
 
 
-def _integrals(a: PerTail, z: PerTail, nodes: int) -> Float64[Tensor, "t 7"]:
+def _integrals(a: PerTail, z: PerTail, nodes: int) -> Float64[Tensor, "7 t"]:
     """Return T, and the integrals of 1, x, x^2, w, x w, w^2 against the integrand, x = s / T."""
     x, weights = _rule(nodes, a.device)
-    powers = torch.stack([weights, weights * x, weights * x**2], 1)
+    powers = torch.stack([weights, weights * x, weights * x**2])
     end = _end(a, z)
     density, w = _integrand(a, z, end, x)
-    plain = density @ powers
-    once = density.mul_(w) @ powers[:, :2]
-    twice = density.mul_(w) @ weights
-    return torch.cat([end[:, None], plain, once, twice[:, None]], 1)
+    plain = powers @ density
+    once = powers[:2] @ density.mul_(w)
+    twice = weights @ density.mul_(w)
+    return torch.cat([end[None], plain, once, twice[None]])
 
 
-def _integrand(a: PerTail, z: PerTail, end: PerTail, x: Tensor) -> tuple[Tensor, Tensor]:
+def _integrand(
+    a: PerTail, z: PerTail, end: PerTail, x: Tensor
+) -> tuple[Float64[Tensor, "n t"], Float64[Tensor, "n t"]]:
     """Return the integrand and w at the nodes."""
-    w = (end[:, None] * x).expm1_().mul_(z[:, None])
-    return torch.addcmul(w, (a * end)[:, None], x).neg_().exp_(), w
+    x = x[:, None]
+    w = (x * end).expm1_().mul_(z)
+    return torch.addcmul(w, x, a * end).neg_().exp_(), w
 
 
 def _end(a: PerTail, z: PerTail) -> PerTail:
     """Return T with a T + z (e^T - 1) close to ``FALL``; Newton's method from above, where it cannot miss."""
     end = torch.minimum(FALL / (a + z), (FALL / z).log1p())
+    level = a + z + FALL
     for _ in range(2):
-        end = end - (a * end + z * end.expm1() - FALL) / (a + z * end.exp())
+        slope = torch.addcmul(a, z, end.exp())
+        end = end - torch.addcmul(slope - level, a, end).div_(slope)
     return end
 
 

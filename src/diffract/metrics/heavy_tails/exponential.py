@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffract.metrics.heavy_tails.law import Law, OfPoints, Parameters
 from diffract.metrics.heavy_tails.order import Tails
-from diffract.metrics.heavy_tails.search import fit_tails
+from diffract.metrics.heavy_tails.search import Fitted, fit_tails
 
 PerMatrix = Float64[Tensor, "b"]
 
@@ -30,6 +30,11 @@ class Exponential:
     ks: PerMatrix
     tail_count: PerMatrix
 
+    @classmethod
+    def of(cls, fitted: Fitted) -> Exponential:
+        """Name what was fitted."""
+        return cls(fitted.parameters[:, 0] / fitted.xmin, fitted.xmin, fitted.ks, fitted.count)
+
 
 def exponential(
     values: Float64[Tensor, "b n"], *, at: PerMatrix | None = None, min_tail: int = 2, two_sided: bool = False
@@ -44,8 +49,7 @@ def exponential(
     >>> exponential(torch.tensor([[1.0, 2.0, 6.0]], dtype=torch.float64), at=torch.tensor([1.0]).double()).rate
     tensor([0.5000], dtype=torch.float64)
     """
-    fitted = fit_tails(values, EXPONENTIAL, at=at, min_tail=min_tail, two_sided=two_sided)
-    return Exponential(fitted.parameters[:, 0] / fitted.xmin, fitted.xmin, fitted.ks, fitted.count)
+    return Exponential.of(fit_tails(values, EXPONENTIAL, at=at, min_tail=min_tail, two_sided=two_sided))
 
 
 def _fit(tails: Tails) -> Parameters:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float64
@@ -11,7 +12,7 @@ from torch import Tensor
 from diffract.metrics.heavy_tails.hazard import excess, log_hazard, survival_ratio
 from diffract.metrics.heavy_tails.law import Law, OfPoints, Parameters
 from diffract.metrics.heavy_tails.order import Tails
-from diffract.metrics.heavy_tails.search import fit_tails
+from diffract.metrics.heavy_tails.search import Fitted, fit_tails
 
 PerMatrix = Float64[Tensor, "b"]
 
@@ -19,7 +20,10 @@ POWER_LIKE = 1e6
 """Largest z = (ln xmin - mu) / sigma that is told from the limit z = inf, a power law: they differ by 1 / z^2."""
 
 STEPS = 30
-"""Five are usual."""
+"""Two are usual."""
+
+REACH, POINTS = 40.0, 1600
+"""How far z, the unknown of the fit, is tabled, and at how many points; a start from the table is good to 1e-4."""
 
 TOLERANCE = 1e-7
 """Of the last Newton step, relative: the error after it is its square."""
@@ -46,6 +50,14 @@ class LogNormal:
     ks: PerMatrix
     tail_count: PerMatrix
 
+    @classmethod
+    def of(cls, fitted: Fitted) -> LogNormal:
+        """Name what was fitted."""
+        z, sigma = fitted.parameters[:, 0], 1 / fitted.parameters[:, 1]
+        limit = z >= POWER_LIKE
+        mu = (fitted.xmin.log() - z * sigma).masked_fill(limit, -torch.inf)
+        return cls(mu, sigma.masked_fill(limit, torch.inf), fitted.xmin, fitted.ks, fitted.count)
+
 
 def log_normal(
     values: Float64[Tensor, "b n"], *, at: PerMatrix | None = None, min_tail: int = 2, two_sided: bool = False
@@ -61,11 +73,7 @@ def log_normal(
 
     Source: Clauset, Shalizi, Newman (2009), table 2.1.
     """
-    fitted = fit_tails(values, LOG_NORMAL, at=at, min_tail=min_tail, two_sided=two_sided)
-    z, sigma = fitted.parameters[:, 0], 1 / fitted.parameters[:, 1]
-    limit = z >= POWER_LIKE
-    mu = (fitted.xmin.log() - z * sigma).masked_fill(limit, -torch.inf)
-    return LogNormal(mu, sigma.masked_fill(limit, torch.inf), fitted.xmin, fitted.ks, fitted.count)
+    return LogNormal.of(fit_tails(values, LOG_NORMAL, at=at, min_tail=min_tail, two_sided=two_sided))
 
 
 def _fit(tails: Tails) -> Parameters:
@@ -79,7 +87,8 @@ def _solve(q: Float64[Tensor, "t"]) -> Float64[Tensor, "t"]:
 
     dq/dz = q D (q - 1) - (2 - q) / D.
     """
-    target, z = _straightened(q), (_straightened(q) - 0.8).clamp(max=POWER_LIKE)
+    target = _straightened(q)
+    z = _start(target)
     for _ in range(STEPS):
         D, now = excess(z)
         slope = _slope(now) * (now * D * (now - 1) - (2 - now) / D)
@@ -88,6 +97,23 @@ def _solve(q: Float64[Tensor, "t"]) -> Float64[Tensor, "t"]:
         if not bool((step.abs() > TOLERANCE * (1 + z.abs())).any()):
             break
     return z
+
+
+def _start(target: Float64[Tensor, "t"]) -> Float64[Tensor, "t"]:
+    """Return z with w(q(z)) close to the target: their difference from a table, constant beyond it."""
+    w, difference = _table(target.device)
+    right = torch.searchsorted(w, target).clamp_(1, POINTS - 1)
+    left = right - 1
+    share = ((target - w[left]) / (w[right] - w[left])).clamp_(0.0, 1.0)
+    return (target + torch.lerp(difference[left], difference[right], share)).clamp_(max=POWER_LIKE)
+
+
+@lru_cache(maxsize=2)
+def _table(device: torch.device) -> tuple[Float64[Tensor, "n"], Float64[Tensor, "n"]]:
+    """Return w(q(z)), ascending, and z - w."""
+    z = torch.linspace(-REACH, REACH, POINTS, dtype=torch.float64, device=device)
+    w = _straightened(excess(z)[1])
+    return w, z - w
 
 
 def _straightened(q: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from diffract.metrics.heavy_tails.law import Law, OfPoints, Parameters
-from diffract.metrics.heavy_tails.order import Tails
-from diffract.metrics.heavy_tails.search import fit_tails, scan_distances
+from diffract.metrics.heavy_tails.order import Tails, order
+from diffract.metrics.heavy_tails.search import Fitted, fit_candidates, fit_tails, scan_distances
 
 PerMatrix = Float64[Tensor, "b"]
 
@@ -31,6 +31,12 @@ class PowerLaw:
     ks: PerMatrix
     tail_count: PerMatrix
     alpha_stderr: PerMatrix
+
+    @classmethod
+    def of(cls, fitted: Fitted) -> PowerLaw:
+        """Name what was fitted."""
+        slope = fitted.parameters[:, 0]
+        return cls(1 + slope, fitted.xmin, fitted.ks, fitted.count, slope / fitted.count.sqrt())
 
 
 def power_law(
@@ -58,9 +64,7 @@ def power_law(
     >>> round(fit.alpha.item(), 4)  # 1 + 4 / (6 ln 2)
     1.9618
     """
-    fitted = fit_tails(values, POWER_LAW, at=at, min_tail=min_tail, two_sided=two_sided)
-    slope = fitted.parameters[:, 0]
-    return PowerLaw(1 + slope, fitted.xmin, fitted.ks, fitted.count, slope / fitted.count.sqrt())
+    return PowerLaw.of(fit_tails(values, POWER_LAW, at=at, min_tail=min_tail, two_sided=two_sided))
 
 
 def power_law_scan(values: Float64[Tensor, "b n"]) -> Float64[Tensor, "b n"]:
@@ -68,7 +72,7 @@ def power_law_scan(values: Float64[Tensor, "b n"]) -> Float64[Tensor, "b n"]:
 
     NaN where a value is no candidate: the largest, all but one of equal values, and those that do not count.
     """
-    return scan_distances(values, POWER_LAW)
+    return scan_distances(fit_candidates(order(values), POWER_LAW))
 
 
 def _fit(tails: Tails) -> Parameters:

@@ -6,13 +6,13 @@ All tails of all rows are one flat list, largest first, that is worked off in pi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from diffract.metrics.heavy_tails.law import Law, Parameters
+from diffract.metrics.heavy_tails.law import Law
 from diffract.metrics.heavy_tails.order import Ordered, Tails, order
 from diffract.metrics.heavy_tails.pieces import piece_entries
 
@@ -39,6 +39,53 @@ class Fitted:
         return Fitted(self.parameters[rows], self.xmin[rows], self.ks[rows], self.count[rows])
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """A law fitted to tails that a search chooses from.
+
+    Attributes:
+        law: The family.
+        ordered: The b rows that they are tails of.
+        tails: The t tails, longest first.
+        parameters: (t, p), of the law.
+    """
+
+    law: Law
+    ordered: Ordered
+    tails: Tails
+    parameters: Float64[Tensor, "t p"]
+
+    def __getitem__(self, index: slice | Tensor) -> Candidates:
+        return Candidates(self.law, self.ordered, self.tails[index], self.parameters[index])
+
+    def parameters_at(self, count: Float64[Tensor, "b"]) -> Float64[Tensor, "b p"]:
+        """Return those of each row's tail of ``count`` values; NaN where it is no candidate."""
+        return _or_nan(self.parameters, self._first(self.tails.count == count[self.tails.row]))
+
+    def nearest(self, ks: Float64[Tensor, "t"]) -> Fitted:
+        """Return the tail of least distance of each row, the longest of equals; NaN where no distance is finite."""
+        least = _least(self, ks)
+        best = self._first((ks == least[self.tails.row]) & ks.isfinite())
+        return Fitted(*(_or_nan(column, best) for column in (self.parameters, self.tails.xmin, ks, self.tails.count)))
+
+    def _first(self, mask: Bool[Tensor, "t"]) -> Int64[Tensor, "b"]:
+        """Return the first candidate of each row inside the mask, or their number where there is none."""
+        chosen = mask.nonzero()[:, 0]
+        none = chosen.new_full((len(self.ordered.values),), len(mask))
+        return none.scatter_reduce_(0, self.tails.row[chosen], chosen, "amin")
+
+
+def _or_nan(column: Tensor, index: Int64[Tensor, "b"]) -> Tensor:
+    """Return entries of a column; NaN for the place beyond its end."""
+    return torch.cat([column, column.new_full((1, *column.shape[1:]), torch.nan)])[index]
+
+
+def _least(candidates: Candidates, ks: Float64[Tensor, "t"]) -> Float64[Tensor, "b"]:
+    """Return the least distance of each row, infinite where there is none."""
+    none = torch.full_like(candidates.ordered.values[:, 0], torch.inf)
+    return none.scatter_reduce_(0, candidates.tails.row, ks.nan_to_num(torch.inf), "amin")
+
+
 def fit_tails(
     values: Float64[Tensor, "b n"],
     law: Law,
@@ -62,126 +109,103 @@ def fit_tails(
     for start in range(0, max(1, len(values)), rows):
         ordered = order(values[start : start + rows])
         if at is None:
-            tails = nearest(ordered, law, min_tail, two_sided)
-        else:
-            tails = ordered.tails_from(at[start : start + rows].to(values), min_tail)
-        parameters = law.fit(tails)
-        ks = distances(ordered, tails, parameters, law, two_sided)
-        found = ks.isfinite()
-        columns = (parameters.where(found[:, None], torch.nan), tails.xmin, ks, tails.count)
-        parts.append((columns[0], *(column.where(found, torch.nan) for column in columns[1:])))
-    return Fitted(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+            parts.append(search(fit_candidates(ordered, law, min_tail=min_tail), two_sided=two_sided))
+            continue
+        tails = ordered.tails_from(at[start : start + rows].to(values), min_tail)
+        tails = tails[tails.last.argsort(descending=True)]
+        given = Candidates(law, ordered, tails, law.fit(tails))
+        parts.append(given.nearest(distances(given, two_sided=two_sided)))
+    return Fitted(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Fitted)))
 
 
-def scan_distances(
-    values: Float64[Tensor, "b n"], law: Law, *, min_tail: int = 2, two_sided: bool = False
-) -> Float64[Tensor, "b n"]:
-    """Return the distance that each value would have as xmin, values descending; NaN where it is no candidate."""
-    ordered = order(values)
+def fit_candidates(ordered: Ordered, law: Law, *, min_tail: int = 2) -> Candidates:
+    """Fit a law to every tail that begins at a value seen, but for the largest."""
     last, row = ordered.candidates(min_tail).mT.nonzero().flip(0).unbind(1)
     tails = ordered.tails(row, last)
-    table = torch.full_like(ordered.values, torch.nan)
-    table[row, last] = distances(ordered, tails, law.fit(tails), law, two_sided)
-    return table
+    return Candidates(law, ordered, tails, law.fit(tails))
 
 
-def nearest(ordered: Ordered, law: Law, min_tail: int, two_sided: bool) -> Tails:
-    """Return the tail of least distance of each row, the longest of equals; NaN statistics for rows without any.
+def search(candidates: Candidates, *, two_sided: bool = False) -> Fitted:
+    """Return the tail of least distance of each row, the longest of equals; NaN for rows without any.
 
     Candidates that a lower bound of their distance rules out are dropped before the distances are computed in full; the
     result is the full search's. Of long rows the bound looks at some of the values only. For laws whose survival is
     dear, it then looks at a lower bound of the survival.
     """
-    last, row = ordered.candidates(min_tail).mT.nonzero().flip(0).unbind(1)
-    tails = ordered.tails(row, last)
-    parameters = law.fit(tails)
-    if ordered.values.shape[1] > LONG:
-        tails, parameters = _contenders(ordered, ordered.thinned(DENSE, GROWTH), tails, parameters, law, two_sided)
-    if law.lower is not None:
-        tails, parameters = _contenders(ordered, ordered, tails, parameters, law, two_sided)
-    ks = distances(ordered, tails, parameters, law, two_sided)
-    return _first_least(ordered, tails, ks.nan_to_num(torch.inf))
+    ks = torch.full_like(candidates.tails.xmin, torch.inf)
+    open_ = torch.arange(len(ks), device=ks.device)
+
+    def measure(index: Tensor) -> None:
+        unknown = index[ks[index] == torch.inf]
+        ks[unknown] = distances(candidates[unknown], two_sided=two_sided)
+
+    for seen in _views(candidates):
+        part = candidates[open_]
+        bound = _lower_bound(replace(part, ordered=seen), two_sided).nan_to_num(torch.inf)
+        measure(open_[bound <= _least(part, bound)[part.tails.row]])  # the leaders
+        open_ = open_[bound <= _least(candidates, ks)[part.tails.row] + ROUNDING]
+    measure(open_)
+    return candidates.nearest(ks)
 
 
-def _contenders(
-    ordered: Ordered, seen: Ordered, tails: Tails, parameters: Parameters, law: Law, two_sided: bool
-) -> tuple[Tails, Float64[Tensor, "c p"]]:
-    """Return the candidates whose distance, as far as it is seen, does not exceed that of their row's leader."""
-    bound = _lower_bound(seen, tails, parameters, law, two_sided).nan_to_num(torch.inf)
-    row, none = tails.row, torch.full_like(ordered.values[:, 0], torch.inf)
-    lead = (bound <= none.scatter_reduce(0, row, bound, "amin")[row]).nonzero()[:, 0]
-    reached = distances(ordered, tails[lead], parameters[lead], law, two_sided).nan_to_num(torch.inf)
-    least = none.scatter_reduce(0, row[lead], reached, "amin")
-    open_ = (bound <= least[row] + ROUNDING).nonzero()[:, 0]
-    return tails[open_], parameters[open_]
+def _views(candidates: Candidates) -> list[Ordered]:
+    """Return what bounds look at, the cheapest first."""
+    ordered = candidates.ordered
+    some = [ordered.thinned(DENSE, GROWTH)] if ordered.values.shape[1] > LONG else []
+    return some if candidates.law.lower is None else [*some, ordered]
 
 
-def distances(
-    ordered: Ordered, tails: Tails, parameters: Parameters, law: Law, two_sided: bool = False
-) -> Float64[Tensor, "t"]:
+def scan_distances(candidates: Candidates, *, two_sided: bool = False) -> Float64[Tensor, "b n"]:
+    """Return the distance that each value has as xmin, values descending; NaN where it is no candidate."""
+    table = torch.full_like(candidates.ordered.values, torch.nan)
+    table[candidates.tails.row, candidates.tails.last] = distances(candidates, two_sided=two_sided)
+    return table
+
+
+def distances(candidates: Candidates, *, two_sided: bool = False) -> Float64[Tensor, "t"]:
     """Return max_j |S(x_j) - #{tail >= x_j} / k|, in other words |i/k - F| with the left-continuous empirical function.
 
     ``two_sided`` also compares with #{tail > x_j} / k.
     """
-    ks = torch.empty_like(tails.xmin)
-    for piece, width in _pieces(ordered, tails):
-        part = tails[piece]
-        survival = law.survival(parameters[piece], _points(ordered, part, width))
-        ks[piece] = _deviation(ordered, part, survival, two_sided)
-    return ks
+    found = [torch.empty_like(candidates.tails.xmin[:0])]
+    for part, points in _pieces(candidates):
+        found.append(_deviation(part, part.law.survival(part.parameters, points), two_sided))
+    return torch.cat(found)
 
 
-def _lower_bound(
-    seen: Ordered, tails: Tails, parameters: Parameters, law: Law, two_sided: bool
-) -> Float64[Tensor, "t"]:
+def _lower_bound(seen: Candidates, two_sided: bool) -> Float64[Tensor, "t"]:
     """Return what the distance of each tail is at least, from the values seen.
 
     Where the law has a lower bound of its survival, that lacks most at xmin; there the survival is known to be 1.
     """
-    if law.lower is None:
-        return distances(seen, tails, parameters, law, two_sided)
-    bound = torch.empty_like(tails.xmin)
-    for piece, width in _pieces(seen, tails):
-        part = tails[piece]
-        lower = law.lower(parameters[piece], _points(seen, part, width))
-        bound[piece] = _deviation(seen, part, lower, two_sided) - (1 - lower[:, -1]).clamp(min=0.0)
-    return bound
+    if seen.law.lower is None:
+        return distances(seen, two_sided=two_sided)
+    found = [torch.empty_like(seen.tails.xmin[:0])]
+    for part, points in _pieces(seen):
+        lower = seen.law.lower(part.parameters, points)
+        found.append(_deviation(part, lower, two_sided) - (1 - lower[:, -1]).clamp(min=0.0))
+    return torch.cat(found)
 
 
-def _pieces(seen: Ordered, tails: Tails) -> Iterator[tuple[Tensor, int]]:
-    """Yield indices of tails, longest first, and how many columns reach to the end of the longest of them."""
-    longest = tails.last.argsort(descending=True, stable=True)
-    widths = (torch.searchsorted(seen.position, tails.last[longest]) + 1).cpu()
-    start, entries = 0, piece_entries(tails.row.device)
-    while start < len(longest):
+def _pieces(seen: Candidates) -> Iterator[tuple[Candidates, Float64[Tensor, "t w"]]]:
+    """Yield a few candidates at a time, and ln(x_j / xmin) down to the end of the longest of them, zero below xmin."""
+    widths = (torch.searchsorted(seen.ordered.position, seen.tails.last) + 1).cpu()
+    start, entries = 0, piece_entries(seen.tails.row.device)
+    while start < len(widths):
         width = int(widths[start])
         stop = start + max(1, entries // width)
-        yield longest[start:stop], width
+        part = seen[start:stop]
+        logs = seen.ordered.logs[:, :width].index_select(0, part.tails.row)
+        yield part, logs.sub_(part.tails.origin[:, None]).clamp_(min=0.0)
         start = stop
 
 
-def _points(ordered: Ordered, tails: Tails, width: int) -> Float64[Tensor, "t w"]:
-    """Return ln(x_j / xmin) for the largest values of each tail's row, zero for those below xmin."""
-    logs = ordered.logs[:, :width].index_select(0, tails.row)
-    return logs.sub_(tails.origin[:, None]).clamp_(min=0.0)
-
-
-def _deviation(ordered: Ordered, tails: Tails, survival: Tensor, two_sided: bool) -> Float64[Tensor, "t"]:
+def _deviation(part: Candidates, survival: Float64[Tensor, "t w"], two_sided: bool) -> Float64[Tensor, "t"]:
     """Return the largest distance of survivals from the empirical one; below xmin both are 1."""
+    ordered, tails = part.ordered, part.tails
     sides = (ordered.at_least, ordered.above) if two_sided else (ordered.at_least,)
     found = []
     for ranks in sides:
         level = ranks[:, : survival.shape[1]].index_select(0, tails.row).div_(tails.count[:, None]).clamp_(max=1.0)
         found.append(level.sub_(survival).abs_().amax(1))
     return found[0] if len(found) == 1 else torch.maximum(*found)
-
-
-def _first_least(ordered: Ordered, tails: Tails, ks: Float64[Tensor, "t"]) -> Tails:
-    """Return each row's tail of least distance."""
-    table = torch.full_like(ordered.values, torch.inf)
-    table[tails.row, tails.last] = ks
-    least = table.amin(1, keepdim=True)
-    position = torch.arange(table.shape[1], device=table.device)
-    last = position.where(table == least, 0).amax(1)
-    row = torch.arange(len(table), device=table.device)
-    return ordered.tails(row, last).valid(least[:, 0].isfinite())

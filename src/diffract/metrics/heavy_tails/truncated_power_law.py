@@ -7,6 +7,7 @@ family, whose log-likelihood is concave in (a, z) and sees the data through A = 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float64
@@ -15,13 +16,20 @@ from torch import Tensor
 from diffract.metrics.heavy_tails.cutoff import FALL, mills, moments
 from diffract.metrics.heavy_tails.law import Law, OfPoints, Parameters
 from diffract.metrics.heavy_tails.order import Tails
-from diffract.metrics.heavy_tails.search import fit_tails
+from diffract.metrics.heavy_tails.search import Fitted, fit_tails
 
 PerMatrix = Float64[Tensor, "b"]
 PerTail = Float64[Tensor, "t"]
 
 STEPS = 60
-"""Five are usual."""
+"""One is usual on the bound alpha = 1, four to six elsewhere."""
+
+LOG_Z = (9.0, -90.0)
+POINTS = 800
+"""Of ln z, where the laws with alpha = 1 are tabled; a start from the table is good to 1e-7."""
+
+LEAST_LEFT = 1e-4
+"""Of the way from alpha = 1 to the pure power law, in a start."""
 
 TOLERANCE = 1e-7
 """Of the last Newton step, relative: the error after it is its square."""
@@ -60,6 +68,12 @@ class TruncatedPowerLaw:
     ks: PerMatrix
     tail_count: PerMatrix
 
+    @classmethod
+    def of(cls, fitted: Fitted) -> TruncatedPowerLaw:
+        """Name what was fitted."""
+        a, z = fitted.parameters.unbind(1)
+        return cls(1 + a, z / fitted.xmin, fitted.xmin, fitted.ks, fitted.count)
+
 
 def truncated_power_law(
     values: Float64[Tensor, "b n"], *, at: PerMatrix | None = None, min_tail: int = 2, two_sided: bool = False
@@ -74,9 +88,7 @@ def truncated_power_law(
 
     Source: Clauset, Shalizi, Newman (2009), table 2.1, "power law with cutoff".
     """
-    fitted = fit_tails(values, TRUNCATED_POWER_LAW, at=at, min_tail=min_tail, two_sided=two_sided)
-    a, z = fitted.parameters.unbind(1)
-    return TruncatedPowerLaw(1 + a, z / fitted.xmin, fitted.xmin, fitted.ks, fitted.count)
+    return TruncatedPowerLaw.of(fit_tails(values, TRUNCATED_POWER_LAW, at=at, min_tail=min_tail, two_sided=two_sided))
 
 
 def _fit(tails: Tails) -> Parameters:
@@ -90,9 +102,9 @@ def _fit(tails: Tails) -> Parameters:
 
 def _solve(A: PerTail, B: PerTail) -> Parameters:
     """Minimise a A + z B + ln R over a >= 0 and ln z by Newton's method; a step that leads uphill is halved."""
-    found = torch.stack([0.9 / A, 0.1 / B], 1)  # the minimum lies below 1 / A and 1 / B
+    base = _start(A, B)
+    found, step = torch.empty_like(base), torch.zeros_like(base)
     index = torch.arange(len(A), device=A.device)
-    base, step = torch.stack([found[:, 0], found[:, 1].log()], 1), torch.zeros_like(found)
     least = torch.full_like(A, torch.inf)
     for _ in range(STEPS):
         value, newton, gain = _newton(A, B, base + step)
@@ -107,6 +119,41 @@ def _solve(A: PerTail, B: PerTail) -> Parameters:
             break
         index, A, B, least, base, step = (column[going] for column in (index, A, B, least, base, step))
     return found
+
+
+def _start(A: PerTail, B: PerTail) -> Parameters:
+    """Return (a, ln z) near the minimum: exact to 1e-7 on the bound a = 0, where most spectra have it, close elsewhere.
+
+    For given B, A runs from the law's with a = 0 down to B / (1 + B), the pure power law's. What is left of this way
+    has z fall as one power of it, and 1 - a A as another.
+    """
+    log_B, columns = _on_bound(A.device)
+    x = B.log()
+    right = torch.searchsorted(log_B, x).clamp_(1, POINTS - 1)
+    step = log_B[right] - log_B[right - 1]
+    u = (x - log_B[right - 1]) / step  # beyond [0, 1] past the table's ends
+    low, high = columns[right - 1], columns[right]
+    log_w, log_way, of_a, of_z, _ = low.lerp(high, u[:, None]).unbind(1)
+    rise = high[:, 0] - low[:, 0]  # a cubic through values and slopes
+    bend = torch.lerp(step * low[:, 4] - rise, rise - step * high[:, 4], u)
+    log_w = log_w + (u * (1 - u)).clamp_(min=0.0) * bend
+    log_left = ((A - B / (1 + B)) / log_way.exp()).clamp_(LEAST_LEFT, 1.0).log_()
+    return torch.stack([-(of_a * log_left).expm1() / A, log_w - x + of_z * log_left], 1)
+
+
+@lru_cache(maxsize=2)
+def _on_bound(device: torch.device) -> tuple[Float64[Tensor, "n"], Float64[Tensor, "n 5"]]:
+    """Return ln B of laws with a = 0, ascending; and ln z B, the logarithm of the way, both powers, d ln z B / d ln B.
+
+    The powers are those of the derivatives: with B held, d ln z = -cov / var_w da and dA = -(var_s - cov^2 / var_w) da.
+    """
+    z = torch.linspace(*LOG_Z, POINTS, dtype=torch.float64, device=device).exp()
+    m = moments(torch.zeros_like(z), z)
+    B = m.w / z
+    way = m.s - B / (1 + B)
+    rise = way / (m.var_s - m.cov**2 / m.var_w)
+    powers = (m.s * rise, m.cov / m.var_w * rise)
+    return B.log(), torch.stack([m.w.log(), way.log(), *powers, 1 - m.w / m.var_w], 1)
 
 
 def _newton(A: PerTail, B: PerTail, point: Parameters) -> tuple[PerTail, Parameters, PerTail]:
@@ -139,10 +186,10 @@ def _lower(parameters: Parameters, t: OfPoints) -> OfPoints:
     a, z = parameters[:, :1], parameters[:, 1:]
     exponent = _exponent(a, z, t)
     density = exponent.neg().exp_()
-    fall = (exponent[:, :-1] - exponent[:, 1:]).clamp_(min=torch.finfo(t.dtype).tiny)
-    between = (-fall).expm1_().div_(fall).neg_().mul_(density[:, 1:]).mul_(t[:, :-1] - t[:, 1:])
-    above = density[:, :1] * mills(a, _beyond(z, t[:, :1]))
-    return torch.cat([above, between], 1).cumsum_(1).div_(mills(a, z))
+    fall = (exponent[:, 1:] - exponent[:, :-1]).clamp_(max=-torch.finfo(t.dtype).tiny)
+    between = fall.expm1().div_(fall).mul_(density[:, 1:]).mul_(t[:, :-1] - t[:, 1:])
+    above, whole = mills(a, torch.cat([_beyond(z, t[:, :1]), z], 1)).split(1, dim=1)
+    return torch.cat([density[:, :1] * above, between], 1).cumsum_(1).div_(whole)
 
 
 def _log_density(parameters: Parameters, t: OfPoints) -> OfPoints:

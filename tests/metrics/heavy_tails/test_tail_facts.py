@@ -1,0 +1,65 @@
+"""Fits that facts share: one fit to every candidate gives each law's best tail, the scan, and all comparisons."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from tail_samples import KINDS, batch, sample
+
+from diffract.metrics import Facts
+from diffract.metrics.heavy_tails import (
+    compare_tails,
+    exponential,
+    log_normal,
+    power_law,
+    power_law_scan,
+    truncated_power_law,
+)
+from diffract.metrics.heavy_tails.families import LAWS
+from diffract.metrics.heavy_tails.order import order
+from diffract.metrics.heavy_tails.search import fit_candidates
+
+VALUES = batch(*(sample(kind, n, 4) for kind in KINDS for n in (60, 30)), np.ones(9), np.full(3, np.nan))
+
+
+@pytest.mark.parametrize("fits", [power_law, exponential, log_normal, truncated_power_law])
+def test_a_fact_is_the_fit_of_the_values(fits: Callable[..., object]) -> None:
+    fact, want = Facts(tail_eigenvalues=VALUES)[fits.__name__], fits(VALUES)
+    assert type(fact) is type(want)
+    for name, value in vars(want).items():
+        assert torch.equal(getattr(fact, name).nan_to_num(-1.0), value.nan_to_num(-1.0)), name
+
+
+def test_the_power_law_has_the_least_distance_of_its_scan() -> None:
+    facts = Facts(tail_eigenvalues=VALUES)
+    scan = facts["power_law_scan"]
+    assert torch.equal(scan.nan_to_num(-1.0), power_law_scan(VALUES).nan_to_num(-1.0))
+    assert torch.equal(scan.nan_to_num(math.inf).amin(1), facts["power_law"].ks.nan_to_num(math.inf))
+
+
+def test_comparisons_take_the_candidates_that_begin_where_the_power_law_does() -> None:
+    # Over a tail of nearly equal values all laws are one, up to the rounding of their densities.
+    kinds = [kind for kind in KINDS if kind != "nearly equal"]
+    values = batch(*(sample(kind, 60, 4) for kind in kinds), np.ones(9), np.full(3, np.nan))
+    found, want = Facts(tail_eigenvalues=values)["tail_comparisons"], compare_tails(values)
+    for law in ("exponential", "log_normal", "truncated_power_law"):
+        one, other = getattr(found, law), getattr(want, law)
+        assert one.p.isnan().tolist() == [False] * len(kinds) + [True] * 2
+        # A ratio of two laws that nearly coincide is a small difference of likelihoods, each good to its rounding.
+        assert torch.allclose(one.ratio, other.ratio, rtol=1e-6, atol=1e-6, equal_nan=True), law
+        assert torch.allclose(one.p, other.p, rtol=1e-6, atol=1e-9, equal_nan=True), law
+
+
+def test_parameters_are_found_by_the_number_of_values() -> None:
+    x = torch.tensor([[8.0, 4.0, 4.0, 1.0, 0.0], [2.0, 2.0, 1.0, math.nan, 1.0]], dtype=torch.float64)
+    candidates = fit_candidates(order(x), LAWS["power_law"])
+    mean_log = {3: math.log(2) / 3, 4: math.log(8 * 4 * 4) / 4}
+    for count, want in mean_log.items():
+        found = candidates.parameters_at(torch.tensor([count, 4.0], dtype=torch.float64))
+        assert found[:, 0].tolist() == pytest.approx([1 / want, 2 / math.log(2)], rel=1e-14)
+    # No tail of the first row ends between its equal values, the largest alone is none, and three is no end of row two.
+    none = candidates.parameters_at(torch.tensor([2.0, 3.0], dtype=torch.float64))
+    assert none.isnan().all()
+    assert candidates.parameters_at(torch.tensor([1.0, math.nan], dtype=torch.float64)).isnan().all()
