@@ -142,6 +142,9 @@ CHANGE = (
 
 CLAUSET = "Clauset, Shalizi & Newman 2009"
 TAILS = {"pl": "power_law", "tpl": "truncated_power_law", "exp": "exponential", "ln": "log_normal"}
+TAIL_VERSION = {"pl": 1, "tpl": 2, "exp": 1, "ln": 2}
+"""Laws whose iterations start from tables differ from version 1 in the ninth digit."""
+
 _PARAMETERS = {
     "pl": (("alpha", "exponent of rho ~ lambda^-alpha above xmin", "1", "[1, inf)", 0),
            ("alpha_stderr", "(alpha - 1) / sqrt(values in the tail)", "1", "[0, inf)", 0)),
@@ -163,7 +166,18 @@ def _tail_rows(short: str) -> list[Metric]:
         ("tail_count", f"eigenvalues in the {called}'s tail", "count", "[0, M]", 0),
     )
     return [
-        Metric(f"{short}_{field}", attrgetter(field), (law,), summary, unit, value_range, CLAUSET, degree, ALL)
+        Metric(
+            f"{short}_{field}",
+            attrgetter(field),
+            (law,),
+            summary,
+            unit,
+            value_range,
+            CLAUSET,
+            degree,
+            ALL,
+            version=TAIL_VERSION[short],
+        )
         for field, summary, unit, value_range, degree in (*_PARAMETERS[short], *common)
     ]
 
@@ -175,9 +189,10 @@ def _against_rows(short: str) -> list[Metric]:
     return [
         Metric(name, attrgetter(f"{law}.ratio"), ("tail_comparisons",),
                f"normalised log-likelihood ratio of power law and {called}; positive: power law", "1", "(-inf, inf)",
-               "Vuong 1989", 0, ALL),
+               "Vuong 1989", 0, ALL, version=TAIL_VERSION[short]),
         Metric(f"{name}_p", attrgetter(f"{law}.p"), ("tail_comparisons",),
-               f"two-sided p of {name}: large, neither is better", "1", "[0, 1]", "Vuong 1989", 0, ALL),
+               f"two-sided p of {name}: large, neither is better", "1", "[0, 1]", "Vuong 1989", 0, ALL,
+               version=TAIL_VERSION[short]),
     ]  # fmt: skip
 
 
