@@ -53,7 +53,7 @@ def plan_lora(lora: Lora, bench: Bench, draft: Draft) -> Split:
 
 
 def write_lora(lora: Lora, bench: Bench, draft: Draft, split: Split, target: Target) -> Exported:
-    """Write the adapter into the folder itlora."""
+    """Write the adapter into the folder itself."""
     digests = write_adapter(target.folder, bench, describe(lora.base), _computed(draft, split, target))
     return Exported({WEIGHTS: digests}, target.folder, loads_alone=False)
 
@@ -111,6 +111,7 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "ranks": f"{min(ranks)} to {max(ranks)}",
         "change": whole,
         "error": missed,
+        "error, share of the change": missed / whole if whole else 0.0,
         "changed tensors left out": sum(row["error"] > 0 for row in left),
         "change left out": behind,
     }

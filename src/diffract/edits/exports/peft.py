@@ -46,7 +46,7 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """R."""
+        """Number of directions, r."""
         return self.A.shape[0]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 from torch import Tensor
 
@@ -15,39 +15,37 @@ from diffract.edits.operations.slerp import angle, slerp
 from diffract.edits.planning import Planned, both
 from diffract.edits.settings import Interpolate, describe
 
+Between = Callable[[Tensor, Tensor, float], Tensor]
+"""``between(a, b, at)`` lies at ``at`` of the way from a to b."""
+
 
 def plan_interpolate(step: Interpolate, bench: Bench, draft: Draft) -> Planned:
     """Return what the step changes."""
     other = bench.other(step.other)
     changes = {}
     for name, parts in weighted_places(bench, step.select, step.at, step.groups).items():
-        make = _straight if step.method == "linear" else _arc(draft, other, name)
-        moved = tuple((place, make(other, name, at)) for place, at in parts if at != 0)
+        make = straight(other, name) if step.method == "linear" else arc(draft, other, name)
+        moved = tuple((place, make(at)) for place, at in parts if at != 0)
         if moved:
             changes[name] = Change(moved)
     return Planned(changes, {"with": describe(step.other), "tensors moved": len(changes)})
 
 
-def _straight(other: Other, name: str, at: float) -> Apply:
-    def apply(values: Tensor, place: Place) -> Tensor:
-        end = other.read(name, place)
-        return end if at == 1 else interpolate(*both(values, end), at)
-
-    return apply
+def straight(other: Other, name: str) -> Callable[[float], Apply]:
+    """Return what leads a tensor towards the other's, in a line, for each weight of the other."""
+    return lambda at: partial(_moved, other, name, at, interpolate)
 
 
-def _arc(draft: Draft, other: Other, name: str) -> Callable[[Other, str, float], Apply]:
-    """Return what ``_straight`` is, along the arc between two whole tensors, whose angle is measured when needed."""
+def arc(draft: Draft, other: Other, name: str) -> Callable[[float], Apply]:
+    """Return the same along the arc between the two whole tensors, whose angle is measured when it is needed."""
 
     @cache
     def theta() -> float:
         return angle(both(block, other.block(name, rows)) for rows, block in draft.blocks(name))
 
-    def make(other: Other, name: str, at: float) -> Apply:
-        def apply(values: Tensor, place: Place) -> Tensor:
-            end = other.read(name, place)
-            return end if at == 1 else slerp(*both(values, end), at, theta())
+    return lambda at: partial(_moved, other, name, at, lambda a, b, at: slerp(a, b, at, theta()))
 
-        return apply
 
-    return make
+def _moved(other: Other, name: str, at: float, between: Between, values: Tensor, place: Place) -> Tensor:
+    end = other.read(name, place)
+    return end if at == 1 else between(*both(values, end), at)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,12 +14,12 @@ from diffract.edits.entrywise import weighted_places
 from diffract.edits.operations.dare import dare, seeded
 from diffract.edits.operations.iso_c import iso_c
 from diffract.edits.operations.linear import linear, weighted_sum
-from diffract.edits.operations.slerp import angle, slerp
 from diffract.edits.operations.task_arithmetic import task_arithmetic
 from diffract.edits.operations.ties import elect_and_merge, magnitude_threshold, trim
 from diffract.edits.operations.tsv import tsv_merge
-from diffract.edits.planning import Planned, both, flat, matrix_changes, together
+from diffract.edits.planning import Planned, flat, matrix_changes, together
 from diffract.edits.settings import OF_MATRICES, Merge, describe
+from diffract.edits.steps.interpolate import arc
 from diffract.matrices import Matrix
 
 MATRIX_MERGES: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {"tsv": tsv_merge, "iso-c": iso_c}
@@ -71,12 +71,7 @@ class Mix:
 
     def _slerp(self, name: str) -> Apply:
         (other,), (one, two) = self.others, self.step.shares
-
-        @cache
-        def theta() -> float:
-            return angle(both(block, other.block(name, rows)) for rows, block in self.draft.blocks(name))
-
-        return lambda values, place: slerp(*both(values, other.read(name, place)), two / (one + two), theta())
+        return arc(self.draft, other, name)(two / (one + two))
 
     def _task_arithmetic(self, name: str) -> Apply:
         weights = [self.step.scale * share for share in self.step.shares]

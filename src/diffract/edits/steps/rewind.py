@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from diffract.edits.bench import Bench, Other
-from diffract.edits.draft import Apply, Change, Draft, Place
-from diffract.edits.operations.interpolate import interpolate
+from diffract.edits.draft import Change, Draft
 from diffract.edits.operations.rules import rounded
 from diffract.edits.order import change_norms, least_first, read_scores, reference_scores, shuffled
 from diffract.edits.parts import Units, find_units, parse_heads, places_by_tensor
-from diffract.edits.planning import Planned, both
+from diffract.edits.planning import Planned
 from diffract.edits.settings import Rewind, describe
+from diffract.edits.steps.interpolate import straight
 from diffract.errors import SelectionError
 
 
@@ -23,7 +21,7 @@ def plan_rewind(step: Rewind, bench: Bench, draft: Draft) -> Planned:
     parts = list(units.chosen(chosen, step.kv))
     changes = {}
     for name, places in places_by_tensor(bench, parts).items():
-        changes[name] = Change(tuple((place, _back(base, name, step.amount)) for place in places))
+        changes[name] = Change(tuple((place, straight(base, name)(step.amount)) for place in places))
     summary = {
         "base": describe(step.to),
         "rewound": len(chosen),
@@ -71,13 +69,3 @@ def _scores(step: Rewind, bench: Bench, draft: Draft, units: Units) -> dict[str,
     else:
         raise SelectionError("with scores, reference is the name of a model in them, expected text.")
     return reference_scores(domain, reference)
-
-
-def _back(base: Other, name: str, amount: float) -> Apply:
-    """Return a function that leads values back to the base's; all the way without arithmetic."""
-
-    def apply(values: Tensor, place: Place) -> Tensor:
-        origin = base.read(name, place)
-        return origin if amount == 1 else interpolate(*both(values, origin), amount)
-
-    return apply
