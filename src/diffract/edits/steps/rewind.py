@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffract.edits.bench import Bench, Other
+from diffract.edits.bench import Bench
 from diffract.edits.draft import Change, Draft
 from diffract.edits.operations.rules import rounded
 from diffract.edits.order import change_norms, least_first, read_scores, reference_scores, shuffled
