@@ -30,6 +30,7 @@ lint: setup
 
 docs: setup
 	$(BIN)/python docs/make_metrics.py
+	$(BIN)/python docs/make_recipe_schema.py
 
 bench: setup
 	$(BIN)/python benchmarks/run.py

@@ -167,9 +167,9 @@ def run_recipe(recipe: Any, output: Path | None, common: Mapping[str, Any]) -> N
         return
     if output is None:
         raise RecipeError("where to? Pass -o OUT, or --dry-run to see what would be done.")
-    with progress("edit", quiet=common["quiet"] or common["json"]) as update:
-        from diffract.edits.to_files import apply
+    from diffract.edits.to_files import apply  # before progress begins to measure
 
+    with progress("edit", quiet=common["quiet"] or common["json"]) as update:
         edited = apply(recipe, output, force=common["force"], progress=update)
     if common["json"]:
         say_json({"output": str(output), "steps": edited.manifest["steps"]})

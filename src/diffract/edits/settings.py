@@ -24,6 +24,14 @@ OF_MATRICES = ("tsv", "iso-c")
 
 STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True)
 
+
+def _split(value: object) -> object:
+    """Read ``0.1,0.5`` as the command line has it."""
+    return value.split(",") if isinstance(value, str) else value
+
+
+Band = Annotated[tuple[float, float], BeforeValidator(_split)]
+
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -117,7 +125,7 @@ class Truncate(Settings):
     """Keep those whose singular value exceeds this."""
     rule: NoiseRule | None = None
     """Keep what rises above noise: donoho-gavish or mp-edge."""
-    band: tuple[float, float] | None = None
+    band: Band | None = None
     """Keep a band of the spectrum: from and to, as fractions counted from the largest."""
     side: Side = "head"
     """head keeps what the rule picks, tail the rest."""
