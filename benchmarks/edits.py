@@ -185,13 +185,19 @@ def measure_streams(models: Models, output: Path, repeats: int, *, cold: bool) -
         "rewind 15%, order reference, from a table": edit(*to, *_reference(models, output.parent)),
     }
     read = (models.base, models.one, models.two)
+    commands["start of Python, torch and diffract alone"] = (sys.executable, "-c", "import diffract.edits.to_files")
     costs = take_turns(commands, output, repeats, (lambda: forget(read)) if cold else lambda: None)
+    start = costs.pop("start of Python, torch and diffract alone").seconds
     plain, size = costs["copy one, read the other"].seconds, stored_bytes(models.one) / 1e9
     state = "not in the page cache" if cold else "in the page cache"
-    print(f"\n| {size:.2f} GB, {state} | time | speed of the copy | peak memory |\n|---|---|---|---|")
+    print(f"\nThe start alone takes {start:.2f} s.")
+    print(
+        f"\n| {size:.2f} GB, {state} | time | speed of the copy | without the start | peak memory |\n|---|---|---|---|---|"
+    )
     for name, cost in costs.items():
-        share = f"{plain / cost.seconds:.2f}"
-        print(f"| {name} | {cost.seconds:.2f} s | {share} | {cost.gigabytes:.2f} GB |", flush=True)
+        net = cost.seconds - (0 if cost.seconds == plain else start)
+        shares = f"{plain / cost.seconds:.2f} | {plain / net:.2f}"
+        print(f"| {name} | {cost.seconds:.2f} s | {shares} | {cost.gigabytes:.2f} GB |", flush=True)
 
 
 def _reference(models: Models, folder: Path) -> tuple[str, ...]:

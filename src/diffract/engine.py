@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol, TypeVar
 
 import torch
@@ -13,6 +14,10 @@ from threadpoolctl import threadpool_limits
 
 SIDE_BY_SIDE_BYTES = 1 << 27
 """Workspace up to which a task runs beside others."""
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's mallopt."""
 
 
 class Task(Protocol):
@@ -71,6 +76,18 @@ def single_threaded() -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(before)
+
+
+def keep_freed_memory() -> None:
+    """Have the allocator keep what is freed, up to 256 MB, for work in many blocks of a megabyte or two.
+
+    Left to itself, glibc gives each block back to the system, and every block begins with page faults: a third of the
+    time of streaming. Other C libraries are left as they are.
+    """
+    with suppress(OSError, AttributeError):
+        allocator = ctypes.CDLL(None)
+        allocator.mallopt(M_MMAP_THRESHOLD, 1 << 25)
+        allocator.mallopt(M_TRIM_THRESHOLD, 1 << 28)
 
 
 def cores() -> int:

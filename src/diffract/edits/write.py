@@ -17,7 +17,7 @@ from diffract.checkpoints.reader import start_digest
 from diffract.checkpoints.sharded import ShardedWriter
 from diffract.edits.draft import Draft
 from diffract.edits.output import Output
-from diffract.engine import run_tasks
+from diffract.engine import keep_freed_memory, run_tasks
 from diffract.errors import RunError
 
 Progress = Callable[[float, float, str], None]
@@ -62,6 +62,7 @@ def write_draft(draft: Draft, folder: Path, output: Output, progress: Progress |
     Returns:
         The digest of each tensor written.
     """
+    keep_freed_memory()
     infos = written_infos(draft, output)
     jobs = jobs_of(draft, infos)
     total, done = sum(job.info.size_bytes for job in jobs), 0
