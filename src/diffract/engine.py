@@ -69,11 +69,17 @@ def _side_by_side(tasks: Sequence[T], work: Callable[[T], R]) -> Iterator[tuple[
 @contextmanager
 def single_threaded() -> Iterator[None]:
     """Keep every linear-algebra library to one thread for a while."""
+    with one_torch_thread(), threadpool_limits(1):
+        yield
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Keep torch's own operations to one thread for a while: quicker done than for all libraries."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with threadpool_limits(1):
-            yield
+        yield
     finally:
         torch.set_num_threads(before)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import reduce
 
@@ -80,15 +81,21 @@ class Draft:
         """Return one of a tensor's blocks, not rounded to its dtype where something changed."""
         info = self.checkpoint.info(self.ties.get(name, name))
         block = self.checkpoint.read(info.name, rows)
-        try:
+        with self.named(name):
             for change in self.changes(name):
                 block = _changed(block, change, rows)
+        return block
+
+    @contextmanager
+    def named(self, name: str) -> Iterator[None]:
+        """Say of which tensor an operation speaks, which knows no names, when it refuses values."""
+        try:
+            yield
         except DiffractError:
             raise
-        except ValueError as error:  # operations know no names
+        except ValueError as error:
             where = f"{printable(self.checkpoint.reference)}, tensor {printable(name)!r}"
             raise CheckpointError(f"{where}: {error}.") from error
-        return block
 
     def blocks(self, name: str) -> Iterator[tuple[Range | None, Tensor]]:
         """Yield all blocks of a tensor in their order."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from diffract.edits.bench import Bench
 from diffract.edits.draft import Draft, Place, everything, overlap
 from diffract.edits.settings import Settings
 from diffract.edits.steps import plan_step
+from diffract.engine import SIDE_BY_SIDE_BYTES, one_torch_thread, single_threaded
 
 Saved = list[tuple[Tensor, Tensor]]
 """Parts of parameters, and what they were."""
@@ -86,7 +87,9 @@ class LiveModel:
             draft = draft.then(plan_step(step, self.bench, draft).changes)
         for name in dict.fromkeys(name for changes in draft.steps for name in changes):
             info = self.bench.checkpoint.info(name)
-            for place, values in list(_new_values(draft, info, self._tensors[name])):
+            with draft.named(name), _threads_of_files(draft, name):
+                found = list(_new_values(draft, info, self._tensors[name]))
+            for place, values in found:
                 for tensor in self._copies(name):
                     saved.append((tensor[place], tensor[place].clone()))
                     tensor[place].copy_(values)
@@ -96,6 +99,13 @@ class LiveModel:
         twins = (self._tensors[twin] for twin, target in self.bench.ties.items() if target == name)
         own = self._tensors[name]
         return [own, *(twin for twin in twins if twin.data_ptr() != own.data_ptr())]
+
+
+def _threads_of_files(draft: Draft, name: str) -> AbstractContextManager[None]:
+    """Compute in as many threads as when files are written: sums may depend on it in their last bit."""
+    if draft.workspace_bytes(name) > SIDE_BY_SIDE_BYTES:
+        return nullcontext()
+    return single_threaded() if any(change.whole for change in draft.changes(name)) else one_torch_thread()
 
 
 def _new_values(draft: Draft, info: TensorInfo, stored: Tensor) -> Iterator[tuple[Place, Tensor]]:
