@@ -7,10 +7,10 @@ import copy
 import polars as pl
 import pytest
 import torch
-from families import FAMILIES, build
 
 import diffract
 from diffract.analysis.heads import head_deltas
+from families import FAMILIES, build
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import FAMILIES, build
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import diffract
 from diffract.matrices import Layout, Matrix, cut, lay_out
+from families import FAMILIES, build
 
 RECORDED = [f for f in FAMILIES if not f.startswith(("falcon", "bloom", "t5", "deepseek"))]
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-11}  # float64 products of length 32 in another order

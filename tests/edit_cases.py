@@ -1,0 +1,78 @@
+"""What the tests of edits share: pairs of tiny models, their tensors, and comparison to the last bit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import diffract
+from diffract.edits import Edited, apply
+from families import FAMILIES
+
+Tensors = dict[str, Tensor]
+
+
+def assert_bits(found: Tensor, expected: Tensor, name: str = "") -> None:
+    """Equal to the last bit, dtype and shape included."""
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape), name
+    found, expected = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (found, expected))
+    assert torch.equal(found, expected), f"{name}: {int((found != expected).sum())} bytes differ"
+
+
+def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """The same names, and every tensor equal to the last bit."""
+    assert sorted(found) == sorted(expected)
+    for name in expected:
+        assert_bits(found[name], expected[name], name)
+
+
+def read(reference: Any) -> Tensors:
+    """All tensors of a checkpoint, as copies."""
+    with diffract.open(reference) as checkpoint:
+        return {name: checkpoint[name].clone() for name in checkpoint}
+
+
+def edit(folder: Path, model: Any, *steps: Any, **recipe: Any) -> Tensors:
+    """Apply steps, and return what was written."""
+    edited(folder, model, *steps, **recipe)
+    return read(folder)
+
+
+def edited(folder: Path, model: Any, *steps: Any, **recipe: Any) -> Edited:
+    """Apply steps."""
+    plain = [step if isinstance(step, dict) else {step.name: step} for step in steps]
+    return apply({"model": model, "steps": plain, **recipe}, folder)
+
+
+def family_pair(
+    family: str, dtype: torch.dtype = torch.float32, *, scale: float = 0.05
+) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """A seeded model of a family in which no tensor is constant, and one tuned from it."""
+    torch.manual_seed(0)
+    base = FAMILIES[family]().eval()
+    moved(base, 0.02, seed=1)
+    tuned = copy.deepcopy(base)
+    moved(tuned, scale, seed=2)
+    return base.to(dtype), tuned.to(dtype)
+
+
+@torch.no_grad()
+def moved(model: torch.nn.Module, scale: float, *, seed: int) -> None:
+    """Add noise to every parameter."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+
+
+def save_pair(folder: Path, family: str, dtype: torch.dtype = torch.float32, **config: Any) -> tuple[Path, Path]:
+    """The pair of a family, as transformers writes it."""
+    base, tuned = family_pair(family, dtype)
+    for name, model in (("base", base), ("tuned", tuned)):
+        model.config.update(config)
+        model.save_pretrained(folder / name)
+    return folder / "base", folder / "tuned"
