@@ -6,8 +6,8 @@
 
 Synthetic bf16 checkpoints shaped like a Llama of 1.2e9 parameters: width 2048, 16 heads of 128 over 4 key-value heads,
 MLP 8192, a tied embedding of 100,352, 17 layers (2.5 GB) or 6 (1.1 GB), a file of up to 0.6 GB each. Tuned ones are the
-base plus noise of 3% of it, rounded to bf16. Every command is a process of its own, its start included; commands that are
-compared take turns, and their medians are shown. Peak memory is the process's, by ``getrusage``. The files lie in the
+base plus noise of 3% of it, rounded to bf16. Every command is a process of its own, its start included; commands that
+are compared take turns, and their medians are shown. Peak memory is the process's, by ``getrusage``. The files lie in the
 page cache, or with ``--cold`` are put out of it before each command; what a command wrote is deleted after it and the
 disk waited for.
 """
@@ -192,7 +192,8 @@ def measure_streams(models: Models, output: Path, repeats: int, *, cold: bool) -
     state = "not in the page cache" if cold else "in the page cache"
     print(f"\nThe start alone takes {start:.2f} s.")
     print(
-        f"\n| {size:.2f} GB, {state} | time | speed of the copy | without the start | peak memory |\n|---|---|---|---|---|"
+        f"\n| {size:.2f} GB, {state} | time | speed of the copy | without the start | peak memory |"
+        "\n|---|---|---|---|---|"
     )
     for name, cost in costs.items():
         net = cost.seconds - (0 if cost.seconds == plain else start)
@@ -231,13 +232,13 @@ def measure_truncate(models: Models, output: Path, repeats: int) -> None:
 
 
 def decompose(base: Path, tuned: Path) -> None:
-    """Decompose every layer's changes with vectors, and do nothing else."""
+    """Decompose the change of every matrix with vectors, and do nothing else."""
     import diffract
     from diffract.linalg import spectrum
 
     with diffract.open(base) as first, diffract.open(tuned) as second:
         for name in second.names:
-            if "proj" in name:
+            if len(second.info(name).shape) == 2:
                 spectrum(second.read(name).double() - first.read(name).double(), vectors=True, method="gram")
 
 
