@@ -7,9 +7,9 @@
 Synthetic bf16 checkpoints shaped like a Llama of 1.2e9 parameters: width 2048, 16 heads of 128 over 4 key-value heads,
 MLP 8192, a tied embedding of 100,352, 17 layers (2.5 GB) or 6 (1.1 GB), a file of up to 0.6 GB each. Tuned ones are the
 base plus noise of 3% of it, rounded to bf16. Every command is a process of its own, its start included; commands that
-are compared take turns, and their medians are shown. Peak memory is the process's, by ``getrusage``. The files lie in the
-page cache, or with ``--cold`` are put out of it before each command; what a command wrote is deleted after it and the
-disk waited for.
+are compared take turns, and their medians are shown. Peak memory is the process's, by ``getrusage``. The files lie in
+the page cache, or with ``--cold`` are put out of it before each command; what a command wrote is deleted after it and
+the disk waited for.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ def change(model: str) -> np.ndarray:
     squares = []
     for layer in range(4):
         prefix = f"model.layers.{layer}.self_attn."
-        q, k, v, o = ((one[f"{prefix}{p}_proj.weight"].double() - base[f"{prefix}{p}_proj.weight"].double()).numpy() ** 2
-                      for p in "qkvo")  # fmt: skip
+        names = [f"{prefix}{p}_proj.weight" for p in "qkvo"]
+        q, k, v, o = ((one[name].double() - base[name].double()).numpy() ** 2 for name in names)
         for head in range(8):
             own, kv = slice(16 * head, 16 * head + 16), slice(16 * (head // 4), 16 * (head // 4) + 16)
             squares.append(q[own].sum() + o[:, own].sum() + k[kv].sum() + v[kv].sum())
@@ -116,5 +116,5 @@ def test_tables_that_do_not_fit(change_table: Any, message: str, tmp_path: Path)
 def test_files_that_are_no_table(name: str, text: str | None, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / name).write_text(text)
-    with pytest.raises(SelectionError, match="expected a .parquet, .csv or .json table|cannot read"):
+    with pytest.raises(SelectionError, match=r"expected a \.parquet, \.csv or \.json table|cannot read"):
         rewound(tmp_path, order="greedy", scores=str(tmp_path / name))
