@@ -177,7 +177,16 @@ def test_a_manifest_cannot_lead_outside(part: str, tmp_path: Path) -> None:
         verify(out)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"kind": "diffract edit", "format": 99}', '{"kind": "another"}'])
+EMPTY = {"kind": "diffract edit", "format": 1, "outputs": {}, "inputs": {}, "files": {}}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{", "[]", '{"kind": "another"}', json.dumps({**EMPTY, "format": 99})),
+        *(json.dumps({**EMPTY, key: value}) for key in ("outputs", "inputs", "files") for value in (3, {"a": 3})),
+    ],
+)
 def test_other_manifests_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(DiffractError):

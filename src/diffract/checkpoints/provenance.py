@@ -49,11 +49,20 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{printable(path)} is no JSON: {printable(error)}. It was damaged.") from error
     if not isinstance(found, dict) or found.get("kind") != KIND:
         raise CheckpointError(f"{printable(path)} belongs to no edited checkpoint. Give the folder that an edit wrote.")
-    if found.get("format") != FORMAT or not all(isinstance(found.get(k), dict) for k in ("outputs", "inputs", "files")):
+    if found.get("format") != FORMAT or not _is_whole(found):
         raise CheckpointError(
-            f"{printable(path)} has format {printable(found.get('format'))}, expected {FORMAT}. Update diffract."
+            f"{printable(path)} is of format {printable(found.get('format'))}, expected {FORMAT} with digests of outputs, "
+            "inputs and files. Update diffract, or do not trust this folder."
         )
     return found
+
+
+def _is_whole(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest has digests where they belong."""
+    outputs, inputs, files = (manifest.get(key) for key in ("outputs", "inputs", "files"))
+    parts = [files, *(part for group in (outputs, inputs) if isinstance(group, dict) for part in group.values())]
+    maps = all(isinstance(part, dict) and all(isinstance(v, str) for v in part.values()) for part in parts)
+    return isinstance(outputs, dict) and isinstance(inputs, dict) and maps
 
 
 @dataclass
