@@ -51,8 +51,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{printable(path)} belongs to no edited checkpoint. Give the folder that an edit wrote.")
     if found.get("format") != FORMAT or not _is_whole(found):
         raise CheckpointError(
-            f"{printable(path)} is of format {printable(found.get('format'))}, expected {FORMAT} with digests of outputs, "
-            "inputs and files. Update diffract, or do not trust this folder."
+            f"{printable(path)} is of format {printable(found.get('format'))}, expected {FORMAT} with digests of "
+            "outputs, inputs and files. Update diffract, or do not trust this folder."
         )
     return found
 
