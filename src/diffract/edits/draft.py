@@ -78,8 +78,30 @@ class Draft:
 
     def block(self, name: str, rows: Range | None) -> Tensor:
         """Return one of a tensor's blocks, not rounded to its dtype where something changed."""
-        info = self.checkpoint.info(self.ties.get(name, name))
-        block = self.checkpoint.read(info.name, rows)
+        return self._computed(name, self._read(name, rows), rows)
+
+    def stored_block(self, name: str, rows: Range | None, dtype: torch.dtype) -> Tensor:
+        """Return one of a tensor's blocks in a dtype.
+
+        What no change touches is converted from what is stored, not from what others are computed in: on the way
+        there and back a NaN would lose its sign and its payload.
+        """
+        before = self._read(name, rows)
+        after = self._computed(name, before, rows)
+        places = (overlap(place, rows) for change in self.changes(name) for place, _ in change.parts)
+        touched = [found[0] for found in places if found]
+        if after.dtype == before.dtype or any(before[here].shape == before.shape for here in touched):
+            return after.to(dtype)
+        found = before.to(dtype, copy=True)
+        for here in touched:
+            found[here] = after[here].to(dtype)
+        return found
+
+    def _read(self, name: str, rows: Range | None) -> Tensor:
+        return self.checkpoint.read(self.ties.get(name, name), rows)
+
+    def _computed(self, name: str, block: Tensor, rows: Range | None) -> Tensor:
+        """Return what all changes make of a block."""
         try:
             for change in self.changes(name):
                 block = _changed(block, change, rows)

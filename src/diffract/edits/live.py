@@ -108,7 +108,7 @@ def _new_values(draft: Draft, info: TensorInfo, stored: Tensor) -> Iterator[tupl
     for rows in draft.spans(info.name):
         if len(changes) > 1:
             place = whole if rows is None else (slice(*rows), *whole[1:])
-            yield place, draft.block(info.name, rows).to(dtype)
+            yield place, draft.stored_block(info.name, rows, dtype)
             continue
         for part, apply in changes[0].parts:
             if found := overlap(part, rows):

@@ -78,8 +78,9 @@ def write_draft(draft: Draft, folder: Path, output: Output, progress: Progress |
 def stored_blocks(draft: Draft, info: TensorInfo) -> Iterator[tuple[int, Tensor]]:
     """Yield a tensor as it is stored, in blocks of rows, each with its first row."""
     dtype = TORCH_DTYPES.get(info.dtype)
-    for rows, block in draft.blocks(info.name):
-        yield rows[0] if rows else 0, block if dtype is None else block.to(dtype)
+    for rows in draft.spans(info.name):
+        block = draft.block(info.name, rows) if dtype is None else draft.stored_block(info.name, rows, dtype)
+        yield rows[0] if rows else 0, block
 
 
 def _write_one(draft: Draft, writer: ShardedWriter, job: Job) -> str:
