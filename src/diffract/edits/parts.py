@@ -87,12 +87,17 @@ def find_units(bench: Bench, unit: Unit, select: str | None) -> Units:
 
 
 def _heads(bench: Bench, select: str | None) -> Units:
-    """Attention heads: q and o of a query head; k and v belong to all heads that share them, as do common norms."""
+    """Attention heads: q and o of a query head; k and v belong to all heads that share them, as do common norms.
+
+    There are none where queries are not cut into heads.
+    """
     matrices = [m for m in bench.matrices(select, heads=True) if m.projection in HEAD_PARTS]
     queries: dict[tuple[int | None, str | None, int | None], set[str]] = defaultdict(set)
     for m in bench.layout.matrices:
         if m.projection == "q" and m.head is not None:
             queries[m.layer, m.block, m.kv_head].add(_head_name(m, m.head))
+    if not queries:  # latent attention: what is cut is the output, which is not the head
+        return Units((), ())
     parts = []
     for m in matrices:
         own = m.projection in ("q", "o") and m.head is not None
