@@ -53,7 +53,7 @@ def plan_lora(lora: Lora, bench: Bench, draft: Draft) -> Split:
 
 
 def write_lora(lora: Lora, bench: Bench, draft: Draft, split: Split, target: Target) -> Exported:
-    """Write the adapter into the folder itlora."""
+    """Write the adapter into the folder itself."""
     digests = write_adapter(target.folder, bench, describe(lora.base), _computed(draft, split, target))
     return Exported({WEIGHTS: digests}, target.folder, loads_alone=False)
 
