@@ -125,9 +125,14 @@ def test_tensors_of_several_blocks(kind: str, tmp_path: Path) -> None:
 def test_undone_after_an_exception() -> None:
     base, tuned, _ = trio("gpt2", torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in tuned.state_dict().items()}
-    with pytest.raises(RuntimeError, match="meanwhile"), LiveModel(tuned).edited(Rewind(to=base, fraction=0.5)):
-        assert any(not torch.equal(tensor, before[name]) for name, tensor in tuned.state_dict().items())
-        raise RuntimeError("meanwhile")
+
+    def evaluate() -> None:
+        with LiveModel(tuned).edited(Rewind(to=base, fraction=0.5)):
+            assert any(not torch.equal(tensor, before[name]) for name, tensor in tuned.state_dict().items())
+            raise RuntimeError("meanwhile")
+
+    with pytest.raises(RuntimeError, match="meanwhile"):
+        evaluate()
     assert_same(tuned.state_dict(), before)
 
 
