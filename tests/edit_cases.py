@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import diffract
+from conftest import LLAMA
 from diffract.edits import Edited, apply
 from families import FAMILIES
 
@@ -76,3 +77,18 @@ def save_pair(folder: Path, family: str, dtype: torch.dtype = torch.float32, **c
         model.config.update(config)
         model.save_pretrained(folder / name)
     return folder / "base", folder / "tuned"
+
+
+def as_module(tensors: Tensors, **config: object) -> torch.nn.Module:
+    """A module with these tensors under these names, and the configuration of a llama."""
+    root = torch.nn.Module()
+    for name, tensor in tensors.items():
+        *path, last = name.split(".")
+        here = root
+        for word in path:
+            if word not in here._modules:
+                here.add_module(word, torch.nn.Module())
+            here = here.get_submodule(word)
+        here.register_parameter(last, torch.nn.Parameter(tensor.clone()))
+    root.config = type("Config", (), {"to_dict": lambda self: LLAMA | config})()
+    return root

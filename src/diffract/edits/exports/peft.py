@@ -18,6 +18,9 @@ from diffract.edits.bench import Bench
 from diffract.errors import SelectionError, printable
 from diffract.matrices import Entry, Matrix, parse_selection
 
+RENAMED = ("embed_out.weight",)
+"""GPT-NeoX's head: files call it so, transformers since 5.0 loads it as lm_head, and an adapter would not find it."""
+
 TASKS = {"ForCausalLM": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 
 
@@ -58,7 +61,8 @@ def linear_modules(bench: Bench, select: str | None) -> tuple[list[Module], dict
     """
     selection = parse_selection(select)
     bench.matrices(select, heads=False)  # refuses what names nothing
-    found, left = [], {}
+    found: list[Module] = []
+    left: dict[str, str] = {}
     for name, entry in bench.whole_layout.entries.items():
         if not entry.info.is_float or (entry.matrices and not any(map(selection.keeps, entry.matrices))):
             continue
@@ -68,6 +72,9 @@ def linear_modules(bench: Bench, select: str | None) -> tuple[list[Module], dict
         else:
             place = bench.layout.architecture.place(name)
             found.append(Module(name, _module_name(bench, name), bool(place and place.role.transposed)))
+    if any(m.transposed for m in found):  # a configuration says for all of them how they are stored
+        left |= {m.tensor: "stored (out, in), the others (in, out)" for m in found if not m.transposed}
+        found = [m for m in found if m.transposed]
     if not found:
         raise SelectionError(
             f"{printable(bench.checkpoint.reference)}: no linear layer among what is selected"
@@ -86,6 +93,8 @@ def _obstacle(bench: Bench, name: str, entry: Entry) -> str:
     """Say why a tensor cannot carry an adapter; empty if it can."""
     if name in bench.ties or name in bench.ties.values():
         return "tied to another tensor: an adapter would change one of them only"
+    if name in RENAMED:
+        return "loaded under another name, which differs between versions of transformers"
     if len(entry.info.shape) < 2:
         return "a vector: adapters change matrices only"
     if len(entry.info.shape) > 2 or not name.endswith(".weight") or not entry.matrices:
