@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -30,6 +31,7 @@ def whole_folder(folder: str | Path, *, force: bool = False) -> Iterator[Path]:
         draft.mkdir()
         with _held(draft):
             yield draft
+            refuse_existing(folder, force=force)  # another process may have finished meanwhile
             _replace(draft, folder)
     except OSError as error:
         raise RunError(
@@ -89,8 +91,20 @@ def refuse_existing(folder: str | Path, *, force: bool) -> None:
         return
     if not force:
         raise RunError(f"{str(folder)!r} exists. Choose another name, or pass --force to replace it.")
-    if not (folder / "manifest.json").is_file():
-        raise RunError(f"{str(folder)!r} is not a run folder (no manifest.json), so --force does not replace it.")
+    if not _is_ours(folder / "manifest.json"):
+        raise RunError(
+            f"{str(folder)!r} holds no manifest.json of diffract's, so --force does not replace it. "
+            "Choose another name."
+        )
+
+
+def _is_ours(manifest: Path) -> bool:
+    """Whether a manifest is one that diffract writes; other programs call theirs so too."""
+    try:
+        found = json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and {"format", "kind"} <= found.keys()
 
 
 def write_text(path: str | Path, text: str) -> Path:

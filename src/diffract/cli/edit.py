@@ -96,10 +96,16 @@ def _option(name: str, field: Any) -> inspect.Parameter:
     flag = f"--{name.replace('_', '-')}"
     metavar = {"bool": None, "float": "NUMBER", "int": "N"}.get(_word(field), "TEXT")
     kind: Any = bool if metavar is None else list[str] if name in PAIRS else str | None
-    default: Any = [] if name in PAIRS else False if metavar is None else None
-    standard = "" if field.default in (None, False) or field.is_required() or name in PAIRS else f" [{field.default}]"
-    option = typer.Option(flag, metavar="NAME=NUMBER" if name in PAIRS else metavar, help=field.description + standard)
+    default: Any = [] if name in PAIRS else False if metavar is None else ... if field.is_required() else None
+    shown = "NAME=NUMBER" if name in PAIRS else metavar
+    option = typer.Option(flag, metavar=shown, help=field.description + _standard(name, field))
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, option], default=default)
+
+
+def _standard(name: str, field: Any) -> str:
+    """Say what a setting is by default; brackets would be read as markup."""
+    plain = isinstance(field.default, str | int | float) and not isinstance(field.default, bool)
+    return f" Default: {field.default}." if plain and name not in PAIRS else ""
 
 
 def _word(field: Any) -> str:
@@ -132,7 +138,7 @@ def _row(text: str) -> list[str]:
     """Read FROM:TO:STEP, both ends included, as decimal numbers.
 
     >>> _row("0:1:0.25")
-    ['0', '0.25', '0.50', '0.75', '1.00']
+    ['0.00', '0.25', '0.50', '0.75', '1.00']
     """
     from decimal import Decimal, InvalidOperation
 

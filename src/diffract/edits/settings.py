@@ -64,7 +64,7 @@ class Settings(BaseModel):
 
 
 class Rewind(Settings):
-    """Rewind what changed for nothing: heads of the model become those of the base again."""
+    """Give chosen attention heads of a tuned model back the base's weights."""
 
     name: ClassVar[str] = "rewind"
 
@@ -109,7 +109,7 @@ class Rewind(Settings):
 
 
 class Truncate(Settings):
-    """Truncate the change: of the difference to the base keep only some singular directions."""
+    """Keep only some singular directions of the difference between a tuned model and its base."""
 
     name: ClassVar[str] = "truncate"
 
@@ -118,7 +118,7 @@ class Truncate(Settings):
     drop: float | None = None
     """Drop this fraction of the singular directions."""
     rank: int | None = None
-    """Keep so many."""
+    """Keep so many singular directions of each matrix."""
     energy: float | None = None
     """Keep the fewest that hold this share of the squared Frobenius norm."""
     above: float | None = None
@@ -179,11 +179,11 @@ class Merge(Settings):
     scale: float = 1.0
     """What the merged change is multiplied with."""
     density: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Ties: share of each change's entries that is kept, the largest."""
+    """Of ties: share of each change's entries that is kept, the largest."""
     drop: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Dare: probability with which an entry of a change is dropped."""
+    """Of dare and dare-ties: probability with which an entry of a change is dropped."""
     seed: int = 0
-    """Of dare."""
+    """Of dare and dare-ties."""
     select: str | None = None
     """Matrices that are merged, such as 'layers 8-, attn'; every tensor by default."""
 
@@ -256,7 +256,7 @@ class Lora(Settings):
     rule: NoiseRule | None = None
     """Instead: what rises above noise, by donoho-gavish or mp-edge."""
     dtype: FactorDtype = "float32"
-    """Of the factors."""
+    """Of the adapter's factors: float32, bfloat16 or float16."""
     select: str | None = None
     """Matrices, such as 'layers 8-, attn'; every linear layer by default."""
 
@@ -286,6 +286,6 @@ class Pissa(Settings):
     rank: Annotated[int, Field(ge=1)] = 16
     """Singular directions of each matrix that go into the adapter."""
     dtype: FactorDtype = "float32"
-    """Of the factors."""
+    """Of the adapter's factors: float32, bfloat16 or float16."""
     select: str | None = None
     """Matrices, such as 'layers 8-, attn'; every linear layer by default."""
