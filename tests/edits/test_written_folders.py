@@ -108,7 +108,7 @@ def test_existing_folders(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("mine")
-    with pytest.raises(RunError, match="no manifest.json of diffract"):
+    with pytest.raises(RunError, match=r"no manifest\.json of diffract"):
         apply(Recipe(model=MATH), other, force=True)
 
 
