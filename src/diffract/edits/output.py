@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 
 from diffract.edits.settings import STRICT
 
@@ -29,6 +29,11 @@ def parse_size(value: object) -> object:
         raise ValueError(f"expected a size such as 5GB or 200MB, got {value!r}") from None
 
 
+Size = Annotated[
+    int, Field(ge=1), BeforeValidator(parse_size), WithJsonSchema({"type": ["string", "integer"], "examples": ["5GB"]})
+]
+
+
 class Output(BaseModel):
     """How an edited checkpoint is written."""
 
@@ -36,5 +41,5 @@ class Output(BaseModel):
 
     dtype: Dtype | None = None
     """Convert floating-point tensors; their own dtype is kept by default."""
-    shard_size: Annotated[int, BeforeValidator(parse_size), Field(ge=1)] = 5_000_000_000
+    shard_size: Size = 5_000_000_000
     """Most bytes of tensors in a file, such as 5GB."""
