@@ -345,7 +345,7 @@ def test_a_run_folder_comes_back_whole(family: tuple[Path, Path], tmp_path: Path
     stranger = tmp_path / "photos"
     stranger.mkdir()
     (stranger / "cat.png").write_bytes(b"x")
-    with pytest.raises(diffract.RunError, match="no manifest.json of diffract"):
+    with pytest.raises(diffract.RunError, match=r"no manifest\.json of diffract"):
         run.save(stranger, force=True)
     assert (stranger / "cat.png").is_file()
 
