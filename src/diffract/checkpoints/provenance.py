@@ -45,7 +45,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{printable(folder)}: no readable {MANIFEST} ({error.strerror}). Only what diffract wrote can be verified."
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{printable(path)} is no JSON: {printable(error)}. It was damaged.") from error
     if not isinstance(found, dict) or found.get("kind") != KIND:
         raise CheckpointError(f"{printable(path)} belongs to no edited checkpoint. Give the folder that an edit wrote.")
@@ -53,6 +53,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{printable(path)} is of format {printable(found.get('format'))}, expected {FORMAT} with digests of "
             "outputs, inputs and files. Update diffract, or do not trust this folder."
+        )
+    digests = (*found["outputs"].items(), *found["inputs"].items())
+    if strange := [name for name, stated in digests if not isinstance(stated, dict)]:
+        raise CheckpointError(
+            f"{printable(path)}, {printable(strange[0])!r}: expected digests by tensor name. It was damaged."
         )
     return found
 
