@@ -71,9 +71,9 @@ def test_a_file_holds_at_most_so_many_bytes(limit: int, shards: list[int], tmp_p
     if len(shards) > 1:
         index = json.loads((tmp_path / INDEX).read_text())
         assert index == {"metadata": {"total_size": 512}, "weight_map": dict(zip(held, files, strict=True))}
-        assert names(tmp_path) == [
-            f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
-        ] + [INDEX]
+        count = len(shards)
+        numbered = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        assert names(tmp_path) == [*numbered, INDEX]
 
 
 def test_one_file_of_another_name(tmp_path: Path) -> None:
