@@ -24,7 +24,6 @@ from diffract.edits.settings import (
     Settings,
     Svf,
     Truncate,
-    describe,
 )
 from diffract.errors import RecipeError, printable, suggest
 
@@ -91,16 +90,15 @@ class Recipe(BaseModel):
 
     def as_dict(self) -> dict[str, Any]:
         """Return the recipe as it stands in a file, without what it leaves to its defaults."""
-        found = self.model_dump(mode="python", by_alias=True, exclude_defaults=True)
+        found = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
         found["steps"] = [_plain(item.chosen) for item in self.steps]
         if self.export is not None:
             found["export"] = _plain(self.export.chosen)
-        return {key: describe(value) if key in ("model", "adapter_base") else value for key, value in found.items()}
+        return found
 
 
 def _plain(step: Settings) -> dict[str, Any]:
-    settings = step.model_dump(mode="json", by_alias=True, exclude_defaults=True, fallback=describe)
-    return {step.name: settings}
+    return {step.name: step.model_dump(mode="json", by_alias=True, exclude_defaults=True)}
 
 
 def load_recipe(path: str | Path) -> Recipe:

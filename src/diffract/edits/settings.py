@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_validator
 
 from diffract.edits.operations.rule import NoiseRule, Rule, Side
 from diffract.errors import printable
@@ -42,13 +42,18 @@ def _reference(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
-Model = Annotated[Any, BeforeValidator(_reference), WithJsonSchema({"type": "string"})]
-"""A checkpoint: what ``diffract.open`` takes; text in a recipe."""
-
-
 def describe(reference: object) -> str:
     """Name a checkpoint in a manifest."""
     return reference if isinstance(reference, str) else printable(type(reference).__name__)
+
+
+Model = Annotated[
+    Any,
+    BeforeValidator(_reference),
+    PlainSerializer(describe, when_used="json"),
+    WithJsonSchema({"type": "string"}),
+]
+"""A checkpoint: what ``diffract.open`` takes; text in a recipe."""
 
 
 class Settings(BaseModel):
