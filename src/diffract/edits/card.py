@@ -48,6 +48,8 @@ def _listed(summary: Mapping[str, Any]) -> str:
 
 def said(value: Any) -> str:
     """Return a value of a summary as text of bounded length."""
+    if value is None:
+        return "not finite"
     if isinstance(value, list):
         rest = f" and {len(value) - SHOWN} more" if len(value) > SHOWN else ""
         return printable(", ".join(map(str, value[:SHOWN])) + rest, 400)

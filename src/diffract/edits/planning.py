@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -38,9 +39,17 @@ class Planned:
     conclude: Callable[[list[Row]], dict[str, Any]] = lambda rows: {}
 
     def described(self) -> dict[str, Any]:
-        """Return what was decided and found, rows in the model's order though threads finish in another."""
+        """Return what was decided and found, rows in the model's order though threads finish in another.
+
+        What is no finite number, such as the norm of a change that holds NaN, is ``None``.
+        """
         rows = sorted(self.rows, key=_by_number)
-        return {"summary": {**self.summary, **(self.conclude(rows) if rows else {})}, "rows": rows}
+        summary = {**self.summary, **(self.conclude(rows) if rows else {})}
+        return {"summary": _finite(summary), "rows": [_finite(row) for row in rows]}
+
+
+def _finite(record: Row) -> Row:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
 def _by_number(row: Row) -> list[Any]:
