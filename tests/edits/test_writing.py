@@ -1,0 +1,311 @@
+"""What is written appears whole or not at all, and its manifest tells the truth."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+import yaml
+from safetensors.torch import load_file, save_file
+
+import diffract
+from conftest import llama_tensors
+from diffract.edits import Interpolate, Merge, Rewind, Truncate, apply
+from diffract.errors import RunError
+from edit_cases import assert_same, edited, read, save_pair
+
+KILLED = """
+import os, signal, sys
+from diffract.edits import apply
+
+def progress(done, total, what):
+    if done > total / 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+apply({"model": sys.argv[1], "steps": [{"interpolate": {"with": sys.argv[2], "at": 0.5}}],
+       "output": {"shard_size": 4000}}, sys.argv[3], progress=progress)
+"""
+
+
+def half(base: Path) -> Interpolate:
+    return Interpolate(other=base, at=0.5)
+
+
+def test_shards_are_those_that_loaders_expect(tmp_path: Path) -> None:
+    base, tuned = save_pair(tmp_path, "qwen2", torch.bfloat16)
+    edited(tmp_path / "whole", tuned, half(base))
+    edited(tmp_path / "out", tuned, half(base), output={"shard_size": "4KB"})
+    files = list((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 5
+    for file in files:
+        held = load_file(file)
+        assert sum(tensor.nbytes for tensor in held.values()) <= 4000 or len(held) == 1
+    assert_same(read(tmp_path / "out"), read(tmp_path / "whole"))
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in read(tmp_path / "out").values())
+    loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert_same({name: loaded[name] for name in index["weight_map"]}, read(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_dtypes(dtype: str, write_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Floating point alone is converted, from what was computed and not from its rounding; configs say so."""
+    base, tuned = llama_tensors(0), llama_tensors(1, llama_tensors(0))
+    for tensors in (base, tuned):
+        tensors["steps"], tensors["mask"] = torch.arange(3), torch.tensor([True, False])
+    origin, model = write_model("base", base), write_model("tuned", tuned, torch_dtype="bfloat16")
+    edited(tmp_path / "out", model, half(origin), output={"dtype": dtype})
+    found, kind = read(tmp_path / "out"), getattr(torch, dtype)
+    wanted = {
+        n: ((t.double() + base[n].double()) / 2).to(kind) if t.is_floating_point() else t for n, t in tuned.items()
+    }
+    assert_same(found, wanted)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == dtype
+    assert "torch_dtype" not in config
+    assert diffract.verify(tmp_path / "out", replay=True).faults == []
+
+
+def test_a_configuration_for_what_was_in_memory(tmp_path: Path) -> None:
+    """A module's config is written; a mapping has none."""
+    base, tuned = save_pair(tmp_path, "llama")
+    model = tf.AutoModelForCausalLM.from_pretrained(tuned)
+    edited(tmp_path / "module", model, half(base))
+    assert json.loads((tmp_path / "module" / "config.json").read_text())["model_type"] == "llama"
+    edited(tmp_path / "folder", tuned, half(base))
+    assert_same(read(tmp_path / "module"), read(tmp_path / "folder"))
+    tf.AutoModelForCausalLM.from_pretrained(tmp_path / "module")
+    edited(tmp_path / "mapping", read(tuned))
+    assert not (tmp_path / "mapping" / "config.json").exists()
+
+
+def test_a_full_disk_leaves_nothing(family: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tuned = family
+    written, real = 0, os.pwrite
+
+    def full_later(file: int, data: bytes, offset: int) -> int:
+        nonlocal written
+        written += len(data)
+        if written > 20_000:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(file, data, offset)
+
+    before = sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.setattr(os, "pwrite", full_later)
+    with pytest.raises(RunError, match=r"cannot write to .*: No space left on device\. Make room"):
+        edited(tmp_path / "out", tuned, half(base))
+    assert written > 20_000
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    monkeypatch.setattr(os, "pwrite", real)
+    edited(tmp_path / "out", tuned, half(base))
+    assert diffract.verify(tmp_path / "out").faults == []
+
+
+def test_an_interruption_leaves_nothing(family: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = family
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = sorted(path.name for path in tmp_path.iterdir())
+    recipe = {"model": tuned, "steps": [{"interpolate": {"with": base, "at": 0.5}}]}
+    with pytest.raises(KeyboardInterrupt):
+        apply(recipe, tmp_path / "out", progress=stop)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_killed_process_leaves_nothing_that_loads(family: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = map(str, family)
+    out = tmp_path / "made" / "out"
+    ended = subprocess.run([sys.executable, "-c", KILLED, tuned, base, str(out)], check=False, capture_output=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    (draft,) = out.parent.iterdir()
+    assert not out.exists()
+    assert any(draft.iterdir())
+    with pytest.raises(diffract.CheckpointError, match=r"holds no \.safetensors"):
+        diffract.open(draft)
+    edited(out, tuned, half(Path(base)), output={"shard_size": 4000})
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert diffract.verify(out, replay=True).faults == []
+
+
+def test_existing_folders(family: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = family
+    edited(tmp_path / "out", tuned)
+    with pytest.raises(RunError, match=r"exists\. Choose another name, or pass --force"):
+        edited(tmp_path / "out", base)
+    with pytest.raises(RunError, match="--force does not replace it"):
+        apply({"model": tuned}, base, force=True)
+    assert_same(read(tmp_path / "out"), read(tuned))
+    apply({"model": base}, tmp_path / "out", force=True)
+    assert_same(read(tmp_path / "out"), read(base))
+
+
+def test_a_model_over_itself(family: tuple[Path, Path], tmp_path: Path) -> None:
+    """What is replaced is read until the end."""
+    base, tuned = family
+    edited(tmp_path / "out", tuned)
+    recipe = {"model": tmp_path / "out", "steps": [{"interpolate": {"with": base, "at": 0.5}}]}
+    apply(recipe, tmp_path / "out", force=True)
+    edited(tmp_path / "fresh", tuned, half(base))
+    assert_same(read(tmp_path / "out"), read(tmp_path / "fresh"))
+
+
+def test_progress_comes_to_the_end(family: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = family
+    seen: list[tuple[float, float, str]] = []
+    recipe = {"model": tuned, "steps": [{"interpolate": {"with": base, "at": 0.5}}]}
+    apply(recipe, tmp_path / "out", progress=lambda *said: seen.append(said))
+    assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
+    assert seen[-1][0] == seen[-1][1] == sum(tensor.nbytes for tensor in read(tuned).values())
+    assert {what for _, _, what in seen} == set(read(tuned))
+
+
+def test_the_manifest_tells_the_truth(family: tuple[Path, Path], tmp_path: Path) -> None:
+    """Digests of inputs are of what was read: the base in part, the model whole."""
+    base, tuned = family
+    done = edited(tmp_path / "out", tuned, Rewind(to=base, heads="L1.h2"))
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert {key: manifest[key] for key in done.manifest} == dict(done.manifest)
+    with diffract.open(tmp_path / "out") as out, diffract.open(base) as origin, diffract.open(tuned) as model:
+        assert manifest["outputs"] == {".": {name: out.digest(name) for name in out}}
+        assert manifest["inputs"][str(tuned)] == {name: model.digest(name) for name in model}
+        touched = {f"model.layers.1.self_attn.{part}_proj.weight" for part in "qo"}
+        assert manifest["inputs"][str(base)] == {name: origin.digest(name) for name in origin if name in touched}
+    assert manifest["diffract"] == diffract.__version__
+    assert manifest["torch"] == torch.__version__
+    assert manifest["steps"][0]["summary"]["names"] == ["L1.h2"]
+    assert set(manifest["files"]) == {"config.json", "recipe.yaml", "README.md"}
+    verdict = diffract.verify(tmp_path / "out", replay=True)
+    assert (verdict.tensors, verdict.inputs, verdict.faults) == (len(read(tuned)), len(read(tuned)) + 2, [])
+
+
+def spoil_tensor(out: Path, _: Path) -> None:
+    path = out / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-7] ^= 0x10
+    path.write_bytes(data)
+
+
+def spoil_input(_: Path, base: Path) -> None:
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.1.self_attn.q_proj.weight"][16, 0] += 1
+    save_file(tensors, base / "model.safetensors")
+
+
+def add_tensor(out: Path, _: Path) -> None:
+    tensors = load_file(out / "model.safetensors")
+    save_file({**tensors, "more": torch.ones(2)}, out / "model.safetensors")
+
+
+SPOILED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
+    "a flipped bit": (spoil_tensor, "is not what it was"),
+    "a changed recipe": (lambda out, _: (out / "recipe.yaml").write_text("model: x"), "file 'recipe.yaml' is not"),
+    "a changed input": (spoil_input, "base, tensor 'model.layers.1.self_attn.q_proj.weight' is not what it was"),
+    "a missing file": (lambda out, _: (out / "config.json").unlink(), "file 'config.json' is missing"),
+    "an extra tensor": (add_tensor, "tensor 'more' is not in the manifest"),
+}
+
+
+@pytest.mark.parametrize("kind", SPOILED)
+def test_what_was_spoiled_is_found(kind: str, family: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = family
+    edited(tmp_path / "out", tuned, Rewind(to=base, heads="L1.h2"))
+    spoil, message = SPOILED[kind]
+    spoil(tmp_path / "out", base)
+    faults = diffract.verify(tmp_path / "out").faults
+    assert len(faults) == 1
+    assert message in faults[0]
+
+
+def test_replay_finds_a_lie(family: tuple[Path, Path], tmp_path: Path) -> None:
+    """A recipe that says something else than what was done; files and digests are all as they were."""
+    base, tuned = family
+    edited(tmp_path / "out", tuned, Rewind(to=base, heads="L1.h2"))
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    manifest["recipe"]["steps"][0]["rewind"]["heads"] = "L1.h3"
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    assert diffract.verify(tmp_path / "out").faults == []
+    faults = diffract.verify(tmp_path / "out", replay=True).faults
+    assert sorted(faults) == sorted(
+        f"tensor 'model.layers.1.self_attn.{part}_proj.weight': the recipe gives another one today" for part in "qo"
+    )
+
+
+STEPS = {
+    "rewind": lambda base, other: [Rewind(to=base, fraction=0.5, order="reference", reference=other)],
+    "random": lambda base, other: [Rewind(to=base, fraction=0.3, order="random", seed=7, kv="majority")],
+    "dare": lambda base, other: [Merge(base=base, models={"x": other}, method="dare-ties", seed=3, weights={"x": 2})],
+    "two": lambda base, other: [Truncate(base=base, energy=0.9), Interpolate(other=other, at=0.3)],
+    "groups": lambda base, other: [Interpolate(other=other, at=-0.5, groups={"mlp": 1.5}, method="slerp")],
+}
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_the_recipe_in_an_output_gives_it_again(kind: str, family: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = family
+    other = tmp_path / "other"
+    edited(other, tuned, Interpolate(other=base, at=-0.7, select="mlp, attn.q"))
+    one = edited(tmp_path / "one", tuned, *STEPS[kind](base, other), output={"shard_size": "10KB"})
+    two = apply(tmp_path / "one" / "recipe.yaml", tmp_path / "two")
+    assert one.manifest["outputs"] == two.manifest["outputs"]
+    assert one.manifest["steps"] == two.manifest["steps"]
+    assert (tmp_path / "one" / "recipe.yaml").read_bytes() == (tmp_path / "two" / "recipe.yaml").read_bytes()
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {path.name for path in (tmp_path / "two").iterdir()}
+
+
+def test_what_was_in_memory_is_named_as_that(tmp_path: Path) -> None:
+    """A recipe of mappings and modules cannot be applied again; it says what they were and holds none of them."""
+    base, tuned = save_pair(tmp_path, "llama")
+    model = tf.AutoModelForCausalLM.from_pretrained(tuned)
+    edited(tmp_path / "out", model, Merge(base=read(base), models={"x": read(tuned)}))
+    plain = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert plain["model"] == "LlamaForCausalLM"
+    assert plain["steps"] == [{"merge": {"models": {"x": "dict"}, "base": "dict"}}]
+    verdict = diffract.verify(tmp_path / "out")
+    assert verdict.faults == []
+    assert len(verdict.unchecked) == 3
+
+
+def test_what_is_no_number_in_an_account(write_model: Callable[..., Path], tmp_path: Path) -> None:
+    """A change that holds NaN in a vector, which no adapter carries: its norm is unknown, and nothing fails."""
+    base = llama_tensors(0)
+    tuned = llama_tensors(1, base)
+    tuned["model.layers.0.input_layernorm.weight"][3] = math.nan
+    model, origin = write_model("tuned", tuned), write_model("base", base)
+    edited(tmp_path / "lora", model, export={"lora": {"base": origin, "rank": 2}})
+    (row,) = (
+        row
+        for row in json.loads((tmp_path / "lora" / "manifest.json").read_text())["steps"][-1]["rows"]
+        if row["name"] == "model.layers.0.input_layernorm.weight"
+    )
+    assert row["change"] is None
+
+
+@pytest.mark.parametrize("kind", ["truncate", "laser", "svf", "lora", "pissa"])
+def test_a_matrix_that_is_not_finite_is_named(kind: str, write_model: Callable[..., Path], tmp_path: Path) -> None:
+    base = llama_tensors(0)
+    tuned = llama_tensors(1, base)
+    tuned["model.layers.1.mlp.up_proj.weight"][3, 4] = math.inf
+    model, origin = write_model("tuned", tuned), write_model("base", base)
+    settings = {
+        "truncate": {"base": origin, "drop": 0.5},
+        "laser": {"keep": 0.5, "select": "mlp"},
+        "svf": {"z": 2, "select": "mlp"},
+        "lora": {"base": origin},
+        "pissa": {"rank": 2},
+    }[kind]
+    recipe = {"export": {kind: settings}} if kind in ("lora", "pissa") else {"steps": [{kind: settings}]}
+    with pytest.raises(diffract.CheckpointError, match=r"'model\.layers\.1\.mlp\.up_proj\.weight': expected finite"):
+        apply({"model": model, **recipe}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
