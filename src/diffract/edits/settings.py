@@ -91,7 +91,7 @@ class Rewind(Settings):
     """Take the order from its end: a control."""
     seed: int = 0
     """Of order random."""
-    amount: float = 1.0
+    amount: Finite = 1.0
     """How far to go back: 1 is the base, 0.5 half way."""
     unit: Unit = "head"
     """What is rewound together: head, matrix, expert or tensor."""
@@ -179,9 +179,9 @@ class Merge(Settings):
     """Name of the model that is edited, for weights."""
     method: Method = "task-arithmetic"
     """linear, slerp, task-arithmetic, dare, ties, dare-ties, tsv or iso-c."""
-    weights: dict[str, float] = Field(default_factory=dict)
+    weights: dict[str, Finite] = Field(default_factory=dict)
     """Weight of each model by name; 1 where nothing is said. linear and slerp divide by their sum."""
-    scale: float = 1.0
+    scale: Finite = 1.0
     """What the merged change is multiplied with."""
     density: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Of ties: share of each change's entries that is kept, the largest."""
@@ -231,7 +231,7 @@ class Svf(Settings):
 
     name: ClassVar[str] = "svf"
 
-    z: float | None = None
+    z: Finite | None = None
     """One factor for all."""
     factors: str | None = None
     """A .safetensors or .npz file with a vector for each matrix, by the matrix's or its tensor's name."""
