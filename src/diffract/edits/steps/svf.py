@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from torch import Tensor
 
 from diffract.checkpoints import open_checkpoint
@@ -33,13 +35,16 @@ def read_factors(path: str, bench: Bench) -> dict[str, Tensor]:
     Raises:
         SelectionError: One fits no matrix, or has another length than it has singular values.
     """
-    known = {key: m for m in bench.whole_layout.matrices for key in (m.tensor, m.name)}
+    matrices = bench.whole_layout.matrices
+    parts = Counter(m.tensor for m in matrices)
+    known = {m.tensor: m for m in matrices if parts[m.tensor] == 1} | {m.name: m for m in matrices}
     found = {}
     with open_checkpoint(path) as file:
         for name in file:
             matrix, length = known.get(name), file.info(name).shape
             if matrix is None or length != (min(matrix.shape),):
-                expected = "the name of a matrix or tensor" if matrix is None else f"{min(matrix.shape)} factors"
+                names = "the name of a matrix, or of a tensor that is one"
+                expected = names if matrix is None else f"{min(matrix.shape)} factors"
                 raise SelectionError(f"{printable(path)}, {printable(name)!r} {list(length)}: expected {expected}.")
             found[matrix.name] = file.read(name).clone()
     return found
