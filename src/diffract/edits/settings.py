@@ -22,6 +22,9 @@ WITHOUT_BASE = ("linear", "slerp")
 OF_MATRICES = ("tsv", "iso-c")
 """Merges that are defined for matrices; other tensors get the mean change."""
 
+WITH_ELECTION = ("ties", "dare-ties")
+"""Merges in which models vote on signs."""
+
 STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True)
 
 
@@ -205,6 +208,8 @@ class Merge(Settings):
             raise ValueError(f"slerp goes between two models, got {len(names)}")
         if self.method in OF_MATRICES and self.weights:
             raise ValueError(f"method {self.method} knows no weights; scale is the weight of all")
+        if self.method in WITH_ELECTION and min(self.shares) <= 0:
+            raise ValueError(f"method {self.method} expects weights above zero")
         if self.method in WITHOUT_BASE and sum(self.shares) == 0:
             raise ValueError("the weights sum to 0")
         return self
