@@ -307,7 +307,7 @@ def test_a_rank_beyond_the_matrix(tmp_path: Path) -> None:
     [
         (lambda: Lora(base="b", rank=2, energy=0.5), "one of rank, energy and rule"),
         (lambda: Lora(base="b", energy=1.5), "energy: expected a share"),
-        (lambda: Lora(base="b", rank=0), "greater than or equal to 1"),
+        (lambda: Lora(base="b", rank=0), "expected a whole number from 1, auto or full"),
         (lambda: Pissa(rank=0), "greater than or equal to 1"),
     ],
 )
