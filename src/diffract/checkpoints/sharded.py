@@ -49,9 +49,7 @@ class ShardedWriter:
         number, offset = self.places[name]
         view = as_bytes(tensor)
         offset += first * (len(view) // len(tensor)) if first else 0
-        while view:
-            done = os.pwrite(self._descriptors[number], view, offset)
-            view, offset = view[done:], offset + done
+        _write_all(self._descriptors[number], view, offset)
 
     def file_of(self, name: str) -> str:
         """Return the name of the file that a tensor is in."""
@@ -79,7 +77,7 @@ class ShardedWriter:
         header = encode_header(infos)
         number = len(self._descriptors)
         self._descriptors.append(os.open(self._draft(number), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        os.pwrite(self._descriptors[-1], header, 0)
+        _write_all(self._descriptors[-1], memoryview(header), 0)
         offset = len(header)
         for info in infos:
             self.places[info.name] = (number, offset)
@@ -88,6 +86,13 @@ class ShardedWriter:
 
     def _draft(self, number: int) -> Path:
         return self.folder / f".weights-{number}.partial"
+
+
+def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
+    """Write bytes at an offset; the system may take fewer at once than it is given."""
+    while view:
+        done = os.pwrite(descriptor, view, offset)
+        view, offset = view[done:], offset + done
 
 
 def _shards(infos: Sequence[TensorInfo], shard_bytes: int) -> Iterable[list[TensorInfo]]:
