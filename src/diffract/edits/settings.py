@@ -45,6 +45,17 @@ def _reference(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
+def _rank(value: object) -> object:
+    """Read a rank; one message instead of one for each kind that it could have been."""
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    if number in ("auto", "full") or (isinstance(number, int) and not isinstance(number, bool) and number >= 1):
+        return number
+    raise ValueError(f"expected a whole number from 1, auto or full, got {printable(value)!r}")
+
+
+Rank = Annotated[Annotated[int, Field(ge=1)] | Literal["auto", "full"], BeforeValidator(_rank)]
+
+
 def describe(reference: object) -> str:
     """Name a checkpoint in a manifest."""
     return reference if isinstance(reference, str) else printable(type(reference).__name__)
@@ -259,7 +270,7 @@ class Lora(Settings):
 
     base: Model
     """What the model was tuned from, and what the adapter lies over."""
-    rank: Annotated[int, Field(ge=1)] | Literal["auto", "full"] | None = None
+    rank: Rank | None = None
     """Rank of every matrix, auto for what rises above noise in each (donoho-gavish, the default), or full."""
     energy: float | None = None
     """Instead: the fewest directions that hold this share of each change's squared Frobenius norm."""
