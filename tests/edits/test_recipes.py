@@ -92,7 +92,9 @@ def fits(schema: Mapping[str, Any], value: Any, whole: Mapping[str, Any]) -> boo
         ("exclusiveMinimum", lambda limit: value > limit),
         ("exclusiveMaximum", lambda limit: value < limit),
     )
-    known = kinds[schema["type"]]() if "type" in schema else True
+    wanted = schema.get("type", [])
+    wanted = [wanted] if isinstance(wanted, str) else wanted
+    known = any(kinds[kind]() for kind in wanted) or not wanted
     return known and all(holds(schema[word]) for word, holds in bounds if word in schema)
 
 

@@ -98,7 +98,7 @@ def read_scores(path: str, units: Units, column: str, *, model: str | None = Non
             f"{printable(path)} speaks of {len(models)} models ({printable(', '.join(models))}). Say which one."
         )
     rows = table.filter(pl.col("model") == model) if model is not None else table
-    if not rows[column].dtype.is_numeric():
+    if not rows[column].dtype.is_numeric() and rows[column].count():
         raise SelectionError(f"{printable(path)}, column {column!r}: expected numbers, got {rows[column].dtype}.")
     found = {_unit_name(row): row[column] for row in rows.iter_rows(named=True)}
     if len(found) < len(rows):
