@@ -151,7 +151,10 @@ STRANGE: dict[str, tuple[str | bytes | None, str]] = {
     "a list": ("[]", "belongs to no edited checkpoint"),
     "a run's": ('{"format": 1, "kind": "scan"}', "belongs to no edited checkpoint"),
     "a newer one": (f'{{"format": 2, "kind": "{KIND}", "outputs": {{}}, "inputs": {{}}, "files": {{}}}}', "format 2"),
-    "without outputs": (f'{{"format": 1, "kind": "{KIND}", "inputs": {{}}, "files": {{}}}}', "of format 1, expected 1 with digests"),
+    "without outputs": (
+        f'{{"format": 1, "kind": "{KIND}", "inputs": {{}}, "files": {{}}}}',
+        "of format 1, expected 1 with digests",
+    ),
     "outputs of no digests": (
         f'{{"format": 1, "kind": "{KIND}", "outputs": {{".": 3}}, "inputs": {{}}, "files": {{}}}}',
         "expected",

@@ -167,7 +167,7 @@ def wrong_tables() -> dict[str, tuple[pl.DataFrame | str, dict[str, Any], str]]:
         "no heads": (pl.DataFrame({"effect": EFFECTS}), greedy, "no column 'layer'"),
         "several models": (models, greedy, r"speaks of 2 models \(code, math\)\. Say which one"),
         "none of that name": (models, {**greedy, "domain": "maths"}, r"no rows of 'maths'\. Did you mean 'math'\?"),
-        "no table": ("layer,head,effect", greedy, "expected numbers"),
+        "no table": ("layer,head,effect", greedy, "have no score"),
         "words": ("layer,head,effect\n0,0,much\n", greedy, "column 'effect': expected numbers, got String"),
         "one head twice": (pl.concat([table(effect=EFFECTS)] * 2), greedy, "several rows for one head"),
         "reference in memory": (
