@@ -14,6 +14,7 @@ from diffract.cli.console import explained, progress, say, say_json, size
 from diffract.errors import RecipeError, printable
 
 if TYPE_CHECKING:
+    from diffract.edits.dry_run import Preview
     from diffract.edits.settings import Settings
 
 Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder to write.")]
@@ -70,8 +71,9 @@ def command(kind: type[Settings], arguments: Mapping[str, Any], build: Build, *,
             given["settings"] = {name: value for name, value in settings.items() if value not in (None, False, [])}
             for name in set(PAIRS) & given["settings"].keys():
                 given["settings"][name] = dict(_pair(text, f"--{name}") for text in given["settings"][name])
-            for recipe, output in _outputs(build(given), common["output"]):
-                _run(recipe, output, common)
+            found = [_run(*made, common) for made in _outputs(build(given), common["output"])]
+            if common["json"]:
+                say_json(found if len(found) > 1 else found[0])
 
     places = [*_arguments(arguments), *(_option(name, field) for name, field in own.items()), *_common()]
     run.__signature__ = inspect.Signature(places)
@@ -152,45 +154,44 @@ def _row(text: str) -> list[str]:
     return found
 
 
-def _run(recipe: Mapping[str, Any], output: Path | None, common: Mapping[str, Any]) -> None:
+def _run(recipe: Mapping[str, Any], output: Path | None, common: Mapping[str, Any]) -> dict[str, Any]:
     written = {"shard_size": common["shard_size"], **({"dtype": d} if (d := common["output_dtype"]) else {})}
     extra = {k: str(v) for k in ("architecture", "adapter_base") if (v := common[k]) is not None}
-    run_recipe({**recipe, **extra, "output": written}, output, common)
+    return run_recipe({**recipe, **extra, "output": written}, output, common)
 
 
-def run_recipe(recipe: Any, output: Path | None, common: Mapping[str, Any]) -> None:
-    """Apply a recipe, or say what it would do.
+def run_recipe(recipe: Any, output: Path | None, common: Mapping[str, Any]) -> dict[str, Any]:
+    """Apply a recipe, or find out what it would do; say so, unless it is wanted as JSON.
 
     Args:
         recipe: As ``diffract.apply`` takes it.
         output: Folder to write.
         common: dry_run, force, quiet, json.
+
+    Returns:
+        A summary, for JSON.
     """
+    silent = common["quiet"] or common["json"]
     if common["dry_run"]:
+        from dataclasses import asdict
+
         from diffract.edits.dry_run import preview
 
-        _show_preview(preview(recipe), common)
-        return
+        found = preview(recipe)
+        _show_preview(found, quiet=silent)
+        return asdict(found)
     if output is None:
         raise RecipeError("where to? Pass -o OUT, or --dry-run to see what would be done.")
     from diffract.edits.to_files import apply  # before progress begins to measure
 
-    with progress("edit", quiet=common["quiet"] or common["json"]) as update:
+    with progress("edit", quiet=silent) as update:
         edited = apply(recipe, output, force=common["force"], progress=update)
-    if common["json"]:
-        say_json({"output": str(output), "steps": edited.manifest["steps"]})
-        return
-    _show_steps(edited.manifest["steps"], quiet=common["quiet"])
-    say(f"written: {output} (details in manifest.json)", quiet=common["quiet"])
+    _show_steps(edited.manifest["steps"], quiet=silent)
+    say(f"written: {output} (details in manifest.json)", quiet=silent)
+    return {"output": str(output), "steps": edited.manifest["steps"]}
 
 
-def _show_preview(found: Any, common: Mapping[str, Any]) -> None:
-    if common["json"]:
-        from dataclasses import asdict
-
-        say_json(asdict(found))
-        return
-    quiet = common["quiet"]
+def _show_preview(found: Preview, *, quiet: bool) -> None:
     _show_steps(found.steps, quiet=quiet)
     written = "the adapter" if found.written_bytes is None else size(found.written_bytes)
     say(f"would change {found.changed} of {found.tensors} tensors", quiet=quiet)

@@ -69,7 +69,9 @@ def apply(
 ) -> None:
     """Apply a recipe: any sequence of edits in one pass over the weights."""
     with explained(debug=debug):
-        run_recipe(recipe, output, {"dry_run": dry_run, "force": force, "quiet": quiet, "json": json})
+        found = run_recipe(recipe, output, {"dry_run": dry_run, "force": force, "quiet": quiet, "json": json})
+        if json:
+            say_json(found)
 
 
 def verify(
