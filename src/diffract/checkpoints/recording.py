@@ -67,8 +67,11 @@ def recorded(checkpoint: Checkpoint) -> tuple[Checkpoint, Recorder]:
 
 def read_digests(checkpoint: Checkpoint, recorder: Recorder) -> dict[str, str]:
     """Return the digest of each tensor that was read; what was read in part only is read once more."""
-    found = {}
-    for name in checkpoint.names:
-        if name in recorder.seen:
-            found[name] = recorder.seen[name].digest or checkpoint.digest(name)
-    return found
+    return {name: digest_as_read(checkpoint, name) for name in checkpoint.names if name in recorder.seen}
+
+
+def digest_as_read(checkpoint: Checkpoint, name: str) -> str:
+    """Return the digest of a tensor: noted while it was read, or else by reading it."""
+    source = checkpoint.sources[name]
+    seen = source.seen.get(name) if isinstance(source, Recorder) else None
+    return (seen and seen.digest) or checkpoint.digest(name)

@@ -10,7 +10,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from diffract.checkpoints import Checkpoint, row_blocks
+from diffract.checkpoints import Checkpoint, TensorInfo, row_blocks
 from diffract.checkpoints.reader import Range
 from diffract.errors import CheckpointError, DiffractError, printable
 from diffract.matrices import Matrix
@@ -63,6 +63,10 @@ class Draft:
         """Return what happens to a tensor, in order."""
         name = self.ties.get(name, name)
         return [step[name] for step in self.steps if name in step]
+
+    def keeps(self, info: TensorInfo) -> bool:
+        """Whether a tensor stays as it is, byte for byte, where it is stored in this dtype."""
+        return not self.changes(info.name) and info.dtype == self.checkpoint.info(info.name).dtype
 
     def spans(self, name: str) -> Iterator[Range | None]:
         """Yield the blocks of rows in which a tensor is read; they depend on the tensor and its changes alone."""

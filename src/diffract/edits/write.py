@@ -14,6 +14,7 @@ from torch import Tensor
 from diffract.checkpoints import TensorInfo, as_bytes
 from diffract.checkpoints.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from diffract.checkpoints.reader import start_digest
+from diffract.checkpoints.recording import digest_as_read
 from diffract.checkpoints.sharded import ShardedWriter
 from diffract.edits.draft import Draft
 from diffract.edits.output import Output
@@ -49,11 +50,15 @@ def written_infos(draft: Draft, output: Output) -> dict[str, TensorInfo]:
 
 
 def jobs_of(draft: Draft, infos: Mapping[str, TensorInfo]) -> list[Job]:
-    """Return one job for each tensor; tied ones are one tensor."""
+    """Return one job for each tensor; tied ones are one tensor.
+
+    The largest come first, so that none of them is left for one core while the others have nothing to do.
+    """
     twins: dict[str, list[str]] = {name: [name] for name in infos if name not in draft.ties}
     for name, target in draft.ties.items():
         twins[target].append(name)
-    return [Job(infos[name], tuple(names), draft.workspace_bytes(name)) for name, names in twins.items()]
+    jobs = [Job(infos[name], tuple(names), draft.workspace_bytes(name)) for name, names in twins.items()]
+    return sorted(jobs, key=lambda job: -job.info.size_bytes)
 
 
 def write_draft(draft: Draft, folder: Path, output: Output, progress: Progress | None = None) -> dict[str, str]:
@@ -86,12 +91,13 @@ def stored_blocks(draft: Draft, info: TensorInfo) -> Iterator[tuple[int, Tensor]
 
 def _write_one(draft: Draft, writer: ShardedWriter, job: Job) -> str:
     """Write a tensor, under each of its names; return its digest."""
-    hasher = start_digest(job.info)
+    kept, hasher = draft.keeps(job.info), start_digest(job.info)
     for first, stored in stored_blocks(draft, job.info):
-        hasher.update(as_bytes(stored))
+        if not kept:
+            hasher.update(as_bytes(stored))
         for name in job.names:
             writer.write(name, stored, first)
-    return hasher.hexdigest()
+    return digest_as_read(draft.checkpoint, job.info.name) if kept else hasher.hexdigest()
 
 
 @contextmanager
