@@ -17,6 +17,7 @@ from diffract.edits.bench import Other
 from diffract.edits.draft import overlap
 from diffract.edits.parts import Part, Units
 from diffract.edits.planning import both
+from diffract.engine import one_torch_thread
 from diffract.errors import SelectionError, printable, suggest
 from diffract.metrics.concentration import reference_score
 
@@ -40,14 +41,15 @@ def change_norms(units: Units, blocks: Blocks, base: Other) -> dict[str, float]:
         if part.counts:
             by_tensor[part.tensor].append(part)
     squares = dict.fromkeys(units.names, 0.0)
-    for name, parts in by_tensor.items():
-        for rows, block in blocks(name):
-            tuned, origin = both(block, base.block(name, rows))
-            delta = tuned - origin
-            for part in parts:
-                if inside := overlap(part.place, rows):
-                    norm = float(torch.linalg.vector_norm(delta[inside[0]], dtype=torch.float64))
-                    squares.update((owner, squares[owner] + norm**2) for owner in part.owners)
+    with one_torch_thread():
+        for name, parts in by_tensor.items():
+            for rows, block in blocks(name):
+                tuned, origin = both(block, base.block(name, rows))
+                delta = tuned - origin
+                for part in parts:
+                    if inside := overlap(part.place, rows):
+                        norm = float(torch.linalg.vector_norm(delta[inside[0]], dtype=torch.float64))
+                        squares.update((owner, squares[owner] + norm**2) for owner in part.owners)
     return {name: value**0.5 for name, value in squares.items()}
 
 
