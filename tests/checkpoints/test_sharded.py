@@ -76,14 +76,6 @@ def test_a_file_holds_at_most_so_many_bytes(limit: int, shards: list[int], tmp_p
         assert names(tmp_path) == [*numbered, INDEX]
 
 
-def test_one_file_of_another_name(tmp_path: Path) -> None:
-    held = {"a": torch.ones(3), "b": torch.ones(2)}
-    with ShardedWriter(tmp_path, infos_of(held), shard_bytes=1, name="factors.safetensors") as writer:
-        for name, tensor in held.items():
-            writer.write(name, tensor)
-    assert names(tmp_path) == ["factors.safetensors"]
-
-
 def test_nothing_has_a_loadable_name_before_the_end(tmp_path: Path) -> None:
     held = {"a": torch.ones(3), "b": torch.ones(2)}
     with ShardedWriter(tmp_path, infos_of(held), shard_bytes=1) as writer:

@@ -13,7 +13,7 @@ import diffract
 from conftest import llama_tensors
 from diffract.edits import Rewind
 from diffract.errors import SelectionError
-from edit_cases import Tensors, assert_bits, assert_same, edit, edited, read, save_pair
+from edit_cases import Tensors, as_module, assert_bits, assert_same, edit, edited, read, save_pair
 
 SAMPLES = Path(__file__).parents[2] / "samples" / "tiny-olmo2"
 Span = tuple[str, tuple[slice, ...], set[int]]
@@ -207,23 +207,6 @@ def test_what_lies_beside_a_head_keeps_every_bit(
     assert_bits(found[name][8:], tuned[name][8:])
     with diffract.LiveModel(module := as_module(tuned)).edited(Rewind(to=base, heads="L1.h0", amount=amount)):
         assert_same(module.state_dict(), found)
-
-
-def as_module(tensors: Tensors) -> torch.nn.Module:
-    """A module with these tensors under these names, and the configuration of a llama."""
-    from conftest import LLAMA
-
-    root = torch.nn.Module()
-    for name, tensor in tensors.items():
-        *path, last = name.split(".")
-        here = root
-        for word in path:
-            if word not in here._modules:
-                here.add_module(word, torch.nn.Module())
-            here = here.get_submodule(word)
-        here.register_parameter(last, torch.nn.Parameter(tensor.clone()))
-    root.config = type("Config", (), {"to_dict": lambda self: LLAMA})()
-    return root
 
 
 UNITS: dict[str, tuple[str, str, Callable[[str], bool]]] = {

@@ -48,7 +48,9 @@ class Recorder:
         """Return entries ``rows`` of the leading axis."""
         tensor = self.sources[info.name].read(info, rows)
         with self.lock:
-            progress = self.seen.setdefault(info.name, _Progress(start_digest(info)))
+            if info.name not in self.seen:
+                self.seen[info.name] = _Progress(start_digest(info))
+            progress = self.seen[info.name]
         count = info.shape[0] if info.shape else 1
         progress.take(tensor, *(rows or (0, count)), count)
         return tensor

@@ -24,20 +24,17 @@ class ShardedWriter:
     folder is the caller's: after an error it is to be thrown away.
     """
 
-    def __init__(
-        self, folder: Path, infos: Sequence[TensorInfo], *, shard_bytes: int = SHARD_BYTES, name: str | None = None
-    ) -> None:
+    def __init__(self, folder: Path, infos: Sequence[TensorInfo], *, shard_bytes: int = SHARD_BYTES) -> None:
         """Lay out the files.
 
         Args:
             folder: Where to write; exists, without weights.
             infos: The tensors in the order in which they are put into files.
             shard_bytes: A file holds at most so many bytes of tensors, or one tensor.
-            name: Of the one file, where it is not a model's; then there are no shards.
         """
         self.folder = folder
-        shards = list(_shards(infos, shard_bytes)) if name is None else [list(infos)]
-        self.names = file_names(len(shards)) if name is None else [name]
+        shards = list(_shards(infos, shard_bytes))
+        self.names = file_names(len(shards))
         self.places: dict[str, tuple[int, int]] = {}
         self._descriptors: list[int] = []
         self._total_bytes = sum(info.size_bytes for info in infos)
@@ -98,9 +95,11 @@ def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
 def _shards(infos: Sequence[TensorInfo], shard_bytes: int) -> Iterable[list[TensorInfo]]:
     """Fill one file after another."""
     shard: list[TensorInfo] = []
+    size_bytes = 0
     for info in infos:
-        if shard and sum(i.size_bytes for i in shard) + info.size_bytes > shard_bytes:
+        if shard and size_bytes + info.size_bytes > shard_bytes:
             yield shard
-            shard = []
+            shard, size_bytes = [], 0
         shard.append(info)
+        size_bytes += info.size_bytes
     yield shard

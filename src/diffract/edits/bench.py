@@ -82,7 +82,6 @@ class Bench:
         *,
         architecture: str | Path | None = None,
         adapter_base: Reference | None = None,
-        download: bool = False,
         record: bool = True,
     ) -> None:
         """Open the model; headers only.
@@ -91,12 +90,11 @@ class Bench:
             model: What is edited.
             architecture: A JSON file that describes it; by default its config.json's ``model_type`` decides.
             adapter_base: The base of an adapter whose config names none that can be opened.
-            download: Fetch hub references whole instead of reading byte ranges.
             record: Note the digests of what is read.
         """
         self._record = record
         self._opened = ExitStack()
-        self._options = {"base": adapter_base, "download": download}
+        self._adapter_base = adapter_base
         self._architecture = architecture
         self._made: dict[Hashable, Any] = {}
         self.inputs: dict[str, Input] = {}
@@ -158,7 +156,7 @@ class Bench:
         self.close()
 
     def _open(self, reference: Reference) -> Checkpoint:
-        checkpoint = open_checkpoint(reference, **self._options)
+        checkpoint = open_checkpoint(reference, base=self._adapter_base)
         if checkpoint is not reference:
             self._opened.callback(checkpoint.close)
         if not self._record:
@@ -186,7 +184,7 @@ def match(layout: Layout, checkpoint: Checkpoint, ties: Mapping[str, str]) -> Ot
     resized = [n for n, own in shaped.items() if checkpoint.info(own).shape != layout.entries[n].info.shape]
     lines = [
         *_architectures(layout, other),
-        *(f"{printable(n)}: {list(layout.entries[n].info.shape)} against {_shape(checkpoint, n)}" for n in resized),
+        *(f"{printable(n)}: {_shape(layout.checkpoint, n)} against {_shape(checkpoint, shaped[n])}" for n in resized),
         *(f"{printable(n)}: only in the model" for n in missing),
         *(f"{printable(n)}: only in the other" for n in extra),
     ]
@@ -209,18 +207,14 @@ def _own_name(name: str, other: Layout, ties: Mapping[str, str]) -> str | None:
     return next((twin for twin in twins if twin in other.checkpoint), None)
 
 
-def _shape(checkpoint: Checkpoint, name: str) -> list[int] | str:
-    return list(checkpoint.info(name).shape) if name in checkpoint else "another"
+def _shape(checkpoint: Checkpoint, name: str) -> list[int]:
+    return list(checkpoint.info(name).shape)
 
 
 def _architectures(one: Layout, two: Layout) -> list[str]:
     """Say how two models differ beyond their tensors: the same tensors may be cut into other heads."""
     a, b = one.architecture, two.architecture
     found = [f"architecture {a.family} against {b.family}"] if a.family != b.family else []
-    keys: tuple[tuple[str, Callable[[Any], Any]], ...] = (
-        ("heads", lambda x: x.heads),
-        ("key-value heads", lambda x: x.kv_heads),
-        ("head size", lambda x: x.head_dim),
-    )
-    differ = ((word, get(a.dimensions), get(b.dimensions)) for word, get in keys)
+    words = {"heads": "heads", "kv_heads": "key-value heads", "head_dim": "head size"}
+    differ = ((word, getattr(a.dimensions, key), getattr(b.dimensions, key)) for key, word in words.items())
     return found + [f"{x} {word} against {y}" for word, x, y in differ if x != y]

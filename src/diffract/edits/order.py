@@ -15,7 +15,7 @@ from torch import Tensor
 from diffract.checkpoints.reader import Range
 from diffract.edits.bench import Other
 from diffract.edits.draft import overlap
-from diffract.edits.parts import Part, Units
+from diffract.edits.parts import Part, Units, head_name
 from diffract.edits.planning import both
 from diffract.engine import one_torch_thread
 from diffract.errors import SelectionError, printable, suggest
@@ -102,7 +102,10 @@ def read_scores(path: str, units: Units, column: str, *, model: str | None = Non
     rows = table.filter(pl.col("model") == model) if model is not None else table
     if not rows[column].dtype.is_numeric() and rows[column].count():
         raise SelectionError(f"{printable(path)}, column {column!r}: expected numbers, got {rows[column].dtype}.")
-    found = {_unit_name(row): row[column] for row in rows.iter_rows(named=True)}
+    named = (
+        (head_name(r["layer"], r.get("block") or "attn", r["head"]), r[column]) for r in rows.iter_rows(named=True)
+    )
+    found = dict(named)
     if len(found) < len(rows):
         raise SelectionError(f"{printable(path)} has several rows for one head. Keep one of each.")
     if strange := [name for name in found if name not in units.names]:
@@ -111,11 +114,6 @@ def read_scores(path: str, units: Units, column: str, *, model: str | None = Non
             f"{units.names[0]} to {units.names[-1]}). It belongs to another model."
         )
     return {name: math.nan if found.get(name) is None else float(found[name]) for name in units.names}
-
-
-def _unit_name(row: Mapping[str, object]) -> str:
-    block = row.get("block") or "attn"
-    return f"L{row['layer']}.{'' if block == 'attn' else f'{block}.'}h{row['head']}"
 
 
 def _read_table(path: str, columns: Sequence[str]) -> pl.DataFrame:

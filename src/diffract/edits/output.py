@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 
+from diffract.checkpoints.writer import SHARD_BYTES
 from diffract.edits.settings import STRICT
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
@@ -41,5 +42,5 @@ class Output(BaseModel):
 
     dtype: Dtype | None = None
     """Convert floating-point tensors; their own dtype is kept by default."""
-    shard_size: Size = 5_000_000_000
+    shard_size: Size = SHARD_BYTES
     """Most bytes of tensors in a file, such as 5GB."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from math import prod
 
 from diffract.edits.bench import Bench
 from diffract.edits.draft import Place, everything, place_of
+from diffract.edits.planning import by_number
 from diffract.edits.settings import Shared, Unit
 from diffract.errors import SelectionError, printable
 from diffract.matrices import Matrix
@@ -95,13 +95,13 @@ def _heads(bench: Bench, select: str | None) -> Units:
     queries: dict[tuple[int | None, str | None, int | None], set[str]] = defaultdict(set)
     for m in bench.layout.matrices:
         if m.projection == "q" and m.head is not None:
-            queries[m.layer, m.block, m.kv_head].add(_head_name(m, m.head))
+            queries[m.layer, m.block, m.kv_head].add(head_name(m.layer, m.block, m.head))
     if not queries:  # latent attention: what is cut is the output, which is not the head
         return Units((), ())
     parts = []
     for m in matrices:
         own = m.projection in ("q", "o") and m.head is not None
-        owners = {_head_name(m, m.head)} if own else queries[m.layer, m.block, m.kv_head]
+        owners = {head_name(m.layer, m.block, m.head)} if own else queries[m.layer, m.block, m.kv_head]
         if own or (m.projection in ("k", "v") and m.kv_head is not None):
             parts.append(Part(m.tensor, _place(bench, m), frozenset(owners)))
     known = {(part.tensor, _key(part.place)): part.owners for part in parts}
@@ -117,10 +117,9 @@ def _heads(bench: Bench, select: str | None) -> Units:
     return Units(_ordered(parts), (*parts, *attached.values()))
 
 
-def _head_name(matrix: Matrix, head: int | None) -> str:
+def head_name(layer: object, block: object, head: object) -> str:
     """``L3.h5``; the block is named where it is not the one attention of a layer."""
-    block = "" if matrix.block == "attn" else f"{matrix.block}."
-    return f"L{matrix.layer}.{block}h{head}"
+    return f"L{layer}.{'' if block == 'attn' else f'{block}.'}h{head}"
 
 
 def _attached(bench: Bench, matrix: Matrix, owners: frozenset[str], everyone: frozenset[str]) -> Iterator[Part]:
@@ -179,7 +178,7 @@ def _place(bench: Bench, matrix: Matrix) -> Place:
 def _ordered(parts: Iterable[Part]) -> tuple[str, ...]:
     """Names of units in the model's order: by layer, then by number."""
     names = dict.fromkeys(name for part in parts for name in sorted(part.owners))
-    return tuple(sorted(names, key=lambda name: [int(w) if w.isdecimal() else w for w in re.split(r"(\d+)", name)]))
+    return tuple(sorted(names, key=by_number))
 
 
 def places_by_tensor(bench: Bench, parts: Iterable[Part]) -> dict[str, list[Place]]:

@@ -43,7 +43,7 @@ class Planned:
 
         What is no finite number, such as the norm of a change that holds NaN, is ``None``.
         """
-        rows = sorted(self.rows, key=_by_number)
+        rows = sorted(self.rows, key=lambda row: by_number(row["name"]))
         summary = {**self.summary, **(self.conclude(rows) if rows else {})}
         return {"summary": _finite(summary), "rows": [_finite(row) for row in rows]}
 
@@ -52,9 +52,9 @@ def _finite(record: Row) -> Row:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
-def _by_number(row: Row) -> list[Any]:
+def by_number(name: str) -> list[Any]:
     """A key that puts L2 before L10."""
-    return [int(w) if w.isdecimal() else w for w in re.split(r"(\d+)", row["name"])]
+    return [int(w) if w.isdecimal() else w for w in re.split(r"(\d+)", name)]
 
 
 def together(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -5,15 +5,10 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from diffract.checkpoints.provenance import Verdict, read_manifest, verify_folder
-from diffract.checkpoints.reader import as_bytes, start_digest
-from diffract.edits.draft import Draft
 from diffract.edits.recipe import Recipe, validated
 from diffract.edits.to_files import open_bench, plan
-from diffract.edits.write import Job, jobs_of, stored_blocks, written_infos
-from diffract.engine import run_tasks
+from diffract.edits.write import compute, jobs_of, run_jobs, written_infos
 from diffract.errors import RecipeError, printable
 
 
@@ -41,17 +36,10 @@ def _replay(folder: str | Path, verdict: Verdict) -> None:
     with open_bench(recipe) as bench:
         draft, _ = plan(recipe, bench)
         jobs = jobs_of(draft, written_infos(draft, recipe.output))
-        for job, digest in run_tasks(jobs, partial(_digest, draft), device=torch.device("cpu")):
+        for job, digest in run_jobs(jobs, partial(compute, draft), None):
             stated = manifest["outputs"]["."]
             verdict.faults += [
                 f"tensor {printable(name)!r}: the recipe gives another one today"
                 for name in job.names
                 if stated.get(name) != digest
             ]
-
-
-def _digest(draft: Draft, job: Job) -> str:
-    hasher = start_digest(job.info)
-    for _, stored in stored_blocks(draft, job.info):
-        hasher.update(as_bytes(stored))
-    return hasher.hexdigest()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from diffract.edits.draft import Draft
 from diffract.edits.output import Output
 from diffract.engine import keep_freed_memory, run_tasks
 from diffract.errors import RunError
+
+R = TypeVar("R")
 
 Progress = Callable[[float, float, str], None]
 """``progress(done, total, what)``."""
@@ -70,15 +73,21 @@ def write_draft(draft: Draft, folder: Path, output: Output, progress: Progress |
     keep_freed_memory()
     infos = written_infos(draft, output)
     jobs = jobs_of(draft, infos)
-    total, done = sum(job.info.size_bytes for job in jobs), 0
     digests: dict[str, str] = {}
     with _explained(folder), ShardedWriter(folder, list(infos.values()), shard_bytes=output.shard_size) as writer:
-        for job, digest in run_tasks(jobs, partial(_write_one, draft, writer), device=torch.device("cpu")):
+        for job, digest in run_jobs(jobs, partial(compute, draft, write=writer.write), progress):
             digests |= dict.fromkeys(job.names, digest)
-            done += job.info.size_bytes
-            if progress:
-                progress(done, total, job.info.name)
     return {name: digests[name] for name in infos}
+
+
+def run_jobs(jobs: Sequence[Job], work: Callable[[Job], R], progress: Progress | None) -> Iterator[tuple[Job, R]]:
+    """Yield jobs with their results as they are finished, and tell how far they are."""
+    total, done = sum(job.info.size_bytes for job in jobs), 0
+    for job, result in run_tasks(jobs, work, device=torch.device("cpu")):
+        done += job.info.size_bytes
+        if progress:
+            progress(done, total, job.info.name)
+        yield job, result
 
 
 def stored_blocks(draft: Draft, info: TensorInfo) -> Iterator[tuple[int, Tensor]]:
@@ -89,14 +98,15 @@ def stored_blocks(draft: Draft, info: TensorInfo) -> Iterator[tuple[int, Tensor]
         yield rows[0] if rows else 0, block
 
 
-def _write_one(draft: Draft, writer: ShardedWriter, job: Job) -> str:
-    """Write a tensor, under each of its names; return its digest."""
+def compute(draft: Draft, job: Job, *, write: Callable[[str, Tensor, int], None] | None = None) -> str:
+    """Compute a tensor, have its blocks written under each of its names if that is wanted, and return its digest."""
     kept, hasher = draft.keeps(job.info), start_digest(job.info)
     for first, stored in stored_blocks(draft, job.info):
         if not kept:
             hasher.update(as_bytes(stored))
-        for name in job.names:
-            writer.write(name, stored, first)
+        if write is not None:
+            for name in job.names:
+                write(name, stored, first)
     return digest_as_read(draft.checkpoint, job.info.name) if kept else hasher.hexdigest()
 
 

@@ -184,3 +184,20 @@ def test_directions_added_up_are_the_matrix(gram: bool) -> None:
     B, A = found.factors(slice(0, 2))
     rest = found.added(torch.tensor([2, 3, 4]))
     torch.testing.assert_close(B @ A + rest, x, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_error_is_that_of_the_stored_factors(dtype: torch.dtype) -> None:
+    tuned = torch.from_numpy(np.random.default_rng(0).standard_normal((7, 5)))
+    found = low_rank(tuned, torch.zeros_like(tuned), Rule(drop=0.0), factor_dtype=dtype)
+    assert torch.equal(found.B, found.B.to(dtype).double())
+    assert torch.equal(found.A, found.A.to(dtype).double())
+    missed = np.linalg.norm(tuned.numpy() - found.B.numpy() @ found.A.numpy())
+    assert found.error == pytest.approx(missed, rel=1e-9)  # a difference of products that agree to 1e-16 of 6
+    assert found.error > 0
+
+
+def test_factors_that_overflow_their_dtype_are_refused() -> None:
+    tuned = torch.diag(torch.tensor([1e20, 1.0], dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"they overflow torch\.float16"):
+        low_rank(tuned, torch.zeros_like(tuned), Rule(rank=1), factor_dtype=torch.float16)

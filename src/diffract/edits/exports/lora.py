@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,22 +11,16 @@ from torch import Tensor
 
 from diffract.checkpoints.adapter import WEIGHTS
 from diffract.edits.bench import Bench, Other
-from diffract.edits.draft import Draft, Place
+from diffract.edits.draft import Draft, Place, everything
 from diffract.edits.exports.export import Exported, Split, Target
 from diffract.edits.exports.peft import Factors, Module, linear_modules, whole_matrix, write_adapter
 from diffract.edits.operations.low_rank import low_rank
-from diffract.edits.planning import Planned, both, matrix_changes
+from diffract.edits.order import change_norms
+from diffract.edits.parts import Part, Units
+from diffract.edits.planning import Planned, Row, matrix_changes
 from diffract.edits.settings import Lora, describe
-from diffract.engine import run_tasks
+from diffract.edits.write import Job, run_jobs
 from diffract.matrices import Matrix
-
-
-@dataclass(frozen=True)
-class Task:
-    """A tensor whose change is decomposed."""
-
-    tensor: str
-    workspace_bytes: int
 
 
 def plan_lora(lora: Lora, bench: Bench, draft: Draft) -> Split:
@@ -35,9 +28,7 @@ def plan_lora(lora: Lora, bench: Bench, draft: Draft) -> Split:
     base = bench.other(lora.base)
     modules, left = linear_modules(bench, lora.select)
     by_tensor = {module.tensor: module for module in modules}
-    rows: list[dict[str, Any]] = [
-        {"name": name, "left": why, **_change(draft, base, name)} for name, why in left.items()
-    ]
+    rows = _left_rows(draft, base, left)
     split = Split(Planned({}, {"base": describe(lora.base), "modules": len(modules)}, rows, _summary), modules)
 
     def edit(values: Tensor, matrix: Matrix, place: Place) -> Tensor:
@@ -60,43 +51,31 @@ def write_lora(lora: Lora, bench: Bench, draft: Draft, split: Split, target: Tar
 
 def _computed(draft: Draft, split: Split, target: Target) -> Iterator[Factors]:
     """Yield the factors of each module in the model's order."""
-    draft = draft.then(split.planned.changes)
-    tasks = [Task(m.tensor, draft.workspace_bytes(m.tensor)) for m in split.modules]
-    total, done, waiting = sum(task.workspace_bytes for task in tasks), 0, deque(split.modules)
-    for task, _ in run_tasks(tasks, lambda task: _run(draft, task.tensor), device=torch.device("cpu")):
-        done += task.workspace_bytes
-        if target.progress:
-            target.progress(done, total, task.tensor)
+    draft, waiting = draft.then(split.planned.changes), deque(split.modules)
+    infos = [draft.checkpoint.info(module.tensor) for module in split.modules]
+    jobs = [Job(info, (info.name,), draft.workspace_bytes(info.name)) for info in infos]
+    for _ in run_jobs(jobs, lambda job: draft.block(job.info.name, None), target.progress):
         while waiting and waiting[0].tensor in split.factors:
             yield split.factors.pop(waiting.popleft().tensor)
 
 
-def _factors(lora: Lora, module: Module, tuned: Tensor, base: Tensor) -> tuple[Factors, dict[str, Any]]:
+def _factors(lora: Lora, module: Module, tuned: Tensor, base: Tensor) -> tuple[Factors, Row]:
     """Return factors as they are stored, and what these miss of the change."""
     dtype = getattr(torch, lora.dtype)
-    found = low_rank(tuned, base, lora.criterion())
-    B, A = found.B.to(dtype), found.A.to(dtype)
-    delta = tuned.double() - base.double()
-    change, error = float(delta.norm()), float(delta.sub_(B.double() @ A.double()).norm())
-    row = {"name": module.tensor, "rank": found.kept, "of": found.total, "change": change, "error": error}
-    return Factors(module, B, A), row
+    found = low_rank(tuned, base, lora.criterion(), factor_dtype=dtype)
+    row = {"name": module.tensor, "rank": found.kept, "of": found.total, "change": found.change, "error": found.error}
+    return Factors(module, found.B.to(dtype), found.A.to(dtype)), row
 
 
-def _run(draft: Draft, tensor: str) -> None:
-    for _ in draft.blocks(tensor):
-        pass
+def _left_rows(draft: Draft, base: Other, left: Mapping[str, str]) -> list[Row]:
+    """Say of tensors that no adapter carries why, and what they have changed: all of it is missed."""
+    places = {name: everything(draft.checkpoint.info(name).shape) for name in left}
+    units = Units(tuple(left), tuple(Part(name, place, frozenset({name})) for name, place in places.items()))
+    changes = change_norms(units, draft.blocks, base)
+    return [{"name": name, "left": why, "change": changes[name], "error": changes[name]} for name, why in left.items()]
 
 
-def _change(draft: Draft, base: Other, name: str) -> dict[str, float]:
-    """Return what a tensor that no adapter carries has changed: all of it is missed."""
-    square = 0.0
-    for rows, block in draft.blocks(name):
-        tuned, origin = both(block, base.block(name, rows))
-        square += float(torch.linalg.vector_norm(tuned - origin, dtype=torch.float64)) ** 2
-    return {"change": square**0.5, "error": square**0.5}
-
-
-def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(rows: list[Row]) -> dict[str, Any]:
     """Say how much of the change the adapter carries, and how much stays behind in other tensors."""
     carried, left = ([row for row in rows if ("left" in row) == other] for other in (False, True))
     if not carried:  # nothing is computed yet

@@ -38,10 +38,22 @@ class Directions:
         sigmas = self.S if S is None else S
         return matmul(self.U[:, chosen] * sigmas[chosen], self.Vh[chosen])
 
-    def factors(self, chosen: slice) -> tuple[Float64[Tensor, "m k"], Float64[Tensor, "k n"]]:
-        """Return U sqrt(S) and sqrt(S) Vh of some directions: their product is the sum of these."""
+    def factors(
+        self, chosen: slice, dtype: torch.dtype = torch.float64
+    ) -> tuple[Float64[Tensor, "m k"], Float64[Tensor, "k n"]]:
+        """Return U sqrt(S) and sqrt(S) Vh of some directions: their product is the sum of these.
+
+        Both hold values of ``dtype``, what they will be stored in.
+
+        Raises:
+            ValueError: If one of them overflows it.
+        """
         roots = self.S[chosen].sqrt()
-        return self.U[:, chosen] * roots, roots[:, None] * self.Vh[chosen]
+        found = self.U[:, chosen] * roots, roots[:, None] * self.Vh[chosen]
+        B, A = (factor.to(dtype).double() for factor in found)
+        if not bool(B.isfinite().all() and A.isfinite().all()):
+            raise ValueError(f"factor_dtype: expected one that holds the factors; they overflow {dtype}")
+        return B, A
 
 
 def decomposed(x: Float64[Tensor, "m n"], *, gram: bool) -> Directions:

@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 
 from jaxtyping import Float
 from torch import Tensor
 
 from diffract.edits.operations.precision import exact, work_dtype
 from diffract.edits.operations.rules import Rule, share_of
-from diffract.edits.operations.truncate import truncate
+from diffract.edits.operations.truncate import Truncated, truncate
 
 
-@dataclass(frozen=True)
-class Reduced:
-    """A matrix of lower rank.
-
-    Attributes:
-        values: In ``work_dtype`` of the input.
-        kept: Directions that remain.
-        total: M = min(m, n).
-        energy_share: Their share of ||W||_F^2, in [0, 1]; 1 for a zero matrix.
-    """
-
-    values: Float[Tensor, "m n"]
-    kept: int
-    total: int
-    energy_share: float
-
-
-def laser(w: Float[Tensor, "m n"], rho: float) -> Reduced:
+def laser(w: Float[Tensor, "m n"], rho: float) -> Truncated:
     """Return the top floor(rho M) singular directions of W, at least 1: its best approximation of that rank.
 
     Floor is the source's choice. rho means the decimal number that it prints as: 0.29 of 100 is 29, though the product
@@ -41,7 +24,8 @@ def laser(w: Float[Tensor, "m n"], rho: float) -> Reduced:
         rho: Fraction of the rank that remains, 0 to 1.
 
     Returns:
-        W itself for rho = 1. A zero matrix stays, with nothing kept.
+        The values in ``work_dtype`` of the input, and what of ||W||_F^2 they hold. W itself for rho = 1. A zero matrix
+        stays, with nothing kept.
 
     Raises:
         ValueError: If rho is out of range, or W is empty or not finite.
@@ -57,4 +41,4 @@ def laser(w: Float[Tensor, "m n"], rho: float) -> Reduced:
     x = exact(w)
     nothing = x.new_zeros(()).expand(x.shape)
     found = truncate(x, nothing, Rule(rank=max(1, math.floor(share_of(rho, min(x.shape))))))
-    return Reduced(found.values.to(work_dtype(w.dtype)), found.kept, found.total, found.energy_share)
+    return replace(found, values=found.values.to(work_dtype(w.dtype)))

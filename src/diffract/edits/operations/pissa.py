@@ -53,7 +53,5 @@ def pissa(w: Float[Tensor, "m n"], rank: int, *, factor_dtype: torch.dtype = tor
     x = exact(w)
     if not 1 <= rank <= min(x.shape):
         raise ValueError(f"rank: expected 1 to {min(x.shape)} for a matrix of shape {tuple(x.shape)}; got {rank!r}")
-    B, A = (factor.to(factor_dtype).double() for factor in decomposed(x, gram=False).factors(slice(0, rank)))
-    if not bool(B.isfinite().all() and A.isfinite().all()):
-        raise ValueError(f"factor_dtype: expected one that holds the factors; they overflow {factor_dtype}")
+    B, A = decomposed(x, gram=False).factors(slice(0, rank), factor_dtype)
     return Pissa(A, B, x - matmul(B, A))

@@ -170,4 +170,4 @@ def ties(
     Source: Yadav et al. 2023, "TIES-merging: resolving interference when merging models", algorithm 1.
     """
     deltas = [trim(one - base, threshold) for one, threshold in zip(tuned, thresholds, strict=True)]
-    return elect_and_merge(deltas, weights).mul_(scale).add_(base)
+    return torch.add(base, elect_and_merge(deltas, weights), alpha=scale)

@@ -9,7 +9,7 @@ from diffract.edits.draft import Draft, Place
 from diffract.edits.operations.laser import laser
 from diffract.edits.planning import Planned, Row, matrix_changes
 from diffract.edits.settings import Laser
-from diffract.edits.steps.truncate import kept_in_all
+from diffract.edits.steps.truncate import kept_in_all, kept_row
 from diffract.matrices import Matrix
 
 
@@ -19,8 +19,7 @@ def plan_laser(step: Laser, bench: Bench, draft: Draft) -> Planned:
 
     def edit(values: Tensor, matrix: Matrix, place: Place) -> Tensor:
         found = laser(values, step.keep)
-        share = {"kept": found.kept, "of": found.total, "energy_share": found.energy_share}
-        rows.append({"name": matrix.name, **share})
+        rows.append(kept_row(matrix, found))
         return found.values
 
     matrices = bench.matrices(step.select, heads=False)

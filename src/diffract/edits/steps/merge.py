@@ -15,7 +15,7 @@ from diffract.edits.operations.dare import dare, seeded
 from diffract.edits.operations.iso_c import iso_c
 from diffract.edits.operations.linear import linear, weighted_sum
 from diffract.edits.operations.task_arithmetic import task_arithmetic
-from diffract.edits.operations.ties import elect_and_merge, magnitude_threshold, trim
+from diffract.edits.operations.ties import elect_and_merge, magnitude_threshold, ties
 from diffract.edits.operations.tsv import tsv_merge
 from diffract.edits.planning import Planned, flat, matrix_changes, together
 from diffract.edits.settings import OF_MATRICES, Merge, describe
@@ -54,16 +54,16 @@ class Mix:
             "slerp": self._slerp,
             "task-arithmetic": self._task_arithmetic,
             "dare": partial(self._from_changes, self._dare),
-            "ties": partial(self._from_changes, self._ties),
+            "ties": self._ties,
             "dare-ties": partial(self._from_changes, self._dare_ties),
         }
         return make.get(self.step.method, partial(self._from_changes, self._mean))(name)
 
     def of_matrix(self, values: Tensor, matrix: Matrix, place: Place) -> Tensor:
         """Return one matrix merged by a method of matrices."""
-        base, *tuned = together(self._base(matrix.tensor, place), flat(values), *self._read(matrix.tensor, place))
-        deltas = [flat(w) - flat(base) for w in tuned]
-        return (flat(base) + self.step.scale * MATRIX_MERGES[self.step.method](deltas)).to(flat(base).dtype)
+        base, *tuned = map(flat, self._all(matrix.tensor, values, place))
+        merged = MATRIX_MERGES[self.step.method]([w - base for w in tuned])
+        return (base + self.step.scale * merged).to(base.dtype)
 
     def _linear(self, name: str) -> Apply:
         shares = self.step.shares
@@ -77,8 +77,15 @@ class Mix:
         weights = [self.step.scale * share for share in self.step.shares]
 
         def apply(values: Tensor, place: Place) -> Tensor:
-            base, *tuned = together(self._base(name, place), values, *self._read(name, place))
+            base, *tuned = self._all(name, values, place)
             return task_arithmetic(base, tuned, weights)
+
+        return apply
+
+    def _ties(self, name: str) -> Apply:
+        def apply(values: Tensor, place: Place) -> Tensor:
+            base, *tuned = self._all(name, values, place)
+            return ties(base, tuned, self._thresholds(name), self.step.shares, self.step.scale)
 
         return apply
 
@@ -86,7 +93,7 @@ class Mix:
         """Return base + scale times what a method makes of the changes."""
 
         def apply(values: Tensor, place: Place) -> Tensor:
-            base, *tuned = together(self._base(name, place), values, *self._read(name, place))
+            base, *tuned = self._all(name, values, place)
             return torch.add(base, merge(name, place, [w - base for w in tuned]), alpha=self.step.scale)
 
         return apply
@@ -99,10 +106,6 @@ class Mix:
 
     def _dare_ties(self, name: str, place: Place, deltas: list[Tensor]) -> Tensor:
         return elect_and_merge(self._dropped(name, place, deltas), self.step.shares)
-
-    def _ties(self, name: str, place: Place, deltas: list[Tensor]) -> Tensor:
-        thresholds = self._thresholds(name)
-        return elect_and_merge([trim(d, t) for d, t in zip(deltas, thresholds, strict=True)], self.step.shares)
 
     def _dropped(self, name: str, place: Place, deltas: list[Tensor]) -> list[Tensor]:
         models = (self.step.called, *self.step.models)
@@ -130,9 +133,10 @@ class Mix:
 
         return magnitude_threshold(deltas, max(1, round(self.step.density * entries)))
 
-    def _base(self, name: str, place: Place) -> Tensor:
+    def _all(self, name: str, values: Tensor, place: Place) -> tuple[Tensor, ...]:
+        """Return a part in the base, in the model, and in the others."""
         assert self.base is not None
-        return self.base.read(name, place)
+        return together(self.base.read(name, place), values, *self._read(name, place))
 
     def _read(self, name: str, place: Place) -> list[Tensor]:
         return [other.read(name, place) for other in self.others]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffract.edits.bench import Bench
 from diffract.edits.draft import Draft, Place
-from diffract.edits.operations.truncate import truncate
+from diffract.edits.operations.truncate import Truncated, truncate
 from diffract.edits.planning import Planned, Row, flat, matrix_changes
 from diffract.edits.settings import Truncate, describe
 from diffract.matrices import Matrix
@@ -23,12 +23,16 @@ def plan_truncate(step: Truncate, bench: Bench, draft: Draft) -> Planned:
 
     def edit(values: Tensor, matrix: Matrix, place: Place) -> Tensor:
         found = truncate(values, flat(base.read(matrix.tensor, place)), rule)
-        share = {"kept": found.kept, "of": found.total, "energy_share": found.energy_share}
-        rows.append({"name": matrix.name, **share})
+        rows.append(kept_row(matrix, found))
         return found.values
 
     summary = {"base": describe(step.base), "matrices": len(matrices)}
     return Planned(matrix_changes(bench, matrices, edit), summary, rows, kept_in_all)
+
+
+def kept_row(matrix: Matrix, found: Truncated) -> Row:
+    """Say how many directions of a matrix stayed, and what they hold."""
+    return {"name": matrix.name, "kept": found.kept, "of": found.total, "energy_share": found.energy_share}
 
 
 def kept_in_all(rows: list[Row]) -> dict[str, Any]:
