@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from diffract.analysis.cache import Cache, cache_key
 from diffract.analysis.facts import Found
 from diffract.analysis.plan import Plan
 from diffract.analysis.rows import bundle
 from diffract.analysis.stack import Held
 from diffract.analysis.work import Outcome, Part
+from diffract.cache import Cache, cache_key
 from diffract.checkpoints import Checkpoint
 from diffract.errors import SelectionError, printable
 from diffract.linalg import circuit_spectrum

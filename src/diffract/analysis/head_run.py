@@ -11,7 +11,6 @@ import numpy as np
 import polars as pl
 
 from diffract.analysis.assemble import Member, describe, model_row, status_warnings, tensor_table
-from diffract.analysis.cache import Cache, cache_folder
 from diffract.analysis.head_grams import Slices, head_grams, slice_grams
 from diffract.analysis.head_pairing import choose_projections, pair_heads, uncut_notes
 from diffract.analysis.head_tables import (
@@ -26,6 +25,7 @@ from diffract.analysis.head_work import HeadTask, HeadWorker
 from diffract.analysis.heads import PROJECTIONS, query_heads
 from diffract.analysis.pairing import adapter_notes, base_adapters
 from diffract.analysis.run import ENGINES, Options, Progress, choose, choose_device, open_all
+from diffract.cache import Cache, cache_folder
 from diffract.checkpoints import Reference
 from diffract.engine import run_tasks
 from diffract.matrices import Layout, Matrix

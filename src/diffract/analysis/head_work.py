@@ -10,9 +10,9 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from diffract.analysis.cache import Cache, cache_key
 from diffract.analysis.stack import Held
 from diffract.analysis.work import cut_factors, factor_digest
+from diffract.cache import Cache, cache_key
 from diffract.checkpoints import Checkpoint, Factors, TensorInfo
 from diffract.linalg import LowRank, change_grams
 from diffract.matrices import Matrix, batches, cut

@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 import torch
 
 from diffract.analysis.assemble import Member, assemble
-from diffract.analysis.cache import Cache, cache_folder
 from diffract.analysis.circuits import CircuitTask, CircuitWorker, all_circuits
 from diffract.analysis.pairing import merge_strange_adapters, pair, scan_tasks
 from diffract.analysis.plan import Plan
 from diffract.analysis.work import Outcome, Part, TensorTask, Worker
 from diffract.architectures import Architecture
+from diffract.cache import Cache, cache_folder
 from diffract.checkpoints import Checkpoint, Reference, open_checkpoint
 from diffract.engine import run_tasks
 from diffract.errors import CheckpointError, SelectionError, suggest

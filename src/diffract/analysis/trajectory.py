@@ -15,7 +15,6 @@ import polars as pl
 import torch
 
 from diffract.analysis.assemble import Member, assemble
-from diffract.analysis.cache import Cache, cache_folder
 from diffract.analysis.models import model_numbers
 from diffract.analysis.pairing import pair, scan_tasks
 from diffract.analysis.plan import Plan
@@ -25,6 +24,7 @@ from diffract.analysis.stack import Held
 from diffract.analysis.timeline import Stop
 from diffract.analysis.trends import join, place
 from diffract.analysis.work import Outcome, Part, TensorTask, Worker
+from diffract.cache import Cache, cache_folder
 from diffract.checkpoints import Reference
 from diffract.errors import CheckpointError, printable
 from diffract.matrices import Layout

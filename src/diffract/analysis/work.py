@@ -9,11 +9,11 @@ import blake3
 import polars as pl
 import torch
 
-from diffract.analysis.cache import Cache, cache_key
 from diffract.analysis.facts import Found, pair_facts, single_facts
 from diffract.analysis.plan import Plan
 from diffract.analysis.rows import bundle
 from diffract.analysis.stack import Held
+from diffract.cache import Cache, cache_key
 from diffract.checkpoints import Checkpoint, Factors, as_bytes
 from diffract.linalg import LowRank
 from diffract.matrices import Matrix, batches, scan_cost, workspace_bytes

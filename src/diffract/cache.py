@@ -11,6 +11,7 @@ import json
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,7 +98,7 @@ class Cache:
         """This thread's connection."""
         if not hasattr(self._local, "connection"):
             connection = sqlite3.connect(self.path, timeout=WAIT_SECONDS, check_same_thread=False)
-            connection.execute("PRAGMA journal_mode = WAL")
+            _log_ahead(connection)
             connection.execute("PRAGMA synchronous = NORMAL")
             connection.execute("CREATE TABLE IF NOT EXISTS results (key TEXT PRIMARY KEY, value BLOB NOT NULL)")
             with self._lock:
@@ -114,3 +115,16 @@ class Cache:
                 f"the cache at {str(self.path)!r} cannot be used: {error}. "
                 "Free space or remove the file, set DIFFRACT_CACHE_DIR to another folder, or pass --no-cache."
             ) from error
+
+
+def _log_ahead(connection: sqlite3.Connection) -> None:
+    """Set WAL mode; SQLite does not wait by itself while another process is setting it."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
