@@ -96,9 +96,7 @@ def make_family(recipe: StudyRecipe, folder: Path, data: Path | None, say: Say) 
         RunError: A training run failed; the message holds what it said last.
         DiffractError: A training recipe is wrong.
     """
-    made = [run(job) for job in run_all(pretraining_jobs(recipe, folder, data), recipe, say)]
-    bases = made[0] if made else recipe.pretraining.given
-    assert bases is not None
+    bases = recipe.pretraining.given or _trained_bases(recipe, folder, data, say)
     jobs = run_all(continual_jobs(recipe, bases, folder, data), recipe, say)
     finals = {job.name: list(run(job).values())[-1] for job in jobs}
     tuned = {
@@ -106,6 +104,12 @@ def make_family(recipe: StudyRecipe, folder: Path, data: Path | None, say: Say) 
         for tokens in recipe.pretraining.chosen
     }
     return Family(dict(sorted(bases.items())), tuned)
+
+
+def _trained_bases(recipe: StudyRecipe, folder: Path, data: Path | None, say: Say) -> dict[int, str]:
+    """Train the bases; a training run rounds token counts up to whole steps, the study keeps those of its recipe."""
+    (job,) = run_all(pretraining_jobs(recipe, folder, data), recipe, say)
+    return dict(zip(recipe.pretraining.tokens, run(job).values(), strict=True))
 
 
 def run(job: Job) -> dict[int, str]:

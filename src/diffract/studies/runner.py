@@ -16,7 +16,7 @@ from diffract._version import __version__
 from diffract.cache import cache_key
 from diffract.errors import RecipeError, RunError, printable
 from diffract.folders import write_text
-from diffract.settings import read_yaml, validated
+from diffract.settings import read_recipe, validated
 from diffract.studies.family import Family, Job, Say, continual_jobs, make_family, pretraining_jobs
 from diffract.studies.finding import Finding, load_finding, save_finding
 from diffract.studies.report import write_report
@@ -52,7 +52,7 @@ def load_study(path: str | Path) -> StudyRecipe:
     Raises:
         RecipeError: It cannot be read, or says what cannot be; the message holds the path in the file.
     """
-    return validated(StudyRecipe, read_yaml(path), printable(path))
+    return validated(StudyRecipe, read_recipe(path, "the settings of a study"), printable(path))
 
 
 def run_study(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+from diffract.settings import STRICT
 
 Name = Literal[
     "budget", "evolution", "vectors", "heads", "rewind", "truncation", "connectivity", "tracking"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import torch
@@ -77,6 +78,11 @@ class Study:
     def quality(self, ref: str) -> pl.DataFrame:
         """Return a checkpoint's quality in all tasks, with intervals."""
         return summarise(self.scores(ref), self.tasks)
+
+    def searching(self) -> dict[str, Any]:
+        """Return what all searches are told: which task decides, on which items, and where."""
+        target = self.recipe.quality.tasks[self.recipe.target]
+        return {"eval": [target], "data": self.data, "limit": self.recipe.search.limit}
 
     def gain(self, before: str, after: str, task: Task | None = None) -> Number:
         """Return how much better a checkpoint is than another, item by item; positive is better.
