@@ -13,17 +13,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from diffract.corpora import Split, digest, make_problems, question_text
 from diffract.corpora.splits import check_split
 from diffract.corpora.word_problems import COUNT, parse_levels
 from diffract.errors import CorpusError, SelectionError, printable, suggest
+from diffract.evaluate.harness import harness_item
 from diffract.evaluate.sources import JSON, choices, documents, is_for_evaluation, questions
-from diffract.evaluate.task import Harness, Item, Kind, Question, Task, make_task
+from diffract.evaluate.spread import spread
+from diffract.evaluate.task import Item, Kind, Question, Task, make_task
 from diffract.evaluate.text import cut
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -127,17 +127,6 @@ def load_tasks(
     return [LOADERS[_kind(w)](w) for w in wanted]
 
 
-def spread(items: Sequence[T], limit: int | None) -> list[T]:
-    """Return at most ``limit`` items, evenly spaced over all.
-
-    >>> spread(range(10), 3)
-    [1, 5, 8]
-    """
-    if limit is None or limit >= len(items):
-        return list(items)
-    return [items[(2 * i + 1) * len(items) // (2 * limit)] for i in range(limit)]
-
-
 def _read(entry: str, split: Split, data: Path | None, limit: int | None, shots: int) -> Wanted:
     name, _, source = entry.partition("=")
     if name.startswith(HARNESS) and not source and len(name) > len(HARNESS):
@@ -193,8 +182,7 @@ def _load_choice(wanted: Wanted) -> Task:
 
 
 def _load_harness(wanted: Wanted) -> Task:
-    folder = str(wanted.data) if wanted.data else None
-    item = Harness(wanted.source, wanted.shots, wanted.limit, folder)
+    item = harness_item(wanted.source, wanted.split, shots=wanted.shots, limit=wanted.limit, data=wanted.data)
     return make_task(wanted.name, "lm-eval", wanted.split, [item], sources=[f"lm-evaluation-harness {wanted.source}"])
 
 
