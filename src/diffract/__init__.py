@@ -22,6 +22,7 @@ from diffract.errors import (
 
 if TYPE_CHECKING:
     from diffract.api import HeadsRun, Run, compare, heads, load_run, scan, trajectory
+    from diffract.callback import SpectralCallback
     from diffract.checkpoints import Checkpoint
     from diffract.checkpoints import open_checkpoint as open
     from diffract.edits import LiveModel, Recipe, apply, verify
@@ -37,6 +38,7 @@ _PLACES = {
     "Metric": ("diffract.metrics", "Metric"),
     "Recipe": ("diffract.edits", "Recipe"),
     "Run": ("diffract.api", "Run"),
+    "SpectralCallback": ("diffract.callback", "SpectralCallback"),
     "apply": ("diffract.edits", "apply"),
     "compare": ("diffract.api", "compare"),
     "heads": ("diffract.api", "heads"),
@@ -64,6 +66,7 @@ __all__ = [
     "Run",
     "RunError",
     "SelectionError",
+    "SpectralCallback",
     "__version__",
     "apply",
     "compare",
