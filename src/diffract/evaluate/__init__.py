@@ -1,0 +1,50 @@
+"""Quality of a model: tasks, scores of their items, and what may be said of differences.
+
+Names are imported when they are first used, so that tasks and statistics can be read without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffract.evaluate.catalog import load_tasks
+    from diffract.evaluate.evaluator import Evaluator
+    from diffract.evaluate.run import Evaluation, evaluate, load_evaluation
+    from diffract.evaluate.statistics import holm, paired, summarise
+    from diffract.evaluate.subject import Subject, load_subject
+    from diffract.evaluate.task import Task
+
+_PLACES = {
+    "Evaluation": "run",
+    "Evaluator": "evaluator",
+    "Subject": "subject",
+    "Task": "task",
+    "evaluate": "run",
+    "holm": "statistics",
+    "load_evaluation": "run",
+    "load_subject": "subject",
+    "load_tasks": "catalog",
+    "paired": "statistics",
+    "summarise": "statistics",
+}
+
+__all__ = [
+    "Evaluation",
+    "Evaluator",
+    "Subject",
+    "Task",
+    "evaluate",
+    "holm",
+    "load_evaluation",
+    "load_subject",
+    "load_tasks",
+    "paired",
+    "summarise",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from where it lives."""
+    if name not in _PLACES:
+        raise AttributeError(f"module 'diffract.evaluate' has no attribute {name!r}")
+    return getattr(import_module(f"diffract.evaluate.{_PLACES[name]}"), name)

@@ -1,0 +1,169 @@
+"""Evaluate a model: scores of items, a summary, and a manifest; what a run folder holds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from diffract._version import __version__
+from diffract.cache import Cache, cache_folder
+from diffract.corpora import Split
+from diffract.evaluate.catalog import load_tasks
+from diffract.evaluate.statistics import SUMMARY, summarise
+from diffract.evaluate.task import SCORES, Task
+from diffract.tables import RunTables, load, refuse_existing, whole_folder, write
+
+if TYPE_CHECKING:
+    from diffract.evaluate.subject import Subject
+
+Progress = Callable[[float, float, str], None]
+
+
+@dataclass(frozen=True)
+class Evaluation(RunTables):
+    """The tables of an evaluation.
+
+    Attributes:
+        items: One row per task and item.
+        summary: One row per task: quality and its interval.
+        manifest: Version, model, tasks, settings, warnings.
+    """
+
+    KINDS = ("eval",)
+    SCHEMAS = {"items": SCORES, "summary": SUMMARY}  # noqa: RUF012
+
+    items: pl.DataFrame
+    summary: pl.DataFrame
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> list[Task]:
+        """What was evaluated, without the items themselves."""
+        return [_task(row) for row in self.manifest["tasks"]]
+
+    def save(self, folder: str | Path, *, force: bool = False) -> None:
+        """Write a run folder.
+
+        Raises:
+            RunError: Something else is there, or it cannot be written.
+        """
+        with whole_folder(folder, force=force) as draft:
+            write(self, draft)
+
+
+def evaluate(
+    ref: str | Path | Any,
+    tasks: str | Sequence[str] = "math,code,text",
+    *,
+    split: Split = "held-out",
+    data: str | Path | None = None,
+    limit: int | None = None,
+    shots: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    tokenizer: Any = None,
+    batch_tokens: int = 16_384,
+    cache: bool = True,
+    output: str | Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Evaluate a model.
+
+    Args:
+        ref: A folder with a model of transformers, ``org/name@revision`` on the hub, or a loaded model.
+        tasks: Names, see ``load_tasks``.
+        split: ``held-out`` to report, ``selection`` to choose by.
+        data: A folder with a folder of files for each domain.
+        limit: Items of each task at most.
+        shots: Solved examples before each question.
+        device: ``auto`` is CUDA where there is one.
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``, see ``load_subject``.
+        tokenizer: A reference, or a loaded one, where it is not beside the model.
+        batch_tokens: At once, padding included.
+        cache: Use and keep scores.
+        output: Write a run folder.
+        force: Replace an existing run folder.
+        progress: Takes how far work has come.
+
+    Raises:
+        DiffractError: The input is wrong; the message says what, where, and what to do.
+    """
+    from diffract.evaluate.evaluator import Evaluator
+    from diffract.evaluate.processes import own_device, place
+    from diffract.evaluate.subject import load_subject
+
+    begun = time.monotonic()
+    if output is not None:
+        refuse_existing(output, force=force)
+    chosen = load_tasks(tasks, split=split, data=data, limit=limit, shots=shots)
+    given = own_device()
+    subject = load_subject(ref, device=device if given is None else str(given), dtype=dtype, tokenizer=tokenizer)
+    notes: list[str] = [note for task in chosen for note in task.notes]
+    with Cache(cache_folder()) if cache else nullcontext() as store:
+        run = Evaluator(subject, chosen, cache=store, batch_tokens=batch_tokens, notes=notes.append, progress=progress)
+        items = run.scores()
+    notes += _unasked(items, chosen)
+    settings = {"split": split, "limit": limit, "shots": shots, "data": str(data) if data else None}
+    manifest = _manifest(subject, chosen, settings, list(dict.fromkeys(notes)), time.monotonic() - begun)
+    found = Evaluation(items, summarise(items, chosen), manifest)
+    if output is not None and place().rank == 0:
+        found.save(output, force=force)
+    return found
+
+
+def load_evaluation(folder: str | Path) -> Evaluation:
+    """Read an evaluation's run folder.
+
+    Raises:
+        RunError: A file is missing or unreadable, or the folder holds another kind of run.
+    """
+    return load(folder, Evaluation)
+
+
+def _manifest(
+    subject: Subject, tasks: Sequence[Task], settings: dict[str, Any], notes: Sequence[str], seconds: float
+) -> dict[str, Any]:
+    from diffract.evaluate.digests import model_digest, tokenizer_digest
+
+    model = {
+        "reference": subject.name,
+        "digest": model_digest(subject.model),
+        "tokenizer": tokenizer_digest(subject.tokenizer),
+        "context": subject.context,
+        "device": subject.device.type,
+        "dtype": str(next(iter(subject.model.parameters())).dtype).removeprefix("torch."),
+    }
+    return {
+        "diffract": __version__,
+        "kind": "eval",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 3),
+        "settings": settings,
+        "models": [model],
+        "metrics": {},
+        "tasks": [task.settings() for task in tasks],
+        "warnings": list(notes),
+    }
+
+
+def _unasked(items: pl.DataFrame, tasks: Sequence[Task]) -> list[str]:
+    """Return what to say of questions that were too long."""
+    names = [task.name for task in tasks if task.kind == "exact"]
+    lost = items.filter(pl.col("task").is_in(names) & pl.col("output").is_null())
+    return [
+        f"{name}: {count} prompts leave no room in the model's context; they count as wrong"
+        for name, count in lost.group_by("task", maintain_order=True).len().iter_rows()
+    ]
+
+
+def _task(row: dict[str, Any]) -> Task:
+    kept: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items() if k != "items"}
+    return Task(**kept)
