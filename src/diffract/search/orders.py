@@ -66,8 +66,10 @@ def parse_orders(given: str | Sequence[str] | None, *, reference: bool) -> tuple
 
 def variants(orders: Sequence[HeadOrder], seeds: int) -> list[tuple[HeadOrder, int, bool]]:
     """Return order, seed and reverse of every curve; a random order taken from its end would be another random one."""
-    forward = [(order, seed, False) for order in orders for seed in range(seeds if order == "random" else 1)]
-    return forward + [(order, 0, True) for order in orders if order != "random"]
+    found: list[tuple[HeadOrder, int, bool]] = []
+    found += [(order, seed, False) for order in orders for seed in range(seeds if order == "random" else 1)]
+    found += [(order, 0, True) for order in orders if order != "random"]
+    return found
 
 
 def arrange(order: HeadOrder, seed: int, reverse: bool, names: Sequence[str], scores: Scores | None) -> Ordered:

@@ -51,7 +51,7 @@ class Plan:
 
     effects: bool
     points: Mapping[tuple[Split, int], tuple[int, ...]]
-    counts: Mapping[str, int]
+    counts: Mapping[Split, int]
     left_out: tuple[str, ...] = ()
 
     @property
@@ -71,8 +71,8 @@ class Estimate:
         left_out: What a budget left out.
     """
 
-    evaluations: Mapping[str, int]
-    seconds_each: Mapping[str, float]
+    evaluations: Mapping[Split, int]
+    seconds_each: Mapping[Split, float]
     seconds: float
     left_out: tuple[str, ...] = field(default=())
 
@@ -102,7 +102,7 @@ def make_plan(
     ends: int,
     effects: int = 0,
     budget: Budget | None = None,
-    seconds_each: Mapping[str, float] | None = None,
+    seconds_each: Mapping[Split, float] | None = None,
 ) -> Plan:
     """Return what will be evaluated.
 
@@ -139,11 +139,11 @@ def make_plan(
 class _Purse:
     """What has been spent, and whether there is more."""
 
-    def __init__(self, budget: Budget, seconds_each: Mapping[str, float]) -> None:
+    def __init__(self, budget: Budget, seconds_each: Mapping[Split, float]) -> None:
         self.budget, self.seconds_each = budget, seconds_each
-        self.spent: Counter[str] = Counter()
+        self.spent: Counter[Split] = Counter()
 
-    def take(self, counts: Mapping[str, int]) -> bool:
+    def take(self, counts: Mapping[Split, int]) -> bool:
         """Spend evaluations in each split, if there is enough left."""
         after = self.spent + Counter(counts)
         limit, seconds = self.budget.evaluations, self.budget.seconds
@@ -155,7 +155,7 @@ class _Purse:
         return True
 
 
-def cost(counts: Mapping[str, int], seconds_each: Mapping[str, float]) -> float:
+def cost(counts: Mapping[Split, int], seconds_each: Mapping[Split, float]) -> float:
     """Return the seconds that evaluations take."""
     return sum(count * seconds_each[split] for split, count in counts.items())
 
@@ -168,4 +168,6 @@ def _by_importance(sketches: Sequence[Sketch], *, effects: bool) -> Iterator[tup
         for late in (False, True):
             curves = [(i, coarse_first(len(s.at) - 2)) for i, s in can_be if s.late == late]
             for level in range(longest):
-                yield from ((split, i, 1 + order[level]) for i, order in curves if level < len(order))
+                for i, order in curves:
+                    if level < len(order):
+                        yield split, i, 1 + order[level]

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import polars as pl
 
-from diffract.edits.live import LiveModel
 from diffract.corpora import Split
+from diffract.edits.live import LiveModel
 from diffract.errors import CorpusError, printable
 from diffract.evaluate import Task, paired, summarise
 from diffract.search.curves import State

@@ -12,11 +12,11 @@ import torch
 
 from diffract._version import __version__
 from diffract.cache import Cache
+from diffract.corpora import Split
 from diffract.edits.live import LiveModel
 from diffract.errors import SelectionError, printable, suggest
 from diffract.evaluate import Evaluator, Subject, Task, load_subject, load_tasks
 from diffract.evaluate.digests import model_digest, tokenizer_digest
-from diffract.corpora import Split
 from diffract.search.plan import SPLITS
 from diffract.search.scorer import Progress, Scorer
 
