@@ -1,0 +1,173 @@
+"""What a search will evaluate, in which order of importance, and what is left out where a budget does not suffice.
+
+Importance: both ends of the curves; the effect of every head alone, all or none; the curves on the selection split,
+coarse before fine, each with two evaluations of what it chooses on the held-out split; reversed ones likewise; then
+all of them on the held-out split, in the same order. The first that does not fit ends the plan.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from diffract.corpora import Split
+from diffract.errors import SelectionError, printable
+from diffract.search.curves import Sketch, coarse_first
+
+SPLITS: tuple[Split, Split] = ("selection", "held-out")
+
+CHOSEN = 2
+"""Points of a curve that are chosen, at most: the best, and the furthest without loss."""
+
+_TIME = re.compile(r"(?P<value>\d+(\.\d+)?)\s*(?P<unit>s|m|min|h)", re.ASCII)
+SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most that a search may cost.
+
+    Attributes:
+        evaluations: How many, of either split.
+        seconds: How long they may take, about.
+    """
+
+    evaluations: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be evaluated.
+
+    Attributes:
+        effects: Whether the effects of single units are.
+        points: For each split and curve the numbers of its points between both ends.
+        counts: Evaluations in each split, at most: equal states are evaluated once.
+        left_out: What is not, in words.
+    """
+
+    effects: bool
+    points: Mapping[tuple[Split, int], tuple[int, ...]]
+    counts: Mapping[Split, int]
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def evaluations(self) -> int:
+        """How many evaluations that are, at most."""
+        return sum(self.counts.values())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a search would cost.
+
+    Attributes:
+        evaluations: In each split, at most.
+        seconds_each: Of one evaluation in each split, as measured.
+        seconds: Of all.
+        left_out: What a budget left out.
+    """
+
+    evaluations: Mapping[Split, int]
+    seconds_each: Mapping[Split, float]
+    seconds: float
+    left_out: tuple[str, ...] = field(default=())
+
+
+def parse_budget(given: str | int | None) -> Budget:
+    """Read a number of evaluations, or a time such as ``90s``, ``30m``, ``2h``.
+
+    Raises:
+        SelectionError: It is neither.
+
+    >>> parse_budget("200"), parse_budget("1.5h")
+    (Budget(evaluations=200, seconds=None), Budget(evaluations=None, seconds=5400.0))
+    """
+    if given is None:
+        return Budget()
+    text = str(given).strip()
+    if text.isdecimal() and int(text) > 0:
+        return Budget(evaluations=int(text))
+    if found := _TIME.fullmatch(text):
+        return Budget(seconds=float(found["value"]) * SECONDS[found["unit"]])
+    raise SelectionError(f"budget: expected evaluations such as 200, or a time such as 30m; got {printable(given)!r}.")
+
+
+def make_plan(
+    sketches: Sequence[Sketch],
+    *,
+    ends: int,
+    effects: int = 0,
+    budget: Budget | None = None,
+    seconds_each: Mapping[Split, float] | None = None,
+) -> Plan:
+    """Return what will be evaluated.
+
+    Args:
+        sketches: The curves; which states both of their ends are is known, and counted under ``ends``.
+        ends: States that are evaluated in both splits in any case.
+        effects: Single units whose effect is wanted, on the selection split.
+        budget: The most that it may cost.
+        seconds_each: Of one evaluation in each split; needed for a budget in seconds.
+
+    Raises:
+        SelectionError: The budget does not suffice for the ends and one point.
+    """
+    purse = _Purse(budget or Budget(), seconds_each or {})
+    fits = purse.take({"selection": ends, "held-out": ends})
+    measured = effects > 0 and purse.take({"selection": effects})
+    left_out = [f"effects of {effects} single heads, and what needs them"] if effects and not measured else []
+    taken: dict[tuple[Split, int], list[int]] = {}
+    missed: Counter[tuple[Split, bool]] = Counter()
+    for split, curve, point in _by_importance(sketches, effects=measured):
+        first = split == "selection" and (split, curve) not in taken
+        if not missed and purse.take({split: 1, **({"held-out": CHOSEN} if first else {})}):
+            taken.setdefault((split, curve), []).append(point)
+        else:
+            missed[split, sketches[curve].late] += 1
+    if not fits or (missed and not taken):
+        raise SelectionError(f"budget: expected more, {2 * ends + 1 + CHOSEN} evaluations are the least.")
+    words = {False: "points of curves", True: "points of reversed curves"}
+    left_out += [f"{count} {words[late]} on the {split} split" for (split, late), count in missed.items()]
+    points = {key: tuple(sorted(found)) for key, found in taken.items()}
+    return Plan(measured, points, dict(purse.spent), tuple(left_out))
+
+
+class _Purse:
+    """What has been spent, and whether there is more."""
+
+    def __init__(self, budget: Budget, seconds_each: Mapping[Split, float]) -> None:
+        self.budget, self.seconds_each = budget, seconds_each
+        self.spent: Counter[Split] = Counter()
+
+    def take(self, counts: Mapping[Split, int]) -> bool:
+        """Spend evaluations in each split, if there is enough left."""
+        after = self.spent + Counter(counts)
+        limit, seconds = self.budget.evaluations, self.budget.seconds
+        if limit is not None and after.total() > limit:
+            return False
+        if seconds is not None and cost(after, self.seconds_each) > seconds:
+            return False
+        self.spent = after
+        return True
+
+
+def cost(counts: Mapping[Split, int], seconds_each: Mapping[Split, float]) -> float:
+    """Return the seconds that evaluations take."""
+    return sum(count * seconds_each[split] for split, count in counts.items())
+
+
+def _by_importance(sketches: Sequence[Sketch], *, effects: bool) -> Iterator[tuple[Split, int, int]]:
+    """Yield split, curve and point between both ends."""
+    can_be = [(i, s) for i, s in enumerate(sketches) if effects or not s.needs_effects]
+    longest = max((len(s.at) for _, s in can_be), default=0)
+    for split in SPLITS:
+        for late in (False, True):
+            curves = [(i, coarse_first(len(s.at) - 2)) for i, s in can_be if s.late == late]
+            for level in range(longest):
+                for i, order in curves:
+                    if level < len(order):
+                        yield split, i, 1 + order[level]

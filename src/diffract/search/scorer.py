@@ -1,0 +1,163 @@
+"""Scores of states of one live model, on the split for choosing and on the one for reporting; each state once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Protocol
+
+import polars as pl
+
+from diffract.corpora import Split
+from diffract.edits.live import LiveModel
+from diffract.errors import CorpusError, printable
+from diffract.evaluate import Task, paired, summarise
+from diffract.search.curves import State
+from diffract.search.plan import SPLITS
+
+Progress = Callable[[float, float, str], None]
+
+TUNED = State("tuned")
+"""The model itself."""
+
+RESAMPLES = 2000
+
+
+class Scores(Protocol):
+    """What evaluates a model as it stands: ``diffract.evaluate.Evaluator``."""
+
+    def scores(self) -> pl.DataFrame:
+        """Return task, item, value, weight, output."""
+        ...
+
+
+class Scorer:
+    """Scores states of a model.
+
+    Attributes:
+        tasks: For each split; their names are the same.
+        numbers: Of each state that was scored, by its key; the model itself is 0.
+    """
+
+    def __init__(
+        self,
+        live: LiveModel,
+        evaluators: Mapping[Split, Scores],
+        tasks: Mapping[Split, Sequence[Task]],
+        *,
+        progress: Progress | None = None,
+    ) -> None:
+        """Take a model and what evaluates it.
+
+        Args:
+            live: The model.
+            evaluators: For each split.
+            tasks: What these score, for each split.
+            progress: Takes evaluations done, all of them, and what is done now.
+        """
+        self.live, self.evaluators, self.tasks, self.progress = live, evaluators, tasks, progress
+        self.numbers: dict[Hashable, int] = {TUNED.key: 0}
+        self.total = 0
+        self._found: dict[tuple[Split, int], pl.DataFrame] = {}
+        self._rows: dict[tuple[Split, int], list[dict[str, Any]]] = {}
+
+    @property
+    def first(self) -> str:
+        """The name of the task that decides."""
+        return self.tasks[SPLITS[0]][0].name
+
+    @property
+    def done(self) -> int:
+        """How many evaluations were made."""
+        return len(self._found)
+
+    def number(self, state: State) -> int:
+        """Return the number that stands for a state in tables."""
+        return self.numbers.setdefault(state.key, len(self.numbers))
+
+    def score(self, split: Split, state: State, what: str = "") -> pl.DataFrame:
+        """Return the scores of a state."""
+        key = split, self.number(state)
+        if key not in self._found:
+            self.tell(0.0, what)
+            with self.live.edited(*state.steps):
+                self._found[key] = self.evaluators[split].scores()
+            if state.key == TUNED.key and all((other, 0) in self._found for other in SPLITS):
+                refuse_overlap(*(self._found[other, 0] for other in SPLITS))
+        return self._found[key]
+
+    def scored(self, split: Split, state: State) -> bool:
+        """Whether a state was scored already."""
+        return (split, self.numbers.get(state.key)) in self._found
+
+    def tell(self, share: float, what: str) -> None:
+        """Say how far work has come: a share of the evaluation that is being made."""
+        if self.progress:
+            done = self.done + share
+            self.progress(done, max(self.total, done, 1), what)
+
+    def rows(self, split: Split, state: State, what: str = "") -> list[dict[str, Any]]:
+        """Return for each task the quality of a state and its paired difference to the model, with intervals."""
+        key = split, self.number(state)
+        if key not in self._rows:
+            items, tuned, tasks = self.score(split, state, what), self.score(split, TUNED), self.tasks[split]
+            qualities = summarise(items, tasks, resamples=RESAMPLES).rows(named=True)
+            differences = difference_rows(tuned, items, tasks)
+            kept = ("task", "quality", "low", "high", "items")
+            self._rows[key] = [
+                {"state": key[1], "split": split, **{k: q[k] for k in kept}, **d}
+                for q, d in zip(qualities, differences, strict=True)
+            ]
+        return self._rows[key]
+
+    def items(self) -> pl.DataFrame:
+        """Return the scores of all items in all states."""
+        frames = [
+            frame.select(pl.lit(number, pl.Int32).alias("state"), pl.lit(split).alias("split"), pl.all())
+            for (split, number), frame in sorted(self._found.items())
+        ]
+        return pl.concat(frames)
+
+
+def difference_rows(
+    tuned: pl.DataFrame, items: pl.DataFrame, tasks: Sequence[Task], *, resamples: int = RESAMPLES
+) -> list[dict[str, Any]]:
+    """Return for each task the difference to the tuned model and the gain, both with their interval, and p.
+
+    The gain is the difference with the sign that makes better positive.
+    """
+    found = []
+    for task, row in zip(tasks, paired(tuned, items, tasks, resamples=resamples).rows(named=True), strict=True):
+        low, high = row["low"], row["high"]
+        gains = (low, high) if task.better == "higher" else (0.0 - high, 0.0 - low)  # which makes no -0.0
+        found.append({
+            "difference": row["difference"], "diff_low": low, "diff_high": high,
+            "gain": row["gain"] + 0.0, "gain_low": gains[0], "gain_high": gains[1], "p": row["p"],
+        })  # fmt: skip
+    return found
+
+
+def seconds_of(evaluators: Mapping[Split, Scores]) -> dict[Split, float]:
+    """Return how long one evaluation takes in each split, measured; they must keep no results."""
+    found = {}
+    for split, evaluator in evaluators.items():
+        begun = time.monotonic()
+        evaluator.scores()
+        found[split] = time.monotonic() - begun
+    return found
+
+
+def refuse_overlap(selection: pl.DataFrame, held_out: pl.DataFrame) -> None:
+    """Raise if what is chosen on and what is reported on have items in common.
+
+    Raises:
+        CorpusError: They have.
+    """
+    common = selection.join(held_out, on=["task", "item"], how="semi")
+    if not common.is_empty():
+        row = common.row(0, named=True)
+        raise CorpusError(
+            f"task {printable(row['task'])!r}: {common.height} items are in both the selection and the held-out split, "
+            f"first {printable(row['item'])!r}. What is chosen on them cannot be reported on them; take a task that "
+            "has both splits."
+        )

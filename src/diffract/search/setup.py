@@ -1,0 +1,170 @@
+"""What a search works with: tasks of both splits, the live model, and others in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffract._version import __version__
+from diffract.cache import Cache
+from diffract.corpora import Split
+from diffract.edits.live import LiveModel
+from diffract.errors import SelectionError, printable, suggest
+from diffract.evaluate import Evaluator, Subject, Task, load_subject, load_tasks
+from diffract.evaluate.digests import model_digest, tokenizer_digest
+from diffract.search.plan import SPLITS
+from diffract.search.scorer import Progress, Scorer
+
+Model = str | Path | torch.nn.Module
+"""A folder with a model of transformers, ``org/name@revision`` on the hub, or a loaded model."""
+
+
+@dataclass(frozen=True)
+class How:
+    """How models are loaded and evaluated.
+
+    Attributes:
+        eval: Tasks, as ``diffract.evaluate.load_tasks`` reads them.
+        data: A folder with a folder of files for each domain.
+        limit: Items of each task at most, in each split.
+        shots: Solved examples before each question.
+        device: Where the model is evaluated.
+        dtype: What it is computed in.
+        tokenizer: Where it is not beside the model.
+        architecture: A JSON file that describes the model.
+        batch_tokens: Evaluated at once.
+    """
+
+    eval: str | Sequence[str]
+    data: str | Path | None = None
+    limit: int | None = None
+    shots: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    tokenizer: Any = None
+    architecture: str | Path | None = None
+    batch_tokens: int = 16_384
+
+    def tasks(self) -> dict[Split, list[Task]]:
+        """Return the tasks of each split.
+
+        Raises:
+            DiffractError: One cannot be loaded.
+        """
+        return {
+            split: load_tasks(self.eval, split=split, data=self.data, limit=self.limit, shots=self.shots)
+            for split in SPLITS
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """Return them as a manifest keeps them."""
+        plain = self.eval if isinstance(self.eval, str) else ",".join(self.eval)
+        kept = {"limit": self.limit, "shots": self.shots, "device": self.device, "dtype": self.dtype}
+        return {"eval": plain, "data": str(self.data) if self.data else None, **kept}
+
+
+@dataclass
+class Stage:
+    """A loaded model that is searched, and its tasks.
+
+    Attributes:
+        how: How it was loaded.
+        subject: It.
+        live: Changes it.
+        tasks: For each split.
+        notes: What the user should know.
+    """
+
+    how: How
+    subject: Subject
+    live: LiveModel
+    tasks: Mapping[Split, Sequence[Task]]
+    notes: list[str]
+
+    def evaluators(
+        self, cache: Cache | None, progress: Callable[[float, float, str], None] | None = None
+    ) -> dict[Split, Evaluator]:
+        """Return what scores the model on each split."""
+        return {
+            split: Evaluator(
+                self.subject,
+                tasks,
+                cache=cache,
+                batch_tokens=self.how.batch_tokens,
+                notes=self.notes.append,
+                progress=progress,
+            )
+            for split, tasks in self.tasks.items()
+        }
+
+    def scorer(self, cache: Cache | None, progress: Progress | None) -> Scorer:
+        """Return what scores states of the model."""
+        told: list[Scorer] = []
+
+        def tell(done: float, total: float, what: str) -> None:
+            told[0].tell(done / max(total, 1), what)
+
+        told.append(Scorer(self.live, self.evaluators(cache, tell), self.tasks, progress=progress))
+        return told[0]
+
+
+def set_up(model: Model, how: How) -> Stage:
+    """Load the model that is searched, and the tasks.
+
+    Raises:
+        DiffractError: A task or the model cannot be loaded.
+    """
+    tasks = how.tasks()
+    subject = load_subject(model, device=how.device, dtype=how.dtype, tokenizer=how.tokenizer)
+    notes = list(dict.fromkeys(note for own in tasks.values() for task in own for note in task.notes))
+    return Stage(how, subject, LiveModel(subject.model, architecture=how.architecture), tasks, notes)
+
+
+def in_memory(model: Model, stage: Stage) -> torch.nn.Module:
+    """Return another model on the CPU, whose weights edits of the live one read.
+
+    Raises:
+        DiffractError: It cannot be loaded.
+    """
+    if isinstance(model, torch.nn.Module):
+        return model
+    dtype = "auto" if stage.how.dtype == "auto" else stage.how.dtype
+    return load_subject(model, device="cpu", dtype=dtype, tokenizer=stage.subject.tokenizer).model
+
+
+def described(name: str, role: str, reference: Model, model: torch.nn.Module) -> dict[str, Any]:
+    """Return what a manifest says of a model; it must be as it was loaded."""
+    shown = type(reference).__name__ if isinstance(reference, torch.nn.Module) else str(reference)
+    return {"model": name, "role": role, "reference": shown, "digest": model_digest(model)}
+
+
+def manifest(kind: str, stage: Stage, models: Sequence[Mapping[str, Any]], **found: Any) -> dict[str, Any]:
+    """Return the manifest of a search."""
+    return {
+        "diffract": __version__,
+        "kind": kind,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "tokenizer": tokenizer_digest(stage.subject.tokenizer),
+        "tasks": {split: [task.settings() for task in tasks] for split, tasks in stage.tasks.items()},
+        "metrics": {},
+        "models": list(models),
+        **found,
+        "warnings": list(dict.fromkeys([*stage.notes, *found.get("warnings", ())])),
+    }
+
+
+def require_word(what: str, word: str, known: Sequence[str]) -> None:
+    """Raise unless a word is one of those that are known.
+
+    Raises:
+        SelectionError: It is not.
+    """
+    if word not in known:
+        raise SelectionError(
+            f"unknown {what} {printable(word)!r}, expected {' or '.join(known)}.{suggest(word, known)}"
+        )
