@@ -111,7 +111,7 @@ def _lines(label: str) -> Progress:
 
 
 def _rate(done: float, seconds: float) -> str:
-    return f"{done / seconds / 1e9:.1f} G/s" if seconds > 0 else ""
+    return size(done / seconds, "/s") if seconds > 0 else ""
 
 
 def say(text: str, *, quiet: bool = False) -> None:

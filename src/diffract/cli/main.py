@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from diffract._version import __version__
-from diffract.cli import analyse, draw, edits, heads, look, series, show
+from diffract.cli import analyse, draw, edits, heads, look, series, show, train
 
 HELP = """See what a training stage did to a language model's weights.
 
@@ -24,6 +24,8 @@ for command in (*NEED_ARGUMENTS, look.metrics, show.demo):
     app.command(no_args_is_help=command in NEED_ARGUMENTS, rich_help_panel="See")(command)
 for command in (*EDITS, edits.apply, edits.verify):
     app.command(no_args_is_help=True, rich_help_panel="Act")(command)
+
+app.command(no_args_is_help=True, rich_help_panel="Know")(train.train)
 
 
 def _version(wanted: bool) -> None:
@@ -44,3 +46,7 @@ def root(
 def main() -> None:
     """Run the command line."""
     app()
+
+
+if __name__ == "__main__":  # as torchrun -m and accelerate launch -m start it
+    main()
