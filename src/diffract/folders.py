@@ -29,7 +29,7 @@ def whole_folder(folder: str | Path, *, force: bool = False) -> Iterator[Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(folder)
         draft.mkdir()
-        with _held(draft):
+        with held(draft):
             yield draft
             refuse_existing(folder, force=force)  # another process may have finished meanwhile
             _replace(draft, folder)
@@ -42,7 +42,7 @@ def whole_folder(folder: str | Path, *, force: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def _held(draft: Path) -> Iterator[bool]:
+def held(draft: Path) -> Iterator[bool]:
     """Hold a lock on a folder, which ends with the process however that ends; yield whether it was free."""
     descriptor = os.open(draft, os.O_RDONLY)
     try:
@@ -59,7 +59,7 @@ def _remove_abandoned(folder: Path) -> None:
     pattern = re.compile(re.escape(folder.name) + r"\.tmp-[0-9a-f]{8}")
     for draft in folder.parent.iterdir():
         if pattern.fullmatch(draft.name) and draft.is_dir():
-            with suppress(OSError), _held(draft) as free:
+            with suppress(OSError), held(draft) as free:
                 if free:
                     shutil.rmtree(draft, ignore_errors=True)
 

@@ -119,7 +119,7 @@ def _lines(label: str, unit: str) -> Progress:
 def _rate(done: float, seconds: float, unit: str) -> str:
     if seconds <= 0:
         return ""
-    return f"{done / seconds:.2g} {unit}/s" if unit else f"{done / seconds / 1e9:.1f} G/s"
+    return f"{done / seconds:.2g} {unit}/s" if unit else size(done / seconds, "/s")
 
 
 def say(text: str, *, quiet: bool = False) -> None:

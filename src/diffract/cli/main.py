@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from diffract._version import __version__
-from diffract.cli import analyse, draw, edits, heads, look, search, series, show, study
+from diffract.cli import analyse, draw, edits, heads, look, search, series, show, study, train
 
 HELP = """See what a training stage did to a language model's weights.
 
@@ -25,6 +25,7 @@ for command in (*NEED_ARGUMENTS, look.metrics, show.demo):
 for command in (*EDITS, edits.apply, edits.verify):
     app.command(no_args_is_help=True, rich_help_panel="Act")(command)
 app.add_typer(search.app, name="search", rich_help_panel="Know")
+app.command(no_args_is_help=True, rich_help_panel="Know")(train.train)
 app.add_typer(study.app, name="study", rich_help_panel="Know")
 
 
@@ -46,3 +47,7 @@ def root(
 def main() -> None:
     """Run the command line."""
     app()
+
+
+if __name__ == "__main__":  # as torchrun -m and accelerate launch -m start it
+    main()

@@ -22,7 +22,8 @@ app = typer.Typer(help="Search by measured quality: which heads, how many direct
 Base = Annotated[str, typer.Argument(metavar="BASE", help="What the tuned model descends from.")]
 Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="The model that is searched.")]
 Eval = Annotated[
-    str, typer.Option("--eval", metavar="TASKS", help="Tasks, separated by commas; the first decides (docs/evaluate.md).")
+    str,
+    typer.Option("--eval", metavar="TASKS", help="Tasks, separated by commas; the first decides (docs/evaluate.md)."),
 ]
 Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="RUN", help="Write a run folder.")]
 Write = Annotated[Path | None, typer.Option(metavar="OUT", help="Write the chosen checkpoint here, and score it.")]

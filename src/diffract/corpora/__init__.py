@@ -2,7 +2,15 @@
 
 from diffract.corpora.evaluation_only import refuse_evaluation_only
 from diffract.corpora.records import instruction_text, question_text, record_text
-from diffract.corpora.sources import HUB, STANDARD_LIBRARY, WORD_PROBLEMS, read_documents, read_records, read_texts
+from diffract.corpora.sources import (
+    HUB,
+    STANDARD_LIBRARY,
+    WORD_PROBLEMS,
+    read_documents,
+    read_records,
+    read_texts,
+    source_files,
+)
 from diffract.corpora.splits import Document, Split, digest, split_documents, split_of
 from diffract.corpora.word_problems import Problem, make_problems
 
@@ -22,6 +30,7 @@ __all__ = [
     "read_texts",
     "record_text",
     "refuse_evaluation_only",
+    "source_files",
     "split_documents",
     "split_of",
 ]

@@ -63,9 +63,9 @@ def read_texts(source: str, *, data: Path | None = None) -> Iterator[str]:
     Raises:
         CorpusError: It cannot be read, or is for evaluation only.
     """
-    path = Path(sysconfig.get_paths()["stdlib"]) if source == STANDARD_LIBRARY else _path(source, data)
+    path = _place(source, data)
     if path.is_dir():
-        yield from _code_texts(path)
+        yield from (p.read_text(encoding="utf-8", errors="replace") for p in _code_files(path))
         return
     stem = path.name.removesuffix(".gz")
     if stem.endswith((".jsonl", ".json")):
@@ -76,6 +76,18 @@ def read_texts(source: str, *, data: Path | None = None) -> Iterator[str]:
         yield from _articles(_decoded(path))
     else:
         raise CorpusError(f"{printable(source)}: unknown kind of file, expected .jsonl, .json or .txt, also with .gz.")
+
+
+def source_files(source: str, *, data: Path | None = None) -> list[Path]:
+    """Return the files that a source's text is read from, in order; made-up text and the hub have none.
+
+    Raises:
+        CorpusError: The source is not there.
+    """
+    if source.partition(":")[0] == WORD_PROBLEMS or source.startswith(HUB):
+        return []
+    path = _place(source, data)
+    return list(_code_files(path)) if path.is_dir() else [path]
 
 
 def read_records(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -100,7 +112,9 @@ def read_records(path: Path) -> Iterator[Mapping[str, Any]]:
             yield record
 
 
-def _path(source: str, data: Path | None) -> Path:
+def _place(source: str, data: Path | None) -> Path:
+    if source == STANDARD_LIBRARY:
+        return Path(sysconfig.get_paths()["stdlib"])
     places = [Path(source), *([data / source] if data else [])]
     found = next((path for path in places if path.exists()), None)
     if found is None:
@@ -119,10 +133,8 @@ def _decoded(path: Path) -> str:
         raise CorpusError(f"cannot read {printable(path)!r}: {printable(error)}. Fetch it again.") from error
 
 
-def _code_texts(root: Path) -> Iterator[str]:
-    for path in sorted(root.rglob("*.py")):
-        if not SKIPPED & set(path.relative_to(root).parts):
-            yield path.read_text(encoding="utf-8", errors="replace")
+def _code_files(root: Path) -> Iterator[Path]:
+    return (p for p in sorted(root.rglob("*.py")) if not SKIPPED & set(p.relative_to(root).parts))
 
 
 def _articles(text: str) -> Iterator[str]:

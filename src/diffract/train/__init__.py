@@ -1,0 +1,29 @@
+"""Pre-training and continual pre-training of causal language models, by recipes.
+
+Names are imported when they are first used, so that settings can be read without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffract.train.preview import TrainPreview, preview_training
+    from diffract.train.records import TrainRun
+    from diffract.train.run import train
+    from diffract.train.settings import TrainRecipe, load_train_recipe
+
+_PLACES = {
+    **dict.fromkeys(("TrainPreview", "preview_training"), "preview"),
+    "TrainRun": "records",
+    "train": "run",
+    **dict.fromkeys(("TrainRecipe", "load_train_recipe"), "settings"),
+}
+
+__all__ = ["TrainPreview", "TrainRecipe", "TrainRun", "load_train_recipe", "preview_training", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from where it lives."""
+    if name not in _PLACES:
+        raise AttributeError(f"module 'diffract.train' has no attribute {name!r}")
+    return getattr(import_module(f"diffract.train.{_PLACES[name]}"), name)
