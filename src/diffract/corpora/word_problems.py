@@ -19,7 +19,7 @@ NAMES = ("Tom", "Anna", "Ben", "Mia", "Sam", "Lily", "Max", "Eva")
 THINGS = ("apples", "books", "coins", "pens", "cards", "eggs", "balls", "stones")
 
 LEVELS = (1, 2, 3, 4)
-"""One step of adding and taking; one of multiplying and sharing; two steps; three steps."""
+"""A step with numbers up to 20; a step with larger ones, multiplying or sharing; two steps; three steps."""
 
 COUNT = {"train": 40_000, "selection": 1_000, "held-out": 1_000}
 """Problems in each split of the corpus."""
@@ -72,13 +72,25 @@ def _chain(first: tuple[str, int], *rest: Callable[[int], tuple[str, int]]) -> t
 SMALL, MIDDLE, FACTOR, SCORE = (1, 20), (1, 50), (2, 9), (2, 30)
 
 TEMPLATES = (
-    Template(1, "{A} has {0} {t}. {B} gives {A} {1} more. How many {t} does {A} have?", (MIDDLE, MIDDLE),
+    Template(1, "{A} has {0} {t}. {B} gives {A} {1} more. How many {t} does {A} have?", (SMALL, SMALL),
              lambda a, b: (_add(a, b),)),
-    Template(1, "{A} has {0} {t} and gives {1} to {B}. How many {t} are left?", (MIDDLE, MIDDLE),
+    Template(1, "{A} has {0} {t} and {B} has {1}. How many {t} do they have together?", (SMALL, SMALL),
+             lambda a, b: (_add(a, b),)),
+    Template(1, "{A} finds {0} {t} and then {1} more. How many {t} are that?", (SMALL, SMALL),
+             lambda a, b: (_add(a, b),)),
+    Template(1, "There are {0} {t} in a box. {A} adds {1}. How many {t} are in the box?", (SMALL, SMALL),
+             lambda a, b: (_add(a, b),)),
+    Template(1, "{A} has {0} {t} and gives {1} to {B}. How many {t} are left?", (SMALL, SMALL),
              lambda a, b: _chain(_take(a, b))),
-    Template(1, "{A} has {0} {t} and {B} has {1}. How many {t} do they have together?", (MIDDLE, MIDDLE),
+    Template(1, "{A} has {0} {t}. {B} has {1} fewer. How many {t} does {B} have?", (SMALL, SMALL),
+             lambda a, b: _chain(_take(a, b))),
+    Template(1, "{A} had {0} {t} and lost {1}. How many {t} are left?", (SMALL, SMALL),
+             lambda a, b: _chain(_take(a, b))),
+    Template(1, "There are {0} {t} in a box. {A} takes {1}. How many {t} are in the box?", (SMALL, SMALL),
+             lambda a, b: _chain(_take(a, b))),
+    Template(2, "{A} has {0} {t} in one box and {1} in another. How many {t} does {A} have?", (MIDDLE, MIDDLE),
              lambda a, b: (_add(a, b),)),
-    Template(1, "{A} has {0} {t}. {B} has {1} fewer. How many {t} does {B} have?", (MIDDLE, MIDDLE),
+    Template(2, "{A} has {0} {t} and {B} has {1}. How many more does {A} have?", (MIDDLE, MIDDLE),
              lambda a, b: _chain(_take(a, b))),
     Template(2, "{A} buys {0} boxes with {1} {t} each. How many {t} are that?", (FACTOR, SCORE),
              lambda a, b: (_times(a, b),)),
