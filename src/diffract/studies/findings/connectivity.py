@@ -1,0 +1,1 @@
+def connectivity(study): raise NotImplementedError

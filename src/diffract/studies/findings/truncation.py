@@ -1,0 +1,1 @@
+def truncation(study): raise NotImplementedError
