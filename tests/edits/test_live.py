@@ -32,6 +32,7 @@ KINDS: Kinds = {
     "rewind tensors": lambda base, _: Rewind(to=base, fraction=0.3, unit="tensor"),
     "rewind reference": lambda base, other: Rewind(to=base, fraction=0.5, order="reference", reference=other),
     "truncate": lambda base, _: Truncate(base=base, rank=3),
+    "truncate at random": lambda base, _: Truncate(base=base, drop=0.5, side="random", seed=3),
     "truncate heads": lambda base, _: Truncate(base=base, drop=0.5, per="head", select="attn"),
     "interpolate": lambda _, other: Interpolate(other=other, at=0.3),
     "interpolate groups": lambda _, other: Interpolate(other=other, at=0.3, groups={"layers 1": 0.9, "attn.q": 0}),

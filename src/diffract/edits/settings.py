@@ -146,7 +146,9 @@ class Truncate(Settings):
     band: Band | None = None
     """Keep a band of the spectrum: from and to, as fractions counted from the largest."""
     side: Side = "head"
-    """head keeps what the rule picks, tail the rest."""
+    """head keeps what the rule picks, tail the rest, random as many by chance, of energy as many as hold it."""
+    seed: int = 0
+    """Of side random."""
     per: Literal["matrix", "head"] = "matrix"
     """Whether each matrix is truncated as a whole, or each attention head's slice by itself."""
     select: str | None = None

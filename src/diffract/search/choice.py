@@ -67,7 +67,7 @@ def of_first(scorer: Scorer, split: Split, point: Point) -> dict[str, Any]:
     return scorer.rows(split, point.state, "held-out")[0]
 
 
-def winner(rows: Iterable[Mapping[str, Any]], which: Which, far: Callable[[Mapping[str, Any]], float]) -> Any:
+def winner(rows: Iterable[Mapping[str, Any]], which: str, far: Callable[[Mapping[str, Any]], float]) -> Any:
     """Return the row that is chosen of all curves that are no controls, by the selection split; the first of equals.
 
     ``best`` has the highest gain, ``without-loss`` goes furthest.

@@ -35,14 +35,14 @@ class Sketch:
         labels: What tables say of all its points, such as order and seed.
         at: Where its points lie, ascending, both ends included.
         control: Whether it stands beside others to be compared with, and never gives the choice.
-        late: Whether it is left out before others where the budget does not suffice.
+        group: What its points are called; where a budget does not suffice, groups that begin later are left out first.
         needs_effects: Whether its states are known only when the effects of single heads are.
     """
 
     labels: Mapping[str, Any]
     at: tuple[float, ...]
     control: bool = False
-    late: bool = False
+    group: str = "points of curves"
     needs_effects: bool = False
 
 

@@ -15,35 +15,34 @@ Rows = list[dict[str, Any]]
 
 
 def planned(
-    stage: Stage, sketches: Sequence[Sketch], *, ends: int, effects: int = 0, budget: Budget, time_it: bool
+    stage: Stage, sketches: Sequence[Sketch], *, ends: int, effects: int = 0, budget: Budget, dry_run: bool
 ) -> tuple[Plan, Estimate | None]:
-    """Return what will be evaluated, and with ``time_it`` how long it takes.
+    """Return what will be evaluated, and of a dry run how long it takes.
 
     Raises:
         SelectionError: The budget does not suffice for anything.
     """
-    timed = time_it or budget.seconds is not None
+    timed = dry_run or budget.seconds is not None
     seconds = seconds_of(stage.evaluators(None)) if timed else {}
-    plan = make_plan(sketches, ends=ends, effects=effects, budget=budget, seconds_each=seconds)
-    if not time_it:
-        return plan, None
-    return plan, Estimate(plan.counts, seconds, cost(plan.counts, seconds), plan.left_out)
+    splits = tuple(stage.tasks)
+    plan = make_plan(sketches, ends=ends, effects=effects, splits=splits, budget=budget, seconds_each=seconds)
+    return plan, Estimate(plan.counts, seconds, cost(plan.counts, seconds), plan.left_out) if dry_run else None
 
 
-def build(sketches: Sequence[Sketch], plan: Plan, point_of: Callable[[int, float], Point]) -> list[Curve]:
+def build(sketches: Sequence[Sketch], plan: Plan, point_of: Callable[[Sketch, float], Point]) -> list[Curve]:
     """Return the curves that a plan keeps something of.
 
     Args:
         sketches: Of the curves.
         plan: Which points are kept; both ends always are.
-        point_of: Makes the point of a sketch, by its number, at a place.
+        point_of: Makes the point of a sketch at a place.
     """
     found = []
     for number, sketch in enumerate(sketches):
         inner = plan.points.get(("selection", number), ())
         if inner or len(sketch.at) == 2:
             places = [sketch.at[0], *(sketch.at[i] for i in inner), sketch.at[-1]]
-            found.append(Curve(sketch, tuple(point_of(number, at) for at in places)))
+            found.append(Curve(sketch, tuple(point_of(sketch, at) for at in places)))
     return found
 
 

@@ -67,8 +67,11 @@ def parse_orders(given: str | Sequence[str] | None, *, reference: bool) -> tuple
 def variants(orders: Sequence[HeadOrder], seeds: int) -> list[tuple[HeadOrder, int, bool]]:
     """Return order, seed and reverse of every curve; a random order taken from its end would be another random one."""
     found: list[tuple[HeadOrder, int, bool]] = []
-    found += [(order, seed, False) for order in orders for seed in range(seeds if order == "random" else 1)]
-    found += [(order, 0, True) for order in orders if order != "random"]
+    for order in orders:
+        found += [(order, seed, False) for seed in range(seeds if order == "random" else 1)]
+    for order in orders:
+        if order != "random":
+            found.append((order, 0, True))
     return found
 
 

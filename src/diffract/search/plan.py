@@ -1,8 +1,8 @@
 """What a search will evaluate, in which order of importance, and what is left out where a budget does not suffice.
 
 Importance: both ends of the curves; the effect of every head alone, all or none; the curves on the selection split,
-coarse before fine, each with two evaluations of what it chooses on the held-out split; reversed ones likewise; then
-all of them on the held-out split, in the same order. The first that does not fit ends the plan.
+one group after another, coarse before fine, each with two evaluations of what it chooses on the held-out split; then all
+of them on the held-out split, in the same order. The first that does not fit ends the plan.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ SPLITS: tuple[Split, Split] = ("selection", "held-out")
 
 CHOSEN = 2
 """Points of a curve that are chosen, at most: the best, and the furthest without loss."""
+
+FIRST: Mapping[Split, int] = {"selection": 1, "held-out": CHOSEN}
+"""What the first point of a curve costs."""
 
 _TIME = re.compile(r"(?P<value>\d+(\.\d+)?)\s*(?P<unit>s|m|min|h)", re.ASCII)
 SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600}
@@ -101,6 +104,7 @@ def make_plan(
     *,
     ends: int,
     effects: int = 0,
+    splits: Sequence[Split] = SPLITS,
     budget: Budget | None = None,
     seconds_each: Mapping[Split, float] | None = None,
 ) -> Plan:
@@ -108,8 +112,9 @@ def make_plan(
 
     Args:
         sketches: The curves; which states both of their ends are is known, and counted under ``ends``.
-        ends: States that are evaluated in both splits in any case.
+        ends: States that are evaluated in every split in any case.
         effects: Single units whose effect is wanted, on the selection split.
+        splits: What is evaluated; the held-out split alone where nothing is chosen.
         budget: The most that it may cost.
         seconds_each: Of one evaluation in each split; needed for a budget in seconds.
 
@@ -117,21 +122,22 @@ def make_plan(
         SelectionError: The budget does not suffice for the ends and one point.
     """
     purse = _Purse(budget or Budget(), seconds_each or {})
-    fits = purse.take({"selection": ends, "held-out": ends})
-    measured = effects > 0 and purse.take({"selection": effects})
+    fits = purse.take(dict.fromkeys(splits, ends))
+    alone = {"selection": effects, "held-out": 0}
+    measured = effects > 0 and purse.affords(_sum(alone, FIRST)) and purse.take(alone)
     left_out = [f"effects of {effects} single heads, and what needs them"] if effects and not measured else []
     taken: dict[tuple[Split, int], list[int]] = {}
-    missed: Counter[tuple[Split, bool]] = Counter()
-    for split, curve, point in _by_importance(sketches, effects=measured):
+    missed: Counter[tuple[Split, str]] = Counter()
+    for split, curve, point in _by_importance(sketches, splits, effects=measured):
         first = split == "selection" and (split, curve) not in taken
-        if not missed and purse.take({split: 1, **({"held-out": CHOSEN} if first else {})}):
+        if not missed and purse.take(FIRST if first else {split: 1}):
             taken.setdefault((split, curve), []).append(point)
         else:
-            missed[split, sketches[curve].late] += 1
+            missed[split, sketches[curve].group] += 1
     if not fits or (missed and not taken):
-        raise SelectionError(f"budget: expected more, {2 * ends + 1 + CHOSEN} evaluations are the least.")
-    words = {False: "points of curves", True: "points of reversed curves"}
-    left_out += [f"{count} {words[late]} on the {split} split" for (split, late), count in missed.items()]
+        least = len(splits) * ends + 1 + CHOSEN * (len(splits) - 1)
+        raise SelectionError(f"budget: expected more, {least} evaluations are the least.")
+    left_out += [f"{count} {group} on the {split} split" for (split, group), count in missed.items()]
     points = {key: tuple(sorted(found)) for key, found in taken.items()}
     return Plan(measured, points, dict(purse.spent), tuple(left_out))
 
@@ -141,18 +147,25 @@ class _Purse:
 
     def __init__(self, budget: Budget, seconds_each: Mapping[Split, float]) -> None:
         self.budget, self.seconds_each = budget, seconds_each
-        self.spent: Counter[Split] = Counter()
+        self.spent: dict[Split, int] = {}
+
+    def affords(self, counts: Mapping[Split, int]) -> bool:
+        """Whether there is enough left."""
+        after, limit, seconds = _sum(self.spent, counts), self.budget.evaluations, self.budget.seconds
+        if limit is not None and sum(after.values()) > limit:
+            return False
+        return seconds is None or cost(after, self.seconds_each) <= seconds
 
     def take(self, counts: Mapping[Split, int]) -> bool:
         """Spend evaluations in each split, if there is enough left."""
-        after = self.spent + Counter(counts)
-        limit, seconds = self.budget.evaluations, self.budget.seconds
-        if limit is not None and after.total() > limit:
+        if not self.affords(counts):
             return False
-        if seconds is not None and cost(after, self.seconds_each) > seconds:
-            return False
-        self.spent = after
+        self.spent = _sum(self.spent, counts)
         return True
+
+
+def _sum(one: Mapping[Split, int], other: Mapping[Split, int]) -> dict[Split, int]:
+    return {split: one.get(split, 0) + other.get(split, 0) for split in {**one, **other}}
 
 
 def cost(counts: Mapping[Split, int], seconds_each: Mapping[Split, float]) -> float:
@@ -160,13 +173,15 @@ def cost(counts: Mapping[Split, int], seconds_each: Mapping[Split, float]) -> fl
     return sum(count * seconds_each[split] for split, count in counts.items())
 
 
-def _by_importance(sketches: Sequence[Sketch], *, effects: bool) -> Iterator[tuple[Split, int, int]]:
+def _by_importance(
+    sketches: Sequence[Sketch], splits: Sequence[Split], *, effects: bool
+) -> Iterator[tuple[Split, int, int]]:
     """Yield split, curve and point between both ends."""
     can_be = [(i, s) for i, s in enumerate(sketches) if effects or not s.needs_effects]
     longest = max((len(s.at) for _, s in can_be), default=0)
-    for split in SPLITS:
-        for late in (False, True):
-            curves = [(i, coarse_first(len(s.at) - 2)) for i, s in can_be if s.late == late]
+    for split in splits:
+        for group in dict.fromkeys(s.group for _, s in can_be):
+            curves = [(i, coarse_first(len(s.at) - 2)) for i, s in can_be if s.group == group]
             for level in range(longest):
                 for i, order in curves:
                     if level < len(order):

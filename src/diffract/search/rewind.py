@@ -2,63 +2,30 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
-import polars as pl
+import torch
 
-from diffract.cache import Cache
-from diffract.edits.parts import find_units
+from diffract.edits.bench import Other
+from diffract.edits.parts import Units, find_units
 from diffract.edits.settings import Shared
-from diffract.errors import SelectionError
-from diffract.search.choice import Which, winner
-from diffract.search.curves import Sketch, parse_fractions
+from diffract.search.choice import Which
+from diffract.search.curves import Point, Sketch, State, parse_fractions
 from diffract.search.effects import effect_table, measure_effects
 from diffract.search.head_scores import Sources, head_scores, order_table
-from diffract.search.measure import Rows, build, measure, planned
-from diffract.search.orders import HeadOrder, parse_orders
-from diffract.search.plan import SPLITS, Budget, Estimate, Plan, parse_budget
+from diffract.search.measure import Rows, build, measure
+from diffract.search.orders import HeadOrder, Scores, parse_orders
+from diffract.search.plan import SPLITS, Estimate, Plan
 from diffract.search.rewinding import Rewinder, in_order, sketches_of
-from diffract.search.scorer import TUNED, Progress, Scorer
-from diffract.search.setup import How, Model, Stage, described, in_memory, manifest, require_word, set_up
+from diffract.search.running import Asked, Found, run_search
+from diffract.search.scorer import Progress, Scorer
+from diffract.search.setup import How, Model, Stage, require_word
 from diffract.search.tables import CHOICE, ITEMS, ON_CURVE, QUALITY, RewindTables
-from diffract.search.work import finish, working
-from diffract.search.written import write_chosen
 from diffract.tables import frame
-
-ENDS = 3
-"""States that are scored in any case: the tuned model, all heads rewound, the base."""
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What is searched, as validated."""
-
-    orders: tuple[HeadOrder, ...]
-    at: tuple[float, ...]
-    seeds: int
-    kv: Shared
-    tolerance: float | None
-    choose_by: Which
-    budget: Budget
-    reference: Model | None
-    text: str | None
-
-    def settings(self) -> dict[str, Any]:
-        """Return them as a manifest keeps them."""
-        return {
-            "order": list(self.orders),
-            "fractions": list(self.at),
-            "seeds": self.seeds,
-            "kv": self.kv,
-            "tolerance": self.tolerance,
-            "choose_by": self.choose_by,
-            "budget": vars(self.budget),
-            "text": self.text,
-        }
 
 
 def search_rewind(
@@ -127,104 +94,98 @@ def search_rewind(
     Raises:
         DiffractError: The input is wrong; the message says what, where, and what to do.
     """
-    begun = time.monotonic()
-    orders = parse_orders(order, reference=reference is not None)
     require_word("kv", kv, get_args(Shared))
-    require_word("choice", choose_by, get_args(Which))
-    if seeds < 1:
-        raise SelectionError(f"seeds: expected 1 or more, got {seeds}.")
-    at, most = parse_fractions(fractions), parse_budget(budget)
-    wish = Wish(orders, at, seeds, kv, tolerance, choose_by, most, reference, text)
+    orders, at = parse_orders(order, reference=reference is not None), parse_fractions(fractions)
     how = How(eval, data, limit, shots, device, dtype, tokenizer, architecture)
-    with working(None if dry_run else output, force=force) as cache:
-        stage = set_up(tuned, how)
-        search = _Search(stage, in_memory(base, stage), wish)
-        if dry_run:
-            return search.estimate()
-        models = [described("base", "base", base, search.base), described("tuned", "tuned", tuned, stage.subject.model)]
-        tables = search.run(cache, progress)
-        tables.manifest.update(manifest("search rewind", stage, models, settings=how.settings() | wish.settings(),
-                                        seconds=round(time.monotonic() - begun, 3), **search.found))  # fmt: skip
-        if write is not None:
-            tables.manifest["written"] = search.write(write, base, tuned, force=force)
-        if output is not None:
-            finish(tables, output, cache, force=force)
-    return tables
+    asked = Asked(seeds, tolerance, choose_by, budget, output, write, dry_run, force, progress)
+
+    def make(stage: Stage, start: torch.nn.Module) -> RewindSearch:
+        return RewindSearch(stage, start, orders, at, seeds, kv, reference, text)
+
+    return run_search(base, tuned, how, asked, make)
 
 
-class _Search:
-    """A search that is under way.
+@dataclass
+class RewindSearch:
+    """A search over heads.
 
     Attributes:
-        found: What the manifest says of it.
+        stage: The live model.
+        base: What heads go back to, in memory.
+        orders: In which they do.
+        at: Fractions of them.
+        seeds: How many random orders.
+        kv: When shared key-value heads go.
+        reference: For order ``reference``.
+        text: Of the sample for cheaper orders.
     """
 
-    def __init__(self, stage: Stage, base: Any, wish: Wish) -> None:
-        self.stage, self.base, self.wish = stage, base, wish
-        self.other = stage.live.bench.other(base)
-        self.units = find_units(stage.live.bench, "head", None)
-        self.rewinder = Rewinder(base, self.units, wish.kv)
-        self.sketches = sketches_of(wish.orders, wish.seeds, wish.at)
-        self.found: dict[str, Any] = {}
+    stage: Stage
+    base: torch.nn.Module
+    orders: tuple[HeadOrder, ...]
+    at: tuple[float, ...]
+    seeds: int
+    kv: Shared
+    reference: Model | None
+    text: str | None
+    kind = "search rewind"
 
-    def plan(self, *, time_it: bool) -> tuple[Plan, Estimate | None]:
-        effects = len(self.units.names) if "greedy" in self.wish.orders else 0
-        return planned(self.stage, self.sketches, ends=ENDS, effects=effects, budget=self.wish.budget, time_it=time_it)
+    def __post_init__(self) -> None:
+        self.other: Other = self.stage.live.bench.other(self.base)
+        self.units: Units = find_units(self.stage.live.bench, "head", None)
+        self.rewinder = Rewinder(self.base, self.units, self.kv)
 
-    def estimate(self) -> Estimate:
-        _, found = self.plan(time_it=True)
-        assert found is not None
-        return found
+    @cached_property
+    def sketches(self) -> list[Sketch]:
+        """Its curves."""
+        return sketches_of(self.orders, self.seeds, self.at)
 
-    def run(self, cache: Cache | None, progress: Progress | None) -> RewindTables:
-        plan, _ = self.plan(time_it=False)
-        self.scorer = self.stage.scorer(cache, progress)
-        self.scorer.total = plan.evaluations
-        score_ends(self.scorer, (TUNED, self.rewinder.state(self.units.names), self.rewinder.whole()))
+    @property
+    def effects(self) -> int:
+        """How many heads are measured alone."""
+        return len(self.units.names) if "greedy" in self.orders else 0
+
+    @property
+    def ends(self) -> list[State]:
+        """All heads rewound, and the base."""
+        return [self.rewinder.state(self.units.names), self.rewinder.whole()]
+
+    def settings(self) -> dict[str, Any]:
+        """Return its settings as a manifest keeps them."""
+        reference = None if self.reference is None else str(self.reference)
+        kept = {"kv": self.kv, "reference": reference, "text": self.text}
+        return {"order": list(self.orders), "fractions": list(self.at), **kept}
+
+    def far(self, row: Mapping[str, Any]) -> float:
+        """Say how far a chosen point goes."""
+        return row["fraction"]
+
+    def run(self, scorer: Scorer, plan: Plan, tolerance: float | None) -> Found[RewindTables]:
+        """Measure single heads, find all orders, measure curves, and choose."""
         effects = None
         if plan.effects:
-            effects = measure_effects(self.scorer, self.units.names, lambda name: self.rewinder.state([name]))
-        sources = Sources(self.stage, self.other, self.units, self.wish.reference, self.wish.text)
-        scores = head_scores(sources, self.wish.orders) | ({"greedy": effects.gains()} if effects else {})
-        points, chosen = self._curves(plan, scores)
-        self.chosen = winner(chosen, self.wish.choose_by, lambda row: row["fraction"])
-        self.found = {
-            "evaluations": self.scorer.done, "left_out": list(plan.left_out), "chosen": self.chosen,
-        }  # fmt: skip
-        return RewindTables(
+            effects = measure_effects(scorer, self.units.names, lambda name: self.rewinder.state([name]))
+        sources = Sources(self.stage, self.other, self.units, self.reference, self.text)
+        scores = head_scores(sources, self.orders) | ({"greedy": effects.gains()} if effects else {})
+        points, chosen = self._curves(scorer, plan, scores, tolerance)
+        tables = RewindTables(
             points=frame(points, ON_CURVE | QUALITY),
             effects=effect_table(self.units, effects, scores, self.stage.tasks["selection"]),
             orders=order_table(scores),
             choice=frame(chosen, CHOICE),
-            items=self.scorer.items().select(*ITEMS),
+            items=scorer.items().select(*ITEMS),
         )
+        return Found(tables, chosen, {})
 
-    def _curves(self, plan: Plan, scores: Mapping[str, Any]) -> tuple[Rows, Rows]:
+    def _curves(
+        self, scorer: Scorer, plan: Plan, scores: Mapping[str, Scores], tolerance: float | None
+    ) -> tuple[Rows, Rows]:
         """Return rows of points, those of the base at the end, and of what is chosen."""
 
-        def point_of(number: int, at: float) -> Any:
-            sketch: Sketch = self.sketches[number]
+        def point_of(sketch: Sketch, at: float) -> Point:
             return self.rewinder.point(sketch, at, in_order(sketch, self.units, scores))
 
         curves = build(self.sketches, plan, point_of)
-        points, chosen = measure(self.scorer, self.sketches, curves, plan, self.wish.tolerance)
-        return points + base_rows(self.scorer, self.rewinder), chosen
-
-    def write(self, output: str | Path, base: Model, tuned: Model, *, force: bool) -> dict[str, Any]:
-        """Write the chosen checkpoint; the tuned model itself where nothing gains."""
-        names = self.chosen["heads"]
-        steps = [{"rewind": {"to": base, "heads": ",".join(names), "kv": self.wish.kv}}] if names else []
-        live: pl.DataFrame = self.scorer.score("held-out", self.rewinder.state(names))
-        return write_chosen(output, self.stage, live, tuned, steps, force=force)
-
-
-def score_ends(scorer: Scorer, ends: Sequence[Any]) -> None:
-    """Score both ends of all curves on both splits, the tuned model first."""
-    for state in ends:
-        for split in SPLITS:
-            scorer.score(split, state, "ends of curves")
-
-
-def base_rows(scorer: Scorer, rewinder: Rewinder) -> Rows:
-    """Return rows of the base, for comparison."""
-    return [{"order": "base", **row} for split in SPLITS for row in scorer.rows(split, rewinder.whole())]
+        points, chosen = measure(scorer, self.sketches, curves, plan, tolerance)
+        base = [{"order": "base", **row} for split in SPLITS for row in scorer.rows(split, self.rewinder.whole())]
+        return points + base, chosen

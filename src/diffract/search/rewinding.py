@@ -54,7 +54,7 @@ def sketches_of(orders: Sequence[HeadOrder], seeds: int, at: tuple[float, ...]) 
             {"order": order, "seed": seed, "reverse": reverse},
             at,
             control=reverse or order == "random",
-            late=reverse,
+            group="points of reversed curves" if reverse else "points of curves",
             needs_effects=order == "greedy",
         )
         for order, seed, reverse in variants(orders, seeds)

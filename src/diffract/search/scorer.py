@@ -36,7 +36,9 @@ class Scorer:
 
     Attributes:
         tasks: For each split; their names are the same.
-        numbers: Of each state that was scored, by its key; the model itself is 0.
+        numbers: Of each state, by its key; the model itself is 0.
+        states: Each state by its number.
+        total: How many evaluations there will be.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Scorer:
         """
         self.live, self.evaluators, self.tasks, self.progress = live, evaluators, tasks, progress
         self.numbers: dict[Hashable, int] = {TUNED.key: 0}
+        self.states: list[State] = [TUNED]
         self.total = 0
         self._found: dict[tuple[Split, int], pl.DataFrame] = {}
         self._rows: dict[tuple[Split, int], list[dict[str, Any]]] = {}
@@ -73,7 +76,10 @@ class Scorer:
 
     def number(self, state: State) -> int:
         """Return the number that stands for a state in tables."""
-        return self.numbers.setdefault(state.key, len(self.numbers))
+        if state.key not in self.numbers:
+            self.numbers[state.key] = len(self.states)
+            self.states.append(state)
+        return self.numbers[state.key]
 
     def score(self, split: Split, state: State, what: str = "") -> pl.DataFrame:
         """Return the scores of a state."""

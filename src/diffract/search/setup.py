@@ -50,15 +50,15 @@ class How:
     architecture: str | Path | None = None
     batch_tokens: int = 16_384
 
-    def tasks(self) -> dict[Split, list[Task]]:
-        """Return the tasks of each split.
+    def tasks(self, splits: Sequence[Split]) -> dict[Split, list[Task]]:
+        """Return the tasks of splits.
 
         Raises:
             DiffractError: One cannot be loaded.
         """
         return {
             split: load_tasks(self.eval, split=split, data=self.data, limit=self.limit, shots=self.shots)
-            for split in SPLITS
+            for split in splits
         }
 
     def settings(self) -> dict[str, Any]:
@@ -113,13 +113,13 @@ class Stage:
         return told[0]
 
 
-def set_up(model: Model, how: How) -> Stage:
-    """Load the model that is searched, and the tasks.
+def set_up(model: Model, how: How, splits: Sequence[Split] = SPLITS) -> Stage:
+    """Load the model that is searched, and the tasks of splits.
 
     Raises:
         DiffractError: A task or the model cannot be loaded.
     """
-    tasks = how.tasks()
+    tasks = how.tasks(splits)
     subject = load_subject(model, device=how.device, dtype=how.dtype, tokenizer=how.tokenizer)
     notes = list(dict.fromkeys(note for own in tasks.values() for task in own for note in task.notes))
     return Stage(how, subject, LiveModel(subject.model, architecture=how.architecture), tasks, notes)
@@ -143,7 +143,9 @@ def described(name: str, role: str, reference: Model, model: torch.nn.Module) ->
     return {"model": name, "role": role, "reference": shown, "digest": model_digest(model)}
 
 
-def manifest(kind: str, stage: Stage, models: Sequence[Mapping[str, Any]], **found: Any) -> dict[str, Any]:
+def manifest(
+    kind: str, stage: Stage, models: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], **found: Any
+) -> dict[str, Any]:
     """Return the manifest of a search."""
     return {
         "diffract": __version__,
@@ -153,8 +155,9 @@ def manifest(kind: str, stage: Stage, models: Sequence[Mapping[str, Any]], **fou
         "tasks": {split: [task.settings() for task in tasks] for split, tasks in stage.tasks.items()},
         "metrics": {},
         "models": list(models),
+        "settings": dict(settings),
         **found,
-        "warnings": list(dict.fromkeys([*stage.notes, *found.get("warnings", ())])),
+        "warnings": list(dict.fromkeys(stage.notes)),
     }
 
 

@@ -114,6 +114,44 @@ ITEMS: dict[str, Any] = {
 """Columns of ``items``: quality of a task is sum(``value``) / sum(``weight``)."""
 
 
+ON_TRUNCATION: dict[str, Any] = {
+    "rule": pl.String,
+    "seed": pl.Int32,
+    "fraction": pl.Float64,
+    "directions": pl.Int64,
+    "energy": pl.Float64,
+    "bytes": pl.Float64,
+    "drop": pl.Float64,
+}
+"""Columns of ``points`` and ``choice`` of a truncation search: ``fraction`` of directions that the curve drops (of rule
+``energy``: of the energy), or of those of the curve ``drop`` that a control is matched to. Of the change D = W1 - W0 of
+all matrices what is kept: how many singular ``directions``, of DARE none; the share of ``energy``, sum ||D||_F^2; the
+share of ``bytes`` (see ``change.py``). ``drop`` is DARE's probability. Rows with rule ``base`` are the base model.
+"""
+
+TRUNCATION_CHOICE: dict[str, Any] = ON_TRUNCATION | _CHOSEN
+
+
+@dataclass(frozen=True)
+class TruncateTables(RunTables):
+    """The tables of ``search truncate``.
+
+    Attributes:
+        points: One row per point of a curve, split and task.
+        choice: Two rows per curve.
+        items: One row per state, split, task and item.
+        manifest: Version, settings, models with digests, warnings.
+    """
+
+    KINDS = ("search truncate",)
+    SCHEMAS = {"points": ON_TRUNCATION | QUALITY, "choice": TRUNCATION_CHOICE, "items": ITEMS}  # noqa: RUF012
+
+    points: pl.DataFrame
+    choice: pl.DataFrame
+    items: pl.DataFrame
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class RewindTables(RunTables):
     """The tables of ``search rewind``.

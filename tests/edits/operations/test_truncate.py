@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffract.edits.operations.rules import Rule
-from diffract.edits.operations.truncate import Truncated, truncate
+from diffract.edits.operations.truncate import Truncated, change_sigmas, truncate
 from diffract.linalg import products
 
 EPSILON = float(torch.finfo(torch.float64).eps)
@@ -244,3 +244,61 @@ def test_shapes_must_agree() -> None:
 def untyped(tuned: torch.Tensor, base: torch.Tensor) -> Truncated:
     """As it is called where shapes are not checked at run time."""
     return getattr(truncate, "__wrapped__", truncate)(tuned, base, Rule(rank=1))
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(24, 24), (61, 13), (13, 61)], ids=str)
+def test_random_keeps_as_many_directions_as_head(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """What is kept is W0 plus some of the singular directions of the change: each wholly there, or not at all."""
+    tuned, base = pair(shape, dtype)
+    rule = Rule(drop=0.5, side="random")
+    found = truncate(tuned, base, rule, seeded(3))
+    w0 = base.double().numpy()
+    U, S, Vh = scipy.linalg.svd(tuned.double().numpy() - w0, full_matrices=False)
+    along = np.einsum("mi,mn,in->i", U, found.values.double().numpy() - w0, Vh) / S
+    # the result is rounded to float32 where weights are stored in up to 32 bits: eps 6e-8 of entries up to 0.1, over
+    # the smallest sigma of about 4e-3, sums of 24 of them
+    there = along > 0.5
+    assert np.abs(along - there).max() < 1e-4
+    assert there.sum() == found.kept == truncate(tuned, base, Rule(drop=0.5)).kept
+    assert not there[: found.kept].all()  # by chance 1 in 10^6
+    assert found.energy_share == pytest.approx((S[there] ** 2).sum() / (S**2).sum(), rel=1e-6)
+
+
+def test_random_takes_directions_until_they_hold_the_energy() -> None:
+    tuned, base = pair((24, 24), torch.float64)
+    for seed in range(5):
+        found = truncate(tuned, base, Rule(energy=0.6, side="random"), seeded(seed))
+        assert 0.6 <= found.energy_share < 1
+        assert found.kept >= truncate(tuned, base, Rule(energy=0.6)).kept
+    assert truncate(tuned, base, Rule(energy=1.0, side="random"), seeded(0)).kept == 24
+
+
+def test_random_is_seeded_and_seeds_differ() -> None:
+    tuned, base = pair((24, 24), torch.float32)
+    rule = Rule(drop=0.5, side="random")
+    once, again, other = (truncate(tuned, base, rule, seeded(seed)).values for seed in (1, 1, 2))
+    assert torch.equal(once, again)
+    assert not torch.equal(once, other)
+
+
+def test_random_leaves_directions_that_hold_nothing_for_last() -> None:
+    """A change of rank 2: whichever two directions are kept, they are these."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(9, 7, generator=generator, dtype=torch.float64)
+    tuned = base + torch.randn(9, 2, generator=generator).double() @ torch.randn(2, 7, generator=generator).double()
+    found = truncate(tuned, base, Rule(rank=2, side="random"), seeded(0))
+    assert (found.values - tuned).abs().max() < 1e-13  # float64 rounding of entries up to 5, a few sums
+    assert found.energy_share == pytest.approx(1.0, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sigmas_are_those_of_the_change(dtype: torch.dtype) -> None:
+    tuned, base = pair((31, 13), dtype)
+    _, S = reference(tuned, base, 0, 0)
+    # by the Gram matrix sigma_i is off by about eps sigma_1^2 / sigma_i, here sigma_1 < 20 sigma_M
+    assert np.abs(change_sigmas(tuned, base).numpy() / S - 1).max() < 400 * 20 * EPSILON

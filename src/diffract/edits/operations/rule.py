@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Side = Literal["head", "tail"]
+Side = Literal["head", "tail", "random"]
 NoiseRule = Literal["donoho-gavish", "mp-edge"]
 
 CRITERIA = ("drop", "rank", "energy", "above", "rule", "band")
@@ -26,7 +26,9 @@ class Rule:
             edge of the Marchenko-Pastur law that is fitted to the bulk.
         band: (from, to), fractions of the directions counted from the largest sigma, 0 <= from < to <= 1: directions
             round(from M) up to, not including, round(to M) are kept. None where both round to the same.
-        side: ``head`` keeps what the criterion picks; ``tail`` keeps the others. A band has no tail.
+        side: ``head`` keeps what the criterion picks; ``tail`` keeps the others; ``random`` takes directions in a
+            random order instead of from the largest: as many as ``head`` would keep, of ``energy`` until they hold the
+            share. A band has no tail, and no random one.
 
     A fraction means the decimal number that it prints as, and round() is half up: drop = 0.145 of M = 100 is 15, though
     the product of the two floats is below 14.5.

@@ -9,14 +9,17 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
-from jaxtyping import Float64
+import torch
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from diffract.edits.operations.rule import NoiseRule, Rule
 from diffract.metrics.random_matrix import fit_bulk, rank_above_threshold
 
 
-def kept(S: Float64[Tensor, " M"], shape: tuple[int, int], rule: Rule) -> slice:
+def kept(
+    S: Float64[Tensor, " M"], shape: tuple[int, int], rule: Rule, order: Int64[Tensor, " M"] | None = None
+) -> slice:
     """Return the range of directions that a rule keeps.
 
     A zero matrix has no directions: nothing is kept, whatever the rule. The two noise rules compare singular values
@@ -28,9 +31,11 @@ def kept(S: Float64[Tensor, " M"], shape: tuple[int, int], rule: Rule) -> slice:
         S: All M singular values, descending; zero those that cannot be told from zero.
         shape: (m, n) of the matrix.
         rule: Which to keep.
+        order: Of side ``random``, in which order directions are taken.
 
     Returns:
-        With start and stop in 0 .. M. The ranges of ``head`` and ``tail`` meet without overlap.
+        With start and stop in 0 .. M, of the directions as they are taken. The ranges of ``head`` and ``tail`` meet
+        without overlap.
 
     Source: Gavish & Donoho 2014 (``donoho-gavish``); Marchenko & Pastur 1967 (``mp-edge``).
 
@@ -44,8 +49,23 @@ def kept(S: Float64[Tensor, " M"], shape: tuple[int, int], rule: Rule) -> slice:
         return slice(0, 0)
     if rule.band is not None:
         return slice(*(rounded(edge, total) for edge in rule.band))
-    count = _head_count(S, shape, rule)
-    return slice(0, count) if rule.side == "head" else slice(count, total)
+    if order is not None and rule.energy is not None:
+        count = _energy_count(S[order], rule.energy)
+    else:
+        count = _head_count(S, shape, rule)
+    return slice(count, total) if rule.side == "tail" else slice(0, count)
+
+
+def random_order(S: Float64[Tensor, " M"], generator: torch.Generator) -> Int64[Tensor, " M"]:
+    """Return the directions in a random order; those of sigma = 0, which hold nothing, come last.
+
+    Args:
+        S: All singular values, descending.
+        generator: On the CPU, so that every device gets the same order.
+    """
+    positive = int((S > 0).sum())
+    shuffled = torch.randperm(positive, generator=generator).to(S.device)
+    return torch.cat([shuffled, torch.arange(positive, len(S), device=S.device)])
 
 
 def share_of(fraction: float, total: int) -> Fraction:

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from diffract.edits.operations.directions import decomposed, energy_share, fewer
+from diffract.edits.operations.directions import Directions, decomposed, energy_share, fewer
 from diffract.edits.operations.precision import exact, require_same_shape, widened, wider, work_dtype
-from diffract.edits.operations.rules import Rule, kept
+from diffract.edits.operations.rules import Rule, kept, random_order
 from diffract.linalg import takes_gram
 from diffract.linalg.entries import Buffer
 from diffract.linalg.products import add_grams, pieces, product, short_first, short_side
@@ -35,7 +35,12 @@ class Truncated:
     energy_share: float
 
 
-def truncate(tuned: Float[Tensor, "m n"], base: Float[Tensor, "m n"], rule: Rule) -> Truncated:
+def truncate(
+    tuned: Float[Tensor, "m n"],
+    base: Float[Tensor, "m n"],
+    rule: Rule,
+    generator: torch.Generator | None = None,
+) -> Truncated:
     """Return W0 + sum over the kept i of sigma_i u_i v_i^T, the singular directions of D = W1 - W0.
 
     Input of up to 32 bits goes by the Gram matrix of D's short side and never holds D as a whole: float64 memory is a
@@ -56,6 +61,7 @@ def truncate(tuned: Float[Tensor, "m n"], base: Float[Tensor, "m n"], rule: Rule
         tuned: W1, any float dtype, device and stride.
         base: W0, of the same shape.
         rule: Which directions to keep.
+        generator: Of side ``random``; on the CPU.
 
     Returns:
         The tuned matrix to the last bit if everything is kept, or if nothing changed (then ``kept`` is 0); the base to
@@ -73,24 +79,66 @@ def truncate(tuned: Float[Tensor, "m n"], base: Float[Tensor, "m n"], rule: Rule
     if tuned.numel() == 0:
         raise ValueError(f"expected matrices with entries, got shape {tuple(tuned.shape)}")
     way = _by_gram if takes_gram(stored, "auto") else _by_lapack
-    return way(tuned.detach(), base.detach(), rule, work_dtype(stored))
+    return way(tuned.detach(), base.detach(), _Choice(rule, generator), work_dtype(stored))
 
 
-def _by_gram(tuned: Tensor, base: Tensor, rule: Rule, dtype: torch.dtype) -> Truncated:
-    S, P = gram_eigen(_delta_gram(tuned, base))
-    told = S[0].where(S[0] > GRAM_RESOLVES * S[0, 0], 0.0)
-    chosen = kept(told, (tuned.shape[0], tuned.shape[1]), rule)
+def change_sigmas(tuned: Float[Tensor, "m n"], base: Float[Tensor, "m n"]) -> Float64[Tensor, " M"]:
+    """Return the singular values of D, descending, as ``truncate`` decides by them: zero where they cannot be told.
+
+    Args:
+        tuned: W1, any float dtype, device and stride.
+        base: W0, of the same shape.
+
+    Raises:
+        ValueError: If the shapes differ, or a value is not finite.
+    """
+    require_same_shape(tuned, base)
+    if takes_gram(wider(tuned.dtype, base.dtype), "auto"):
+        return _told(gram_eigen(_delta_gram(tuned.detach(), base.detach()))[0][0])
+    return decomposed(exact(exact(tuned.detach()) - exact(base.detach())), gram=False).told
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A rule, and what decides where it is by chance."""
+
+    rule: Rule
+    generator: torch.Generator | None
+
+    def __call__(self, told: Tensor, tuned: Tensor) -> tuple[Tensor | None, slice]:
+        """Return the order in which directions are taken, ``None`` for the descending one, and which of them stay."""
+        order = None
+        if self.rule.side == "random":
+            assert self.generator is not None
+            order = random_order(told, self.generator)
+        return order, kept(told, (tuned.shape[0], tuned.shape[1]), self.rule, order)
+
+
+def _told(S: Tensor) -> Tensor:
+    """Singular values by a Gram matrix; zero those that it cannot tell from zero."""
+    return S.where(S[0] * GRAM_RESOLVES < S, 0.0)
+
+
+def _by_gram(tuned: Tensor, base: Tensor, choose: _Choice, dtype: torch.dtype) -> Truncated:
+    found = gram_eigen(_delta_gram(tuned, base))
+    S, P = found[0][0], found[1][0]
+    told = _told(S)
+    order, chosen = choose(told, tuned)
+    if order is not None:
+        S, P, told = S[order], P[:, order], told[order]
     values = _untouched(tuned, base, told, chosen, dtype)
     if values is None:
-        values = _projected(tuned, base, P[0], chosen, dtype)
-    return Truncated(values, chosen.stop - chosen.start, len(told), energy_share(S[0], chosen))
+        values = _projected(tuned, base, P, chosen, dtype)
+    return Truncated(values, chosen.stop - chosen.start, len(told), energy_share(S, chosen))
 
 
-def _by_lapack(tuned: Tensor, base: Tensor, rule: Rule, dtype: torch.dtype) -> Truncated:
+def _by_lapack(tuned: Tensor, base: Tensor, choose: _Choice, dtype: torch.dtype) -> Truncated:
     start = exact(base)
     delta = exact(exact(tuned) - start)
     found = decomposed(delta, gram=False)
-    chosen = kept(found.told, (tuned.shape[0], tuned.shape[1]), rule)
+    order, chosen = choose(found.told, tuned)
+    if order is not None:
+        found = Directions(found.U[:, order], found.S[order], found.Vh[order], found.resolved)
     values = _untouched(tuned, base, found.told, chosen, dtype)
     if values is None:
         few, keeps = fewer(chosen, len(found.S), delta.device)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffract.edits.bench import Bench
 from diffract.edits.draft import Draft, Place
+from diffract.edits.operations.dare import seeded
 from diffract.edits.operations.truncate import Truncated, truncate
 from diffract.edits.planning import Planned, Row, flat, matrix_changes
 from diffract.edits.settings import Truncate, describe
@@ -22,7 +23,8 @@ def plan_truncate(step: Truncate, bench: Bench, draft: Draft) -> Planned:
     rows: list[Row] = []
 
     def edit(values: Tensor, matrix: Matrix, place: Place) -> Tensor:
-        found = truncate(values, flat(base.read(matrix.tensor, place)), rule)
+        chance = seeded(step.seed, matrix.name) if step.side == "random" else None
+        found = truncate(values, flat(base.read(matrix.tensor, place)), rule, chance)
         rows.append(kept_row(matrix, found))
         return found.values
 
