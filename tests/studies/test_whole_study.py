@@ -15,7 +15,10 @@ from diffract.studies.family import Family
 from diffract.studies.settings import StudyRecipe
 from diffract.studies.study import Study
 
-WORDS = {"tale": "the a king fox river went saw old house and sang", "sums": "one two three four plus minus is times six ten"}
+WORDS = {
+    "tale": "the a king fox river went saw old house and sang",
+    "sums": "one two three four plus minus is times six ten",
+}
 QUICK = ["budget", "evolution", "vectors", "heads", "tracking"]
 
 
@@ -27,8 +30,8 @@ def micro(folder: Path, findings: list[str]) -> Path:
         (folder / f"{domain}.jsonl").write_text("\n".join(map(json.dumps, records)))
     mix = {domain: {"sources": [f"{domain}.jsonl"]} for domain in WORDS}
     config = {
-        "model_type": "olmo2", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "tie_word_embeddings": True,
+        "model_type": "olmo2", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
     }  # fmt: skip
     common = {"context": 32, "batch_tokens": 256}
     recipe: dict[str, Any] = {
@@ -37,13 +40,13 @@ def micro(folder: Path, findings: list[str]) -> Path:
         "target": "sums",
         "reference": "tale",
         "pretraining": {
-            "train": {"model": {"config": config}, "tokenizer": {"train": {"vocabulary": 300}}, "mix": mix, "tokens": 8192,
-                      "checkpoints": [0, 2048, 4096], **common},
+            "train": {"model": {"config": config}, "tokenizer": {"train": {"vocabulary": 300}}, "mix": mix,
+                      "tokens": 8192, "checkpoints": [0, 2048, 4096], **common},
             "budgets": [4096, 8192],
         },
         "continual": {"train": {"tokens": 2048, **common}, "domains": mix},
         "quality": {"tasks": {domain: f"{domain}={domain}.jsonl" for domain in WORDS}},
-        "search": {"fractions": [0, 0.5, 1], "seeds": 1, "steps": 3},
+        "search": {"fractions": [0, 0.5, 1], "seeds": 1, "paths": {"steps": 3}},
         "findings": findings,
         "data": ".",
         "threads": 1,
@@ -72,13 +75,13 @@ def test_a_study_goes_on_where_it_was_stopped_and_ends_with_the_same_numbers(
     assert all(finding.numbers and finding.figures for finding in run.findings)
     text = run.report.read_text()
     assert all(finding.title in text for finding in run.findings)
-    fresh = run_study(recipe, tmp_path / "another")
-    assert (tmp_path / "run" / "numbers.json").read_text() == (fresh.folder / "numbers.json").read_text()
 
 
 @pytest.mark.slow
-def test_all_findings(tmp_path: Path) -> None:
-    run = run_study(micro(tmp_path, list(StudyRecipe.model_fields["findings"].default)), tmp_path / "run")
+def test_all_findings_twice(tmp_path: Path) -> None:
+    recipe = micro(tmp_path, list(StudyRecipe.model_fields["findings"].default))
+    run, again = (run_study(recipe, tmp_path / name) for name in ("run", "again"))
+    assert (run.folder / "numbers.json").read_text() == (again.folder / "numbers.json").read_text()
     assert all(finding.verdict in ("holds", "does not hold", "cannot tell") for finding in run.findings)
     assert all(finding.numbers and finding.figures for finding in run.findings)
     assert {f.name for f in run.findings} >= {"rewind", "truncation", "connectivity"}

@@ -12,7 +12,7 @@ from diffract.evaluate.likelihood import Row, row_bits
 from diffract.evaluate.subject import Subject
 from diffract.evaluate.task import Piece, Score
 
-PIECE_BYTES = 6144
+PIECE_BYTES = 2048
 """Longer documents are cut into equal pieces of at most about so many bytes."""
 
 

@@ -178,7 +178,9 @@ def _write(
     live = scorer.score("held-out", state)
     found = write_chosen(asked.write, stage, live, tuned, steps, force=asked.force)
     if not found["same_scores"]:
-        stage.notes.append(f"{asked.write}: scores differ from the live model's; its weights were rounded as it was written")
+        stage.notes.append(
+            f"{asked.write}: scores differ from the live model's; its weights were rounded as it was written"
+        )
     return found
 
 

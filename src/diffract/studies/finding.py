@@ -79,12 +79,17 @@ def save_finding(finding: Finding, folder: Path, *, key: str) -> None:
         name: value for name, value in vars(finding).items() if name not in ("figures", "tables", "numbers")
     }
     plain["numbers"] = [asdict(number) for number in finding.numbers]
-    plain["figures"] = [{"caption": caption, "figure": json.loads(made.to_json())} for caption, made in finding.figures]
+    plain["figures"] = [{"caption": caption, "figure": plain_figure(made)} for caption, made in finding.figures]
     plain["tables"] = list(finding.tables)
     with whole_folder(folder, force=True) as draft:
         for name, table in finding.tables.items():
             table.write_parquet(draft / f"{name}.parquet")
         (draft / "manifest.json").write_text(json.dumps(plain), encoding="utf-8")
+
+
+def plain_figure(figure: go.Figure) -> dict[str, Any]:
+    """Return a figure as plain values."""
+    return json.loads(str(figure.to_json()))
 
 
 def load_finding(folder: Path, *, key: str | None = None) -> Finding | None:

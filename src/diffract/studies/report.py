@@ -15,7 +15,7 @@ from diffract._version import __version__
 from diffract.errors import printable
 from diffract.folders import write_text
 from diffract.studies.family import Family
-from diffract.studies.finding import Finding, Number
+from diffract.studies.finding import Finding, Number, plain_figure
 from diffract.studies.settings import StudyRecipe
 
 BADGES = {"holds": "yes", "does not hold": "no", "cannot tell": "open"}
@@ -60,7 +60,7 @@ def interval(number: Number) -> str:
 def _embedded(findings: list[Finding]) -> str:
     """Return all figures as JSON that is safe within a script element."""
     plain: dict[str, Any] = {
-        f"{finding.name}-{index}": json.loads(made.to_json())
+        f"{finding.name}-{index}": plain_figure(made)
         for finding in findings
         for index, (_, made) in enumerate(finding.figures)
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -90,6 +90,17 @@ class Quality(BaseModel):
     """How much worse still counts as without loss, and how high a barrier may be, in a task's unit."""
 
 
+class Paths(BaseModel):
+    """How finely paths between models are measured."""
+
+    model_config = STRICT
+
+    steps: Annotated[int, Field(ge=3)] = 11
+    """Points of a path, with both ends."""
+    limit: Annotated[int | None, Field(ge=1)] = None
+    """Items of each task at most."""
+
+
 class Search(BaseModel):
     """How finely rewinding, truncation and paths are searched."""
 
@@ -101,10 +112,10 @@ class Search(BaseModel):
     """Orders in which heads are rewound."""
     seeds: Annotated[int, Field(ge=1)] = 3
     """Random orders, and random directions."""
-    steps: Annotated[int, Field(ge=3)] = 11
-    """Points of a path, with both ends."""
     limit: Annotated[int | None, Field(ge=1)] = None
-    """Items of each task and split in searches, at most."""
+    """Items of the target's task in each split, at most."""
+    paths: Paths = Paths()
+    """Paths between models."""
 
 
 class StudyRecipe(BaseModel):
@@ -128,14 +139,14 @@ class StudyRecipe(BaseModel):
     """How they are judged."""
     search: Search = Search()
     """How finely edits are searched."""
-    findings: list[Name] = list(Name.__args__)  # pyright: ignore[reportAttributeAccessIssue] (of a Literal)
+    findings: list[Name] = list(get_args(Name))
     """What is tested; everything by default."""
     data: str | None = None
     """The folder that names of files are relative to, itself relative to the recipe; --data replaces it."""
     jobs: Annotated[int, Field(ge=1)] = 1
     """Training runs side by side."""
     threads: Annotated[int | None, Field(ge=1)] = None
-    """Threads of each training run and of the evaluation; PyTorch's own number by default."""
+    """Threads of each training run; everything else uses those of all jobs. PyTorch's own number by default."""
     launch: list[str] = []
     """What stands before a training command, such as [accelerate, launch, --num_processes, 8]."""
 

@@ -14,6 +14,7 @@ import torch
 
 from diffract.cache import Cache
 from diffract.checkpoints import TensorWriter, open_checkpoint
+from diffract.corpora import Split
 from diffract.evaluate import Evaluator, Task, load_subject, load_tasks, paired, summarise
 from diffract.folders import whole_folder
 from diffract.studies.family import FAMILY, Family, Say
@@ -67,7 +68,7 @@ class Study:
         """What was trained from that base, by domain."""
         return dict(self.family.tuned[self.family.last])
 
-    def _load(self, specs: Sequence[str], split: str) -> list[Task]:
+    def _load(self, specs: Sequence[str], split: Split) -> list[Task]:
         return load_tasks(list(specs), split=split, data=self.data, limit=self.recipe.quality.limit)
 
     def scores(self, ref: str) -> pl.DataFrame:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 from scipy import stats
 
 from diffract.studies.finding import Number, Verdict
@@ -55,17 +56,18 @@ def median(name: str, values: Sequence[float | None], *, unit: str = "", chance:
     return Number(name, float(np.median(known)), low, high, unit, chance)
 
 
-def rank_correlation(name: str, a: Sequence[float], b: Sequence[float]) -> Number:
+def rank_correlation(name: str, a: npt.ArrayLike, b: npt.ArrayLike) -> Number:
     """Return Spearman's correlation with its interval by Fisher's transformation (Bonett & Wright 2000).
 
     No interval below four points; it is approximate below ten.
     """
-    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
+    count = np.size(a)
+    if count < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return Number(name, None, chance=0.0)
-    rho = float(stats.spearmanr(a, b).statistic)
-    if len(a) < FEWEST:
+    rho = float(np.asarray(stats.spearmanr(a, b))[0])
+    if count < FEWEST:
         return Number(name, rho, chance=0.0)
-    width = 1.96 * np.sqrt((1 + rho**2 / 2) / (len(a) - 3))
+    width = 1.96 * np.sqrt((1 + rho**2 / 2) / (count - 3))
     middle = np.arctanh(np.clip(rho, -1 + 1e-12, 1 - 1e-12))
     low, high = (float(np.tanh(middle + side * width)) for side in (-1, 1))
     return Number(name, rho, low, high, chance=0.0)

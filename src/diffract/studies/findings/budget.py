@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import plotly.graph_objects as go
 import polars as pl
 
 from diffract.plots.curves import curves
@@ -48,7 +49,7 @@ def _gain_of_tuning(study: Study, tokens: int, base: str, tuned: str) -> Number:
     return Number(name, gain.value, gain.low, gain.high, gain.unit)
 
 
-def _figure(table: pl.DataFrame, task: str, unit: str) -> tuple[str, object]:
+def _figure(table: pl.DataFrame, task: str, unit: str) -> tuple[str, go.Figure]:
     rows = table.filter(pl.col("task") == task).select("name", "low", "high", x="tokens", y="quality")
     made = curves(rows, x="pre-training tokens", y=f"{task}, {unit}", log_x=True)
     return f"Held-out quality in {task} against the pre-training budget; bands are 95% intervals over items.", made

@@ -1,1 +1,106 @@
-def connectivity(study): raise NotImplementedError
+"""Are domains connected by straight paths, and does the barrier depend on the pre-training budget?"""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+
+from diffract.plots.curves import curves
+from diffract.search import connect
+from diffract.search.tables import ConnectTables
+from diffract.studies.finding import Finding, Number, Verdict
+from diffract.studies.study import Study
+from diffract.studies.verdicts import rank_correlation, shown
+
+
+def connectivity(study: Study) -> Finding:
+    """Walk from every domain to every other, from each budget."""
+    runs = {tokens: _paths(study, tokens) for tokens in study.family.tuned}
+    pairs = pl.concat(run.pairs.with_columns(tokens=pl.lit(tokens)) for tokens, run in runs.items())
+    paths = pl.concat(run.paths.with_columns(tokens=pl.lit(tokens)) for tokens, run in runs.items())
+    judged = pairs.filter(pl.col("counts"))
+    last = judged.filter(pl.col("tokens") == study.family.last)
+    trend = _trend(judged)
+    verdict, because = _judge(last, study.recipe.quality.tolerance)
+    return Finding(
+        name="connectivity",
+        title="Connectivity of domains",
+        claim="Checkpoints of different domains from one base are connected: no barrier on the straight path.",
+        verdict=verdict,
+        because=f"{because} Barriers against the budget: {shown(trend)}.",
+        control="the straight line between the ends' qualities; a barrier is how far quality falls behind it",
+        numbers=[*_barriers(last), *_by_budget(judged), trend],
+        figures=[
+            (
+                "How far quality falls behind the line between the ends, on each path from the largest budget, in both "
+                "domains of the pair. Positive is worse.",
+                _figure(paths.filter(pl.col("tokens") == study.family.last), judged),
+            ),
+            ("Highest barrier of each pair against the budget.", _against_budget(judged)),
+        ],
+        tables={"pairs": pairs, "paths": paths, "simplex": runs[study.family.last].simplex},
+    )
+
+
+def _paths(study: Study, tokens: int) -> ConnectTables:
+    study.say(f"paths between domains from {tokens:,} tokens")
+    asked, tuned = study.recipe.search.paths, study.family.tuned[tokens]
+    run = connect(
+        study.family.bases[tokens],
+        tuned,
+        eval=[study.recipe.quality.tasks[domain] for domain in tuned],
+        steps=asked.steps,
+        tolerance=study.recipe.quality.tolerance,
+        output=study.folder / "searches" / f"connect-{tokens}",
+        data=study.data,
+        limit=asked.limit,
+        force=True,
+    )
+    assert isinstance(run, ConnectTables), "only a dry run gives something else"
+    return run
+
+
+def _judge(pairs: pl.DataFrame, tolerance: float) -> tuple[Verdict, str]:
+    """All pairs connected, or one that surely is not."""
+    by_pair = pairs.group_by("a", "b").agg(pl.col("connected").all(), pl.col("low").max())
+    connected, apart = by_pair["connected"].sum(), (by_pair["low"] > tolerance).sum()
+    said = (
+        f"{connected} of {by_pair.height} pairs have barriers surely below {tolerance:g} in both domains, {apart} "
+        f"surely above in one; the highest is {pairs['barrier'].max():.3g}."
+    )
+    if connected == by_pair.height:
+        return "holds", said
+    return ("does not hold" if apart else "cannot tell"), said
+
+
+def _barriers(pairs: pl.DataFrame) -> list[Number]:
+    return [
+        Number(f"barrier in {r['task']} between {r['a']} and {r['b']}", r["barrier"], r["low"], r["high"], chance=0.0)
+        for r in pairs.iter_rows(named=True)
+    ]
+
+
+def _by_budget(judged: pl.DataFrame) -> list[Number]:
+    rows = judged.group_by("tokens").agg(pl.col("barrier").mean()).sort("tokens")
+    return [Number(f"mean barrier from {r['tokens']:,} tokens", r["barrier"]) for r in rows.iter_rows(named=True)]
+
+
+def _trend(judged: pl.DataFrame) -> Number:
+    """Rank correlation of barriers with the budget, after each pair and task's own mean is taken out."""
+    own = judged.with_columns(rest=pl.col("barrier") - pl.col("barrier").mean().over("a", "b", "task"))
+    return rank_correlation(
+        "rank correlation of barriers with the budget", np.log(own["tokens"].to_numpy()), own["rest"].to_numpy()
+    )
+
+
+def _figure(paths: pl.DataFrame, judged: pl.DataFrame):
+    known = paths.join(judged.select("a", "b", "task").unique(), on=["a", "b", "task"])
+    name = pl.format("{} to {}, in {}", "a", "b", "task")
+    table = known.select(name=name, x="at", y="gap", low="gap_low", high="gap_high")
+    return curves(table, x="place on the path", y="behind the line", zero=True, height=460)
+
+
+def _against_budget(judged: pl.DataFrame):
+    table = judged.group_by("a", "b", "tokens", maintain_order=True).agg(pl.col("barrier").max())
+    rows = table.select(name=pl.format("{} and {}", "a", "b"), x="tokens", y="barrier")
+    return curves(rows, x="pre-training tokens", y="highest barrier", log_x=True)

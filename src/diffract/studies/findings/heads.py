@@ -86,7 +86,7 @@ def _spearman(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
     """Return Spearman's correlation with a paired bootstrap interval over heads."""
 
     def rho(x: np.ndarray, y: np.ndarray) -> float:
-        return float(stats.spearmanr(x, y).statistic)
+        return float(np.asarray(stats.spearmanr(x, y))[0])
 
     found = stats.bootstrap(
         (a, b), rho, paired=True, n_resamples=RESAMPLES // 4, method="percentile", rng=0, vectorized=False

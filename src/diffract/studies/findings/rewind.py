@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import plotly.graph_objects as go
 import polars as pl
 
 from diffract.plots.curves import curves
@@ -115,7 +116,7 @@ def _of_heads(run: RewindTables) -> list[Number]:
     ]
 
 
-def _figure(points: pl.DataFrame, task: str, split: str) -> Any:
+def _figure(points: pl.DataFrame, task: str, split: str) -> go.Figure:
     rows = points.filter(pl.col("task") == task, pl.col("split") == split, pl.col("fraction").is_not_null())
     reverse = pl.when(FORWARD).then(pl.lit("")).otherwise(pl.lit(" reversed"))
     seed = pl.when(pl.col("order") == "random").then(pl.format(" {}", "seed")).otherwise(pl.lit(""))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import plotly.graph_objects as go
 import polars as pl
-from scipy import stats
 
 from diffract.api import trajectory
 from diffract.plots.curves import curves
-from diffract.studies.finding import Finding, Number
+from diffract.studies.finding import Finding, Number, Verdict
 from diffract.studies.study import Study
 from diffract.studies.verdicts import FEWEST, rank_correlation, shown
 
@@ -76,7 +76,7 @@ def _beyond(name: str, metric: np.ndarray, loss: np.ndarray, tokens: np.ndarray)
     return rank_correlation(name, *rests)
 
 
-def _judge(count: int, raw: dict[str, Number], strong: list[str], control: Number) -> tuple[str, str]:
+def _judge(count: int, raw: dict[str, Number], strong: list[str], control: Number) -> tuple[Verdict, str]:
     best = max(raw.values(), key=lambda number: abs(number.value or 0))
     said = (
         f"Over {count} checkpoints {best.name} follows the loss best, rank correlation {shown(best)}; "
@@ -86,14 +86,14 @@ def _judge(count: int, raw: dict[str, Number], strong: list[str], control: Numbe
         return "cannot tell", f"{said} With so few checkpoints nothing beyond the token count can be told."
     chance = f"{0.05 * len(raw):.1f} of {len(raw)} would by chance"
     if strong:
-        word = "holds" if len(strong) > 1 else "cannot tell"
+        word: Verdict = "holds" if len(strong) > 1 else "cannot tell"
         return word, f"{said} Beyond the token count {', '.join(strong)} still follow it at the 95% level ({chance})."
     return "does not hold", f"{said} Beyond the token count none follows it at the 95% level ({chance})."
 
 
-def _figure(table: pl.DataFrame, task: str) -> tuple[str, object]:
+def _figure(table: pl.DataFrame, task: str) -> tuple[str, go.Figure]:
     scaled = pl.concat(
-        table.select(name=pl.lit(name), x="tokens", y=pl.Series(stats.zscore(table[name].to_numpy())))
+        table.select(name=pl.lit(name), x="tokens", y=(pl.col(name) - pl.col(name).mean()) / pl.col(name).std())
         for name in (task, *METRICS)
     )
     caption = f"Quality in {task} and the medians of metrics over pre-training, each scaled to mean 0 and deviation 1."

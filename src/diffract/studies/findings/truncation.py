@@ -1,1 +1,105 @@
-def truncation(study): raise NotImplementedError
+"""How much of the change's spectrum can go without loss, and is that more than what any other cut gives?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import plotly.graph_objects as go
+import polars as pl
+
+from diffract.plots.curves import curves
+from diffract.search import search_truncate
+from diffract.search.tables import TruncateTables
+from diffract.studies.finding import Finding, Number
+from diffract.studies.study import Study
+from diffract.studies.verdicts import better
+
+HALF = 0.5
+"""Of the directions are dropped by the claim."""
+
+DROP, BASE = "drop", "base"
+
+
+def truncation(study: Study) -> Finding:
+    """Search truncation curves of the target; DARE and random directions at equal energy and bytes are the control."""
+    run = _search(study)
+    task, tolerance = study.target.name, study.recipe.quality.tolerance
+    held_out = run.points.filter(pl.col("split") == "held-out", pl.col("task") == task, pl.col("rule") != BASE)
+    half = {row["rule"]: _gain(row, study.target.unit) for row in _nearest(held_out, HALF).iter_rows(named=True)}
+    verdict, because = better(half[DROP], f"half of the directions cost at most {tolerance:g}", than=-tolerance)
+    return Finding(
+        name="truncation",
+        title="Truncating the change",
+        claim="Half and more of the change's singular directions can be dropped without loss.",
+        verdict=verdict,
+        because=f"{because} {_furthest(run.choice)}",
+        control="the smallest directions, random ones and DARE at equal energy or equal bytes; medians over seeds",
+        numbers=[*half.values(), *_without_loss(run.choice)],
+        figures=[
+            (_caption(task, "share of bytes kept"), _figure(held_out, task, "bytes")),
+            (_caption(task, "share of the change's energy kept"), _figure(held_out, task, "energy")),
+        ],
+        tables={"points": run.points, "choice": run.choice},
+    )
+
+
+def _search(study: Study) -> TruncateTables:
+    study.say(f"truncating the change of {study.recipe.target}")
+    run = search_truncate(
+        study.base,
+        study.tuned[study.recipe.target],
+        fractions=study.recipe.search.fractions,
+        seeds=study.recipe.search.seeds,
+        tolerance=study.recipe.quality.tolerance,
+        output=study.folder / "searches" / "truncate",
+        force=True,
+        **study.searching(),
+    )
+    assert isinstance(run, TruncateTables), "only a dry run gives something else"
+    return run
+
+
+def _nearest(points: pl.DataFrame, fraction: float) -> pl.DataFrame:
+    """Return each rule's point at the fraction next to one; of several seeds the median."""
+    known = points.filter(pl.col("fraction").is_not_null())
+    away = (pl.col("fraction") - fraction).abs()
+    at = known.filter(away == away.min().over("rule"))
+    return at.group_by("rule", maintain_order=True).agg(
+        pl.col("fraction", "energy", "bytes", "gain", "gain_low", "gain_high").median()
+    )
+
+
+def _gain(row: dict[str, Any], unit: str) -> Number:
+    name = f"held-out gain at fraction {row['fraction']:.3g}, {_kept(row)}"
+    return Number(name, row["gain"], row["gain_low"], row["gain_high"], unit)
+
+
+def _without_loss(choice: pl.DataFrame) -> list[Number]:
+    rows = choice.filter(pl.col("which") == "without-loss", pl.col("fraction").is_not_null())
+    found = rows.group_by("rule", maintain_order=True).agg(pl.col("fraction", "bytes", "energy").median())
+    return [
+        Number(f"largest fraction without loss, {_kept(row)}", row["fraction"]) for row in found.iter_rows(named=True)
+    ]
+
+
+def _kept(row: dict[str, Any]) -> str:
+    return f"{row['rule']} (energy {row['energy']:.3g}, bytes {row['bytes']:.3g})"
+
+
+def _furthest(choice: pl.DataFrame) -> str:
+    rows = choice.filter(pl.col("which") == "without-loss", pl.col("rule") == DROP)
+    if not rows.height:
+        return "No fraction was without loss."
+    row = rows.row(0, named=True)
+    at = f"{row['fraction']:.3g}, with {row['energy']:.1%} of the energy"
+    return f"The largest fraction without loss on the items that it is chosen by is {at}."
+
+
+def _caption(task: str, what: str) -> str:
+    return f"Held-out gain in {task} over the untruncated model against the {what}; bands are paired 95% intervals."
+
+
+def _figure(points: pl.DataFrame, task: str, column: str) -> go.Figure:
+    seed = pl.when(pl.col("seed").is_not_null()).then(pl.format(" {}", "seed")).otherwise(pl.lit(""))
+    table = points.select(name=pl.concat_str("rule", seed), x=column, y="gain", low="gain_low", high="gain_high")
+    return curves(table, x=f"share of {column} kept", y=f"gain in {task}", zero=True, height=420)

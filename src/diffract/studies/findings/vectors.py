@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import plotly.graph_objects as go
 import polars as pl
 
 from diffract.api import compare
@@ -30,10 +31,8 @@ def vectors(study: Study) -> Finding:
     of = {name: changed.filter(pl.col("model") == name) for name in [*tuned, NOISE]}
     shares = {name: _value_share(name, rows) for name, rows in of.items()}
     target = shares[study.recipe.target]
-    in_vectors = Number(
-        "share of the change in singular vectors",
-        *(None if v is None else 1 - v for v in (target.value, target.high, target.low)),
-    )
+    value, low, high = (None if v is None else 1 - v for v in (target.value, target.high, target.low))
+    in_vectors = Number("share of the change in singular vectors", value, low, high)
     verdict, because = better(in_vectors, "nine tenths of the change and more turn vectors", than=MOST)
     return Finding(
         name="vectors",
@@ -83,7 +82,7 @@ def _peaks(rows: pl.DataFrame) -> str:
     return said
 
 
-def _figure(of: dict[str, pl.DataFrame], metric: str, title: str) -> tuple[str, object]:
+def _figure(of: dict[str, pl.DataFrame], metric: str, title: str) -> tuple[str, go.Figure]:
     table = pl.concat(
         rows.group_by("layer").agg(
             y=pl.col(metric).median(), low=pl.col(metric).quantile(0.25), high=pl.col(metric).quantile(0.75)
