@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffract.search.connect import connect
+    from diffract.search.connectivity import connect
     from diffract.search.plan import Estimate
     from diffract.search.rewind import search_rewind
     from diffract.search.tables import ConnectTables, RewindTables, TruncateTables
@@ -18,7 +18,7 @@ _PLACES = {
     "Estimate": "plan",
     "RewindTables": "tables",
     "TruncateTables": "tables",
-    "connect": "connect",
+    "connect": "connectivity",
     "search_rewind": "rewind",
     "search_truncate": "truncate",
 }

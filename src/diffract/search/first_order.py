@@ -13,6 +13,7 @@ from torch import Tensor
 from diffract.edits.bench import Other
 from diffract.edits.draft import everything
 from diffract.edits.parts import Part, Units
+from diffract.edits.planning import both
 from diffract.search.samples import Batch, Sample
 
 
@@ -71,14 +72,14 @@ def gradients_of(model: torch.nn.Module, wanted: Iterable[Tensor]) -> Iterator[N
 
 
 def _change(base: Other, name: str, parameter: Tensor) -> Tensor:
-    """Return W0 - W1 of a tensor, in float64 on the CPU."""
-    start = base.read(name, everything(tuple(parameter.shape)))
-    return start.double() - parameter.detach().cpu().double()
+    """Return W0 - W1 of a tensor where it lies, in 32 bits or more."""
+    start, end = both(base.read(name, everything(tuple(parameter.shape))).to(parameter.device), parameter.detach())
+    return start - end
 
 
 def _add_gains(gains: dict[str, float], parts: Sequence[Part], slope: Tensor, change: Tensor) -> None:
-    along = slope.cpu().double() * change
+    along = slope.to(change.dtype) * change
     for part in parts:
-        share = -float(along[part.place].sum()) / len(part.owners)
+        share = -float(along[part.place].sum(dtype=torch.float64)) / len(part.owners)
         for owner in part.owners:
             gains[owner] += share

@@ -64,15 +64,10 @@ def parse_orders(given: str | Sequence[str] | None, *, reference: bool) -> tuple
     return tuple(order for order in ORDERS if order in wanted)
 
 
-def variants(orders: Sequence[HeadOrder], seeds: int) -> list[tuple[HeadOrder, int, bool]]:
+def variants(orders: Sequence[HeadOrder], seeds: int) -> Sequence[tuple[HeadOrder, int, bool]]:
     """Return order, seed and reverse of every curve; a random order taken from its end would be another random one."""
-    found: list[tuple[HeadOrder, int, bool]] = []
-    for order in orders:
-        found += [(order, seed, False) for seed in range(seeds if order == "random" else 1)]
-    for order in orders:
-        if order != "random":
-            found.append((order, 0, True))
-    return found
+    forward = [(order, seed, False) for order in orders for seed in range(seeds if order == "random" else 1)]
+    return [*forward, *((order, 0, True) for order in orders if order != "random")]
 
 
 def arrange(order: HeadOrder, seed: int, reverse: bool, names: Sequence[str], scores: Scores | None) -> Ordered:

@@ -1,8 +1,8 @@
 """What a search will evaluate, in which order of importance, and what is left out where a budget does not suffice.
 
 Importance: both ends of the curves; the effect of every head alone, all or none; the curves on the selection split,
-one group after another, coarse before fine, each with two evaluations of what it chooses on the held-out split; then all
-of them on the held-out split, in the same order. The first that does not fit ends the plan.
+one group after another, coarse before fine, each with two evaluations of what it chooses on the held-out split; then
+all of them on the held-out split, in the same order. The first that does not fit ends the plan.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def make_plan(
     """
     purse = _Purse(budget or Budget(), seconds_each or {})
     fits = purse.take(dict.fromkeys(splits, ends))
-    alone = {"selection": effects, "held-out": 0}
+    alone: dict[Split, int] = {"selection": effects}
     measured = effects > 0 and purse.affords(_sum(alone, FIRST)) and purse.take(alone)
     left_out = [f"effects of {effects} single heads, and what needs them"] if effects and not measured else []
     taken: dict[tuple[Split, int], list[int]] = {}
@@ -165,7 +165,10 @@ class _Purse:
 
 
 def _sum(one: Mapping[Split, int], other: Mapping[Split, int]) -> dict[Split, int]:
-    return {split: one.get(split, 0) + other.get(split, 0) for split in {**one, **other}}
+    found = dict(one)
+    for split, count in other.items():
+        found[split] = found.get(split, 0) + count
+    return found
 
 
 def cost(counts: Mapping[Split, int], seconds_each: Mapping[Split, float]) -> float:

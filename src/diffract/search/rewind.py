@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
@@ -128,17 +127,13 @@ class RewindSearch:
     kv: Shared
     reference: Model | None
     text: str | None
-    kind = "search rewind"
 
     def __post_init__(self) -> None:
         self.other: Other = self.stage.live.bench.other(self.base)
         self.units: Units = find_units(self.stage.live.bench, "head", None)
         self.rewinder = Rewinder(self.base, self.units, self.kv)
-
-    @cached_property
-    def sketches(self) -> list[Sketch]:
-        """Its curves."""
-        return sketches_of(self.orders, self.seeds, self.at)
+        self.kind: str = "search rewind"
+        self.sketches: list[Sketch] = sketches_of(self.orders, self.seeds, self.at)
 
     @property
     def effects(self) -> int:

@@ -89,18 +89,20 @@ class Search(Protocol[T_co]):
     Attributes:
         kind: What the manifest calls it.
         sketches: Its curves.
-        effects: How many single units it measures.
-        ends: States at the ends of its curves, beside the tuned model.
     """
 
+    kind: str
+    sketches: list[Sketch]
+
     @property
-    def kind(self) -> str: ...
+    def effects(self) -> int:
+        """How many single units it measures."""
+        ...
+
     @property
-    def sketches(self) -> Sequence[Sketch]: ...
-    @property
-    def effects(self) -> int: ...
-    @property
-    def ends(self) -> Sequence[State]: ...
+    def ends(self) -> Sequence[State]:
+        """States at the ends of its curves, beside the tuned model."""
+        ...
 
     def settings(self) -> dict[str, Any]:
         """Return its settings as a manifest keeps them."""
@@ -178,8 +180,10 @@ def _write(
     live = scorer.score("held-out", state)
     found = write_chosen(asked.write, stage, live, tuned, steps, force=asked.force)
     if not found["same_scores"]:
+        both = ", ".join(f"{row['task']} {row['written']:.6g} against {row['live']:.6g}" for row in found["held_out"])
         stage.notes.append(
-            f"{asked.write}: scores differ from the live model's; its weights were rounded as it was written"
+            f"{asked.write} does not score as the live model did ({both}); weights that are computed, not taken from "
+            "the base, are rounded to the stored dtype when they are written"
         )
     return found
 

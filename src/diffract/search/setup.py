@@ -14,7 +14,7 @@ from diffract._version import __version__
 from diffract.cache import Cache
 from diffract.corpora import Split
 from diffract.edits.live import LiveModel
-from diffract.errors import SelectionError, printable, suggest
+from diffract.errors import CheckpointError, SelectionError, printable, suggest
 from diffract.evaluate import Evaluator, Subject, Task, load_subject, load_tasks
 from diffract.evaluate.digests import model_digest, tokenizer_digest
 from diffract.search.plan import SPLITS
@@ -133,8 +133,26 @@ def in_memory(model: Model, stage: Stage) -> torch.nn.Module:
     """
     if isinstance(model, torch.nn.Module):
         return model
-    dtype = "auto" if stage.how.dtype == "auto" else stage.how.dtype
-    return load_subject(model, device="cpu", dtype=dtype, tokenizer=stage.subject.tokenizer).model
+    return load_subject(model, device="cpu", dtype=stage.how.dtype, tokenizer=stage.subject.tokenizer).model
+
+
+def of_same_vocabulary(model: Model, stage: Stage) -> torch.nn.Module:
+    """Return another model on the CPU that can be mixed with the live one.
+
+    A loaded model has no tokenizer, and is taken to have the same.
+
+    Raises:
+        CheckpointError: It cannot be loaded, or has another tokenizer: a mixture of both would make no sense.
+    """
+    if isinstance(model, torch.nn.Module):
+        return model
+    found = load_subject(model, device="cpu", dtype=stage.how.dtype, tokenizer=stage.how.tokenizer)
+    if found.tokenizer.get_vocab() != stage.subject.tokenizer.get_vocab():
+        raise CheckpointError(
+            f"{printable(model)} and {printable(stage.subject.name)} have different tokenizers: their tokens do not "
+            "mean the same. Take models of one vocabulary, or say with --tokenizer which one is right for all."
+        )
+    return found.model
 
 
 def described(name: str, role: str, reference: Model, model: torch.nn.Module) -> dict[str, Any]:

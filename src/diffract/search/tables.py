@@ -132,6 +132,76 @@ share of ``bytes`` (see ``change.py``). ``drop`` is DARE's probability. Rows wit
 TRUNCATION_CHOICE: dict[str, Any] = ON_TRUNCATION | _CHOSEN
 
 
+PATHS: dict[str, Any] = {
+    "a": pl.String,
+    "b": pl.String,
+    "at": pl.Float64,
+    "state": pl.Int32,
+    "task": pl.String,
+    "quality": pl.Float64,
+    "low": pl.Float64,
+    "high": pl.Float64,
+    "linear": pl.Float64,
+    "gap": pl.Float64,
+    "gap_low": pl.Float64,
+    "gap_high": pl.Float64,
+}
+"""Columns of ``paths``: quality of (1 - at) a + at b on the held-out split; ``linear`` is the line between the ends'
+qualities there, and ``gap`` how much worse than it the model is, positive is worse.
+"""
+
+PAIRS: dict[str, Any] = {
+    "a": pl.String,
+    "b": pl.String,
+    "task": pl.String,
+    "counts": pl.Boolean,
+    "quality_a": pl.Float64,
+    "quality_b": pl.Float64,
+    "barrier": pl.Float64,
+    "low": pl.Float64,
+    "high": pl.Float64,
+    "at": pl.Float64,
+    "connected": pl.Boolean,
+    "pair_connected": pl.Boolean,
+}
+"""Columns of ``pairs``: ``barrier`` is the largest ``gap`` on the path, both ends included, so at least 0, and ``at``
+where it is. ``connected``: the interval's upper end is below the tolerance; ``pair_connected``: in every task that
+``counts``.
+"""
+
+SIMPLEX: dict[str, Any] = {
+    "weights": pl.List(pl.Float64),
+    "state": pl.Int32,
+    "task": pl.String,
+    "quality": pl.Float64,
+    "low": pl.Float64,
+    "high": pl.Float64,
+}
+"""Columns of ``simplex``: quality of base + scale * sum of w_i (model_i - base), in the order of the manifest."""
+
+
+@dataclass(frozen=True)
+class ConnectTables(RunTables):
+    """The tables of ``connect``.
+
+    Attributes:
+        paths: One row per pair, place on the path between them, and task.
+        pairs: One row per pair and task.
+        simplex: One row per mixture of three models and task; empty for other numbers of models.
+        items: One row per state, task and item.
+        manifest: Version, settings, models with digests, warnings.
+    """
+
+    KINDS = ("connect",)
+    SCHEMAS = {"paths": PATHS, "pairs": PAIRS, "simplex": SIMPLEX, "items": ITEMS}  # noqa: RUF012
+
+    paths: pl.DataFrame
+    pairs: pl.DataFrame
+    simplex: pl.DataFrame
+    items: pl.DataFrame
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class TruncateTables(RunTables):
     """The tables of ``search truncate``.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -107,19 +106,17 @@ class TruncateSearch:
     rules: tuple[TruncationRule, ...]
     at: tuple[float, ...]
     seeds: int
-    kind = "search truncate"
-    effects = 0
 
-    @cached_property
-    def truncater(self) -> Truncater:
-        """Makes its states."""
+    def __post_init__(self) -> None:
         bench = self.stage.live.bench
-        return Truncater(self.base, matrix_changes_of(bench, bench.other(self.base)))
+        self.truncater = Truncater(self.base, matrix_changes_of(bench, bench.other(self.base)))
+        self.kind: str = "search truncate"
+        self.sketches: list[Sketch] = truncation_sketches(self.rules, self.seeds, self.at)
 
-    @cached_property
-    def sketches(self) -> list[Sketch]:
-        """Its curves."""
-        return truncation_sketches(self.rules, self.seeds, self.at)
+    @property
+    def effects(self) -> int:
+        """How many single units it measures."""
+        return 0
 
     @property
     def ends(self) -> list[State]:
