@@ -50,19 +50,25 @@ def explained(*, debug: bool) -> Iterator[None]:
 
 
 @contextmanager
-def progress(label: str, *, quiet: bool) -> Iterator[Progress | None]:
-    """Yield a function that shows how far work has come, with its rate and the time left."""
+def progress(label: str, *, quiet: bool, unit: str = "G") -> Iterator[Progress | None]:
+    """Yield a function that shows how far work has come, with its rate and the time left.
+
+    Args:
+        label: What is done.
+        quiet: Show nothing.
+        unit: What is counted: ``G`` shows a rate in billions, anything else in ones.
+    """
     if quiet:
         yield None
     elif sys.stderr.isatty():
-        with _bar(label) as update:
+        with _bar(label, unit) as update:
             yield update
     else:
-        yield _lines(label)
+        yield _lines(label, unit)
 
 
 @contextmanager
-def _bar(label: str) -> Iterator[Progress]:
+def _bar(label: str, unit: str) -> Iterator[Progress]:
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -86,7 +92,7 @@ def _bar(label: str) -> Iterator[Progress]:
                 task,
                 completed=done,
                 total=total,
-                rate=_rate(done, seconds),
+                rate=_rate(done, seconds, unit),
                 what=name,
                 visible=seconds > QUIET_SECONDS,
             )
@@ -94,7 +100,7 @@ def _bar(label: str) -> Iterator[Progress]:
         yield update
 
 
-def _lines(label: str) -> Progress:
+def _lines(label: str, unit: str) -> Progress:
     begun = last = time.monotonic()
 
     def update(done: float, total: float, what: str) -> None:
@@ -104,14 +110,14 @@ def _lines(label: str) -> Progress:
             return
         last = now
         left = (now - begun) * (total - done) / done if done else 0.0
-        rate = _rate(done, now - begun)
+        rate = _rate(done, now - begun, unit)
         typer.echo(f"{label}: {done / total:.0%}, {rate}, {left:.0f} s left ({printable(what, 80)})", err=True)
 
     return update
 
 
-def _rate(done: float, seconds: float) -> str:
-    return f"{done / seconds / 1e9:.1f} G/s" if seconds > 0 else ""
+def _rate(done: float, seconds: float, unit: str) -> str:
+    return f"{done / seconds / (1e9 if unit == 'G' else 1):.1f} {unit}/s" if seconds > 0 else ""
 
 
 def say(text: str, *, quiet: bool = False) -> None:
