@@ -56,7 +56,7 @@ def progress(label: str, *, quiet: bool, unit: str = "") -> Iterator[Progress | 
     Args:
         label: What to call the work.
         quiet: Show nothing.
-        unit: Of what is counted; thousands of millions, of operations or bytes, by default.
+        unit: What is counted, in the plural; by default it is not said.
     """
     if quiet:
         yield None

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from diffract.corpora import Split, digest, make_problems, question_text
+from diffract.corpora import Problem, Split, digest, make_problems, question_text
 from diffract.corpora.splits import check_split
 from diffract.corpora.word_problems import COUNT, parse_levels
 from diffract.errors import CorpusError, SelectionError, printable, suggest
@@ -223,9 +224,14 @@ def _made_up(wanted: Wanted) -> list[Item]:
     levels = parse_levels(wanted.levels)
     shots = make_problems("train", wanted.shots, levels=levels)
     begin = _before([(p.question, p.answer) for p in shots])
-    problems = make_problems(wanted.split, COUNT[wanted.split], levels=levels)
-    found = {p.id: Question(p.id, begin + question_text(p.question), p.answer, MADE_UP_TOKENS) for p in problems}
-    return list(found.values())
+    problems = _problems(wanted.split, levels)
+    return [Question(p.id, begin + question_text(p.question), p.answer, MADE_UP_TOKENS) for p in problems]
+
+
+@cache
+def _problems(split: Split, levels: tuple[int, ...]) -> tuple[Problem, ...]:
+    """Return all problems of a split; drawing them takes longer than reading a file."""
+    return tuple({p.id: p for p in make_problems(split, COUNT[split], levels=levels)}.values())
 
 
 def _examples(wanted: Wanted, sources: Sequence[str]) -> str:

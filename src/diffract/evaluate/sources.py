@@ -66,7 +66,7 @@ def documents(source: str, split: Split, data: Path | None) -> list[Document]:
     if path is None:
         found = list(read_documents(source, split, data=data))
     else:
-        records = list(read_records(path))
+        records = _records(source, data)
         texts = [document(record_text(r, f"{printable(source)}, record {i}")) for i, r in enumerate(records, start=1)]
         found = _in_split(source, records, texts, split)
     found = list({d.id: d for d in found if d.text.strip()}.values())
