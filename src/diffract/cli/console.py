@@ -172,4 +172,4 @@ def size(count: float, unit: str = "B") -> str:
     for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= scale:
             return f"{count / scale:.3g} {prefix}{unit}"
-    return f"{count:g} {unit}".rstrip()
+    return f"{count:.3g} {unit}".rstrip()

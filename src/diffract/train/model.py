@@ -133,12 +133,13 @@ def _new_config(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerFast) -> PreT
 
 
 def _check_fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, context: int) -> None:
-    if len(tokenizer) > config.vocab_size:
+    text = config.get_text_config()
+    if len(tokenizer) > text.vocab_size:
         raise RecipeError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}: they do not belong together. "
+            f"the tokenizer has {len(tokenizer)} tokens, the model {text.vocab_size}: they do not belong together. "
             "Take the model's own tokenizer."
         )
-    longest = getattr(config, LONGEST, None)
+    longest = getattr(text, LONGEST, None)
     if longest is not None and longest < context:
         raise RecipeError(f"context {context}: the model takes {longest} tokens at most. Shorten the context.")
 

@@ -17,7 +17,7 @@ from diffract.errors import RecipeError, RunError, printable
 from diffract.folders import whole_file, write_text
 from diffract.train.settings import TrainRecipe
 
-MANIFEST, LOG, CHECKPOINTS, STATES, TOKENIZER = "manifest.json", "log.jsonl", "checkpoints", "state", "tokenizer"
+MANIFEST, LOG, CHECKPOINTS, STATES = "manifest.json", "log.jsonl", "checkpoints", "state"
 """What lies in the folder of a run."""
 
 KIND = "diffract training"
@@ -79,15 +79,15 @@ def read_run(folder: Path, recipe: TrainRecipe) -> dict[str, Any]:
     return found
 
 
-def begun(recipe: TrainRecipe, text: Mapping[str, str] | None = None) -> dict[str, Any]:
+def begun(recipe: TrainRecipe, text: Mapping[str, str]) -> dict[str, Any]:
     """Return the manifest of a run that is not finished.
 
     Args:
         recipe: Of the run.
-        text: A digest of each part of the mix, once it is known.
+        text: A digest of each part of the mix.
     """
     versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
-    return {"recipe": recipe.as_dict(), "versions": versions, "text": dict(text or {}), "finished": False}
+    return {"recipe": recipe.as_dict(), "versions": versions, "text": dict(text), "finished": False}
 
 
 def file_digests(folder: Path) -> dict[str, str]:

@@ -15,15 +15,15 @@ from diffract.errors import RecipeError, RunError, printable
 from diffract.folders import held, whole_folder
 from diffract.train.journal import Journal, Progress
 from diffract.train.mixture import Mixture, make_mixture
-from diffract.train.model import make_model, saved_dtype, write_model
-from diffract.train.records import CHECKPOINTS, STATES, TOKENIZER, begun, file_digests, write_run
+from diffract.train.model import make_config, make_model, saved_dtype, write_model
+from diffract.train.records import CHECKPOINTS, STATES, begun, file_digests, write_run
 from diffract.train.schedule import rate_factor
 from diffract.train.settings import TrainRecipe
 from diffract.train.states import last_state, load_state, save_state
 from diffract.train.steps import Stepper, make_optimizer
 from diffract.train.streams import token_streams
 from diffract.train.surroundings import accelerated, device_name, settled
-from diffract.train.tokenizer import load_tokenizer, make_tokenizer
+from diffract.train.tokenizer import make_tokenizer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -76,11 +76,14 @@ def run_session(recipe: TrainRecipe, folder: Path, manifest: Mapping[str, Any], 
         manifest: What was written there at the beginning; empty if this is the beginning.
         progress: Is told how far it is.
     """
-    with settled(recipe), accelerated(recipe, folder) as accelerator:
+    with accelerated(recipe, folder) as accelerator, settled(recipe):
         accelerator.wait_for_everyone()  # all have read the manifest
         with claimed(folder) if accelerator.is_main_process else nullcontext():
-            tokenizer, streams = _text(accelerator, recipe, folder, manifest)
+            tokenizer, streams = _text(accelerator, recipe)
             session = _prepared(accelerator, recipe, folder, tokenizer, streams)
+            _refuse_other_text(session, manifest)
+            if accelerator.is_main_process and not manifest:
+                write_run(folder, begun(recipe, session.text))
             _steps(session, progress)
             accelerator.wait_for_everyone()
 
@@ -102,29 +105,21 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
 
 
-def _text(
-    accelerator: Accelerator, recipe: TrainRecipe, folder: Path, manifest: Mapping[str, Any]
-) -> tuple[PreTrainedTokenizerFast, dict[str, Path]]:
+def _text(accelerator: Accelerator, recipe: TrainRecipe) -> tuple[PreTrainedTokenizerFast, dict[str, Path]]:
     """Return the tokenizer and the files of tokens; the first process makes them, the others wait."""
     with accelerator.main_process_first():
-        if accelerator.is_main_process and not manifest:
-            write_run(folder, begun(recipe))
-        place = folder / TOKENIZER
-        if accelerator.is_main_process and not place.is_dir():
-            made = make_tokenizer(recipe)
-            with whole_folder(place) as draft:
-                made.save_pretrained(draft)
-        tokenizer = load_tokenizer(str(place))
-        streams = token_streams(recipe, tokenizer)
-        text = {name: path.stem for name, path in streams.items()}
-        if changed := [name for name, key in manifest.get("text", {}).items() if text.get(name) != key]:
-            raise RecipeError(
-                f"mix.{printable(changed[0])}: its text is not what the run in {printable(folder)!r} began with. "
-                "Put it back, or choose another folder."
-            )
-        if accelerator.is_main_process:
-            write_run(folder, begun(recipe, text))
-    return tokenizer, streams
+        tokenizer = make_tokenizer(recipe)
+        make_config(recipe, tokenizer)  # what does not fit is said before text is tokenised
+        return tokenizer, token_streams(recipe, tokenizer)
+
+
+def _refuse_other_text(session: Session, manifest: Mapping[str, Any]) -> None:
+    changed = [name for name, key in manifest.get("text", {}).items() if session.text.get(name) != key]
+    if changed:
+        raise RecipeError(
+            f"mix.{printable(changed[0])}: its text, or its tokenizer, is not what the run in "
+            f"{printable(session.folder)!r} began with. Put it back, or choose another folder."
+        )
 
 
 def _prepared(
@@ -180,9 +175,9 @@ def _take_up(session: Session) -> tuple[int, float]:
         seconds, session.stepper.warnings = found["seconds"], found["warnings"]
         session.stepper.micro_batch = min(session.stepper.micro_batch, found["micro_batch"])
     if session.accelerator.is_main_process:
-        for later in session.recipe.stops:
-            if later > step or state is None:
-                shutil.rmtree(_place(session, later), ignore_errors=True)
+        for stop in session.recipe.stops:
+            if stop > step or step == 0:
+                shutil.rmtree(_place(session, stop), ignore_errors=True)
     session.accelerator.wait_for_everyone()
     return step, seconds
 

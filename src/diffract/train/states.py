@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from diffract.errors import RunError, printable
@@ -40,7 +41,7 @@ def save_state(accelerator: Accelerator, folder: Path, step: int, content: dict[
         shutil.rmtree(draft, ignore_errors=True)
     accelerator.wait_for_everyone()
     try:
-        accelerator.save_state(str(draft))
+        accelerator.save_state(str(draft), safe_serialization=False)  # tied weights stay tied
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             (draft / PROGRESS).write_text(json.dumps(content), encoding="utf-8")
@@ -52,9 +53,19 @@ def save_state(accelerator: Accelerator, folder: Path, step: int, content: dict[
 
 
 def load_state(accelerator: Accelerator, path: Path) -> dict[str, Any]:
-    """Take up a state, and return the plain values that belong to it."""
-    accelerator.load_state(str(path))
-    return json.loads((path / PROGRESS).read_text(encoding="utf-8"))
+    """Take up a state, and return the plain values that belong to it.
+
+    Raises:
+        RunError: It cannot be read.
+    """
+    try:
+        content = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
+        accelerator.load_state(str(path))
+    except (OSError, ValueError, RuntimeError, KeyError, UnpicklingError) as error:
+        raise RunError(
+            f"the state in {printable(path)!r} cannot be taken up: {printable(error)}. Remove it to begin anew."
+        ) from error
+    return content
 
 
 def _remove_others(path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from diffract.errors import DiffractError
@@ -91,7 +92,7 @@ class Stepper:
         self._optimizer.step()
         self._optimizer.zero_grad()
         assert norm is not None, "only engines that are not supported give none"
-        return loss, norm
+        return loss, norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def _gradient_with_room(self, ids: Tensor) -> Tensor:
         """Compute the gradient, in smaller pieces as long as memory does not suffice."""

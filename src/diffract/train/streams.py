@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from importlib.resources import files
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-import blake3
 import numpy as np
 
 from diffract.cache import cache_folder
-from diffract.corpora import read_documents, source_files
+from diffract.corpora import read_documents
 from diffract.errors import CorpusError, printable
 from diffract.folders import whole_file
+from diffract.train.digests import digest_parts, digest_sources
 from diffract.train.settings import TrainRecipe
 
 if TYPE_CHECKING:
@@ -25,9 +24,6 @@ FORMAT = 1
 
 BATCH_CHARACTERS = 4_000_000
 """Text that is tokenised at once."""
-
-CHUNK = 1 << 24
-"""Bytes of a file that are read at once."""
 
 
 def token_streams(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerFast) -> dict[str, Path]:
@@ -60,33 +56,9 @@ def _stream(recipe: TrainRecipe, name: str, tokenizer: PreTrainedTokenizerFast) 
 
 
 def _key(sources: Iterable[str], data: Path | None, tokenizer: PreTrainedTokenizerFast) -> str:
-    """Digest everything that tokens follow from: text, the code that reads it, the split, the tokenizer."""
-    hasher = blake3.blake3()
-    for part in (f"{FORMAT} train", tokenizer.backend_tokenizer.to_str(), str(tokenizer.eos_token_id)):
-        _add(hasher, part.encode())
-    for resource in sorted(files("diffract.corpora").iterdir(), key=lambda found: found.name):
-        if resource.is_file():
-            _add(hasher, resource.read_bytes())
-    for source in sources:
-        found = source_files(source, data=data)
-        _add(hasher, (Path(source).name if found else source).encode())  # some names are refused
-        for path in found:
-            _add(hasher, _file_digest(path))
-    return hasher.hexdigest()
-
-
-def _add(hasher: Any, content: bytes) -> None:
-    """Add a content with its length, so that no two lists of contents look alike."""
-    hasher.update(len(content).to_bytes(8, "little"))
-    hasher.update(content)
-
-
-def _file_digest(path: Path) -> bytes:
-    hasher = blake3.blake3()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            hasher.update(chunk)
-    return hasher.digest()
+    """Digest everything that tokens follow from."""
+    made_by = (f"{FORMAT} train", tokenizer.backend_tokenizer.to_str(), str(tokenizer.eos_token_id))
+    return digest_parts(text.encode() for text in (*made_by, digest_sources(sources, data)))
 
 
 def _write(path: Path, texts: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,32 +40,23 @@ def accelerated(recipe: TrainRecipe, folder: Path) -> Iterator[Accelerator]:
     """Yield accelerate's accelerator, and let the next run in this process have other settings.
 
     Raises:
-        DiffractError: A tracker is not installed.
+        DiffractError: A tracker is not installed, or processes were started in a way that is not supported.
     """
-    from accelerate import Accelerator, PartialState
     from accelerate.state import AcceleratorState, GradientState
-    from accelerate.tracking import get_available_trackers
-    from accelerate.utils import GradientAccumulationPlugin
 
-    available = {str(tracker) for tracker in get_available_trackers()}
-    if missing := [name for name in recipe.log if name not in available]:
-        raise DiffractError(f"log: {missing[0]} is not installed: pip install {missing[0]}, or leave it out.")
-    mixed = "bf16" if wants_bf16(recipe, str(PartialState().device)) else "no"
-    accelerator = Accelerator(
-        mixed_precision=mixed,
-        log_with=list(recipe.log) or None,
-        project_dir=folder,
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # micro-batches are added up here
-    )
+    accelerator = None
     try:
+        accelerator = _accelerator(recipe, folder)
+        _refuse_others(accelerator)
         if recipe.log:
             accelerator.init_trackers("diffract", config=_flat(recipe))
         yield accelerator
     finally:
-        for tracker in accelerator.trackers:
-            tracker.finish()
-        accelerator.free_memory()
-        AcceleratorState._reset_state()
+        if accelerator is not None:
+            for tracker in accelerator.trackers:
+                tracker.finish()
+            accelerator.free_memory()
+        AcceleratorState._reset_state(reset_partial_state=True)  # accelerate offers no public way
         GradientState._reset_state()
 
 
@@ -78,6 +70,43 @@ def wants_bf16(recipe: TrainRecipe, device: str) -> bool:
 def device_name(device: torch.device) -> str:
     """Name a device in a manifest."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _accelerator(recipe: TrainRecipe, folder: Path) -> Accelerator:
+    from accelerate import Accelerator, PartialState
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
+
+    available = {str(tracker) for tracker in get_available_trackers()}
+    if missing := [name for name in recipe.log if name not in available]:
+        raise DiffractError(f"log: {missing[0]} is not installed: pip install {missing[0]}, or leave it out.")
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    mixed = "bf16" if wants_bf16(recipe, str(PartialState(cpu=cpu).device)) else "no"
+    return Accelerator(
+        cpu=cpu,  # else processes without a GPU would not know of each other
+        mixed_precision=mixed,
+        log_with=list(recipe.log) or None,
+        project_dir=folder,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # micro-batches are added up here
+    )
+
+
+def _refuse_others(accelerator: Accelerator) -> None:
+    """Raise for engines that want a loop of their own."""
+    kind = accelerator.distributed_type.value
+    if kind in ("DEEPSPEED", "MEGATRON_LM") or (kind == "FSDP" and not accelerator.is_fsdp2):
+        raise DiffractError(
+            f"{kind} is not supported, expected one process, several with copies of the model, or FSDP with "
+            "fsdp_version: 2 (docs/train.md)."
+        )
+    if accelerator.num_processes > 1:
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    """End a group of processes as torch wants it, where that has not been done."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _flat(recipe: TrainRecipe) -> dict[str, int | float | str]:

@@ -2,43 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffract.cache import cache_folder
 from diffract.corpora import read_documents
 from diffract.errors import RecipeError, printable
+from diffract.folders import write_text
+from diffract.train.digests import digest_parts, digest_sources
 from diffract.train.references import hub_parts
 from diffract.train.settings import TrainRecipe
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 END = "<|endoftext|>"
 """What a trained tokenizer calls the end of a text."""
+
+FORMAT = 1
+"""Raised when the same text would make another tokenizer."""
 
 SAMPLE_CHARACTERS = 20_000_000
 """A tokenizer is trained on so much of the mix, by its shares."""
 
 
 def make_tokenizer(recipe: TrainRecipe) -> PreTrainedTokenizerFast:
-    """Return the tokenizer of a recipe.
+    """Return the tokenizer of a recipe; one that was trained on the same text before is taken from the cache.
 
     Raises:
         RecipeError: It cannot be loaded, or lacks what training needs.
         CorpusError: The text that it is to be trained on cannot be read.
     """
     if recipe.tokenizer is not None and recipe.tokenizer.train is not None:
-        return train_tokenizer(recipe, recipe.tokenizer.train.vocabulary)
+        return _trained(recipe, recipe.tokenizer.train.vocabulary)
     named = recipe.tokenizer.path if recipe.tokenizer is not None else recipe.model.init
     assert named is not None, "a recipe without an init has a tokenizer"
     return load_tokenizer(named)
 
 
-def train_tokenizer(recipe: TrainRecipe, vocabulary: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer on the training text of the mix; each digit is a token of its own."""
+def train_bpe(texts: Iterable[str], vocabulary: int) -> Tokenizer:
+    """Train a byte-level BPE tokenizer whose first token ends texts; each digit is a token of its own.
+
+    Args:
+        texts: What it is trained on.
+        vocabulary: Tokens that it has at most.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     digits = pre_tokenizers.Digits(individual_digits=True)
     tokenizer = Tokenizer(models.BPE())
@@ -50,10 +61,8 @@ def train_tokenizer(recipe: TrainRecipe, vocabulary: int) -> PreTrainedTokenizer
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_sample(recipe), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END, model_max_length=recipe.context, clean_up_tokenization_spaces=False
-    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
 
 
 def load_tokenizer(named: str) -> PreTrainedTokenizerFast:
@@ -74,6 +83,24 @@ def load_tokenizer(named: str) -> PreTrainedTokenizerFast:
     if found.eos_token_id is None:
         raise RecipeError(f"the tokenizer of {printable(named)!r} has no eos_token, which ends texts. Name one in it.")
     return found
+
+
+def _trained(recipe: TrainRecipe, vocabulary: int) -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, __version__
+    from transformers import PreTrainedTokenizerFast
+
+    data = Path(recipe.data) if recipe.data else None
+    text = [digest_sources(part.sources, data) for part in recipe.mix.values()]
+    made_by = [FORMAT, __version__, vocabulary, SAMPLE_CHARACTERS, *recipe.shares.values(), *text]
+    path = cache_folder() / "tokenizers" / f"{digest_parts(str(part).encode() for part in made_by)}.json"
+    if not path.exists():
+        write_text(path, train_bpe(_sample(recipe), vocabulary).to_str())
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_file(str(path)),
+        eos_token=END,
+        model_max_length=recipe.context,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def _sample(recipe: TrainRecipe) -> Iterator[str]:
