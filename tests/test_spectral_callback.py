@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -162,7 +164,7 @@ def test_training_is_what_it_would_be_without(tmp_path: Path) -> None:
     torch.set_num_threads(2)
     try:
         runs = []
-        for name, callbacks in (("with", [SpectralCallback("all", every=1, base="start")]), ("without", [])):
+        for name, callbacks in (("with", [SpectralCallback("all", "layers 0", 1, base="start")]), ("without", [])):
             watch = Watch()
             one = trainer(tmp_path / name, *callbacks, watch)
             one.train()
@@ -373,6 +375,15 @@ def test_sharded_models_are_refused_by_every_process(tmp_path: Path) -> None:
         refuse_sharded(net)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks for it
+def test_models_with_an_adapter_are_refused(tmp_path: Path) -> None:
+    import peft
+
+    net = peft.get_peft_model(model(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(CheckpointError, match="trained through an adapter"):
+        trainer(tmp_path, SpectralCallback(), net=net).train()
+
+
 def test_models_that_torch_shards() -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
@@ -440,3 +451,17 @@ def test_transformers_is_imported_with_the_callback_only() -> None:
     loaded, message = done.stdout.splitlines()
     assert loaded == "False"
     assert "pip install 'diffract-llm[train]'" in message
+
+
+def test_the_page_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[1]
+    (tmp_path / "samples").symlink_to(root / "samples")
+    monkeypatch.chdir(tmp_path)
+    page = (root / "docs" / "callback.md").read_text(encoding="utf-8")
+    known: dict[str, Any] = {}
+    for body in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        exec(compile(body, "callback.md", "exec"), known)
+    assert steps(tmp_path / "run" / "spectra.parquet") == [0, 20, 40, 60]
+    assert (tmp_path / "one.html").stat().st_size > 0
+    for option in inspect.signature(SpectralCallback).parameters:
+        assert f"| `{option}` |" in page

@@ -31,6 +31,15 @@ def _sharding(model: nn.Module) -> str | None:
     return "tensor parallelism" if (getattr(model, "tp_size", None) or 1) > 1 else None
 
 
+def refuse_adapter(model: nn.Module) -> None:
+    """Raise if a model is trained through a PEFT adapter: its own matrices never change, and the sum is nowhere."""
+    if getattr(model, "peft_config", None):
+        raise CheckpointError(
+            "the model is trained through an adapter, whose sum with the model SpectralCallback does not see. Leave it "
+            "out and run `diffract trajectory` on the saved adapters."
+        )
+
+
 def refuse_shared(base: Reference, model: nn.Module) -> None:
     """Raise if a base in memory holds the very tensors that are trained."""
     if isinstance(base, str | Path | Checkpoint):

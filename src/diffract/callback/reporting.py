@@ -35,14 +35,13 @@ def medians(rows: pl.DataFrame) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def log(
-    numbers: Mapping[str, float], args: TrainingArguments, state: TrainerState, control: TrainerControl
-) -> TrainerControl:
+def log(numbers: Mapping[str, float], args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
     """Report numbers as ``Trainer.log`` does: in the history of its state, and to its callbacks."""
     logs = {**numbers, "epoch": state.epoch}
     state.log_history.append({**logs, "step": state.global_step})
     handler = _handler()
-    return control if handler is None else handler.call_event("on_log", args, state, control, logs=logs)
+    if handler is not None:
+        handler.call_event("on_log", args, state, control, logs=logs)
 
 
 def _handler() -> CallbackHandler | None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from diffract import tables
 from diffract.api import compare, scan
-from diffract.callback.refusals import refuse_sharded, refuse_shared
+from diffract.callback.refusals import refuse_adapter, refuse_sharded, refuse_shared
 from diffract.callback.reporting import log, medians, warn_of_cost
 from diffract.callback.table import NAMED, START, keep, placed, rows_before
 from diffract.checkpoints import Checkpoint, Reference, open_checkpoint
@@ -41,7 +41,7 @@ CHANGE = ("delta_relative",)
 
 
 class SpectralCallback(TrainerCallback):
-    """Measures chosen matrices of a model in training: when it begins, every so many steps, and at its last step.
+    """Measures chosen matrices of a model in training: when it begins, every so many steps, and at the last.
 
     A table, Parquet, gets a row for each step and matrix; what reports the loss (TensorBoard, W&B, ...) gets medians
     over matrices of one kind, ``spectral/METRIC/attn.q``, over all of them, ``spectral/METRIC/all``, and the time that
@@ -93,31 +93,28 @@ class SpectralCallback(TrainerCallback):
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl | None:
+    ) -> None:
         """Measure the model as it is, which refuses whatever does not fit it."""
         model = kwargs["model"]
         refuse_sharded(model)
+        refuse_adapter(model)
         if not state.is_world_process_zero:
-            return None
+            return
         self._rows = rows_before(state.global_step, self._table(args))
         self._opened = self._open_base(model, state.global_step, self._table(args))
-        control, _ = self._measure(args, state, control, model)
+        self._measure(args, state, control, model)
         self._since = (state.global_step, time.perf_counter())
-        return control
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl | None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure the model if it is time."""
         due = state.global_step % self.every == 0
         if not (due or control.should_training_stop) or not state.is_world_process_zero:
-            return None
-        step, trained = state.global_step - self._since[0], time.perf_counter() - self._since[1]
-        control, seconds = self._measure(args, state, control, kwargs["model"])
-        if step >= self.every and not self._warned:
-            self._warned = warn_of_cost(seconds, trained, step)
+            return
+        steps, trained = state.global_step - self._since[0], time.perf_counter() - self._since[1]
+        seconds = self._measure(args, state, control, kwargs["model"])
+        if steps >= self.every and not self._warned:
+            self._warned = warn_of_cost(seconds, trained, steps)
         self._since = (state.global_step, time.perf_counter())
-        return control
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -148,8 +145,8 @@ class SpectralCallback(TrainerCallback):
 
     def _measure(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module
-    ) -> tuple[TrainerControl, float]:
-        """Return what reporters made of ``control``, and the seconds that it took."""
+    ) -> float:
+        """Measure, note and report; return the seconds that it took."""
         begun = time.perf_counter()
         found = self._look(model)
         order, tokens = self._rows["step"].n_unique(), state.num_input_tokens_seen or None
@@ -158,7 +155,8 @@ class SpectralCallback(TrainerCallback):
         with tables.whole_file(self._table(args)) as draft:
             self._rows.write_parquet(draft, compression="zstd")
         seconds = time.perf_counter() - begun
-        return log({**medians(rows), "spectral/seconds": seconds}, args, state, control), seconds
+        log({**medians(rows), "spectral/seconds": seconds}, args, state, control)
+        return seconds
 
     def _look(self, model: nn.Module) -> pl.DataFrame:
         """The rows of the model in the metrics table of a scan, or of a comparison with the base."""
