@@ -47,7 +47,7 @@ def _paths(study: Study, tokens: int) -> ConnectTables:
     asked, tuned = study.recipe.search.paths, study.family.tuned[tokens]
     run = connect(
         study.family.bases[tokens],
-        tuned,
+        *tuned.items(),
         eval=[study.recipe.quality.tasks[domain] for domain in tuned],
         steps=asked.steps,
         tolerance=study.recipe.quality.tolerance,
