@@ -41,7 +41,7 @@ def better(number: Number, claim: str, *, than: float = 0.0) -> tuple[Verdict, s
         return "holds", f"{said}; {claim}."
     if number.high < than:
         return "does not hold", f"{said}; the opposite of what is claimed ({claim})."
-    return "cannot tell", f"{said}; the interval includes {than:.3g}, so these items cannot show whether {claim}."
+    return "cannot tell", f"{said}; the interval includes {than:.3g}: it cannot be told whether {claim}."
 
 
 def median(name: str, values: Sequence[float | None], *, unit: str = "", chance: float | None = None) -> Number:

@@ -12,13 +12,16 @@ from diffract.studies.finding import Finding, Number, Verdict
 from diffract.studies.study import Study
 from diffract.studies.verdicts import rank_correlation, shown
 
+BASE = "base"
+"""What paths from the base are called; the claim is about domains."""
+
 
 def connectivity(study: Study) -> Finding:
     """Walk from every domain to every other, from each budget."""
     runs = {tokens: _paths(study, tokens) for tokens in study.family.tuned}
     pairs = pl.concat(run.pairs.with_columns(tokens=pl.lit(tokens)) for tokens, run in runs.items())
     paths = pl.concat(run.paths.with_columns(tokens=pl.lit(tokens)) for tokens, run in runs.items())
-    judged = pairs.filter(pl.col("counts"))
+    judged = pairs.filter(pl.col("counts"), pl.col("a") != BASE, pl.col("b") != BASE)
     last = judged.filter(pl.col("tokens") == study.family.last)
     trend = _trend(judged)
     verdict, because = _judge(last, study.recipe.quality.tolerance)
