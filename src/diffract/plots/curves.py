@@ -7,7 +7,7 @@ from typing import Any
 import plotly.graph_objects as go
 import polars as pl
 
-from diffract.plots.style import LEGEND_RIGHT, LOG, figure, label, line
+from diffract.plots.style import LEGEND_RIGHT, figure, label, line
 
 BAND_OPACITY = 0.15
 
@@ -36,8 +36,9 @@ def curves(
             traces.append(_band(rows, line(index)["color"], label(name)))
         traces.append(_curve(rows, index, label(name)))
     made = figure(traces, x=x, y=y, title=title, height=height, legend=LEGEND_RIGHT)
+    made.update_yaxes(exponentformat="none")
     if log_x:
-        made.update_xaxes(**{name: value for name, value in LOG.items() if name != "minor"})
+        made.update_xaxes(type="log", dtick="D2", tickformat="~s")
     if zero:
         made.add_hline(y=0, line={"color": "#9ca3af", "dash": "dot", "width": 1})
     return made
@@ -51,6 +52,7 @@ def _band(rows: pl.DataFrame, colour: str, group: str) -> go.Scatter:
         fill="toself",
         fillcolor=colour,
         opacity=BAND_OPACITY,
+        mode="lines",
         line={"width": 0},
         legendgroup=group,
         showlegend=False,

@@ -34,7 +34,7 @@ def better(number: Number, claim: str, *, than: float = 0.0) -> tuple[Verdict, s
         claim: What holds if the whole interval is above.
         than: What it is held against.
     """
-    said = f"{number.name}: {shown(number)}"
+    said = f"{number.name[0].upper()}{number.name[1:]}: {shown(number)}"
     if number.value is None or number.low is None or number.high is None:
         return "cannot tell", f"{said}; there is no interval to judge by."
     if number.low > than:
