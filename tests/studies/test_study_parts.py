@@ -82,8 +82,9 @@ def test_recipes_of_the_project_are_sound(path: Path) -> None:
 
 def test_a_failed_training_run_is_said_with_its_last_words(tmp_path: Path) -> None:
     recipe = StudyRecipe.model_validate(micro())
+    broken = {"model": {"init": "nowhere"}, "mix": {"a": {"sources": ["none.txt"]}}, "tokens": 256}
     with pytest.raises(RunError, match="training broken failed: error: "):
-        run_all([Job("broken", {"tokens": -1}, tmp_path / "broken")], recipe, lambda text: None)
+        run_all([Job("broken", broken, tmp_path / "broken")], recipe, lambda text: None)
 
 
 def finding(**changes: Any) -> Finding:

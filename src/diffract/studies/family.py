@@ -16,6 +16,8 @@ import yaml
 from diffract.errors import RunError, printable
 from diffract.folders import write_text
 from diffract.studies.settings import StudyRecipe
+from diffract.train.records import read_run
+from diffract.train.settings import load_train_recipe
 
 Say = Callable[[str], None]
 
@@ -51,6 +53,15 @@ class Family:
     bases: Mapping[int, str]
     tuned: Mapping[int, Mapping[str, str]]
 
+    def within(self, folder: Path) -> Family:
+        """Return the same with paths relative to a folder, for people."""
+
+        def short(ref: str) -> str:
+            return str(Path(ref).relative_to(folder)) if Path(ref).is_relative_to(folder) else ref
+
+        bases = {tokens: short(ref) for tokens, ref in self.bases.items()}
+        return Family(bases, {t: {d: short(ref) for d, ref in models.items()} for t, models in self.tuned.items()})
+
     @property
     def last(self) -> int:
         """The largest budget that was trained on from."""
@@ -67,11 +78,13 @@ def pretraining_jobs(recipe: StudyRecipe, folder: Path, data: Path | None) -> li
 
 def continual_jobs(recipe: StudyRecipe, bases: Mapping[int, str], folder: Path, data: Path | None) -> list[Job]:
     """Return one training run for each budget and domain."""
-    replay = {name: part.model_dump() for name, part in recipe.continual.replay.items()}
+    replay = {name: part.model_dump(mode="json") for name, part in recipe.continual.replay.items()}
     jobs = []
     for tokens in recipe.pretraining.chosen:
         for domain, part in recipe.continual.domains.items():
-            mix = {f"replay of {name}": value for name, value in replay.items()} | {domain: part.model_dump()}
+            mix = {f"replay of {name}": value for name, value in replay.items()} | {
+                domain: part.model_dump(mode="json")
+            }
             made = {"model": {"init": bases[tokens]}, "mix": mix}
             name = tuned_name(domain, tokens)
             jobs.append(Job(name, _common(recipe, data) | recipe.continual.train | made, folder / FAMILY / name))
@@ -121,7 +134,7 @@ def run(job: Job) -> dict[int, str]:
 
 def run_all(jobs: Sequence[Job], recipe: StudyRecipe, say: Say) -> Sequence[Job]:
     """Run training in processes of its own, several side by side; return the same jobs."""
-    waiting = [job for job in jobs if not (job.folder / "manifest.json").exists()]
+    waiting = [job for job in jobs if not read_run(job.folder, load_train_recipe(job.recipe)).get("finished")]
     begun = time.monotonic()
     with ThreadPoolExecutor(recipe.jobs) as pool:
         for done, job in enumerate(pool.map(lambda j: _run_apart(j, recipe.launch), waiting), start=1):

@@ -21,6 +21,7 @@ from diffract.studies.family import Family, Job, Say, continual_jobs, make_famil
 from diffract.studies.finding import Finding, load_finding, save_finding
 from diffract.studies.report import write_report
 from diffract.studies.settings import StudyRecipe
+from diffract.train.settings import TrainRecipe
 
 FORMAT = 1
 MANIFEST, NUMBERS, REPORT, FINDINGS_FOLDER = "manifest.json", "numbers.json", "report.html", "findings"
@@ -73,7 +74,7 @@ def run_study(
     Raises:
         DiffractError: The recipe is wrong, a training run failed, or the folder belongs to another recipe.
     """
-    asked, folder = load_study(recipe), Path(output)
+    asked, folder = load_study(recipe), Path(output).resolve()  # recipes of training hold paths in it
     where = asked.data_folder(Path(recipe), data)
     check_jobs(asked, folder, where)
     _claim(asked, folder)
@@ -82,7 +83,7 @@ def run_study(
         findings = [_finding(name, asked, family, folder, where, say) for name in asked.findings]
     run = StudyRun(folder, asked, findings)
     write_text(folder / NUMBERS, numbers_text(findings))
-    write_report(asked, family, findings, run.report)
+    write_report(asked, family.within(folder), findings, run.report)
     return run
 
 
@@ -98,8 +99,6 @@ def check_jobs(recipe: StudyRecipe, folder: Path, data: Path | None) -> list[Job
     Raises:
         RecipeError: One is wrong; the message says which.
     """
-    from diffract.train import TrainRecipe
-
     jobs = all_jobs(recipe, folder, data)
     for job in jobs:
         validated(TrainRecipe, job.recipe, f"training {job.name}")

@@ -8,23 +8,13 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, Field, model_validator
 
 from diffract.settings import STRICT
+from diffract.train.settings import Part
 
 Name = Literal[
     "budget", "evolution", "vectors", "heads", "rewind", "truncation", "connectivity", "tracking"
 ]  # fmt: skip
 
 Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Part(BaseModel):
-    """A part of a mix of training text."""
-
-    model_config = STRICT
-
-    sources: list[str]
-    """Files, folders, stdlib, word-problems, or datasets:NAME, as training recipes have them."""
-    share: Annotated[float, Field(gt=0)] = 1.0
-    """How much of the mix it is, beside the other shares."""
 
 
 class Pretraining(BaseModel):
