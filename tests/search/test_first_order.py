@@ -15,8 +15,8 @@ from edit_cases import family_pair
 
 STEP = 3e-3
 CLOSE = 2e-5
-"""Third derivatives, of order 1 here, times the step squared; and as much again, as the norms of these models compute in
-float32: 6e-8 by the step. The slopes are 0.1."""
+"""Third derivatives, of order 1 here, times the step squared; and as much again, as the norms of these models compute
+in float32: 6e-8 by the step. The slopes are 0.1."""
 
 
 def sample(model: torch.nn.Module, *, padded: bool = False) -> Sample:
