@@ -50,13 +50,13 @@ def explained(*, debug: bool) -> Iterator[None]:
 
 
 @contextmanager
-def progress(label: str, *, quiet: bool, unit: str = "") -> Iterator[Progress | None]:
+def progress(label: str, *, quiet: bool, unit: str = "G") -> Iterator[Progress | None]:
     """Yield a function that shows how far work has come, with its rate and the time left.
 
     Args:
-        label: What to call the work.
+        label: What is done.
         quiet: Show nothing.
-        unit: Of what is counted; thousands of millions, of operations or bytes, by default.
+        unit: What is counted: ``G`` shows a rate in billions, anything else in ones.
     """
     if quiet:
         yield None
@@ -117,9 +117,7 @@ def _lines(label: str, unit: str) -> Progress:
 
 
 def _rate(done: float, seconds: float, unit: str) -> str:
-    if seconds <= 0:
-        return ""
-    return f"{done / seconds:.2g} {unit}/s" if unit else f"{done / seconds / 1e9:.1f} G/s"
+    return f"{done / seconds / (1e9 if unit == 'G' else 1):.1f} {unit}/s" if seconds > 0 else ""
 
 
 def say(text: str, *, quiet: bool = False) -> None:

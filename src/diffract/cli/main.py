@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from diffract._version import __version__
-from diffract.cli import analyse, draw, edits, heads, look, search, series, show
+from diffract.cli import analyse, draw, edits, evaluate, heads, look, search, series, show
 
 HELP = """See what a training stage did to a language model's weights.
 
@@ -24,7 +24,9 @@ for command in (*NEED_ARGUMENTS, look.metrics, show.demo):
     app.command(no_args_is_help=command in NEED_ARGUMENTS, rich_help_panel="See")(command)
 for command in (*EDITS, edits.apply, edits.verify):
     app.command(no_args_is_help=True, rich_help_panel="Act")(command)
+app.command("eval", no_args_is_help=True, rich_help_panel="Know")(evaluate.evaluate)
 app.add_typer(search.app, name="search", rich_help_panel="Know")
+app.command(no_args_is_help=True, rich_help_panel="Know")(search.connect)
 
 
 def _version(wanted: bool) -> None:

@@ -2,11 +2,14 @@
 
 from diffract.corpora.evaluation_only import refuse_evaluation_only
 from diffract.corpora.records import instruction_text, question_text, record_text
-from diffract.corpora.sources import read_documents, read_records, read_texts
+from diffract.corpora.sources import HUB, STANDARD_LIBRARY, WORD_PROBLEMS, read_documents, read_records, read_texts
 from diffract.corpora.splits import Document, Split, digest, split_documents, split_of
 from diffract.corpora.word_problems import Problem, make_problems
 
 __all__ = [
+    "HUB",
+    "STANDARD_LIBRARY",
+    "WORD_PROBLEMS",
     "Document",
     "Problem",
     "Split",

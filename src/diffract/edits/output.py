@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 
 from diffract.checkpoints.writer import SHARD_BYTES
-from diffract.edits.settings import STRICT
+from diffract.settings import STRICT
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, model_validator
 
 from diffract.edits.output import Output
 from diffract.edits.settings import (
-    STRICT,
     Interpolate,
     Laser,
     Lora,
@@ -25,9 +22,8 @@ from diffract.edits.settings import (
     Svf,
     Truncate,
 )
-from diffract.errors import RecipeError, printable, suggest
-
-B = TypeVar("B", bound=BaseModel)
+from diffract.errors import printable
+from diffract.settings import STRICT, read_recipe, validated
 
 
 def _named(step: object) -> object:
@@ -107,60 +103,7 @@ def load_recipe(path: str | Path) -> Recipe:
     Raises:
         RecipeError: It cannot be read, is no YAML, or says what cannot be; the message holds the path in the file.
     """
-    try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"cannot read recipe {printable(path)!r}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {printable(path)!r} is no YAML: {printable(error)}.") from error
-    if not isinstance(found, dict):
-        raise RecipeError(f"recipe {printable(path)!r}: expected model and steps, got {type(found).__name__}.")
-    return validated(Recipe, found, printable(path))
-
-
-def validated(kind: type[B], values: Mapping[str, Any], where: str) -> B:
-    """Return a validated model, or raise one clear error.
-
-    Raises:
-        RecipeError: What is wrong, where, and what was expected.
-    """
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise RecipeError(f"{where}{_explained(kind, error)}") from error
-
-
-def _explained(kind: type[BaseModel], error: ValidationError) -> str:
-    """Say what the first error is, with the path to it."""
-    first = error.errors()[0]
-    path = ".".join(map(str, first["loc"]))
-    at = f", {printable(path)}" if path else ""
-    if first["type"] == "extra_forbidden":
-        known = _fields(kind, first["loc"][:-1])
-        return f"{at}: unknown setting.{suggest(str(first['loc'][-1]), known)} Known: {', '.join(known)}."
-    if first["type"] == "missing":
-        return f"{at}: this setting is missing."
-    message = first["msg"].removeprefix("Value error, ")
-    got = first.get("input")
-    shown = "" if first["type"] == "value_error" or isinstance(got, BaseModel | dict) else f", got {printable(got)!r}"
-    return f"{at}: {message[0].lower()}{message[1:]}{shown}."
-
-
-def _fields(kind: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    """Return the settings that are known at a path."""
-    schema = kind.model_json_schema()
-    here = schema
-    for key in path:
-        here = _resolved(schema, here)
-        here = here.get("items", {}) if isinstance(key, int) else here.get("properties", {}).get(key, {})
-    return list(_resolved(schema, here).get("properties", {}))
-
-
-def _resolved(schema: Mapping[str, Any], here: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Follow a reference, or the one of several alternatives that is an object."""
-    options = here.get("anyOf", [here])
-    here = next((option for option in options if "$ref" in option), here)
-    return schema["$defs"][here["$ref"].rpartition("/")[2]] if "$ref" in here else here
+    return validated(Recipe, read_recipe(path, "model and steps"), printable(path))
 
 
 @cache

@@ -6,10 +6,11 @@ from functools import partial
 from pathlib import Path
 
 from diffract.checkpoints.provenance import Verdict, read_manifest, verify_folder
-from diffract.edits.recipe import Recipe, validated
+from diffract.edits.recipe import Recipe
 from diffract.edits.to_files import open_bench, plan
 from diffract.edits.write import compute, jobs_of, run_jobs, written_infos
 from diffract.errors import RecipeError, printable
+from diffract.settings import validated
 
 
 def verify(folder: str | Path, *, replay: bool = False) -> Verdict:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, WithJsonSchema, model_validator
 
 from diffract.edits.operations.rule import NoiseRule, Rule, Side
 from diffract.errors import printable
+from diffract.settings import STRICT
 
 Unit = Literal["head", "matrix", "expert", "tensor"]
 Shared = Literal["all", "majority", "never"]
@@ -24,8 +25,6 @@ OF_MATRICES = ("tsv", "iso-c")
 
 WITH_ELECTION = ("ties", "dare-ties")
 """Merges in which models vote on signs."""
-
-STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True)
 
 
 def _split(value: object) -> object:

@@ -20,11 +20,12 @@ from diffract.edits.draft import Draft
 from diffract.edits.exports import EXPORTERS, Target
 from diffract.edits.output import Output
 from diffract.edits.planning import Planned
-from diffract.edits.recipe import Recipe, load_recipe, validated
+from diffract.edits.recipe import Recipe, load_recipe
 from diffract.edits.settings import Settings
 from diffract.edits.steps import plan_step
 from diffract.edits.write import Progress, write_draft
 from diffract.folders import whole_folder
+from diffract.settings import validated
 
 RECIPE = "recipe.yaml"
 CARD = "README.md"

@@ -9,7 +9,7 @@ CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 """GSM8K's marks, which show a calculator's work."""
 
 NUMBER = re.compile(
-    r"""(?<![\w.])(?P<sign>[-−]?)\s?[$€£]?\s?(?P<minus>-?)
+    r"""(?<![\w.])(?P<sign>[-−]?)(?:[$€£]\s?)?(?P<minus>-?)
     (?P<number>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)
     (?:\s?/\s?(?P<below>\d+)(?![\d.,]*\d))?""",
     re.VERBOSE,
@@ -21,6 +21,9 @@ MARKS = (
     re.compile(r"\banswer is:?\s*(?P<rest>[^\n]*)", re.IGNORECASE),
 )
 """What stands before the final number, the surest first."""
+
+LONGEST = 300
+"""Digits of what counts as a number."""
 
 TOLERANCE = Fraction(1, 10**6)
 """Relative, for right answers that are no whole numbers: 0.333333 is one third. Whole numbers must be equal."""
@@ -56,7 +59,9 @@ def is_right(answer: str, right: str) -> bool:
     return found == wanted or (wanted.denominator != 1 and abs(found - wanted) <= TOLERANCE * abs(wanted))
 
 
-def _value(match: re.Match[str]) -> Fraction:
+def _value(match: re.Match[str]) -> Fraction | None:
+    if len(match[0]) > LONGEST:
+        return None
     value = Fraction(match["number"].replace(",", ""))
     below = int(match["below"] or 1)
     value = value / below if below else value

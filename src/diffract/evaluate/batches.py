@@ -58,13 +58,11 @@ def run_batches(
         longest = max(1, length(items[order[0]]))
         allowed = budget.tokens if most is None else min(budget.tokens, most)
         batch = order[: max(1, allowed // longest)]
-        try:
-            results.update(zip(batch, compute([items[i] for i in batch]), strict=True))
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            _halve(budget, len(batch), longest, error)
+        found = _tried(compute, [items[i] for i in batch], longest)
+        if found is None:
+            _halve(budget, len(batch) * longest)
             continue
+        results.update(zip(batch, found, strict=True))
         order = order[len(batch) :]
     return [results[i] for i in range(len(items))]
 
@@ -74,12 +72,22 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _halve(budget: Budget, count: int, longest: int, error: RuntimeError) -> None:
-    if count == 1:
-        raise CheckpointError(
-            f"out of memory with one item of {longest} tokens. Use another device, or a smaller dtype."
-        ) from error
-    budget.tokens = max(1, count * longest // 2)
+def _tried(compute: Callable[[list[T]], list[R]], batch: list[T], longest: int) -> list[R] | None:
+    """Return a batch's results, or ``None`` if memory ran out; what it held is free by then."""
+    try:
+        return compute(batch)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(batch) == 1:
+            raise CheckpointError(
+                f"out of memory with one item of {longest} tokens. Use another device, or a smaller dtype."
+            ) from error
+    return None
+
+
+def _halve(budget: Budget, tokens: int) -> None:
+    budget.tokens = max(1, tokens // 2)
     budget.note(f"out of memory: batches of {budget.tokens} tokens from here on")
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

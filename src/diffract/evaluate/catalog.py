@@ -12,18 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from diffract.corpora import Split, digest, make_problems, question_text
+from diffract.corpora import Problem, Split, digest, make_problems, question_text
 from diffract.corpora.splits import check_split
 from diffract.corpora.word_problems import COUNT, parse_levels
 from diffract.errors import CorpusError, SelectionError, printable, suggest
+from diffract.evaluate.harness import harness_item
 from diffract.evaluate.sources import JSON, choices, documents, is_for_evaluation, questions
-from diffract.evaluate.task import Harness, Item, Kind, Question, Task, make_task
+from diffract.evaluate.spread import spread
+from diffract.evaluate.task import Item, Kind, Question, Task, make_task
 from diffract.evaluate.text import cut
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -127,17 +128,6 @@ def load_tasks(
     return [LOADERS[_kind(w)](w) for w in wanted]
 
 
-def spread(items: Sequence[T], limit: int | None) -> list[T]:
-    """Return at most ``limit`` items, evenly spaced over all.
-
-    >>> spread(range(10), 3)
-    [1, 5, 8]
-    """
-    if limit is None or limit >= len(items):
-        return list(items)
-    return [items[(2 * i + 1) * len(items) // (2 * limit)] for i in range(limit)]
-
-
 def _read(entry: str, split: Split, data: Path | None, limit: int | None, shots: int) -> Wanted:
     name, _, source = entry.partition("=")
     if name.startswith(HARNESS) and not source and len(name) > len(HARNESS):
@@ -193,8 +183,7 @@ def _load_choice(wanted: Wanted) -> Task:
 
 
 def _load_harness(wanted: Wanted) -> Task:
-    folder = str(wanted.data) if wanted.data else None
-    item = Harness(wanted.source, wanted.shots, wanted.limit, folder)
+    item = harness_item(wanted.source, wanted.split, shots=wanted.shots, limit=wanted.limit, data=wanted.data)
     return make_task(wanted.name, "lm-eval", wanted.split, [item], sources=[f"lm-evaluation-harness {wanted.source}"])
 
 
@@ -235,9 +224,14 @@ def _made_up(wanted: Wanted) -> list[Item]:
     levels = parse_levels(wanted.levels)
     shots = make_problems("train", wanted.shots, levels=levels)
     begin = _before([(p.question, p.answer) for p in shots])
-    problems = make_problems(wanted.split, COUNT[wanted.split], levels=levels)
-    found = {p.id: Question(p.id, begin + question_text(p.question), p.answer, MADE_UP_TOKENS) for p in problems}
-    return list(found.values())
+    problems = _problems(wanted.split, levels)
+    return [Question(p.id, begin + question_text(p.question), p.answer, MADE_UP_TOKENS) for p in problems]
+
+
+@cache
+def _problems(split: Split, levels: tuple[int, ...]) -> tuple[Problem, ...]:
+    """Return all problems of a split; drawing them takes longer than reading a file."""
+    return tuple({p.id: p for p in make_problems(split, COUNT[split], levels=levels)}.values())
 
 
 def _examples(wanted: Wanted, sources: Sequence[str]) -> str:

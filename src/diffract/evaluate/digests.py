@@ -47,11 +47,15 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return blake3.blake3(json.dumps([content, special], sort_keys=True).encode()).hexdigest()
 
 
-def _config(model: torch.nn.Module) -> dict[str, Any] | None:
+def has_adapters(model: torch.nn.Module) -> bool:
+    """Return whether a model holds adapters of PEFT: their scales and switches are not among what is digested."""
+    return bool(getattr(model, "peft_config", None))
+
+
+def _config(model: torch.nn.Module) -> dict[str, Any]:
     config: Any = getattr(model, "config", None)
-    if not hasattr(config, "to_dict"):
-        return None
-    return {k: v for k, v in config.to_dict().items() if k not in NOT_PART}
+    own = config.to_dict() if hasattr(config, "to_dict") else {}
+    return {k: v for k, v in own.items() if k not in NOT_PART}
 
 
 def _update(hasher: blake3.blake3, tensor: Tensor) -> None:

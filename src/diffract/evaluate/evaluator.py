@@ -10,7 +10,7 @@ import polars as pl
 from diffract.cache import Cache, cache_key
 from diffract.evaluate.batches import Budget, chunks
 from diffract.evaluate.choices import score_choices
-from diffract.evaluate.digests import model_digest, tokenizer_digest
+from diffract.evaluate.digests import has_adapters, model_digest, tokenizer_digest
 from diffract.evaluate.exact import score_questions
 from diffract.evaluate.harness import score_harness
 from diffract.evaluate.processes import gather, place
@@ -33,7 +33,11 @@ Progress = Callable[[float, float, str], None]
 
 
 class Evaluator:
-    """Scores a model as it stands now: its weights are digested at each call, so live edits are never confused."""
+    """Scores a model as it stands now: its weights are digested at each call, so live edits are never confused.
+
+    Attributes:
+        digests: Of the model and of its tokenizer, as they were when ``scores`` was called last.
+    """
 
     def __init__(
         self,
@@ -57,7 +61,11 @@ class Evaluator:
         """
         self.subject, self.tasks, self.cache, self.progress = subject, tuple(tasks), cache, progress
         self.budget = Budget(batch_tokens, notes)
+        self.digests = ("", "")
         self._place = place()
+        if cache and has_adapters(subject.model):
+            self.cache = None
+            self.budget.note("scores are not kept: the model holds adapters; merge them first")
 
     def scores(self) -> pl.DataFrame:
         """Return the scores of all items of all tasks, in their order.
@@ -74,8 +82,8 @@ class Evaluator:
         """Return all that scores depend on but the task."""
         subject = self.subject
         dtype = str(next(iter(subject.model.parameters())).dtype)
-        digests = model_digest(subject.model), tokenizer_digest(subject.tokenizer)
-        return [*digests, dtype, subject.device.type, subject.context, *subject.start]
+        self.digests = model_digest(subject.model), tokenizer_digest(subject.tokenizer)
+        return [*self.digests, dtype, subject.device.type, subject.context, *subject.start]
 
     def _task_scores(self, task: Task, model: list[str | int]) -> pl.DataFrame:
         """Return a task's scores; parts of equally long items are computed together."""

@@ -47,10 +47,20 @@ def generate(subject: Subject, prompts: Sequence[Prompt], budget: Budget) -> lis
     Raises:
         CheckpointError: Logits are NaN, or memory does not suffice for one prompt.
     """
+    answers: dict[int, str] = {}
     with _plain_generation(subject.model):
-        return run_batches(
-            prompts, lambda p: len(p.ids) + p.tokens, lambda batch: _batch_answers(subject, batch), budget
-        )
+        for tokens in sorted(
+            {p.tokens for p in prompts}
+        ):  # so that no row goes on beyond what its context has room for
+            own = [i for i, p in enumerate(prompts) if p.tokens == tokens]
+            found = run_batches(
+                [prompts[i] for i in own],
+                lambda p: len(p.ids) + p.tokens,
+                lambda batch: _batch_answers(subject, batch),
+                budget,
+            )
+            answers.update(zip(own, found, strict=True))
+    return [answers[i] for i in range(len(prompts))]
 
 
 def shorten(answer: str) -> str:
@@ -77,21 +87,20 @@ def _batch_answers(subject: Subject, prompts: list[Prompt]) -> list[str]:
         input_ids=ids.to(subject.device),
         attention_mask=known.to(subject.device),
         do_sample=False,
-        max_new_tokens=max(p.tokens for p in prompts),
+        max_new_tokens=prompts[0].tokens,
         eos_token_id=subject.tokenizer.eos_token_id,
         pad_token_id=_padding(subject),
-        stopping_criteria=[_Ended(subject, prompts, longest)],
+        stopping_criteria=[_Ended(subject, len(prompts), longest)],
         logits_processor=[_Numbers(subject, prompts)],
     )
     answers = found[:, longest:].tolist()
-    return [shorten(_text(subject, ids, p)) for ids, p in zip(answers, prompts, strict=True)]
+    return [shorten(_text(subject, ids)) for ids in answers]
 
 
-def _text(subject: Subject, ids: list[int], prompt: Prompt) -> str:
-    """Return what was said before the token for an end, and within the limit."""
+def _text(subject: Subject, ids: list[int]) -> str:
+    """Return what was said before the token for an end."""
     end = subject.tokenizer.eos_token_id
-    kept = ids[: prompt.tokens]
-    return subject.decode(kept[: kept.index(end)] if end in kept else kept)
+    return subject.decode(ids[: ids.index(end)] if end in ids else ids)
 
 
 def _padding(subject: Subject) -> int:
@@ -103,15 +112,12 @@ def _padding(subject: Subject) -> int:
 class _Ended:
     """Says of each row whether its answer has ended."""
 
-    def __init__(self, subject: Subject, prompts: Sequence[Prompt], longest: int) -> None:
+    def __init__(self, subject: Subject, rows: int, longest: int) -> None:
         self.subject, self.longest = subject, longest
-        self.limits = torch.tensor([p.tokens for p in prompts])
-        self.ended = torch.zeros(len(prompts), dtype=torch.bool)
+        self.ended = torch.zeros(rows, dtype=torch.bool)
 
     def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        said = ids.shape[1] - self.longest
-        self.ended |= self.limits <= said
-        if said % LOOK_EVERY == 0:
+        if (ids.shape[1] - self.longest) % LOOK_EVERY == 0:
             going = [i for i, ended in enumerate(self.ended.tolist()) if not ended]
             texts = [self.subject.decode(row) for row in ids[going, self.longest :].tolist()]
             self.ended[going] = torch.tensor([END.search(t) is not None for t in texts], dtype=torch.bool)

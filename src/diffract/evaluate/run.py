@@ -15,8 +15,9 @@ import polars as pl
 from diffract._version import __version__
 from diffract.cache import Cache, cache_folder
 from diffract.corpora import Split
+from diffract.errors import RunError, printable
 from diffract.evaluate.catalog import load_tasks
-from diffract.evaluate.statistics import SUMMARY, summarise
+from diffract.evaluate.statistics import SUMMARY, holm, paired, summarise
 from diffract.evaluate.task import SCORES, Task
 from diffract.tables import RunTables, load, refuse_existing, whole_folder, write
 
@@ -48,6 +49,23 @@ class Evaluation(RunTables):
         """What was evaluated, without the items themselves."""
         return [_task(row) for row in self.manifest["tasks"]]
 
+    def against(self, other: Evaluation) -> pl.DataFrame:
+        """Return ``paired`` of another evaluation and this one, and the p-values adjusted for the number of tasks.
+
+        ``difference`` is this one's quality less the other's; ``p_holm`` are Holm's p-values over the tasks.
+
+        Raises:
+            RunError: The tasks or their items are not the same.
+        """
+        keys = {task.name: task.key for task in other.tasks}
+        if strange := [task.name for task in self.tasks if keys.get(task.name) != task.key]:
+            raise RunError(
+                f"{printable(', '.join(strange))}: not the same items in both evaluations. Evaluate both with the same "
+                "tasks, split, limit, shots and data."
+            )
+        table = paired(other.items, self.items, self.tasks)
+        return table.with_columns(pl.Series("p_holm", holm(table["p"].to_list()), dtype=pl.Float64))
+
     def save(self, folder: str | Path, *, force: bool = False) -> None:
         """Write a run folder.
 
@@ -78,7 +96,7 @@ def evaluate(
     """Evaluate a model.
 
     Args:
-        ref: A folder with a model of transformers, ``org/name@revision`` on the hub, or a loaded model.
+        ref: A folder with a model of transformers, ``org/name@revision`` on the hub, an adapter, or a loaded model.
         tasks: Names, see ``load_tasks``.
         split: ``held-out`` to report, ``selection`` to choose by.
         data: A folder with a folder of files for each domain.
@@ -112,7 +130,8 @@ def evaluate(
         items = run.scores()
     notes += _unasked(items, chosen)
     settings = {"split": split, "limit": limit, "shots": shots, "data": str(data) if data else None}
-    manifest = _manifest(subject, chosen, settings, list(dict.fromkeys(notes)), time.monotonic() - begun)
+    model = _described(subject, run.digests)
+    manifest = _manifest(model, chosen, settings, list(dict.fromkeys(notes)), time.monotonic() - begun)
     found = Evaluation(items, summarise(items, chosen), manifest)
     if output is not None and place().rank == 0:
         found.save(output, force=force)
@@ -128,19 +147,20 @@ def load_evaluation(folder: str | Path) -> Evaluation:
     return load(folder, Evaluation)
 
 
-def _manifest(
-    subject: Subject, tasks: Sequence[Task], settings: dict[str, Any], notes: Sequence[str], seconds: float
-) -> dict[str, Any]:
-    from diffract.evaluate.digests import model_digest, tokenizer_digest
-
-    model = {
+def _described(subject: Subject, digests: tuple[str, str]) -> dict[str, Any]:
+    return {
         "reference": subject.name,
-        "digest": model_digest(subject.model),
-        "tokenizer": tokenizer_digest(subject.tokenizer),
+        "digest": digests[0],
+        "tokenizer": digests[1],
         "context": subject.context,
         "device": subject.device.type,
         "dtype": str(next(iter(subject.model.parameters())).dtype).removeprefix("torch."),
     }
+
+
+def _manifest(
+    model: dict[str, Any], tasks: Sequence[Task], settings: dict[str, Any], notes: Sequence[str], seconds: float
+) -> dict[str, Any]:
     return {
         "diffract": __version__,
         "kind": "eval",

@@ -25,6 +25,7 @@ from diffract.corpora import (
 from diffract.corpora.splits import document
 from diffract.errors import CorpusError, printable
 from diffract.evaluate.answers import final_number
+from diffract.evaluate.spread import half_of
 from diffract.evaluate.task import Choice
 
 Record = Mapping[str, Any]
@@ -65,7 +66,7 @@ def documents(source: str, split: Split, data: Path | None) -> list[Document]:
     if path is None:
         found = list(read_documents(source, split, data=data))
     else:
-        records = list(read_records(path))
+        records = _records(source, data)
         texts = [document(record_text(r, f"{printable(source)}, record {i}")) for i, r in enumerate(records, start=1)]
         found = _in_split(source, records, texts, split)
     found = list({d.id: d for d in found if d.text.strip()}.values())
@@ -119,15 +120,6 @@ def is_for_evaluation(name: str, records: Iterable[Record] = ()) -> bool:
     except CorpusError:
         return True
     return False
-
-
-def half_of(key: str) -> Split:
-    """Return the half of what is for evaluation only that an item is in, from its digest.
-
-    >>> half_of("00" * 16), half_of("ff" * 16)
-    ('held-out', 'selection')
-    """
-    return "held-out" if int(key[:16], 16) < 2**63 else "selection"
 
 
 def _in_split(source: str, records: Sequence[Record], made: Sequence[Document], split: Split) -> list[Document]:

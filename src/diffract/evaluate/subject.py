@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffract.errors import CheckpointError, SelectionError, printable, suggest
-
-PIP = "pip install 'diffract-llm[train]'"
+from diffract.errors import CheckpointError, SelectionError, printable
+from diffract.evaluate.loading import load_model, load_tokenizer
 
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len", "seq_length")
 """What configs call the longest sequence that a model was made for."""
 
 UNLIMITED_CONTEXT = 4096
 """Tokens for a model whose config names no limit."""
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-_HUB = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?:@(?P<revision>[!-?A-~]+))?", re.ASCII)
 
 
 @dataclass
@@ -84,7 +77,7 @@ def load_subject(
     """Load a model and its tokenizer.
 
     Args:
-        ref: A folder with a model of transformers, ``org/name@revision`` on the hub, or a loaded model.
+        ref: A folder with a model of transformers, ``org/name@revision`` on the hub, an adapter, or a loaded model.
         device: ``auto`` is CUDA where there is one.
         dtype: ``float32``, ``bfloat16``, ``float16``; ``auto`` is the stored one on a GPU and float32 on a CPU, which
             holds the same weights and computes more exactly. A loaded model stays as it is.
@@ -96,14 +89,14 @@ def load_subject(
     """
     where = choose_device(device)
     if isinstance(ref, str | Path):
-        model, name, beside = _load_model(str(ref), where, dtype), str(ref), str(ref)
+        model, name, beside = load_model(str(ref), where, dtype), str(ref), str(ref)
     else:
         where = next(ref.parameters()).device if device == "auto" else where
         model, name, beside = ref.to(where), "the model", None
     found = beside if tokenizer is None else tokenizer
     if found is None:
         raise CheckpointError("a loaded model needs its tokenizer: pass tokenizer=.")
-    found = _load_tokenizer(str(found)) if isinstance(found, str | Path) else found
+    found = load_tokenizer(str(found)) if isinstance(found, str | Path) else found
     return Subject(model.eval(), found, where, context_of(model), name)
 
 
@@ -127,63 +120,3 @@ def context_of(model: torch.nn.Module) -> int:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = (getattr(text, name, None) for name in CONTEXT_NAMES)
     return next((value for value in found if isinstance(value, int) and value > 1), UNLIMITED_CONTEXT)
-
-
-def _load_model(ref: str, device: torch.device, dtype: str) -> torch.nn.Module:
-    if dtype != "auto" and dtype not in DTYPES:
-        raise SelectionError(f"unknown dtype {printable(dtype)!r}, expected auto or one of: {', '.join(DTYPES)}."
-                             f"{suggest(dtype, DTYPES)}")  # fmt: skip
-    chosen = DTYPES.get(dtype, "auto" if device.type != "cpu" else torch.float32)
-    with _explained(ref, "model"):
-        from transformers import AutoModelForCausalLM
-
-        model: Any = AutoModelForCausalLM.from_pretrained(*_place(ref), dtype=chosen, **_revision(ref))
-        return model.to(device)
-
-
-def _load_tokenizer(ref: str) -> Any:
-    with _explained(ref, "tokenizer"):
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(*_place(ref), **_revision(ref))
-
-
-def _place(ref: str) -> tuple[str]:
-    """Return a folder, or a name on the hub without its revision."""
-    if Path(ref).expanduser().is_dir():
-        return (str(Path(ref).expanduser()),)
-    match = _HUB.fullmatch(ref)
-    if match is None:
-        raise CheckpointError(
-            f"no model at {printable(ref)!r}: expected a folder with config.json, weights and tokenizer, "
-            "or org/name@revision."
-        )
-    return (match["repo"],)
-
-
-def _revision(ref: str) -> dict[str, Any]:
-    """Return what else is passed to transformers; code that comes with a model is never run."""
-    match = None if Path(ref).expanduser().is_dir() else _HUB.fullmatch(ref)
-    return {"trust_remote_code": False, **({"revision": match["revision"]} if match and match["revision"] else {})}
-
-
-@contextmanager
-def _explained(ref: str, what: str) -> Iterator[None]:
-    """Turn what transformers raises into one message, and keep its bars off the terminal."""
-    try:
-        from transformers.utils import logging
-    except ImportError as error:
-        raise CheckpointError(f"evaluation needs the transformers package: {PIP}.") from error
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        first = printable(str(error).strip().partition("\n")[0])
-        advice = " Pass --tokenizer." if what == "tokenizer" else ""
-        raise CheckpointError(f"cannot load the {what} of {printable(ref)!r}: {first}.{advice}") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()

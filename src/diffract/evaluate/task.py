@@ -75,12 +75,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Harness:
-    """A whole task of lm-evaluation-harness."""
+    """A whole task of lm-evaluation-harness; ``content`` is its release and a digest of tasks of one's own."""
 
     id: str
+    split: str
     shots: int
     limit: int | None
     folder: str | None
+    content: str
 
     @property
     def length(self) -> int:

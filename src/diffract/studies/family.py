@@ -1,0 +1,139 @@
+"""The family of a study: bases at several token budgets, and what is trained from each in every domain."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffract.errors import RunError, printable
+from diffract.folders import write_text
+from diffract.studies.settings import StudyRecipe
+
+Say = Callable[[str], None]
+
+PRETRAINING = "pretraining"
+FAMILY = "family"
+"""Where models are, within a study's folder."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run.
+
+    Attributes:
+        name: Of its folder.
+        recipe: A training recipe.
+        folder: Where it goes.
+    """
+
+    name: str
+    recipe: dict[str, Any]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Family:
+    """Checkpoints of a study.
+
+    Attributes:
+        bases: By tokens seen, rising.
+        tuned: By tokens that the base had seen, and domain.
+    """
+
+    bases: Mapping[int, str]
+    tuned: Mapping[int, Mapping[str, str]]
+
+    @property
+    def last(self) -> int:
+        """The largest budget that was trained on from."""
+        return max(self.tuned)
+
+
+def pretraining_jobs(recipe: StudyRecipe, folder: Path, data: Path | None) -> list[Job]:
+    """Return the training run that makes the bases; none where they are given."""
+    if recipe.pretraining.train is None:
+        return []
+    settings = _common(recipe, data) | recipe.pretraining.train
+    return [Job(PRETRAINING, settings, folder / FAMILY / PRETRAINING)]
+
+
+def continual_jobs(recipe: StudyRecipe, bases: Mapping[int, str], folder: Path, data: Path | None) -> list[Job]:
+    """Return one training run for each budget and domain."""
+    replay = {name: part.model_dump() for name, part in recipe.continual.replay.items()}
+    jobs = []
+    for tokens in recipe.pretraining.chosen:
+        for domain, part in recipe.continual.domains.items():
+            mix = {f"replay of {name}": value for name, value in replay.items()} | {domain: part.model_dump()}
+            made = {"model": {"init": bases[tokens]}, "mix": mix}
+            name = tuned_name(domain, tokens)
+            jobs.append(Job(name, _common(recipe, data) | recipe.continual.train | made, folder / FAMILY / name))
+    return jobs
+
+
+def tuned_name(domain: str, tokens: int) -> str:
+    """Return what a tuned model's folder is called."""
+    return f"{domain}-from-{tokens}"
+
+
+def _common(recipe: StudyRecipe, data: Path | None) -> dict[str, Any]:
+    """Settings of every training run of a study, which its own may replace."""
+    known = {"data": str(data.resolve()) if data else None, "threads": recipe.threads}
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def make_family(recipe: StudyRecipe, folder: Path, data: Path | None, say: Say) -> Family:
+    """Train what is not trained yet; a run that was killed goes on where it was.
+
+    Raises:
+        RunError: A training run failed; the message holds what it said last.
+        DiffractError: A training recipe is wrong.
+    """
+    made = [run(job) for job in run_all(pretraining_jobs(recipe, folder, data), recipe, say)]
+    bases = made[0] if made else recipe.pretraining.given
+    assert bases is not None
+    jobs = run_all(continual_jobs(recipe, bases, folder, data), recipe, say)
+    finals = {job.name: list(run(job).values())[-1] for job in jobs}
+    tuned = {
+        tokens: {domain: finals[tuned_name(domain, tokens)] for domain in recipe.continual.domains}
+        for tokens in recipe.pretraining.chosen
+    }
+    return Family(dict(sorted(bases.items())), tuned)
+
+
+def run(job: Job) -> dict[int, str]:
+    """Return the checkpoints of a finished run by tokens."""
+    from diffract.train import train
+
+    return {tokens: str(path) for tokens, path in train(job.recipe, job.folder).checkpoints.items()}
+
+
+def run_all(jobs: Sequence[Job], recipe: StudyRecipe, say: Say) -> Sequence[Job]:
+    """Run training in processes of its own, several side by side; return the same jobs."""
+    waiting = [job for job in jobs if not (job.folder / "manifest.json").exists()]
+    begun = time.monotonic()
+    with ThreadPoolExecutor(recipe.jobs) as pool:
+        for done, job in enumerate(pool.map(lambda j: _run_apart(j, recipe.launch), waiting), start=1):
+            say(f"trained {job.name} ({done} of {len(waiting)}, {time.monotonic() - begun:.0f} s)")
+    return jobs
+
+
+def _run_apart(job: Job, launch: Sequence[str]) -> Job:
+    path = write_text(job.folder.with_suffix(".yaml"), yaml.safe_dump(job.recipe, sort_keys=False))
+    start = list(launch) or [sys.executable]
+    command = [*start, "-m", "diffract", "train", str(path), "-o", str(job.folder), "--quiet"]
+    try:
+        ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise RunError(f"cannot start {printable(start[0])!r}: {error.strerror}. Mend launch in the recipe.") from error
+    if ended.returncode:
+        last = (ended.stderr.strip().splitlines() or ["nothing was said"])[-1]
+        raise RunError(f"training {job.name} failed: {printable(last, 500)} Run the study again to go on.")
+    return job

@@ -1,0 +1,105 @@
+"""Is the change of attention concentrated in few heads, and are some of them specific to a domain?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import polars as pl
+from scipy import stats
+
+from diffract.heterogeneity import heads as measure
+from diffract.plots.head_maps import head_maps
+from diffract.plots.lorenz import lorenz
+from diffract.studies.finding import Finding, Number
+from diffract.studies.study import NOISE, Study
+from diffract.studies.verdicts import RESAMPLES, better
+
+
+def heads(study: Study) -> Finding:
+    """Measure how unevenly heads change, and what domains share; noise of the same norms is the control."""
+    tuned, target = study.tuned, study.recipe.target
+    run = measure(study.base, *(f"{name}={ref}" for name, ref in tuned.items()), cache=False)
+    noise = measure(study.base, f"{NOISE}={study.noise(target)}", cache=False)
+    norms = {name: _norms(run.heads, name) for name in tuned} | {NOISE: _norms(noise.heads, NOISE)}
+    shares = {name: _top_share(name, values) for name, values in norms.items()}
+    even = shares[NOISE]
+    verdict, because = better(
+        shares[target],
+        "the top tenth of heads carries twice what it would carry of noise and more",
+        than=2 * (even.value or 0),
+    )
+    alike = run.domains
+    return Finding(
+        name="heads",
+        title="Heterogeneity of attention heads",
+        claim="Few heads carry most of the change; some change in every domain, some are specific to one.",
+        verdict=verdict,
+        because=f"{because} {_said(alike)}",
+        control="noise of the same norm in every tensor; chance cosine of random directions",
+        numbers=[*shares.values(), *_between(alike, norms), _in_common(run.models)],
+        figures=[
+            ("Norm of the change of every head, by domain.", head_maps(run.heads)),
+            (
+                "What share of the squared change the least changed heads have together; noise beside it.",
+                lorenz(pl.concat([run.heads, noise.heads], how="diagonal")),
+            ),
+        ],
+        tables={"heads": run.heads, "domains": run.domains, "scores": run.scores, "noise": noise.heads},
+    )
+
+
+def _between(alike: pl.DataFrame, norms: dict[str, np.ndarray]) -> Iterator[Number]:
+    """Yield what two domains have in common: which heads change, and in which direction."""
+    for row in alike.iter_rows(named=True):
+        pair = f"{row['a']} and {row['b']}"
+        yield Number(
+            f"rank correlation of heads' changes, {pair}", *_spearman(norms[row["a"]], norms[row["b"]]), chance=0.0
+        )
+        yield Number(f"cosine of attention's changes, {pair}", row["cosine"], chance=row["cosine_chance"])
+
+
+def _in_common(models: pl.DataFrame) -> Number:
+    share = models.filter(role="tuned")["agnostic_share"][0]
+    return Number("share of attention's change that all domains have in common", share, chance=0.0)
+
+
+def _norms(table: pl.DataFrame, name: str) -> np.ndarray:
+    return table.filter(model=name, status="ok")["head_delta"].to_numpy()
+
+
+def _top_share(name: str, norms: np.ndarray) -> Number:
+    """Return what the top tenth of heads holds of the squared change, with a bootstrap interval over heads."""
+
+    def share(values: np.ndarray, axis: int = -1) -> np.ndarray:
+        count = max(1, round(values.shape[axis] / 10))
+        squares = np.sort(values**2, axis=axis)
+        return np.take(squares, range(-count, 0), axis=axis).sum(axis) / squares.sum(axis)
+
+    found = stats.bootstrap((norms,), share, n_resamples=RESAMPLES, method="percentile", rng=0, vectorized=True)
+    low, high = (float(end) for end in found.confidence_interval)
+    title = f"share of the squared change in the top tenth of heads, {name}"
+    return Number(title, float(share(norms)), low, high, chance=max(1, round(len(norms) / 10)) / len(norms))
+
+
+def _spearman(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
+    """Return Spearman's correlation with a paired bootstrap interval over heads."""
+
+    def rho(x: np.ndarray, y: np.ndarray) -> float:
+        return float(stats.spearmanr(x, y).statistic)
+
+    found = stats.bootstrap(
+        (a, b), rho, paired=True, n_resamples=RESAMPLES // 4, method="percentile", rng=0, vectorized=False
+    )
+    return rho(a, b), float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def _said(alike: pl.DataFrame) -> str:
+    if not alike.height:
+        return "With one domain nothing can be said of what domains share."
+    low, high = alike["spearman"].min(), alike["spearman"].max()
+    cosine = alike["cosine"].abs().max()
+    return (
+        f"Between {alike.height} pairs of domains heads' changes have rank correlations of {low:.2f} to {high:.2f}; "
+        f"the changes themselves have cosines of at most {cosine:.2f} (chance {alike['cosine_chance'].max():.4f})."
+    )

@@ -1,0 +1,100 @@
+"""Do spectral metrics track held-out loss over pre-training, beyond what the token count already says?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import polars as pl
+from scipy import stats
+
+from diffract.api import trajectory
+from diffract.plots.curves import curves
+from diffract.studies.finding import Finding, Number
+from diffract.studies.study import Study
+from diffract.studies.verdicts import FEWEST, rank_correlation, shown
+
+METRICS = (
+    "alpha_hat",
+    "pl_alpha",
+    "stable_rank",
+    "effective_rank",
+    "spectral_norm",
+    "frobenius_norm",
+    "entry_std",
+    "mp_soft_rank",
+)
+
+
+def tracking(study: Study) -> Finding:
+    """Correlate the median of each metric with held-out quality over all bases; the token count is the control."""
+    study.say(f"held-out quality and spectra of {len(study.family.bases)} bases")
+    table = _table(study)
+    task = study.task_of[study.recipe.reference]
+    losses, tokens = table[task].to_numpy(), table["tokens"].to_numpy()
+    control = rank_correlation("tokens", tokens, losses)
+    raw = {name: rank_correlation(name, table[name].to_numpy(), losses) for name in METRICS}
+    beyond = {name: _beyond(name, table[name].to_numpy(), losses, tokens) for name in METRICS}
+    strong = [name for name, number in beyond.items() if number.low is not None and number.low * (number.high or 0) > 0]
+    verdict, because = _judge(len(losses), raw, strong, control)
+    return Finding(
+        name="tracking",
+        title="Do spectral metrics track held-out loss?",
+        claim="Metrics such as alpha-hat and stable rank follow quality over training without any data.",
+        verdict=verdict,
+        because=because,
+        control="the number of tokens, which needs no spectrum, and what remains once its logarithm is out of both",
+        numbers=[
+            control,
+            *(replace(n, name=f"rank correlation of {n.name} with {task}", chance=control.value) for n in raw.values()),
+            *(replace(n, name=f"the same of {n.name} beyond log tokens") for n in beyond.values()),
+        ],
+        figures=[_figure(table, task)],
+        tables={"medians": table},
+    )
+
+
+def _table(study: Study) -> pl.DataFrame:
+    """One row per base: tokens, quality in each task, median of each metric over matrices."""
+    series = [f"tokens{tokens}={ref}" for tokens, ref in study.family.bases.items()]
+    run = trajectory(*series, by=r"tokens(?P<tokens>\d+)", metrics=METRICS, heads=False, cache=False)
+    medians = run.metrics.group_by("tokens").agg(pl.col(name).median() for name in METRICS).sort("tokens")
+    rows = []
+    for tokens, ref in study.family.bases.items():
+        quality = study.quality(ref)
+        rows.append({"tokens": tokens} | dict(zip(quality["task"], quality["quality"], strict=True)))
+    return pl.DataFrame(rows).join(medians, on="tokens").sort("tokens")
+
+
+def _beyond(name: str, metric: np.ndarray, loss: np.ndarray, tokens: np.ndarray) -> Number:
+    """Return the rank correlation of what a cubic in log tokens leaves of both, over checkpoints after zero tokens."""
+    seen = tokens > 0
+    if seen.sum() < FEWEST + 3:
+        return Number(name, None, chance=0.0)
+    time = np.log(tokens[seen])
+    rests = [values[seen] - np.polyval(np.polyfit(time, values[seen], 3), time) for values in (metric, loss)]
+    return rank_correlation(name, *rests)
+
+
+def _judge(count: int, raw: dict[str, Number], strong: list[str], control: Number) -> tuple[str, str]:
+    best = max(raw.values(), key=lambda number: abs(number.value or 0))
+    said = (
+        f"Over {count} checkpoints {best.name} follows the loss best, rank correlation {shown(best)}; "
+        f"the token count alone has {shown(control)}."
+    )
+    if count < FEWEST + 3:
+        return "cannot tell", f"{said} With so few checkpoints nothing beyond the token count can be told."
+    chance = f"{0.05 * len(raw):.1f} of {len(raw)} would by chance"
+    if strong:
+        word = "holds" if len(strong) > 1 else "cannot tell"
+        return word, f"{said} Beyond the token count {', '.join(strong)} still follow it at the 95% level ({chance})."
+    return "does not hold", f"{said} Beyond the token count none follows it at the 95% level ({chance})."
+
+
+def _figure(table: pl.DataFrame, task: str) -> tuple[str, object]:
+    scaled = pl.concat(
+        table.select(name=pl.lit(name), x="tokens", y=pl.Series(stats.zscore(table[name].to_numpy())))
+        for name in (task, *METRICS)
+    )
+    caption = f"Quality in {task} and the medians of metrics over pre-training, each scaled to mean 0 and deviation 1."
+    return caption, curves(scaled, x="pre-training tokens", y="standard deviations from the mean", log_x=True)

@@ -1,0 +1,95 @@
+"""Does continual pre-training leave singular values alone and turn singular vectors, and does it do so at peaks?"""
+
+from __future__ import annotations
+
+import polars as pl
+
+from diffract.api import compare
+from diffract.plots.curves import curves
+from diffract.studies.finding import Finding, Number
+from diffract.studies.study import NOISE, Study
+from diffract.studies.verdicts import better, median, shown
+
+METRICS = (
+    "delta_frobenius", "delta_relative", "value_share", "value_share_chance", "spectral_shift_share",
+    "left_agreement_mean",
+    "left_agreement_chance", "left_subspace_8", "left_subspace_8_chance", "peak_enrichment", "peak_enrichment_pvalue",
+)  # fmt: skip
+LEVEL = 0.05
+MOST = 0.9
+"""Of the change must be in vectors."""
+
+
+def vectors(study: Study) -> Finding:
+    """Split each matrix's change into values and vectors; noise of the same norms is the control."""
+    tuned = study.tuned
+    study.say(f"base against {len(tuned)} domains and noise")
+    models = [f"{name}={ref}" for name, ref in {**tuned, NOISE: study.noise(study.recipe.target)}.items()]
+    run = compare(study.base, *models, metrics=METRICS, cache=False)
+    changed = run.metrics.filter(pl.col("delta_frobenius") > 0, pl.col("block").is_in(["attn", "mlp"]))
+    of = {name: changed.filter(pl.col("model") == name) for name in [*tuned, NOISE]}
+    shares = {name: _value_share(name, rows) for name, rows in of.items()}
+    target = shares[study.recipe.target]
+    in_vectors = Number(
+        "share of the change in singular vectors",
+        *(None if v is None else 1 - v for v in (target.value, target.high, target.low)),
+    )
+    verdict, because = better(in_vectors, "nine tenths of the change and more turn vectors", than=MOST)
+    return Finding(
+        name="vectors",
+        title="Singular values against singular vectors",
+        claim="Continual pre-training hardly touches singular values; it turns singular vectors, at spectral peaks.",
+        verdict=verdict,
+        because=f"{because} {_of_noise(shares[NOISE])} {_peaks(of[study.recipe.target])}",
+        control="noise of the same norm in every tensor; and 1 / max(m, n), what random directions put into values",
+        numbers=[in_vectors, *shares.values(), *(_enriched(name, rows) for name, rows in of.items())],
+        figures=[
+            _figure(of, "value_share", "share of the change in singular values"),
+            _figure(of, "left_agreement_mean", "mean |cos| of left vectors"),
+        ],
+        tables={"metrics": run.metrics, "models": run.models},
+    )
+
+
+def _value_share(name: str, rows: pl.DataFrame) -> Number:
+    chance = rows["value_share_chance"].median()
+    title = f"share of the change in singular values, {name}, median over matrices"
+    return median(title, rows["value_share"].to_list(), chance=chance)  # pyright: ignore[reportArgumentType] (Float64)
+
+
+def _of_noise(share: Number) -> str:
+    said = f"Noise of the same norms has {shown(share)} in values"
+    if share.high is not None and share.high < 1 - MOST:
+        return f"{said}: any small change in many dimensions mostly turns vectors."
+    return f"{said}."
+
+
+def _enriched(name: str, rows: pl.DataFrame) -> Number:
+    """Return how many matrices change more inside their peaks than by chance (interval: Clopper & Pearson 1934)."""
+    from scipy.stats import binomtest
+
+    known = rows.filter(pl.col("peak_enrichment_pvalue").is_not_null())
+    hits = known.filter(pl.col("peak_enrichment_pvalue") < LEVEL).height
+    title = f"share of matrices whose change is enriched at peaks (p < {LEVEL}), {name}"
+    if not known.height:
+        return Number(title, None, chance=LEVEL)
+    interval = binomtest(hits, known.height).proportion_ci()
+    return Number(title, hits / known.height, float(interval.low), float(interval.high), chance=LEVEL)
+
+
+def _peaks(rows: pl.DataFrame) -> str:
+    found = _enriched("target", rows)
+    _, said = better(found, "the change sits at spectral peaks", than=LEVEL)
+    return said
+
+
+def _figure(of: dict[str, pl.DataFrame], metric: str, title: str) -> tuple[str, object]:
+    table = pl.concat(
+        rows.group_by("layer").agg(
+            y=pl.col(metric).median(), low=pl.col(metric).quantile(0.25), high=pl.col(metric).quantile(0.75)
+        ).select(name=pl.lit(name), x="layer", y="y", low="low", high="high")
+        for name, rows in of.items()
+    )  # fmt: skip
+    return f"{title[0].upper()}{title[1:]} by layer: median over matrices, band of quartiles.", curves(
+        table, x="layer", y=title
+    )

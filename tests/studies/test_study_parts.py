@@ -1,0 +1,153 @@
+"""Recipes, findings on disk, the noise control, the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import polars as pl
+import pytest
+import torch
+import yaml
+
+from diffract.checkpoints import TensorWriter, open_checkpoint
+from diffract.errors import RecipeError, RunError
+from diffract.studies.family import Family, Job, run_all
+from diffract.studies.finding import Finding, Number, load_finding, save_finding
+from diffract.studies.report import write_report
+from diffract.studies.runner import all_jobs, load_study, numbers_text
+from diffract.studies.settings import StudyRecipe
+from diffract.studies.study import write_noise
+
+RECIPES = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
+
+
+def micro(**changes: Any) -> dict[str, Any]:
+    """The least study."""
+    return {
+        "name": "micro",
+        "about": "A test.",
+        "target": "math",
+        "reference": "code",
+        "pretraining": {"given": {100: "a", 200: "b"}},
+        "continual": {
+            "train": {"tokens": 1000, "context": 32, "batch_tokens": 64},
+            "domains": {"math": {"sources": ["word-problems"]}, "code": {"sources": ["stdlib"]}},
+        },
+        "quality": {"tasks": {"math": "math", "code": "code"}},
+    } | changes
+
+
+def written(folder: Path, recipe: dict[str, Any]) -> Path:
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"target": "maths"}, "target 'maths' is none of the domains"),
+        ({"tragets": 1}, "unknown setting"),
+        ({"pretraining": {}}, "either train or given"),
+        ({"pretraining": {"given": {100: "a"}, "budgets": [50]}}, "budget 50 is none"),
+        ({"quality": {"tasks": {"math": "math"}}}, "domain 'code' has no task"),
+        ({"findings": ["budgets"]}, "findings.0"),
+        ({"jobs": 0}, "jobs"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_with_the_place(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        load_study(written(tmp_path, micro(**change)))
+
+
+def test_every_domain_is_trained_from_every_budget(tmp_path: Path) -> None:
+    recipe = StudyRecipe.model_validate(micro())
+    jobs = all_jobs(recipe, tmp_path, None)
+    assert [job.name for job in jobs] == ["math-from-100", "code-from-100", "math-from-200", "code-from-200"]
+    assert [job.recipe["model"]["init"] for job in jobs] == ["a", "a", "b", "b"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_of_the_project_are_sound(path: Path) -> None:
+    from diffract.studies.dry_run import preview
+
+    found = preview(path, "run")
+    assert found.jobs
+    assert found.tokens == sum(job.recipe["tokens"] for job in found.jobs)
+
+
+def test_a_failed_training_run_is_said_with_its_last_words(tmp_path: Path) -> None:
+    recipe = StudyRecipe.model_validate(micro())
+    with pytest.raises(RunError, match="training broken failed: error: "):
+        run_all([Job("broken", {"tokens": -1}, tmp_path / "broken")], recipe, lambda text: None)
+
+
+def finding(**changes: Any) -> Finding:
+    kept: dict[str, Any] = {
+        "name": "budget",
+        "title": "A title",
+        "claim": "A claim",
+        "verdict": "holds",
+        "because": "x <script>alert(1)</script>",
+        "control": "none",
+        "numbers": [Number("n", 1.5, 1.0, 2.0, "nats", 0.5), Number("none", None)],
+        "figures": [("caption </script>", go.Figure(go.Scatter(x=[1], y=[2], name="</script>")))],
+        "tables": {"t": pl.DataFrame({"a": [1]})},
+    }
+    return Finding(**kept | changes)
+
+
+def test_a_finding_comes_back_as_it_was(tmp_path: Path) -> None:
+    made = finding()
+    save_finding(made, tmp_path / "f", key="k")
+    back = load_finding(tmp_path / "f", key="k")
+    assert back is not None
+    assert (back.numbers, back.verdict, back.because) == (made.numbers, made.verdict, made.because)
+    assert back.tables["t"].equals(made.tables["t"])
+    assert back.figures[0][1].data[0].y == (2,)
+    assert load_finding(tmp_path / "f", key="another") is None
+    assert load_finding(tmp_path / "g", key="k") is None
+    (tmp_path / "f" / "manifest.json").write_text("{")
+    with pytest.raises(RunError, match="damaged"):
+        load_finding(tmp_path / "f", key="k")
+
+
+def test_numbers_are_plain_json() -> None:
+    found = json.loads(numbers_text([finding()]))
+    assert found["budget"]["verdict"] == "holds"
+    assert found["budget"]["numbers"][0]["low"] == 1.0
+
+
+def test_noise_has_the_norm_of_the_change_and_no_direction_of_it(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(1)
+    base = {"a": torch.randn(64, 96, generator=draw), "same": torch.randn(8, 8, generator=draw)}
+    tuned = {"a": base["a"] + 0.1 * torch.randn(64, 96, generator=draw), "same": base["same"]}
+    for name, tensors in (("base", base), ("tuned", tuned)):
+        with TensorWriter(tmp_path / name) as writer:
+            for key, value in tensors.items():
+                writer.add(key, value)
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "strange"}))
+    write_noise(str(tmp_path / "base"), str(tmp_path / "tuned"), tmp_path / "noise")
+    with open_checkpoint(tmp_path / "noise") as found:
+        change = found.read("a") - base["a"]
+        assert torch.equal(found.read("same"), base["same"])
+    wanted = tuned["a"] - base["a"]
+    # float32 rounds entries of size 1 by 6e-8, against changes of 0.1
+    assert float(change.norm()) == pytest.approx(float(wanted.norm()), rel=1e-5)
+    cosine = float((change * wanted).sum() / change.norm() / wanted.norm())
+    assert abs(cosine) < 5 / np.sqrt(64 * 96)  # five standard deviations of random directions
+
+
+def test_the_report_escapes_what_it_shows(tmp_path: Path) -> None:
+    recipe = StudyRecipe.model_validate(micro(name="<b>bold</b>"))
+    path = write_report(recipe, Family({100: "a<i>"}, {100: {"math": "m"}}), [finding()], tmp_path / "r.html")
+    text = path.read_text()
+    assert "<script>alert(1)" not in text
+    assert "<b>bold" not in text
+    assert "a<i>" not in text
+    page = text[text.index("<body>") :]  # what stands before is style and plotly itself
+    assert page.count("</script>") == 1
