@@ -26,6 +26,7 @@ for command in (*EDITS, edits.apply, edits.verify):
     app.command(no_args_is_help=True, rich_help_panel="Act")(command)
 app.command("eval", no_args_is_help=True, rich_help_panel="Know")(evaluate.evaluate)
 app.add_typer(search.app, name="search", rich_help_panel="Know")
+app.command(no_args_is_help=True, rich_help_panel="Know")(search.connect)
 app.command(no_args_is_help=True, rich_help_panel="Know")(train.train)
 app.add_typer(study.app, name="study", rich_help_panel="Know")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ from diffract.errors import RunError
 if TYPE_CHECKING:
     import polars as pl
 
+    from diffract.search import ConnectTables, RewindTables, TruncateTables
     from diffract.search.plan import Estimate
 
 app = typer.Typer(help="Search by measured quality: which heads, how many directions.", no_args_is_help=True)
@@ -47,9 +48,7 @@ Tokenizer = Annotated[str | None, typer.Option(metavar="MODEL", help="Where it i
 UNIT = "evaluations"
 
 
-def _asked(output: Path | None, dry_run: bool) -> None:
-    if output is None and not dry_run:
-        raise RunError("where to? Pass -o RUN, or --dry-run to see what it would cost.")
+GAINS = ("selection", "held-out", "95%")
 
 
 @app.command(no_args_is_help=True)
@@ -94,45 +93,122 @@ def rewind(
     debug: options.Debug = False,
 ) -> None:
     """Which heads can go back to the base: curves of several orders, and the best point."""
+    given = dict(locals())
     with explained(debug=debug):
-        _asked(output, dry_run)
-        from diffract.search.plan import Estimate
-        from diffract.search.rewind import search_rewind
+        from diffract.search import RewindTables, search_rewind
 
-        with progress("search", quiet=quiet or json, unit=UNIT) as update:
-            found = search_rewind(
-                base,
-                tuned,
-                order=order,
-                reference=reference,
-                eval=eval_,
-                output=output,
-                fractions=fractions,
-                seeds=seeds,
-                kv=kv,  # pyright: ignore[reportArgumentType] (checked there)
-                tolerance=tolerance,
-                choose_by=choose_by,  # pyright: ignore[reportArgumentType] (checked there)
-                write=write,
-                dry_run=dry_run,
-                budget=budget,
-                limit=limit,
-                shots=shots,
-                data=data,
-                text=text,
-                device=device,
-                dtype=dtype,
-                tokenizer=tokenizer,
-                architecture=architecture,
-                force=force,
-                progress=update,
-            )
-        if isinstance(found, Estimate):
-            _show_estimate(found, json=json, quiet=quiet)
-        elif json:
+        found = _run(search_rewind, [given.pop("base"), given.pop("tuned")], given)
+        if isinstance(found, RewindTables):
             tables = {"choice": found.choice, "orders": found.orders, "effects": found.effects}
-            say_json(_summary(found.manifest, tables, output))
-        elif not quiet:
-            _show_rewind(found, output)
+            _end(found.manifest, tables, given, lambda: _show_rewind(found))
+
+
+@app.command(no_args_is_help=True)
+def truncate(
+    base: Base,
+    tuned: Tuned,
+    rules: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="drop, energy, donoho-gavish, mp-edge, and controls: tail, random, random-energy, dare-energy, "
+            "dare-bytes; separated by commas, all by default.",
+        ),
+    ] = None,
+    eval_: Eval = "math",
+    output: Output = None,
+    fractions: Fractions = "0:1:0.125",
+    seeds: Seeds = 3,
+    tolerance: Tolerance = None,
+    choose_by: ChooseBy = "best",
+    write: Write = None,
+    dry_run: DryRun = False,
+    budget: Budget = None,
+    limit: Limit = None,
+    shots: Shots = 0,
+    data: Data = None,
+    device: options.Device = "auto",
+    dtype: Dtype = "auto",
+    tokenizer: Tokenizer = None,
+    architecture: options.ArchitectureFile = None,
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+    json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """How much of the change is needed: curves of several rules, against controls of equal energy and bytes."""
+    given = dict(locals())
+    with explained(debug=debug):
+        from diffract.search import TruncateTables, search_truncate
+
+        found = _run(search_truncate, [given.pop("base"), given.pop("tuned")], given)
+        if isinstance(found, TruncateTables):
+            _end(found.manifest, {"choice": found.choice}, given, lambda: _show_truncate(found))
+
+
+def connect(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="What all descend from; its tokenizer serves for all.")],
+    models: Annotated[list[str], typer.Argument(metavar="NAME=MODEL...", help="Two or more, such as math=PATH.")],
+    eval_: Annotated[
+        str, typer.Option("--eval", metavar="TASKS", help="Those called like two models count between them.")
+    ],
+    output: Output = None,
+    steps: Annotated[int, typer.Option(min=3, metavar="N", help="Places on each line, both ends included.")] = 11,
+    grid: Annotated[int, typer.Option(min=1, metavar="N", help="Steps on an edge of the simplex of three.")] = 5,
+    scale: Annotated[float, typer.Option(metavar="FACTOR", help="Of the mixed change on the simplex.")] = 1.0,
+    tolerance: Annotated[
+        float, typer.Option(metavar="LOSS", help="Connected: the barrier's interval ends below it.")
+    ] = 0.01,
+    dry_run: DryRun = False,
+    budget: Budget = None,
+    limit: Limit = None,
+    shots: Shots = 0,
+    data: Data = None,
+    device: options.Device = "auto",
+    dtype: Dtype = "auto",
+    tokenizer: Tokenizer = None,
+    architecture: options.ArchitectureFile = None,
+    force: options.Force = False,
+    quiet: options.Quiet = False,
+    json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Are models of several domains connected: quality on the lines between them, and barriers."""
+    given = dict(locals())
+    with explained(debug=debug):
+        from diffract.search import ConnectTables
+        from diffract.search import connect as run_connect
+
+        found = _run(run_connect, [given.pop("base"), *given.pop("models")], given)
+        if isinstance(found, ConnectTables):
+            _end(found.manifest, {"pairs": found.pairs}, given, lambda: _show_connect(found))
+
+
+def _run(search: Callable[..., Any], models: list[str], given: dict[str, Any]) -> Any:
+    """Search; of a dry run show what it would cost."""
+    if given["output"] is None and not given["dry_run"]:
+        raise RunError("where to? Pass -o RUN, or --dry-run to see what it would cost.")
+    from diffract.search.plan import Estimate
+
+    silent = given["quiet"] or given["json"]
+    options_ = {name.rstrip("_"): value for name, value in given.items() if name not in ("quiet", "json", "debug")}
+    with progress("search", quiet=silent, unit=UNIT) as update:
+        found = search(*models, **options_, progress=update)
+    if isinstance(found, Estimate):
+        _show_estimate(found, json=given["json"], quiet=given["quiet"])
+    return found
+
+
+def _end(
+    manifest: Mapping[str, Any], tables: Mapping[str, pl.DataFrame], given: Mapping[str, Any], show: Callable[[], None]
+) -> None:
+    """Say what was found."""
+    if given["json"]:
+        say_json(_summary(manifest, tables, given["output"]))
+    elif not given["quiet"]:
+        warn([*manifest["warnings"], *(f"left out: {text}" for text in manifest["left_out"])], quiet=False)
+        show()
+        say(f"run: {given['output']}")
 
 
 def _show_estimate(found: Estimate, *, json: bool, quiet: bool) -> None:
@@ -148,42 +224,73 @@ def _show_estimate(found: Estimate, *, json: bool, quiet: bool) -> None:
 
 def _summary(manifest: Mapping[str, Any], tables: Mapping[str, pl.DataFrame], output: Path | None) -> dict[str, Any]:
     kept = ("kind", "seconds", "settings", "evaluations", "left_out", "chosen", "written", "warnings")
-    found = {key: manifest.get(key) for key in kept}
+    found = {key: manifest[key] for key in kept if key in manifest}
     return {**found, **{name: table.to_dicts() for name, table in tables.items()}, "run": str(output)}
 
 
-def _show_rewind(found: Any, output: Path | None) -> None:
-    manifest = found.manifest
-    warn([*manifest["warnings"], *(f"left out: {text}" for text in manifest["left_out"])], quiet=False)
-    task = manifest["tasks"]["held-out"][0]
-    say(f"{task['name']}: gain in {task['unit']}, positive is better; chosen on selection, reported on held-out")
+def _show_rewind(found: RewindTables) -> None:
+    _say_task(found.manifest)
+    rows = [
+        [_order(row), row["which"], f"{row['fraction']:.4g}", *_gains(row)] for row in found.choice.rows(named=True)
+    ]
+    say_table(["order", "point", "fraction", *GAINS], rows)
+    if found.orders.height:
+        ranks = [[row["order"], number(row["spearman"])] for row in found.orders.rows(named=True)]
+        say_table(["order", "rank correlation"], ranks, title="How orders rank heads, against measured effects:")
+    _say_written(found.manifest)
+
+
+def _show_truncate(found: TruncateTables) -> None:
+    _say_task(found.manifest)
+    kept = ("fraction", "energy", "bytes")
+    rows = [
+        [_numbered(row["rule"], row["seed"]), row["which"], *(f"{row[k]:.3g}" for k in kept), *_gains(row)]
+        for row in found.choice.rows(named=True)
+    ]
+    say_table(["rule", "point", "dropped", "energy kept", "bytes kept", *GAINS], rows)
+    _say_written(found.manifest)
+
+
+def _show_connect(found: ConnectTables) -> None:
+    tolerance = found.manifest["settings"]["tolerance"]
+    say(f"barriers on the held-out split, in the tasks' units; connected below {tolerance:g}")
     rows = [
         [
-            _named(row),
-            row["which"],
-            f"{row['fraction']:.4g}",
-            number(row["selection_gain"]),
-            number(row["held_out_gain"]),
-            f"{number(row['held_out_gain_low'])} to {number(row['held_out_gain_high'])}",
+            f"{row['a']} - {row['b']}",
+            row["task"] if row["counts"] else f"({row['task']})",
+            number(row["quality_a"]),
+            number(row["quality_b"]),
+            number(row["barrier"]),
+            f"{number(row['low'])} to {number(row['high'])}",
+            f"{row['at']:.3g}",
+            "yes" if row["pair_connected"] else "no",
         ]
-        for row in found.choice.iter_rows(named=True)
+        for row in found.pairs.rows(named=True)
     ]
-    say_table(["order", "point", "fraction", "selection", "held-out", "95%"], rows)
-    if found.orders.height:
-        ranks = [[row["order"], number(row["spearman"])] for row in found.orders.iter_rows(named=True)]
-        say_table(["order", "rank correlation"], ranks, title="How orders rank heads, against measured effects:")
-    _show_written(manifest)
-    if output is not None:
-        say(f"run: {output}")
+    say_table(["models", "task", "quality a", "quality b", "barrier", "95%", "at", "connected"], rows)
 
 
-def _named(row: Mapping[str, Any]) -> str:
-    seed = f" {row['seed']}" if row["order"] == "random" else ""
-    return f"{row['order']}{seed}{' reversed' if row['reverse'] else ''}"
+def _say_task(manifest: Mapping[str, Any]) -> None:
+    task = manifest["tasks"]["held-out"][0]
+    say(f"{task['name']}: gain in {task['unit']}, positive is better; chosen on selection, reported on held-out")
 
 
-def _show_written(manifest: Mapping[str, Any]) -> None:
-    written = manifest.get("written")
+def _gains(row: Mapping[str, Any]) -> list[str]:
+    interval = f"{number(row['held_out_gain_low'])} to {number(row['held_out_gain_high'])}"
+    return [number(row["selection_gain"]), number(row["held_out_gain"]), interval]
+
+
+def _order(row: Mapping[str, Any]) -> str:
+    return f"{_numbered(row['order'], row['seed'])}{' reversed' if row['reverse'] else ''}"
+
+
+def _numbered(name: str, seed: int) -> str:
+    return f"{name} {seed}" if name.partition("-")[0] in ("random", "dare") else name
+
+
+def _say_written(manifest: Mapping[str, Any]) -> None:
+    written = manifest["written"]
     if written:
-        same = "scores as the live model did" if written["same_scores"] else "DIFFERS from the live model's scores"
-        say(f"written: {written['folder']} ({same})")
+        scores = ", ".join(f"{row['task']} {row['written']:.4g}" for row in written["held_out"])
+        same = "as the live model" if written["same_scores"] else "not quite as the live model"
+        say(f"written: {written['folder']} ({scores}, {same})")

@@ -53,7 +53,8 @@ def sum_of_bits(model: torch.nn.Module, batch: Batch) -> Tensor:
     """Return the bits that a model needs for the tokens of a batch that count."""
     output = model(input_ids=batch.ids[:, :-1], attention_mask=batch.known.long(), use_cache=False)
     logits, targets = output.logits[batch.scored], batch.ids[:, 1:][batch.scored]
-    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum") / log(2)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.nn.functional.cross_entropy(wide, targets, reduction="sum") / log(2)
 
 
 @contextmanager

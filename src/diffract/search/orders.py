@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -64,10 +64,14 @@ def parse_orders(given: str | Sequence[str] | None, *, reference: bool) -> tuple
     return tuple(order for order in ORDERS if order in wanted)
 
 
-def variants(orders: Sequence[HeadOrder], seeds: int) -> Sequence[tuple[HeadOrder, int, bool]]:
-    """Return order, seed and reverse of every curve; a random order taken from its end would be another random one."""
-    forward = [(order, seed, False) for order in orders for seed in range(seeds if order == "random" else 1)]
-    return [*forward, *((order, 0, True) for order in orders if order != "random")]
+def variants(orders: Sequence[HeadOrder], seeds: int) -> Iterator[tuple[HeadOrder, int, bool]]:
+    """Yield order, seed and reverse of every curve; a random order taken from its end would be another random one."""
+    for order in orders:
+        for seed in range(seeds if order == "random" else 1):
+            yield order, seed, False
+    for order in orders:
+        if order != "random":
+            yield order, 0, True
 
 
 def arrange(order: HeadOrder, seed: int, reverse: bool, names: Sequence[str], scores: Scores | None) -> Ordered:

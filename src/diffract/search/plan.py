@@ -92,7 +92,7 @@ def parse_budget(given: str | int | None) -> Budget:
     if given is None:
         return Budget()
     text = str(given).strip()
-    if text.isdecimal() and int(text) > 0:
+    if text.isascii() and text.isdecimal() and int(text) > 0:
         return Budget(evaluations=int(text))
     if found := _TIME.fullmatch(text):
         return Budget(seconds=float(found["value"]) * SECONDS[found["unit"]])

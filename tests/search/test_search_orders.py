@@ -1,0 +1,92 @@
+"""Orders of heads are those that ``diffract rewind`` takes, and agree with effects where they should."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from diffract.edits import LiveModel, Rewind
+from diffract.edits.order import change_norms, reference_scores
+from diffract.edits.parts import find_units
+from diffract.edits.steps import plan_step
+from diffract.errors import SelectionError
+from diffract.search.effects import place_of_head
+from diffract.search.orders import ORDERS, Scores, agreement, arrange, parse_orders, variants
+from diffract.search.rewinding import Rewinder, in_order, sketches_of
+from edit_cases import family_pair
+
+
+def test_names_as_they_are_typed() -> None:
+    assert parse_orders(None, reference=True) == ORDERS
+    assert parse_orders(None, reference=False) == ("greedy", "magnitude", "random", "first-order", "activation")
+    assert parse_orders("random, greedy,random", reference=False) == ("greedy", "random")
+    with pytest.raises(SelectionError, match=r"unknown order 'gredy'\. Did you mean 'greedy'"):
+        parse_orders("gredy", reference=False)
+    with pytest.raises(SelectionError, match=r"unknown order 'xyz'\. Known: greedy, reference"):
+        parse_orders(["xyz"], reference=False)
+    with pytest.raises(SelectionError, match="order reference needs a reference"):
+        parse_orders("reference", reference=False)
+    with pytest.raises(SelectionError, match="expected orders, got none"):
+        parse_orders(" ,", reference=False)
+
+
+def test_every_order_but_random_is_reversed() -> None:
+    assert list(variants(("greedy", "random"), 2)) == [
+        ("greedy", 0, False),
+        ("random", 0, False),
+        ("random", 1, False),
+        ("greedy", 0, True),
+    ]
+
+
+def test_heads_are_those_that_rewind_takes(tmp_path: Path) -> None:
+    base, tuned = family_pair("llama", torch.float32)
+    _, reference = family_pair("llama", torch.float32, scale=0.08)
+    live = LiveModel(tuned)
+    units, other = find_units(live.bench, "head", None), live.bench.other(base)
+    effects = dict(zip(units.names, np.random.default_rng(0).normal(size=8).round(1).tolist(), strict=True))
+    effects["L1.h3"] = effects["L0.h1"]  # equal ones
+    rows = [{**place_of_head(name), "effect": value} for name, value in effects.items()]
+    pl.DataFrame(rows).write_parquet(tmp_path / "effects.parquet")
+    magnitude = change_norms(units, live.bench.draft().blocks, other)
+    scores: dict[str, Scores] = {"greedy": effects, "magnitude": magnitude}
+    scores["reference"] = reference_scores(magnitude, change_norms(units, live.bench.other(reference).blocks, other))
+    extra: dict[str, dict[str, Any]] = {
+        "greedy": {"scores": str(tmp_path / "effects.parquet")},
+        "reference": {"reference": reference},
+    }
+    rewinder = Rewinder(base, units, "all")
+    for sketch in sketches_of(("greedy", "reference", "magnitude", "random"), 2, (0.0, 0.3, 0.5, 1.0)):
+        order = sketch.labels["order"]
+        for at in sketch.at:
+            step = Rewind(
+                to=base,
+                fraction=at,
+                **{k: sketch.labels[k] for k in ("order", "reverse", "seed")},
+                **extra.get(order, {}),
+            )
+            want = plan_step(step, live.bench, live.bench.draft()).summary["names"]
+            point = rewinder.point(sketch, at, in_order(sketch, units, scores))
+            assert sorted(point.labels["heads"]) == sorted(want)
+            assert point.labels["count"] == len(want)
+
+
+def test_a_head_without_a_score_is_an_error() -> None:
+    with pytest.raises(SelectionError, match=r"1 of 2 units have no score, first L0\.h1"):
+        arrange("activation", 0, False, ["L0.h0", "L0.h1"], {"L0.h0": 1.0, "L0.h1": float("nan")})
+
+
+def test_agreement_has_the_sign_of_the_order() -> None:
+    effects = {"a": 0.3, "b": 0.1, "c": -0.2, "d": -0.5}
+    assert agreement(effects, {"a": 4.0, "b": 3.0, "c": 2.0, "d": 1.0}, "first-order") == pytest.approx(1)
+    assert agreement(effects, {"a": 4.0, "b": 3.0, "c": 2.0, "d": 1.0}, "magnitude") == pytest.approx(-1)
+    assert agreement(effects, {"a": 1.0, "c": 2.0, "b": 3.0, "d": 4.0}, "activation") == pytest.approx(0.8)
+
+
+def test_places_of_heads() -> None:
+    assert place_of_head("L12.cross.h3") == {"name": "L12.cross.h3", "layer": 12, "block": "cross", "head": 3}

@@ -1,0 +1,298 @@
+"""A whole search over the heads of the sample family: its numbers are those of its items; when killed it goes on."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from polars.testing import assert_frame_equal
+
+from diffract.edits import LiveModel, Rewind
+from diffract.edits.steps import plan_step
+from diffract.errors import CheckpointError, CorpusError, RunError, SelectionError
+from diffract.evaluate import Evaluator, evaluate, holm, load_subject, load_tasks, paired
+from diffract.search import Estimate, RewindTables, search_rewind
+from diffract.search.scorer import refuse_overlap
+from diffract.tables import load
+from search_cases import BASE, MATH, NATURAL, score_frame
+
+TASKS = "math,easy=word-problems:1"
+FAST: dict[str, Any] = {"eval": TASKS, "limit": 3, "fractions": "0:1:0.25", "seeds": 1}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RewindTables, Path]:
+    """One search, of all orders, which also wrote what it chose."""
+    folder = tmp_path_factory.mktemp("search")
+    found = search_rewind(BASE, MATH, reference=NATURAL, output=folder / "run", write=folder / "out", **FAST)
+    assert isinstance(found, RewindTables)
+    return found, folder
+
+
+def test_the_run_folder_is_whole(finished: tuple[RewindTables, Path]) -> None:
+    found, folder = finished
+    again = load(folder / "run", RewindTables)
+    for name in RewindTables.SCHEMAS:
+        assert_frame_equal(getattr(again, name), getattr(found, name))
+    assert again.manifest["kind"] == "search rewind"
+    assert not (folder / "run.work").exists()
+    assert (folder / "run" / "cache" / "results.sqlite").is_file()
+    assert [m["role"] for m in again.manifest["models"]] == ["base", "tuned"]
+    assert len({m["digest"] for m in again.manifest["models"]}) == 2
+
+
+def test_quality_is_that_of_the_items(finished: tuple[RewindTables, Path]) -> None:
+    points, items = finished[0].points, finished[0].items
+    sums = items.group_by("state", "split", "task").agg(q=pl.col("value").sum() / pl.col("weight").sum())
+    both = points.join(sums, on=["state", "split", "task"], how="left")
+    assert (both["quality"] - both["q"]).abs().max() < 1e-12  # sums of three in another order
+    tuned = both.filter(pl.col("state") == 0).select("split", "task", zero="q").unique()
+    gain = both.join(tuned, on=["split", "task"]).select(wrong=pl.col("gain") - (pl.col("zero") - pl.col("q")))
+    assert gain["wrong"].abs().max() < 1e-12  # type: ignore[operator]
+    assert (points["gain_low"] <= points["gain"] + 1e-12).all()
+    assert (points["gain"] <= points["gain_high"] + 1e-12).all()
+
+
+def test_ends_are_the_models_themselves(finished: tuple[RewindTables, Path]) -> None:
+    points = finished[0].points
+    for reference, rows in ((MATH, points.filter(pl.col("fraction") == 0)), (BASE, points.filter(order="base"))):
+        alone = evaluate(reference, TASKS, limit=3, cache=False).summary
+        for task, quality in alone.select("task", "quality").rows():
+            own = rows.filter(split="held-out", task=task)["quality"]
+            assert own.len() > 0
+            assert (own - quality).abs().max() < 1e-9  # batches of another size
+
+
+def test_every_curve_begins_and_ends_alike(finished: tuple[RewindTables, Path]) -> None:
+    curves = finished[0].points.filter(pl.col("order") != "base")
+    assert curves.select("order", "seed", "reverse").unique().height == 6 + 5
+    for at in (0.0, 1.0):
+        assert curves.filter(pl.col("fraction") == at)["state"].n_unique() == 1
+    assert curves.group_by("order", "seed", "reverse", "split", "task").len()["len"].unique().to_list() == [5]
+
+
+def test_effects_are_those_of_single_heads(finished: tuple[RewindTables, Path]) -> None:
+    effects = finished[0].effects
+    assert effects.height == 32
+    subject, base = load_subject(MATH), load_subject(BASE, device="cpu").model
+    tasks = load_tasks(TASKS, split="selection", limit=3)
+    live, judge = LiveModel(subject.model), Evaluator(subject, tasks)
+    before = judge.scores()
+    for name in ("L0.h0", "L2.h2", "L3.h1"):
+        with live.edited(Rewind(to=base, heads=name)):
+            difference = paired(before, judge.scores(), tasks)
+        row = effects.row(by_predicate=pl.col("name") == name, named=True)
+        assert row["effect"] == pytest.approx(difference["gain"][0], abs=1e-12)
+        assert row["effect_easy"] == pytest.approx(difference["gain"][1], abs=1e-12)
+        assert row["low"] == pytest.approx(-difference["high"][0], abs=1e-12)
+    assert effects["p_holm"].to_list() == holm(effects["p"].to_list())
+
+
+def test_rewind_takes_the_greedy_order_of_the_run(finished: tuple[RewindTables, Path]) -> None:
+    found, folder = finished
+    live = LiveModel(load_subject(MATH).model)
+    step = Rewind(to=BASE, fraction=0.25, order="greedy", scores=str(folder / "run" / "effects.parquet"))
+    names = plan_step(step, live.bench, live.bench.draft()).summary["names"]
+    rows = found.points.filter(order="greedy", reverse=False, fraction=0.25)
+    assert rows["heads"].to_list() == [names] * rows.height
+
+
+def test_what_is_chosen_is_chosen_on_selection_and_reported_on_held_out(finished: tuple[RewindTables, Path]) -> None:
+    found = finished[0]
+    assert found.choice.height == 2 * 11
+    for row in found.choice.iter_rows(named=True):
+        own = found.points.filter(
+            order=row["order"], seed=row["seed"], reverse=row["reverse"], task="math", split="selection"
+        )
+        if row["which"] == "best":
+            assert row["selection_gain"] == own["gain"].max()
+        else:
+            assert row["fraction"] == own.filter(pl.col("gain_high") >= 0)["fraction"].max()
+        held = found.points.filter(state=row["state"], split="held-out", task="math")
+        assert row["held_out_gain"] == held["gain"][0]
+        assert row["held_out_gain_low"] == held["gain_low"][0]
+    best = found.choice.filter(pl.col("which") == "best", ~pl.col("control"))["selection_gain"].max()
+    assert found.manifest["chosen"]["selection_gain"] == best
+
+
+def test_the_first_order_ranks_heads_as_effects_do(finished: tuple[RewindTables, Path]) -> None:
+    rho = dict(finished[0].orders.select("order", "spearman").rows())
+    assert set(rho) == {"reference", "magnitude", "first-order", "activation"}
+    assert rho["first-order"] > 0.6  # 0.9 with more items
+    assert (
+        finished[0].effects.select("magnitude", "reference", "first_order", "activation").null_count().row(0)
+        == (0,) * 4
+    )
+
+
+def test_the_written_checkpoint_scores_as_the_live_model_did(finished: tuple[RewindTables, Path]) -> None:
+    found, folder = finished
+    written = found.manifest["written"]
+    assert written["same_scores"] is True
+    alone = evaluate(str(folder / "out"), TASKS, limit=3, cache=False).summary
+    assert [row["written"] for row in written["held_out"]] == pytest.approx(alone["quality"].to_list(), rel=1e-9)
+    assert alone["quality"][0] == pytest.approx(found.manifest["chosen"]["held_out_quality"], rel=1e-9)
+    recipe = (folder / "out" / "recipe.yaml").read_text()
+    assert ",".join(found.manifest["chosen"]["heads"]) in recipe.replace("\n      ", "")
+    assert BASE in recipe
+
+
+class KilledError(Exception):
+    """In place of a signal."""
+
+
+def test_a_search_that_was_stopped_goes_on(
+    finished: tuple[RewindTables, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, computed = Evaluator._part_scores, []
+
+    def counted(self: Evaluator, task: Any, part: Any, key: str) -> Any:
+        if self.cache is None or self.cache.get(key) is None:
+            computed.append(key)
+            if len(computed) == stop:
+                raise KilledError
+        return plain(self, task, part, key)
+
+    monkeypatch.setattr(Evaluator, "_part_scores", counted)
+    stop = 60
+    with pytest.raises(KilledError):
+        search_rewind(BASE, MATH, reference=NATURAL, output=tmp_path / "run", **FAST)
+    assert (tmp_path / "run.work" / "results.sqlite").is_file()
+    assert not (tmp_path / "run").exists()
+    before, stop = len(set(computed)) - 1, -1
+    found = search_rewind(BASE, MATH, reference=NATURAL, output=tmp_path / "run", **FAST)
+    assert isinstance(found, RewindTables)
+    assert len(computed) == len(set(computed)) + 1  # only the one that was interrupted was begun twice
+    assert len(set(computed)) > before
+    for name in RewindTables.SCHEMAS:
+        assert_frame_equal(getattr(found, name), getattr(finished[0], name))
+    assert not (tmp_path / "run.work").exists()
+
+
+def test_a_killed_process_is_continued(tmp_path: Path) -> None:
+    """SIGKILL in the middle of evaluations: the same command finishes from what the other has left."""
+    code = (
+        "import sys; from diffract.search import search_rewind as s; "
+        "s(sys.argv[1], sys.argv[2], order='greedy', eval='math', limit=3, fractions='0,0.5,1', output=sys.argv[3],"
+        "  progress=lambda done, total, what: print(done, flush=True))"
+    )
+    command = [sys.executable, "-c", code, BASE, MATH, str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if float(line) >= 10:
+            process.send_signal(signal.SIGKILL)
+            break
+    process.stdout.close()
+    assert process.wait() == -signal.SIGKILL
+    assert (tmp_path / "run.work").is_dir()
+    subprocess.run(command, check=True, capture_output=True)
+    assert load(tmp_path / "run", RewindTables).effects["effect"].null_count() == 0
+
+
+def test_another_search_into_the_folder_goes_on_from_its_scores(
+    finished: tuple[RewindTables, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = finished
+    with pytest.raises(RunError, match="exists"):
+        search_rewind(BASE, MATH, order="greedy", output=folder / "run", **FAST)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("something was evaluated anew")
+
+    monkeypatch.setattr("diffract.evaluate.evaluator.SCORERS", {"bits": refuse})
+    found = search_rewind(BASE, MATH, order="greedy", output=folder / "run", force=True, **FAST)
+    assert isinstance(found, RewindTables)
+    assert found.orders.is_empty()
+
+
+def test_a_dry_run_writes_nothing_and_counts_at_most_what_is_done(
+    finished: tuple[RewindTables, Path], tmp_path: Path
+) -> None:
+    found = search_rewind(BASE, MATH, reference=NATURAL, output=tmp_path / "run", dry_run=True, **FAST)
+    assert isinstance(found, Estimate)
+    assert list(tmp_path.iterdir()) == []
+    # ends 3; 32 heads; 11 curves of 3 points; of each 2 chosen points
+    assert found.evaluations == {"selection": 3 + 32 + 33, "held-out": 3 + 33 + 22}
+    assert found.seconds == pytest.approx(68 * found.seconds_each["selection"] + 58 * found.seconds_each["held-out"])
+    assert finished[0].manifest["evaluations"] <= sum(found.evaluations.values())
+
+
+def test_a_budget_leaves_out_and_says_so() -> None:
+    found = search_rewind(BASE, MATH, order="greedy,magnitude", budget=20, eval="math", limit=2, fractions="0:1:0.25")
+    assert isinstance(found, RewindTables)
+    assert found.manifest["evaluations"] <= 20
+    assert found.manifest["left_out"][0] == "effects of 32 single heads, and what needs them"
+    assert found.effects["effect"].null_count() == 32
+    assert found.effects["magnitude"].null_count() == 0
+    assert set(found.choice["order"]) == {"magnitude"}
+    assert found.orders.is_empty()
+
+
+def test_nothing_gained_is_the_tuned_model(tmp_path: Path) -> None:
+    """Where nothing helps, what is written is the tuned model, tensor for tensor."""
+    found = search_rewind(BASE, MATH, order="magnitude", eval="math", limit=3, fractions="0,1", write=tmp_path / "out")
+    assert isinstance(found, RewindTables)
+    assert found.manifest["chosen"]["fraction"] == 0
+    assert found.manifest["written"]["same_scores"] is True
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (Path(MATH) / "model.safetensors").read_bytes()
+
+
+def test_what_cannot_be_searched(tmp_path: Path) -> None:
+    fast: dict[str, Any] = {"eval": "math", "limit": 2}
+    with pytest.raises(SelectionError, match=r"unknown order 'greedi'\. Did you mean 'greedy'"):
+        search_rewind(BASE, MATH, order="greedi", **fast)
+    with pytest.raises(SelectionError, match="unknown kv 'al', expected all or majority or never"):
+        search_rewind(BASE, MATH, kv="al", **fast)  # type: ignore[arg-type]
+    with pytest.raises(SelectionError, match="seeds: expected 1 or more, got 0"):
+        search_rewind(BASE, MATH, seeds=0, **fast)
+    with pytest.raises(SelectionError, match="tolerance: expected a loss from 0, got -1"):
+        search_rewind(BASE, MATH, tolerance=-1, **fast)
+    with pytest.raises(SelectionError, match="unknown task 'maths'"):
+        search_rewind(BASE, MATH, eval="maths")
+    with pytest.raises(CheckpointError, match="no model at"):
+        search_rewind(str(tmp_path / "none"), MATH, **fast)
+    other = tmp_path / "other"
+    _narrower(other)
+    with pytest.raises(CheckpointError, match="are not of one shape"):
+        search_rewind(str(other), MATH, **fast)
+
+
+def _narrower(folder: Path) -> None:
+    """Another model with the tuned one's tokenizer."""
+    import shutil
+
+    import transformers as tf
+
+    config = tf.AutoConfig.from_pretrained(MATH)
+    config.intermediate_size = 32
+    tf.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(MATH) / name, folder / name)
+
+
+def test_items_of_both_splits_are_refused() -> None:
+    one, two = score_frame("quality", [1, 2, 3]), score_frame("quality", [1, 2, 3], prefix="other")
+    refuse_overlap(one, two)
+    with pytest.raises(CorpusError, match="'quality': 1 items are in both the selection and the held-out split, first"):
+        refuse_overlap(one, pl.concat([two, one[2:]]))
+    refuse_overlap(one, one.with_columns(task=pl.lit("another")))
+
+
+def test_two_searches_into_one_folder_do_not_mix(tmp_path: Path) -> None:
+    from diffract.search.work import working
+
+    with (
+        working(tmp_path / "run", force=False),
+        pytest.raises(RunError, match="another process is searching into"),
+        working(tmp_path / "run", force=False),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["run.work"]
+    with working(tmp_path / "run", force=False) as cache:
+        assert cache is not None
