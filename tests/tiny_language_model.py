@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -36,3 +38,10 @@ def tiny_model(seed: int = 0, *, vocabulary: int = 257, context: int = CONTEXT) 
         eos_token_id=256,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def write_language_model(folder: Path, seed: int = 0) -> Path:
+    """Write such a model with its tokenizer, as transformers keeps them."""
+    tiny_model(seed).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder

@@ -103,8 +103,18 @@ def test_what_is_for_evaluation_only_is_split_in_halves(tmp_path: Path) -> None:
     assert 70 <= len(reported.items) <= 130  # a fair half of 200, 4 standard deviations of 7
     with pytest.raises(CorpusError, match="for evaluation only, it has no train split"):
         load_tasks("gsm8k", split="train", data=tmp_path)
-    (bits,) = load_tasks(f"test={tmp_path}/math/gsm8k.test.jsonl.gz")
-    assert len(bits.items) == len(reported.items)
+    bits = [load_tasks(f"test={tmp_path}/math/gsm8k.test.jsonl.gz", split=s)[0] for s in ("held-out", "selection")]
+    assert len(ids(bits[0]) | ids(bits[1])) == len(bits[0].items) + len(bits[1].items) == 200
+
+
+def test_a_question_that_is_trained_on_with_another_answer_is_not_held_out(tmp_path: Path) -> None:
+    source = write(tmp_path / "own.jsonl", asked(60))
+    before = [i for i in load_tasks(f"gsm={source}")[0].items if isinstance(i, Question)]
+    asked_too = before[0].prompt.removeprefix("Question: ").removesuffix("\nAnswer:")
+    write(tmp_path / "own.jsonl", [*asked(60), {"question": asked_too, "answer": "so\n#### 7"}])
+    assert f"Question: {asked_too}\nAnswer: so\n#### 7\n" in [d.text for d in read_documents(source, "train")]
+    assert any(asked_too in d.text for d in read_documents(source, "held-out"))
+    assert ids(load_tasks(f"gsm={source}")[0]) == {i.id for i in before[1:]}
 
 
 def test_other_formats_of_questions(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ is split in two halves by content, so that what is chosen on the one can be repo
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -76,7 +77,7 @@ def documents(source: str, split: Split, data: Path | None) -> list[Document]:
 
 
 def questions(source: str, split: Split, data: Path | None) -> list[Asked]:
-    """Return questions with their answers of a file's split; equal questions once.
+    """Return questions with their answers of a file's split; equal questions once, and none that another split has too.
 
     Raises:
         CorpusError: The file is not there, or a record has no question, or no number as its answer.
@@ -89,8 +90,9 @@ def questions(source: str, split: Split, data: Path | None) -> list[Asked]:
                 f"{printable(source)}, record {number}: {printable(answer, 60)!r} is no number to grade by. "
                 "Mend the file."
             )
-    wanted = {d.id for d in _in_split(source, records, [document(question_text(*a)) for a in asked], split)}
-    kept = {digest(q): (q, a) for q, a in asked if document(question_text(q, a)).id in wanted}
+    made = [Document(digest(question), question) for question, _ in asked]
+    every, own = (Counter(d.id for d in found) for found in (made, _in_split(source, records, made, split)))
+    kept = {d.id: a for d, a in zip(made, asked, strict=True) if own[d.id] == every[d.id]}
     return _some(list(kept.values()), source, split)
 
 
