@@ -121,3 +121,13 @@ def test_scores_of_a_model_with_adapters_are_not_kept(
     with Cache(tmp_path) as cache:
         assert Evaluator(subject, [], cache=cache, notes=notes.append).cache is None
     assert notes == ["scores are not kept: the model holds adapters; merge them first"]
+
+
+def test_a_model_in_training_is_not_while_it_is_scored(subject: Subject) -> None:
+    tasks = load_tasks("math", limit=3)
+    expected = Evaluator(subject, tasks).scores()
+    for layer in subject.model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    subject.model.train()
+    assert Evaluator(subject, tasks).scores().equals(expected)
+    assert subject.model.training

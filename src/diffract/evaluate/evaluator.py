@@ -68,15 +68,21 @@ class Evaluator:
             self.budget.note("scores are not kept: the model holds adapters; merge them first")
 
     def scores(self) -> pl.DataFrame:
-        """Return the scores of all items of all tasks, in their order.
+        """Return the scores of all items of all tasks, in their order; a model in training is not while it is scored.
 
         Raises:
             CheckpointError: The model cannot be evaluated: its numbers are not finite, memory does not suffice, or the
                 tokenizer is not its own.
         """
-        model = self._model_key()
-        self._done = 0
-        return pl.concat([pl.DataFrame(schema=SCORES), *(self._task_scores(task, model) for task in self.tasks)])
+        training = self.subject.model.training
+        self.subject.model.eval()
+        try:
+            model = self._model_key()
+            self._done = 0
+            tables = [self._task_scores(task, model) for task in self.tasks]
+            return pl.concat([pl.DataFrame(schema=SCORES), *tables])
+        finally:
+            self.subject.model.train(training)
 
     def _model_key(self) -> list[str | int]:
         """Return all that scores depend on but the task."""

@@ -1,0 +1,48 @@
+"""Padding does not count, however a model knows the places of its tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, GPT2Config, MambaConfig
+
+from diffract.evaluate import Subject, load_subject
+from diffract.evaluate.batches import Budget
+from diffract.evaluate.generate import Prompt, generate
+from diffract.evaluate.task import Piece
+from diffract.evaluate.text import score_texts
+from tiny_language_model import byte_tokenizer
+
+SPECIAL: dict[str, Any] = {"vocab_size": 257, "bos_token_id": None, "eos_token_id": 256, "pad_token_id": None}
+CONFIGS = {
+    "learned positions": GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3, **SPECIAL),
+    "biases by distance": BloomConfig(hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3, **SPECIAL),
+    "a sliding window": Gemma2Config(
+        **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+        **{"head_dim": 8, "intermediate_size": 48, "max_position_embeddings": 64, "sliding_window": 16},
+        initializer_range=0.3,
+        **SPECIAL,
+    ),
+    "a state": MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4, initializer_range=0.3, **SPECIAL),
+}
+TEXTS = ["Question: 1+1?\nAnswer:", "a", "Anna has", "to be or not to be, that", "12", "x" * 40]
+
+
+@pytest.fixture(params=CONFIGS)
+def any_subject(request: pytest.FixtureRequest) -> Subject:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[request.param]).float()
+    return load_subject(model, tokenizer=byte_tokenizer(), device="cpu")
+
+
+def test_texts_and_answers_are_those_without_padding(any_subject: Subject) -> None:
+    pieces = [Piece(str(i), text) for i, text in enumerate(TEXTS)]
+    alone = [score_texts(any_subject, [piece], Budget(1))[0].value for piece in pieces]
+    together = [score.value for score in score_texts(any_subject, pieces, Budget(10_000))]
+    assert together == pytest.approx(alone, rel=1e-5)  # float32; measured 2e-7
+    prompts = [Prompt([256, *ids], 20, str(i)) for i, ids in enumerate(any_subject.encode(TEXTS))]
+    answers = generate(any_subject, prompts, Budget(1))
+    assert len(set(answers)) > 3
+    assert generate(any_subject, prompts, Budget(10_000)) == answers
