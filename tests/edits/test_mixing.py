@@ -291,6 +291,7 @@ def test_the_manifest_names_all_models(models: list[Path], tmp_path: Path) -> No
         ({"models": {"x": ""}, "base": "b"}, "expected a checkpoint, got an empty text"),
         ({"models": {"x": "y"}, "base": "b", "scale": float("nan")}, "finite"),
         ({"models": {"x": "y"}, "base": "b", "method": "tie"}, "'ties'"),
+        ({"models": {"x": "y"}, "method": "linear", "scale": 0.5}, "method linear knows no scale"),
     ],
 )
 def test_impossible_merges(settings: dict, message: str, tmp_path: Path) -> None:
