@@ -11,12 +11,12 @@ import pytest
 import torch
 import transformers as tf
 
-from conftest import llama_tensors
 from diffract.edits import Interpolate, Merge
 from diffract.edits.operations.dare import dare, seeded
 from diffract.errors import CheckpointError, RecipeError, SelectionError
 from edit_cases import Tensors, as_module, assert_bits, assert_same, edit, edited, family_pair, moved, read
 from families import GROUPED
+from tiny_llama import llama_tensors
 
 Arrays = list[np.ndarray]
 
