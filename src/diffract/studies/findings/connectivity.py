@@ -37,8 +37,8 @@ def connectivity(study: Study) -> Finding:
         numbers=[*_barriers(last), *_by_budget(judged), trend],
         figures=[
             (
-                "Quality on the path of each pair from the largest budget, in every task; dotted is the line between the "
-                "ends, a red bar the barrier.",
+                "Quality on the path of each pair from the largest budget, in every task; dotted is the line between "
+                "the ends, a red bar the barrier.",
                 model_paths(runs[study.family.last].paths),
             ),
             ("Barriers of all pairs from the largest budget.", connectivity_matrix(runs[study.family.last].pairs)),
