@@ -11,7 +11,7 @@ from diffract.plots.style import LEGEND_RIGHT
 
 OPACITY = 0.15
 
-LEGEND_PX = 170
+LEGEND_PX, TITLE_PX = 170, 58
 
 
 def banded(
@@ -47,8 +47,9 @@ def banded(
 
 
 def beside(made: go.Figure) -> go.Figure:
-    """Put the legend of many curves on the right."""
-    return made.update_layout(legend=LEGEND_RIGHT, margin={"r": LEGEND_PX})
+    """Put the legend of many curves on the right, and leave room for long numbers on the left."""
+    made.update_annotations(xshift=-TITLE_PX, selector={"textangle": -90})
+    return made.update_layout(legend=LEGEND_RIGHT, margin={"l": TITLE_PX + 16, "r": LEGEND_PX})
 
 
 def curve(
