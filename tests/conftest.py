@@ -13,19 +13,12 @@ import torch
 from hypothesis import settings
 from safetensors.torch import save_file
 
+from tiny_llama import LLAMA, llama_tensors
+
 settings.register_profile("untimed", deadline=None)  # time is measured in benchmarks, never asserted in a test
 settings.load_profile("untimed")
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -33,22 +26,6 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("DIFFRACT_CACHE_DIR", str(folder))
     return folder
-
-
-def llama_tensors(seed: int, base: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """A grouped-query model in bf16; with ``base``, that one changed by 5%."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {"model.embed_tokens.weight": (50, 32), "lm_head.weight": (50, 32)}
-    for layer in range(2):
-        prefix = f"model.layers.{layer}."
-        shapes |= {f"{prefix}self_attn.{p}_proj.weight": (32, 32) for p in "qo"}
-        shapes |= {f"{prefix}self_attn.{p}_proj.weight": (16, 32) for p in "kv"}
-        shapes |= {f"{prefix}mlp.{p}_proj.weight": (48, 32) for p in ("gate", "up")}
-        shapes |= {f"{prefix}mlp.down_proj.weight": (32, 48), f"{prefix}input_layernorm.weight": (32,)}
-    noise = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    if base is None:
-        return {name: value.bfloat16() for name, value in noise.items()}
-    return {name: (base[name].float() + 0.05 * value).bfloat16() for name, value in noise.items()}
 
 
 @pytest.fixture

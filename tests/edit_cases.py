@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 import diffract
-from conftest import LLAMA
 from diffract.edits import Edited, apply
 from families import FAMILIES
+from tiny_llama import LLAMA
 
 Tensors = dict[str, Tensor]
 

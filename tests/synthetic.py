@@ -195,6 +195,86 @@ def trajectory(checkpoints: int = 9, layers: int = 2, width: int = WIDTH, head: 
     return _frames(models, weights, [label for label, _ in labels], "step0", rng)
 
 
+ORDERS = ("greedy", "reference", "magnitude", "random", "first-order", "activation")
+RULES = ("drop", "energy", "donoho-gavish", "mp-edge", "tail", "random", "random-energy", "dare-energy", "dare-bytes")
+TASKS = ("math", "code")
+
+
+@cache
+def searched() -> dict[str, pl.DataFrame]:
+    """A search over heads: gains that rise and fall with the share that is rewound."""
+    curves = [(order, seed, False) for order in ORDERS for seed in range(2 if order == "random" else 1)]
+    curves += [(order, 0, True) for order in ORDERS if order != "random"]
+    points = []
+    for number, (order, seed, reverse) in enumerate(curves):
+        for i, at in enumerate((0.0, 0.25, 0.5, 1.0)):
+            where = {"order": order, "seed": seed, "reverse": reverse, "fraction": at}
+            points += _measured(where, number * 4 + i if 0 < at < 1 else int(at), at * (0.1 * (6 - number) - 0.5 * at))
+    points += _measured({"order": "base", "seed": None, "reverse": None, "fraction": None}, 2, -0.9)
+    columns = ("effect", "magnitude", "reference", "first_order", "activation")
+    rng = np.random.default_rng(1)
+    heads = [{"layer": i, "block": "attn", "head": h, "task": "math"} for i in range(LAYERS) for h in range(HEADS)]
+    effects = [{**head, **dict(zip(columns, rng.normal(size=5).tolist(), strict=True))} for head in heads]
+    return {"points": pl.DataFrame(points), "effects": pl.DataFrame(effects)}
+
+
+@cache
+def truncated() -> dict[str, pl.DataFrame]:
+    """A search over what is kept of a change."""
+    points = []
+    for number, rule in enumerate(RULES):
+        for i, at in enumerate((0.0, 0.5, 1.0)):
+            where = {"rule": rule, "seed": 0, "fraction": at, "energy": 1 - at**2, "bytes": 1 - at}
+            points += _measured(where, 3 * number + i if at else 0, -at * (0.1 + 0.1 * number))
+    points += _measured({"rule": "base", "seed": None, "fraction": None, "energy": None, "bytes": None}, 99, -0.9)
+    return {"points": pl.DataFrame(points)}
+
+
+def _measured(where: dict[str, Any], state: int, gain: float) -> list[dict[str, Any]]:
+    """Rows of one state in both splits and tasks."""
+    return [
+        {**where, "state": state, "split": split, "task": task, "quality": 2 - gain, "low": 1.9 - gain,
+         "high": 2.1 - gain, "gain": gain, "gain_low": gain - 0.02, "gain_high": gain + 0.02}
+        for split in ("selection", "held-out")
+        for task in TASKS
+    ]  # fmt: skip
+
+
+@cache
+def connected() -> dict[str, pl.DataFrame]:
+    """Lines between three domains and a base, one with a barrier, and the simplex of the three."""
+    pairs = [(a, b) for i, a in enumerate(DOMAINS) for b in DOMAINS[i + 1 :]] + [("base", name) for name in DOMAINS]
+    paths, table = [], []
+    for number, (a, b) in enumerate(pairs):
+        for task in TASKS:
+            for at in (0.0, 0.5, 1.0):
+                gap = (0.1 * number - 0.2) * 4 * at * (1 - at)
+                row = {"a": a, "b": b, "at": at, "task": task, "linear": 2 + at, "gap": gap, "quality": 2 + at + gap}
+                paths.append(row | {"low": row["quality"] - 0.1, "high": row["quality"] + 0.1})
+            height = max(0.0, 0.1 * number - 0.2)
+            ends = {"low": height - 0.01, "high": height + 0.01, "connected": height == 0}
+            table.append({"a": a, "b": b, "task": task, "barrier": height, **ends})
+    simplex = [
+        {"models": list(DOMAINS), "weights": [i / 2, j / 2, (2 - i - j) / 2], "task": task, "quality": 2.0 + i,
+         "low": 1.9 + i, "high": 2.1 + i}
+        for task in TASKS
+        for i in range(3)
+        for j in range(3 - i)
+    ]  # fmt: skip
+    return {"paths": pl.DataFrame(paths), "pairs": pl.DataFrame(table), "simplex": pl.DataFrame(simplex)}
+
+
+def frames_of(kind: str) -> dict[str, pl.DataFrame]:
+    """What a kind of figure is drawn from."""
+    if kind in ("rewind", "effects"):
+        return searched()
+    if kind in ("paths", "connectivity", "simplex"):
+        return connected()
+    if kind == "truncation":
+        return truncated()
+    return trajectory() if kind in ("evolution", "ridge") else compared()
+
+
 def write(frames: dict[str, pl.DataFrame], folder: Path) -> Path:
     """Write frames as a run folder."""
     folder.mkdir(parents=True)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import diffract
-from conftest import llama_tensors
 from diffract.errors import SelectionError
 from diffract.metrics import GROUPS
+from tiny_llama import llama_tensors
 
 HEADS, KV_HEADS, SIZE = 4, 2, 8
 

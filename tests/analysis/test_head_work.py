@@ -13,10 +13,10 @@ from polars.testing import assert_frame_equal
 from safetensors.torch import save_file
 
 import diffract
-from conftest import llama_tensors
 from diffract.analysis import head_work, stack
 from diffract.checkpoints import Checkpoint, TensorInfo
 from diffract.checkpoints.adapter import Adapted
+from tiny_llama import llama_tensors
 
 ATTENTION = "model.layers.{}.self_attn.{}_proj"
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_head": 4, "num_key_value_heads": 4, "n_layer": 1}

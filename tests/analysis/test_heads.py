@@ -14,9 +14,9 @@ import torch
 from polars.testing import assert_frame_equal
 
 import diffract
-from conftest import llama_tensors
 from diffract import tables
 from diffract.analysis.heads import head_deltas
+from tiny_llama import llama_tensors
 
 ATTENTION = "model.layers.{}.self_attn.{}_proj.weight"
 Tensors = dict[str, torch.Tensor]

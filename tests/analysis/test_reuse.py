@@ -14,9 +14,9 @@ from polars.testing import assert_frame_equal
 from safetensors.torch import save_file
 
 import diffract
-from conftest import llama_tensors
 from diffract.analysis import work
 from diffract.metrics import CATALOG
+from tiny_llama import llama_tensors
 
 
 @pytest.fixture

@@ -20,9 +20,9 @@ from polars.testing import assert_frame_equal
 from safetensors.torch import save_file
 
 import diffract
-from conftest import llama_tensors
 from diffract import tables
 from diffract.analysis import work
+from tiny_llama import llama_tensors
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 

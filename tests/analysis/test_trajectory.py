@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import diffract
-from conftest import LLAMA, llama_tensors
 from diffract import tables
 from diffract.analysis import run as opening
 from diffract.analysis import trajectory, work
 from diffract.analysis.trends import peaks_appear
 from diffract.checkpoints import open_checkpoint
 from diffract.metrics import choose_metrics
+from tiny_llama import LLAMA, llama_tensors
 
 STORIES = Path(__file__).parents[3] / "shared" / "data" / "checkpoints" / "hybrid_stories"
 STEPS = (100, 20, 3)

@@ -12,10 +12,10 @@ import typer
 from typer.testing import CliRunner
 
 import diffract
-from conftest import llama_tensors
 from diffract.checkpoints import Checkpoint
 from diffract.cli.main import app
 from diffract.metrics import CATALOG, FACTS
+from tiny_llama import llama_tensors
 
 ROOT = Path(__file__).parents[2]
 SAMPLES = ROOT / "samples" / "tiny-olmo2"

@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 import diffract
-from conftest import llama_tensors
 from diffract.cli.main import app
+from tiny_llama import llama_tensors
 
 run = CliRunner()
 

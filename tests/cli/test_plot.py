@@ -20,9 +20,7 @@ run = CliRunner()
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("runs")
-    compared = synthetic.write(synthetic.compared(), place / "compared")
-    series = synthetic.write(synthetic.trajectory(), place / "series")
-    return {kind: series if kind in ("evolution", "ridge") else compared for kind in KINDS}
+    return {kind: synthetic.write(synthetic.frames_of(kind), place / kind) for kind in KINDS}
 
 
 @pytest.mark.parametrize("kind", list(KINDS))

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import diffract
-from conftest import llama_tensors
 from diffract.edits import Interpolate, Rewind, Truncate
 from edit_cases import assert_bits, assert_same, edit, family_pair, read, save_pair
 from families import FAMILIES
+from tiny_llama import llama_tensors
 
 STRANGE = [0xFFC1, 0x7FA5, 0x8000, 0x0001, 0xFF80, 0x7F80]
 """bf16: a negative and a signalling NaN with payloads, -0, the least subnormal, both infinities."""

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from conftest import LLAMA, llama_tensors
 from diffract.edits import Interpolate, Laser, LiveModel, Merge, Rewind, Svf, Truncate
 from diffract.edits.draft import BLOCK_BYTES
 from diffract.errors import CheckpointError, DiffractError, SelectionError
 from edit_cases import Tensors, as_module, assert_same, edit, family_pair, read
+from tiny_llama import LLAMA, llama_tensors
 
 Kinds = dict[str, Callable[[Any, Any], Any]]
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 import transformers as tf
 
-from conftest import llama_tensors
 from diffract.edits import Interpolate, Merge
 from diffract.edits.operations.dare import dare, seeded
 from diffract.errors import CheckpointError, RecipeError, SelectionError
 from edit_cases import Tensors, as_module, assert_bits, assert_same, edit, edited, family_pair, moved, read
 from families import GROUPED
+from tiny_llama import llama_tensors
 
 Arrays = list[np.ndarray]
 
@@ -291,6 +291,7 @@ def test_the_manifest_names_all_models(models: list[Path], tmp_path: Path) -> No
         ({"models": {"x": ""}, "base": "b"}, "expected a checkpoint, got an empty text"),
         ({"models": {"x": "y"}, "base": "b", "scale": float("nan")}, "finite"),
         ({"models": {"x": "y"}, "base": "b", "method": "tie"}, "'ties'"),
+        ({"models": {"x": "y"}, "method": "linear", "scale": 0.5}, "method linear knows no scale"),
     ],
 )
 def test_impossible_merges(settings: dict, message: str, tmp_path: Path) -> None:

@@ -169,6 +169,10 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "none in one": ({"model": "m", "steps": [{}]}, "steps.0: expected one of rewind, "),
     "empty step": ({"model": "m", "steps": [{"rewind": None}]}, "steps.0: expected one of rewind, "),
+    "output of lora": (
+        {"model": "m", "export": {"lora": {"base": "b"}}, "output": {"dtype": "float16"}},
+        "it takes no output settings",
+    ),
     "two exports": (
         {"model": "m", "export": {"lora": {"base": "b"}, "pissa": {}}},
         "export: expected one of lora, pissa, with its settings.",

@@ -83,7 +83,7 @@ def test_the_schema_knows_every_step() -> None:
 def test_models_that_differ_are_refused(
     change: dict, message: str, family: tuple[Path, Path], write_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from conftest import llama_tensors
+    from tiny_llama import llama_tensors
 
     tensors = llama_tensors(3)
     if "shape" in change:
@@ -118,7 +118,7 @@ def test_steps_that_do_not_fit_the_model(step: dict, message: str, tmp_path: Pat
 def test_what_is_not_finite_is_named(
     family: tuple[Path, Path], write_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from conftest import llama_tensors
+    from tiny_llama import llama_tensors
 
     tensors = llama_tensors(3)
     tensors["lm_head.weight"][0, 0] = torch.inf

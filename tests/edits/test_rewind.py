@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 import diffract
-from conftest import llama_tensors
 from diffract.edits import Rewind
 from diffract.errors import SelectionError
 from edit_cases import Tensors, as_module, assert_bits, assert_same, edit, edited, read, save_pair
+from tiny_llama import llama_tensors
 
 SAMPLES = Path(__file__).parents[2] / "samples" / "tiny-olmo2"
 Span = tuple[str, tuple[slice, ...], set[int]]

@@ -19,10 +19,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import diffract
-from conftest import llama_tensors
 from diffract.edits import Interpolate, Merge, Rewind, Truncate, apply
 from diffract.errors import RunError
 from edit_cases import assert_same, edited, read, save_pair
+from tiny_llama import llama_tensors
 
 KILLED = """
 import os, signal, sys

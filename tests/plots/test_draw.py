@@ -18,11 +18,9 @@ from diffract.errors import RunError, SelectionError
 from diffract.plots.catalog import KINDS
 
 HOSTILE = "<script>alert(1)</script>" + "<img src=x onerror=alert(2)>" * 20
+NAMED = ("model", "name", "projection", "task", "order", "rule", "a", "b")
+"""Columns of names that others have given."""
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-def frames_for(kind: str) -> dict[str, pl.DataFrame]:
-    return synthetic.trajectory() if kind in ("evolution", "ridge") else synthetic.compared()
 
 
 class Held:
@@ -39,22 +37,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_every_kind_is_drawn_from_a_run(kind: str, tmp_path: Path) -> None:
-    frames = frames_for(kind)
+    frames = synthetic.frames_of(kind)
     held = diffract.plot(kind, Held(frames))
     assert isinstance(held, go.Figure)
-    assert any(t.y is not None and len(t.y) for t in held.data)
+    assert any(t["a" if t.type == "scatterternary" else "y"] is not None for t in held.data)
     assert diffract.plot(kind, synthetic.write(frames, tmp_path / "run")) == held
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_hostile_names_stay_text(kind: str) -> None:
-    frames = frames_for(kind)
-    rename = {"model": pl.lit(HOSTILE) + pl.col("model")}
+    frames = synthetic.frames_of(kind)
     hostile = {}
     for table, frame in frames.items():
-        named = {"name": pl.lit(HOSTILE) + pl.col("name")} if "name" in frame.columns else {}
-        parts = {"projection": pl.lit(HOSTILE) + pl.col("projection")} if "projection" in frame.columns else {}
-        hostile[table] = frame.with_columns(**rename, **named, **parts)
+        known = [name for name in NAMED if frame.schema.get(name) == pl.String]
+        lists = [pl.col(n).list.eval(pl.lit(HOSTILE) + pl.element()) for n in {"models"} & set(frame.columns)]
+        hostile[table] = frame.with_columns(**{name: pl.lit(HOSTILE) + pl.col(name) for name in known}).with_columns(
+            lists
+        )
     text = diffract.plot(kind, Held(hostile)).to_json()
     assert text is not None
     assert "<script" not in text.replace("\\u003c", "<")
@@ -64,7 +63,7 @@ def test_hostile_names_stay_text(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_tables_without_rows_are_told_or_drawn_empty(kind: str) -> None:
-    empty = {name: frame.clear() for name, frame in frames_for(kind).items()}
+    empty = {name: frame.clear() for name, frame in synthetic.frames_of(kind).items()}
     try:
         assert isinstance(diffract.plot(kind, Held(empty)), go.Figure)
     except diffract.DiffractError as error:
@@ -127,7 +126,7 @@ def test_options_choose() -> None:
 )
 def test_unknown_names_get_one_clear_error(kind: str, options: dict[str, Any], text: str) -> None:
     with pytest.raises(SelectionError) as error:
-        diffract.plot(kind, Held(frames_for(kind)), **options)
+        diffract.plot(kind, Held(synthetic.frames_of(kind)), **options)
     assert text in str(error.value)
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import diffract
-from conftest import llama_tensors
 from diffract import plots, report
 from diffract.plots.rows import curve, facts
 from diffract.report import densities
 from diffract.report.packing import pack, short, thin
 from diffract.report.payload import payload
 from diffract.report.words import headlines
+from tiny_llama import llama_tensors
 
 NAME = "L0.mlp.gate"
 HOSTILE = "t<b onclick='alert(1)'>"

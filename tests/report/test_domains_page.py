@@ -12,10 +12,10 @@ import torch
 from typer.testing import CliRunner
 
 import diffract
-from conftest import llama_tensors
 from diffract import plots, report, tables
 from diffract.cli.main import app
 from diffract.report.domains import domain_part
+from tiny_llama import llama_tensors
 
 SAMPLES = Path("samples/tiny-olmo2")
 HOSTILE = "t<b onclick='alert(1)'>"

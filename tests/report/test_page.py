@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import diffract
-from conftest import llama_tensors
 from diffract import plots, report
 from diffract.report.packing import embed
 from diffract.report.payload import payload, points_per_curve
 from diffract.report.words import percent
+from tiny_llama import llama_tensors
 
 HOSTILE = ("<img src=x onerror=alert(1)>", "</script><script>alert(2)</script>", "=cmd()|'/c calc'!A1", "\u2028\u202e")
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import diffract
-from conftest import llama_tensors
 from diffract import report
 from diffract.report.payload import on_page, payload
+from tiny_llama import llama_tensors
 
 
 @pytest.fixture

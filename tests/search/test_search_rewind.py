@@ -255,7 +255,7 @@ def test_what_cannot_be_searched(tmp_path: Path) -> None:
         search_rewind(BASE, MATH, tolerance=-1, **fast)
     with pytest.raises(SelectionError, match="unknown task 'maths'"):
         search_rewind(BASE, MATH, eval="maths")
-    with pytest.raises(CheckpointError, match="no model at"):
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
         search_rewind(str(tmp_path / "none"), MATH, **fast)
     other = tmp_path / "other"
     _narrower(other)

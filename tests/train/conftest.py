@@ -45,7 +45,7 @@ def recipe(texts: Path) -> Callable[..., dict[str, Any]]:
     def make(**changes: Any) -> dict[str, Any]:
         usual = {
             "model": {"config": TINY},
-            "tokenizer": {"train": {"vocabulary": 300}},
+            "tokenizer": {"train": {"vocabulary": 280}},
             "data": str(texts),
             "mix": {
                 "stories": {"sources": ["stories.jsonl"], "share": 3},

@@ -42,6 +42,9 @@ def plot(
     axes: Annotated[
         str | None, typer.Option(metavar="Y-X", help="log-log or lin-log; for evolution lin-lin and log-lin too.")
     ] = None,
+    task: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Of a search; the first, which decided, by default.")
+    ] = None,
     width: Annotated[int | None, typer.Option(min=100, metavar="PIXELS", help="Of the layout; 900 by default.")] = None,
     height: Annotated[int | None, typer.Option(min=100, metavar="PIXELS", help="Of the layout.")] = None,
     scale: Annotated[float, typer.Option(min=0.1, metavar="FACTOR", help="Pixels of a .png per pixel of it.")] = 2.0,
@@ -67,6 +70,7 @@ def plot(
             layer=layer,
             over=over,
             axes=axes,
+            task=task,
         )
         path = plots.save(made, output, width=width, height=height, scale=scale)
     say(f"plot: {path}", quiet=quiet)

@@ -84,6 +84,12 @@ class Recipe(BaseModel):
     output: Output = Output()
     """How it is written."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if self.export is not None and self.export.lora is not None and self.output != Output():
+            raise ValueError("lora writes factors, in one file and in its own dtype; it takes no output settings")
+        return self
+
     def as_dict(self) -> dict[str, Any]:
         """Return the recipe as it stands in a file, without what it leaves to its defaults."""
         found = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)

@@ -197,7 +197,7 @@ class Merge(Settings):
     weights: dict[str, Finite] = Field(default_factory=dict)
     """Weight of each model by name; 1 where nothing is said. linear and slerp divide by their sum."""
     scale: Finite = 1.0
-    """What the merged change is multiplied with."""
+    """What the merged change is multiplied with; linear and slerp have none."""
     density: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Of ties: share of each change's entries that is kept, the largest."""
     drop: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -218,6 +218,8 @@ class Merge(Settings):
             raise ValueError(f"method {self.method} needs a base")
         if self.method == "slerp" and len(self.models) > 1:
             raise ValueError(f"slerp goes between two models, got {len(names)}")
+        if self.method in WITHOUT_BASE and self.scale != 1.0:
+            raise ValueError(f"method {self.method} knows no scale: it mixes models, not changes; weights are theirs")
         if self.method in OF_MATRICES and self.weights:
             raise ValueError(f"method {self.method} knows no weights; scale is the weight of all")
         if self.method in WITH_ELECTION and min(self.shares) <= 0:

@@ -11,24 +11,33 @@ import polars as pl
 from diffract.errors import SelectionError
 from diffract.plots.agreement import agreement
 from diffract.plots.choice import Choice, base_model, of_projection, pick, pick_matrix, pick_metric, pick_model
+from diffract.plots.connectivity_matrix import connectivity_matrix
 from diffract.plots.density import AXES as DENSITY_AXES
 from diffract.plots.density import density
 from diffract.plots.evolution import AXES as EVOLUTION_AXES
 from diffract.plots.evolution import OVER, evolution
 from diffract.plots.frames import Frames
+from diffract.plots.head_effects import SIGNED, SIZES, head_effects
 from diffract.plots.head_heatmap import head_heatmap
 from diffract.plots.head_maps import SCALES, head_maps
 from diffract.plots.ks_scan import ks_scan
 from diffract.plots.layer_violins import layer_violins
 from diffract.plots.lorenz import lorenz
+from diffract.plots.model_paths import model_paths
+from diffract.plots.model_simplex import model_simplex
+from diffract.plots.rewind_curves import MEASURES, rewind_curves
 from diffract.plots.ridge import ridge
 from diffract.plots.scores import reference_scores
 from diffract.plots.spectrum import spectrum
+from diffract.plots.truncation_curves import truncation_curves
 
 COMPARE = "diffract compare BASE TUNED -o RUN"
 SCAN_ALL = "diffract scan MODEL --metrics all -o RUN` or `diffract compare BASE TUNED --metrics all -o RUN"
 HEADS = "diffract heads BASE TUNED -o RUN"
 TRAJECTORY = "diffract trajectory MODEL... -o RUN"
+SEARCH_REWIND = "diffract search rewind BASE TUNED -o RUN"
+SEARCH_TRUNCATE = "diffract search truncate BASE TUNED -o RUN"
+CONNECT = "diffract connect BASE NAME=MODEL NAME=MODEL --eval TASKS -o RUN"
 
 CHANGE_FIRST = ("delta_relative", "effective_rank", "stable_rank")
 SHADE = "left_agreement_mean"
@@ -148,6 +157,42 @@ def _head_heatmap(frames: Frames, choice: Choice) -> go.Figure:
     return head_heatmap(rows, metric, pick("projection", choice.projection, cut, "q"), model=rows["model"][0])
 
 
+def _rewind(frames: Frames, choice: Choice) -> go.Figure:
+    points = frames["points"]
+    return rewind_curves(points, _task(points, choice.task), measure=pick("metric", choice.metric, list(MEASURES)))
+
+
+def _truncation(frames: Frames, choice: Choice) -> go.Figure:
+    points = frames["points"]
+    return truncation_curves(points, _task(points, choice.task), measure=pick("metric", choice.metric, list(MEASURES)))
+
+
+def _effects(frames: Frames, choice: Choice) -> go.Figure:
+    effects = frames["effects"]
+    known = [name for name in (SIGNED | SIZES) if effects[name].count() > 0]
+    return head_effects(effects, metric=pick("metric", choice.metric, known))
+
+
+def _paths(frames: Frames, choice: Choice) -> go.Figure:
+    paths = frames["paths"]
+    return model_paths(paths, task=None if choice.task is None else _task(paths, choice.task))
+
+
+def _connectivity(frames: Frames, choice: Choice) -> go.Figure:
+    pairs = frames["pairs"]
+    return connectivity_matrix(pairs, task=None if choice.task is None else _task(pairs, choice.task))
+
+
+def _simplex(frames: Frames, choice: Choice) -> go.Figure:
+    if frames["simplex"].is_empty():
+        raise SelectionError("the run has no simplex: that takes three models, and a budget that suffices.")
+    return model_simplex(frames["simplex"], _task(frames["simplex"], choice.task))
+
+
+def _task(table: pl.DataFrame, wanted: str | None) -> str:
+    return pick("task", wanted, table["task"].unique(maintain_order=True).to_list())
+
+
 def _domains(frames: Frames, wanted: str | None) -> pl.DataFrame:
     heads = frames["heads"]
     if wanted is None:
@@ -260,5 +305,56 @@ KINDS: dict[str, Kind] = {
         "diffract scan MODEL -o RUN` or `" + COMPARE,
         ("metrics",),
         options=("metric", "model", "projection"),
+    ),
+    "rewind": Kind(
+        _rewind,
+        "quality as more and more heads go back to the base, by several orders, on both splits",
+        SEARCH_REWIND,
+        ("points",),
+        columns=("order",),
+        further=(),
+        options=("task", "metric"),
+    ),
+    "effects": Kind(
+        _effects,
+        "what rewinding each head alone gains, or what cheaper orders go by",
+        SEARCH_REWIND,
+        ("effects",),
+        columns=("effect",),
+        further=(),
+        options=("metric",),
+    ),
+    "truncation": Kind(
+        _truncation,
+        "quality against how much energy, and how many bytes, of the change are kept, beside controls",
+        SEARCH_TRUNCATE,
+        ("points",),
+        columns=("rule",),
+        further=(),
+        options=("task", "metric"),
+    ),
+    "paths": Kind(
+        _paths,
+        "quality on the lines between models, and barriers",
+        CONNECT,
+        ("paths",),
+        further=(),
+        options=("task",),
+    ),
+    "connectivity": Kind(
+        _connectivity,
+        "barriers between each pair of models",
+        CONNECT,
+        ("pairs",),
+        further=(),
+        options=("task",),
+    ),
+    "simplex": Kind(
+        _simplex,
+        "quality of mixtures of three models",
+        CONNECT,
+        ("simplex",),
+        further=(),
+        options=("task",),
     ),
 }

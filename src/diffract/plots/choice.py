@@ -28,6 +28,7 @@ class Choice:
         layer: A number.
         over: ``tokens``, ``step`` or ``order``.
         axes: Of y and x, such as ``log-log`` or ``lin-log``.
+        task: A name in the tables of a search.
     """
 
     matrix: str | None = None
@@ -38,6 +39,7 @@ class Choice:
     layer: int | None = None
     over: str | None = None
     axes: str | None = None
+    task: str | None = None
 
 
 def pick(what: str, wanted: str | None, known: Sequence[str], default: str | None = None) -> str:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import plotly.graph_objects as go
 import polars as pl
 
-from diffract.plots.style import LEGEND_RIGHT, figure, label, line
-
-BAND_OPACITY = 0.15
+from diffract.plots.bands import banded, beside, curve
+from diffract.plots.style import figure, label, line
 
 
 def curves(
@@ -29,14 +26,11 @@ def curves(
     known = table.filter(pl.col("y").is_not_null() & pl.col("x").is_not_null())
     if log_x:
         known = known.filter(pl.col("x") > 0)
-    traces: list[Any] = []
+    traces: list[go.Scatter] = []
     for index, name in enumerate(known["name"].unique(maintain_order=True)):
         rows = known.filter(pl.col("name") == name).sort("x", maintain_order=True)
-        if {"low", "high"} <= set(rows.columns) and rows["low"].null_count() == 0:
-            traces.append(_band(rows, line(index)["color"], label(name)))
-        traces.append(_curve(rows, index, label(name)))
-    made = figure(traces, x=x, y=y, title=title, height=height, legend=LEGEND_RIGHT)
-    made.update_yaxes(exponentformat="none")
+        traces += _one(rows, label(name), index)
+    made = beside(figure(traces, x=x, y=y, title=title, height=height)).update_yaxes(exponentformat="none")
     if log_x:
         made.update_xaxes(type="log", dtick="D2", tickformat="~s")
     if zero:
@@ -44,30 +38,9 @@ def curves(
     return made
 
 
-def _band(rows: pl.DataFrame, colour: str, group: str) -> go.Scatter:
-    x, low, high = (rows[column].to_list() for column in ("x", "low", "high"))
-    return go.Scatter(
-        x=[*x, *x[::-1]],
-        y=[*high, *low[::-1]],
-        fill="toself",
-        fillcolor=colour,
-        opacity=BAND_OPACITY,
-        mode="lines",
-        line={"width": 0},
-        legendgroup=group,
-        showlegend=False,
-        hoverinfo="skip",
-    )
-
-
-def _curve(rows: pl.DataFrame, index: int, name: str) -> go.Scatter:
-    return go.Scatter(
-        x=rows["x"].to_list(),
-        y=rows["y"].to_list(),
-        name=name,
-        legendgroup=name,
-        mode="lines+markers",
-        marker={"size": 6},
-        line=line(index),
-        hovertemplate="%{x:.4g}: %{y:.4g}<extra>" + name + "</extra>",
-    )
+def _one(rows: pl.DataFrame, name: str, index: int) -> list[go.Scatter]:
+    x, y, look, hover = rows["x"].to_list(), rows["y"].to_list(), line(index), "%{x:.4g}: %{y:.4g}"
+    if {"low", "high"} <= set(rows.columns) and rows["low"].null_count() == 0:
+        low, high = rows["low"].to_list(), rows["high"].to_list()
+        return banded(x, y, low, high, name=name, look=look, legend=True, hover=hover)
+    return [curve(x, y, name=name, look=look, legend=True, hover=hover)]

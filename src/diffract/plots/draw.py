@@ -25,6 +25,7 @@ def plot(
     layer: int | None = None,
     over: str | None = None,
     axes: str | None = None,
+    task: str | None = None,
 ) -> go.Figure:
     """Draw a figure of a run; needs no weights and no torch.
 
@@ -40,12 +41,13 @@ def plot(
         over: ``tokens``, ``step`` or ``order``; the first that is known for every checkpoint.
         axes: Of y and x: ``log-log`` or ``lin-log`` for ``density``, those and ``lin-lin``, ``log-lin`` for
             ``evolution``.
+        task: Of a search; the first, that decided, by default.
 
     Raises:
         SelectionError: A name is not known, or the kind does not take an option.
         RunError: It is no run folder, or lacks what the figure needs; the message says which command makes it.
     """
-    choice = Choice(matrix, model, metric, reference, projection, layer, over, axes)
+    choice = Choice(matrix, model, metric, reference, projection, layer, over, axes, task)
     found = _kind(kind)
     _refuse_ignored(kind, found, choice)
     frames = read_frames(run, (*found.tables, *found.further))

@@ -231,7 +231,8 @@ class ConnectSearch:
         rows = (
             summarise(items, self.tasks, resamples=RESAMPLES).select("task", "quality", "low", "high").rows(named=True)
         )
-        return [{"weights": list(weights.values()), "state": scorer.number(state), **row} for row in rows]
+        which = {"models": list(weights), "weights": list(weights.values()), "state": scorer.number(state)}
+        return [{**which, **row} for row in rows]
 
 
 def tasks_that_count(a: str, b: str, tasks: Sequence[str]) -> list[str]:

@@ -170,6 +170,7 @@ where it is. ``connected``: the interval's upper end is below the tolerance; ``p
 """
 
 SIMPLEX: dict[str, Any] = {
+    "models": pl.List(pl.String),
     "weights": pl.List(pl.Float64),
     "state": pl.Int32,
     "task": pl.String,
@@ -177,7 +178,7 @@ SIMPLEX: dict[str, Any] = {
     "low": pl.Float64,
     "high": pl.Float64,
 }
-"""Columns of ``simplex``: quality of base + scale * sum of w_i (model_i - base), in the order of the manifest."""
+"""Columns of ``simplex``: held-out quality of base + scale * sum of ``weights`` times (``models`` - base)."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 
+from diffract.plots.connectivity_matrix import connectivity_matrix
 from diffract.plots.curves import curves
+from diffract.plots.model_paths import model_paths
 from diffract.search import connect
 from diffract.search.tables import ConnectTables
 from diffract.studies.finding import Finding, Number, Verdict
@@ -35,11 +37,12 @@ def connectivity(study: Study) -> Finding:
         numbers=[*_barriers(last), *_by_budget(judged), trend],
         figures=[
             (
-                "How far quality falls behind the line between the ends, on each path from the largest budget, in both "
-                "domains of the pair. Positive is worse.",
-                _figure(paths.filter(pl.col("tokens") == study.family.last), judged),
+                "Quality on the path of each pair from the largest budget, in every task; dotted is the line between "
+                "the ends, a red bar the barrier.",
+                model_paths(runs[study.family.last].paths),
             ),
-            ("Highest barrier of each pair against the budget.", _against_budget(judged)),
+            ("Barriers of all pairs from the largest budget.", connectivity_matrix(runs[study.family.last].pairs)),
+            ("Highest barrier of each pair of domains against the budget.", _against_budget(judged)),
         ],
         tables={"pairs": pairs, "paths": paths, "simplex": runs[study.family.last].simplex},
     )
@@ -94,13 +97,6 @@ def _trend(judged: pl.DataFrame) -> Number:
     return rank_correlation(
         "rank correlation of barriers with the budget", np.log(own["tokens"].to_numpy()), own["rest"].to_numpy()
     )
-
-
-def _figure(paths: pl.DataFrame, judged: pl.DataFrame):
-    known = paths.join(judged.select("a", "b", "task").unique(), on=["a", "b", "task"])
-    name = pl.format("{} to {}, in {}", "a", "b", "task")
-    table = known.select(name=name, x="at", y="gap", low="gap_low", high="gap_high")
-    return curves(table, x="place on the path", y="behind the line", zero=True, height=460)
 
 
 def _against_budget(judged: pl.DataFrame):

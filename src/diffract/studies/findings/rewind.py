@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import plotly.graph_objects as go
 import polars as pl
 
-from diffract.plots.curves import curves
+from diffract.plots.head_effects import head_effects
+from diffract.plots.rewind_curves import rewind_curves
 from diffract.search import search_rewind
 from diffract.search.tables import RewindTables
 from diffract.studies.finding import Finding, Number
@@ -18,7 +18,6 @@ SAID = ("greedy", "reference")
 """The orders that the claim is about."""
 
 LEVEL = 0.05
-_GAIN = "Held-out gain over the tuned model against the share of rewound heads; bands are paired 95% intervals."
 FORWARD = ~pl.col("reverse").fill_null(value=False)
 
 
@@ -42,12 +41,12 @@ def rewind(study: Study) -> Finding:
         control="random orders, chosen and reported in the same way; and every order reversed",
         numbers=[*gains, *_without_loss(chosen), *_of_heads(run)],
         figures=[
-            (f"{_GAIN} Random orders: medians over seeds.", _figure(run.points.filter(FORWARD), task, "held-out")),
-            (f"{_GAIN} Every order reversed.", _figure(run.points.filter(~FORWARD), task, "held-out")),
             (
-                "The first figure on the items that fractions and orders are chosen by.",
-                _figure(run.points.filter(FORWARD), task, "selection"),
+                f"Gain in {task} over the tuned model against the share of rewound heads, on the items that fractions "
+                "and orders are chosen by, and on others. Bands are paired 95% intervals; controls are thin.",
+                rewind_curves(run.points, task),
             ),
+            ("What rewinding each head alone gains, on the selection items.", head_effects(run.effects)),
         ],
         tables={
             "points": run.points.drop("heads"),
@@ -115,12 +114,3 @@ def _of_heads(run: RewindTables) -> list[Number]:
             for row in run.orders.iter_rows(named=True)
         ),
     ]
-
-
-def _figure(points: pl.DataFrame, task: str, split: str) -> go.Figure:
-    rows = points.filter(pl.col("task") == task, pl.col("split") == split, pl.col("fraction").is_not_null())
-    medians = rows.group_by("order", "fraction", maintain_order=True).agg(
-        pl.col("gain", "gain_low", "gain_high").median()
-    )
-    table = medians.select(name="order", x="fraction", y="gain", low="gain_low", high="gain_high")
-    return curves(table, x="share of heads rewound", y=f"gain in {task}", zero=True, height=420)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import plotly.graph_objects as go
 import polars as pl
 
-from diffract.plots.curves import curves
+from diffract.plots.truncation_curves import truncation_curves
 from diffract.search import search_truncate
 from diffract.search.tables import TruncateTables
 from diffract.studies.finding import Finding, Number
@@ -36,8 +35,12 @@ def truncation(study: Study) -> Finding:
         control="the smallest directions, random ones and DARE at equal energy or equal bytes; medians over seeds",
         numbers=[*half.values(), *_without_loss(run.choice)],
         figures=[
-            (_caption(task, "share of bytes kept"), _figure(held_out, task, "bytes")),
-            (_caption(task, "share of the change's energy kept"), _figure(held_out, task, "energy")),
+            (
+                f"Held-out gain in {task} over the untruncated model against what is kept of the change; bands are "
+                "paired 95% intervals, seeds of one control have one colour. drop, energy, donoho-gavish and mp-edge "
+                "keep the largest directions.",
+                truncation_curves(run.points, task),
+            )
         ],
         tables={"points": run.points, "choice": run.choice},
     )
@@ -93,18 +96,3 @@ def _furthest(choice: pl.DataFrame) -> str:
     row = rows.row(0, named=True)
     at = f"{row['fraction']:.3g}, with {row['energy']:.1%} of the energy"
     return f"The largest fraction without loss on the items that it is chosen by is {at}."
-
-
-def _caption(task: str, what: str) -> str:
-    return (
-        f"Held-out gain in {task} over the untruncated model against the {what}; bands are paired 95% "
-        "intervals. drop, energy, donoho-gavish and mp-edge keep the largest directions; the others are controls."
-    )
-
-
-def _figure(points: pl.DataFrame, task: str, column: str) -> go.Figure:
-    medians = points.group_by("rule", "fraction", maintain_order=True).agg(
-        pl.col(column, "gain", "gain_low", "gain_high").median()
-    )
-    table = medians.select(name="rule", x=column, y="gain", low="gain_low", high="gain_high")
-    return curves(table, x=f"share of {column} kept", y=f"gain in {task}", zero=True, height=420)

@@ -1,0 +1,127 @@
+"""A run that was killed goes on as if it had not been."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from diffract.errors import RecipeError, RunError
+from diffract.folders import held
+from diffract.train import train
+from diffract.train.records import read_log
+
+Make = Callable[..., dict[str, Any]]
+
+GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "resid_pdrop": 0.1, "embd_pdrop": 0.1}
+"""With dropout: random numbers belong to the state."""
+
+KILLED = """
+import json, os, signal, sys
+from diffract.train import train
+
+def progress(done, total, what):
+    if done == {done}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+train(json.loads(sys.argv[1]), sys.argv[2], progress=progress)
+"""
+
+
+def losses(log: Path) -> list[tuple[int, float, float]]:
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in read_log(log)]
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(recipe: Make, tmp_path: Path) -> None:
+    made = recipe(model={"config": GPT2}, checkpoints=[0, 6 * 64, 8 * 64])
+    code = KILLED.format(done=8 * 64)  # after the states of steps 5 and the checkpoint of step 6, before that of 8
+    killed = tmp_path / "killed"
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(made), str(killed)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert [p.name for p in (killed / "state").iterdir()] == ["step000000005"]
+    assert len(read_log(killed / "log.jsonl")) == 8
+    continued, whole = train(made, killed), train(made, tmp_path / "whole")
+    assert losses(continued.log) == losses(whole.log)
+    assert [step for step, *_ in losses(whole.log)] == list(range(1, 13))
+    assert list(continued.checkpoints) == list(whole.checkpoints) == [0, 384, 512, 768]
+    for tokens, path in whole.checkpoints.items():
+        expected = load_file(path / "model.safetensors")
+        found = load_file(continued.checkpoints[tokens] / "model.safetensors")
+        assert all((found[name] == value).all() for name, value in expected.items())
+    assert not (killed / "state").exists()
+
+
+def test_a_line_that_was_cut_off_is_dropped(recipe: Make, tmp_path: Path) -> None:
+    def stop(done: float, total: float, what: str) -> None:
+        if done == 7 * 64:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(), tmp_path / "out", progress=stop)
+    with (tmp_path / "out" / "log.jsonl").open("a") as file:
+        file.write('{"step": 8, "tok')
+    assert [line["step"] for line in read_log(train(recipe(), tmp_path / "out").log)] == list(range(1, 13))
+
+
+def test_a_finished_run_is_returned_at_once(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = train(recipe(tokens=64), tmp_path / "out")
+    monkeypatch.setattr("diffract.train.session.run_session", None)
+    assert train(recipe(tokens=64), tmp_path / "out") == first
+
+
+def test_another_recipe_is_refused_with_what_differs(recipe: Make, tmp_path: Path) -> None:
+    train(recipe(tokens=64), tmp_path / "out")
+    with pytest.raises(RecipeError, match=r"optimizer\.rate is null there, 0\.1 here; seed is 0 there, 1 here"):
+        train(recipe(tokens=64, seed=1, optimizer={"rate": 0.1}), tmp_path / "out")
+    assert train(recipe(tokens=64), tmp_path / "out").final.is_dir()
+
+
+def test_other_text_is_refused(recipe: Make, texts: Path, tmp_path: Path) -> None:
+    def stop(done: float, total: float, what: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(), tmp_path / "out", progress=stop)
+    with (texts / "stories.jsonl").open("a") as file:
+        file.write('{"text": "one more"}\n')
+    with pytest.raises(RecipeError, match=r"mix\.stories: its text, or its tokenizer, is not what"):
+        train(recipe(), tmp_path / "out")
+
+
+def test_other_folders_are_left_alone(recipe: Make, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match="holds no training run of this version"):
+        train(recipe(), tmp_path)
+
+
+def test_a_folder_takes_one_run_at_a_time(recipe: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    with held(folder), pytest.raises(RunError, match="another process trains into"):
+        train(recipe(), folder)
+
+
+def test_a_checkpoint_that_is_gone_is_named(recipe: Make, tmp_path: Path) -> None:
+    run = train(recipe(tokens=64), tmp_path / "out")
+    run.final.rename(tmp_path / "elsewhere")
+    with pytest.raises(RunError, match=r"step1-tokens64' is gone"):
+        train(recipe(tokens=64), tmp_path / "out")
+
+
+def test_a_damaged_state_is_named(recipe: Make, tmp_path: Path) -> None:
+    def stop(done: float, total: float, what: str) -> None:
+        if done == 7 * 64:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(), tmp_path / "out", progress=stop)
+    (tmp_path / "out" / "state" / "step000000005" / "optimizer.bin").write_bytes(b"PK\x03\x04 cut off")
+    with pytest.raises(RunError, match=r"step000000005' cannot be taken up"):
+        train(recipe(), tmp_path / "out")
