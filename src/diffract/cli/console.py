@@ -143,8 +143,7 @@ def say_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, title: s
         table.add_row(*(Text(printable(cell, 60)) for cell in row))
     if title:
         say(f"\n{title}")
-    console = Console(highlight=False)
-    console.print(table, width=None if console.is_terminal else PIPE_WIDTH)
+    Console(highlight=False, width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
 
 
 def say_json(value: Any) -> None:

@@ -48,7 +48,8 @@ Tokenizer = Annotated[str | None, typer.Option(metavar="MODEL", help="Where it i
 UNIT = "evaluations"
 
 
-GAINS = ("selection", "held-out", "95%")
+CHOSEN = ("best at", "selection", "held-out", "95%", "no loss to", "held-out")
+"""What is said of a curve: its best point, and the furthest without loss."""
 
 
 @app.command(no_args_is_help=True)
@@ -230,10 +231,8 @@ def _summary(manifest: Mapping[str, Any], tables: Mapping[str, pl.DataFrame], ou
 
 def _show_rewind(found: RewindTables) -> None:
     _say_task(found.manifest)
-    rows = [
-        [_order(row), row["which"], f"{row['fraction']:.4g}", *_gains(row)] for row in found.choice.rows(named=True)
-    ]
-    say_table(["order", "point", "fraction", *GAINS], rows)
+    pairs = _pairs(found.choice)
+    say_table(["order", *CHOSEN], [[_order(best), *_chosen(best, far, "fraction")] for best, far in pairs])
     if found.orders.height:
         ranks = [[row["order"], number(row["spearman"])] for row in found.orders.rows(named=True)]
         say_table(["order", "rank correlation"], ranks, title="How orders rank heads, against measured effects:")
@@ -242,12 +241,10 @@ def _show_rewind(found: RewindTables) -> None:
 
 def _show_truncate(found: TruncateTables) -> None:
     _say_task(found.manifest)
-    kept = ("fraction", "energy", "bytes")
-    rows = [
-        [_numbered(row["rule"], row["seed"]), row["which"], *(f"{row[k]:.3g}" for k in kept), *_gains(row)]
-        for row in found.choice.rows(named=True)
-    ]
-    say_table(["rule", "point", "dropped", "energy kept", "bytes kept", *GAINS], rows)
+    pairs = _pairs(found.choice)
+    rows = [[_numbered(best["rule"], best["seed"]), *_chosen(best, far, "bytes")] for best, far in pairs]
+    say_table(["rule", *CHOSEN], rows)
+    say("points are the share of the change's bytes that is kept")
     _say_written(found.manifest)
 
 
@@ -275,9 +272,16 @@ def _say_task(manifest: Mapping[str, Any]) -> None:
     say(f"{task['name']}: gain in {task['unit']}, positive is better; chosen on selection, reported on held-out")
 
 
-def _gains(row: Mapping[str, Any]) -> list[str]:
-    interval = f"{number(row['held_out_gain_low'])} to {number(row['held_out_gain_high'])}"
-    return [number(row["selection_gain"]), number(row["held_out_gain"]), interval]
+def _pairs(choice: pl.DataFrame) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return the best point of each curve, and the furthest without loss."""
+    rows = choice.rows(named=True)
+    return [(row, other) for row, other in zip(rows[::2], rows[1::2], strict=True)]
+
+
+def _chosen(best: Mapping[str, Any], far: Mapping[str, Any], at: str) -> list[str]:
+    interval = f"{number(best['held_out_gain_low'])} to {number(best['held_out_gain_high'])}"
+    gains = [number(best["selection_gain"]), number(best["held_out_gain"]), interval]
+    return [f"{best[at]:.3g}", *gains, f"{far[at]:.3g}", number(far["held_out_gain"])]
 
 
 def _order(row: Mapping[str, Any]) -> str:

@@ -61,6 +61,7 @@ class Scorer:
         self.numbers: dict[Hashable, int] = {TUNED.key: 0}
         self.states: list[State] = [TUNED]
         self.total = 0
+        self._what = ""
         self._found: dict[tuple[Split, int], pl.DataFrame] = {}
         self._rows: dict[tuple[Split, int], list[dict[str, Any]]] = {}
 
@@ -85,7 +86,8 @@ class Scorer:
         """Return the scores of a state."""
         key = split, self.number(state)
         if key not in self._found:
-            self.tell(0.0, what)
+            self._what = what
+            self.tell(0.0)
             with self.live.edited(*state.steps):
                 self._found[key] = self.evaluators[split].scores()
             if state.key == TUNED.key and all((other, 0) in self._found for other in SPLITS):
@@ -96,11 +98,11 @@ class Scorer:
         """Whether a state was scored already."""
         return (split, self.numbers.get(state.key)) in self._found
 
-    def tell(self, share: float, what: str) -> None:
+    def tell(self, share: float) -> None:
         """Say how far work has come: a share of the evaluation that is being made."""
         if self.progress:
             done = self.done + share
-            self.progress(done, max(self.total, done, 1), what)
+            self.progress(done, max(self.total, done, 1), self._what)
 
     def rows(self, split: Split, state: State, what: str = "") -> list[dict[str, Any]]:
         """Return for each task the quality of a state and its paired difference to the model, with intervals."""

@@ -106,8 +106,8 @@ class Stage:
         """Return what scores states of the model."""
         told: list[Scorer] = []
 
-        def tell(done: float, total: float, what: str) -> None:
-            told[0].tell(done / max(total, 1), what)
+        def tell(done: float, total: float, _task: str) -> None:
+            told[0].tell(done / max(total, 1))
 
         told.append(Scorer(self.live, self.evaluators(cache, tell), self.tasks, progress=progress))
         return told[0]
