@@ -103,7 +103,7 @@ def write_model(
         tokenizer: Lies beside it.
         dtype: What weights are stored in.
     """
-    model.save_pretrained(folder, state_dict=_converted(state, dtype))
+    model.save_pretrained(folder, state_dict=_converted(model, state, dtype))
     path = folder / "config.json"
     stored = json.loads(path.read_text(encoding="utf-8")) | {"dtype": str(dtype).removeprefix("torch.")}
     path.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -144,13 +144,11 @@ def _check_fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, con
         raise RecipeError(f"context {context}: the model takes {longest} tokens at most. Shorten the context.")
 
 
-def _converted(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Convert weights; those that share their memory share it afterwards too."""
-    found: dict[tuple[int, torch.Size], Tensor] = {}
-    return {
-        name: found.setdefault((value.data_ptr(), value.shape), value.to(dtype) if value.is_floating_point() else value)
-        for name, value in state.items()
-    }
+def _converted(model: PreTrainedModel, state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Convert weights; tied ones, which processes may have gathered one by one, are one tensor again."""
+    found = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+    ties = model.all_tied_weights_keys.items()
+    return found | {name: found[source] for name, source in ties if name in found and source in found}
 
 
 @contextmanager
