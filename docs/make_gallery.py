@@ -153,7 +153,7 @@ PICTURES = (
         {},
         "The same points against the energy that is kept and against the bytes. Thin lines are controls, one for each "
         "seed; diamonds are rules without a number.",
-        width=780,
+        width=680,
     ),
     Picture(
         "paths",
