@@ -99,7 +99,7 @@ def _judge(count: int, raw: dict[str, Number], strong: list[str], control: Numbe
         return "cannot tell", f"{said} With so few checkpoints nothing beyond the token count can be told."
     if strong:
         return "holds", f"{said} Beyond the token count {', '.join(strong)} still follow it (Holm, 5%)."
-    return "does not hold", f"{said} Beyond the token count none of {len(raw)} is shown to follow it (Holm, 5%)."
+    return "cannot tell", f"{said} Beyond the token count none of {len(raw)} is shown to follow it (Holm, 5%)."
 
 
 def _figure(table: pl.DataFrame, task: str) -> tuple[str, go.Figure]:
