@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 import diffract
 from diffract.checkpoints import Checkpoint
 from diffract.cli.main import app
+from diffract.evaluate import evaluate
 from diffract.metrics import CATALOG, FACTS
 from tiny_llama import llama_tensors
 
@@ -166,6 +168,23 @@ def test_the_demo_tells_the_family_apart(tmp_path: Path) -> None:
         assert 0.05 < models[name]["delta_relative"] < 0.5
         # the change lies in singular vectors, and yet far more in values than chance would put there
         assert models[name]["value_share_chance"] * 3 < models[name]["value_share"] < 0.2
-    losses = json.loads((SAMPLES / "losses.json").read_text())["losses"]
-    for name in ("natural", "math", "code", "instructions"):
-        assert losses[name][name]["bits_per_byte"] < losses["base"][name]["bits_per_byte"]
+
+
+QUALITY = re.compile(r"\**(\d\.\d{3})\** \((\d\.\d{3})-(\d\.\d{3})\)")
+"""A quality and its interval in the table of the samples."""
+
+
+@pytest.mark.skipif(not SAMPLES.is_dir(), reason="the samples are not in this checkout")
+def test_the_page_of_the_samples_tells_what_they_are_worth() -> None:
+    lines = (SAMPLES / "README.md").read_text(encoding="utf-8").splitlines()
+    columns, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")][-6:]
+    domains = ["natural", "math", "code", "instructions"]
+    assert columns == ["model", *domains, "gsm:1"]
+    cells = {(row[0], task): cell for row in rows for task, cell in zip(columns, row, strict=True)}
+    said = {place: tuple(map(float, *QUALITY.findall(cell))) for place, cell in cells.items() if place[1] in domains}
+    for name in domains:
+        assert said[name, name][2] < said["base", name][1]  # the intervals lie apart
+    for name in ("base", "math"):
+        found = evaluate(SAMPLES / name, "math=word-problems:1", limit=80, cache=False)
+        measured = found.summary.select("quality", "low", "high").row(0)
+        assert measured == pytest.approx(said[name, "math"], abs=0.001)  # three digits are shown
