@@ -14,6 +14,7 @@ from diffract.cli.main import app
 from diffract.edits import Recipe
 
 ROOT = Path(__file__).parents[2]
+SEARCHES = ROOT / "docs" / "better-checkpoint.md"
 PAGES = sorted([*(ROOT / "docs" / "edits").glob("*.md"), ROOT / "docs" / "recipes.md"])
 
 NOT_RUN = ("diffract lora pissa/adapter",)
@@ -39,6 +40,25 @@ def test_a_page_works(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             found = CliRunner().invoke(app, shlex.split(command)[1:])
             assert found.exit_code == 0, f"{command}\n{found.output}"
             _assert_said(page, command, found.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # it takes two to seven minutes on one core
+def test_the_way_to_a_better_checkpoint_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "samples").symlink_to(ROOT / "samples")
+    monkeypatch.chdir(tmp_path)
+    page = SEARCHES.read_text(encoding="utf-8")
+    commands = re.findall(r"^    (diffract [^\n]*)\n((?:(?:    (?!diffract )[^\n]*)?\n)*)", page, re.MULTILINE)
+    assert len(commands) == len(re.findall("^    diffract ", page, re.MULTILINE)) > 8
+    for command, shown in commands:
+        found = CliRunner().invoke(app, shlex.split(command)[1:])
+        assert found.exit_code == 0, f"{command}\n{found.output}"
+        assert set(map(_words, shown.splitlines())) <= {"", *map(_words, found.stdout.splitlines())}, found.stdout
+
+
+def _words(line: str) -> str:
+    """A line without what differs between machines: times, the last digits of qualities, and what is chosen by them."""
+    return " ".join(re.sub(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?|\b(better|worse)\b", " ", line).split())
 
 
 def _assert_said(page: Path, command: str, said: str) -> None:
