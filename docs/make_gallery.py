@@ -1,4 +1,4 @@
-"""Draw the gallery: docs/gallery.md and one image of each kind of figure, from the samples.
+"""Draw the gallery: docs/gallery.md and one image of each kind of figure, from the samples, in about ten minutes.
 
     python docs/make_gallery.py
 
@@ -132,6 +132,43 @@ PICTURES = (
         {"projection": "mlp.down"},
         "The density of ln σ at every checkpoint, of one matrix or pooled over a layer or projection.",
     ),
+    Picture(
+        "rewind",
+        "rewound",
+        {},
+        "What is chosen on the left is reported on the right: gains over the tuned model, with paired 95% intervals. "
+        "Thin lines are controls, random orders and orders from their end; dashed is the base.",
+        width=860,
+    ),
+    Picture(
+        "effects",
+        "rewound",
+        {},
+        "Orange heads are better rewound, purple ones are needed. `--metric first_order` shows what one backward pass "
+        "predicts.",
+    ),
+    Picture(
+        "truncation",
+        "truncated",
+        {},
+        "The same points against the energy that is kept and against the bytes. Thin lines are controls, one for each "
+        "seed; diamonds are rules without a number.",
+        width=680,
+    ),
+    Picture(
+        "paths",
+        "connected",
+        {"task": "math"},
+        "Dotted: the line between the ends. Bits per byte, so that a curve below its line is better than the line; a "
+        "barrier would be a red bar up to the curve.",
+    ),
+    Picture(
+        "connectivity",
+        "connected",
+        {},
+        "The largest fall below the line between the ends. A tick: its interval ends below the tolerance.",
+    ),
+    Picture("simplex", "connected", {"task": "math"}, "Each mark is a mixture; its colour is bits per byte."),
 )
 
 
@@ -139,14 +176,26 @@ def make_runs(folder: Path, series: Path) -> dict[str, Path]:
     """Write the runs that the figures are drawn from."""
     base = f"base={SAMPLES / 'base'}"
     tuned = [f"{domain}={SAMPLES / domain}" for domain in DOMAINS]
-    runs = {name: folder / name for name in ("compared", "heads", "series")}
+    runs = {name: folder / name for name in ("compared", "heads", "series", "rewound", "truncated", "connected")}
     diffract.compare(base, *tuned, metrics=["all"], output=runs["compared"])
     diffract.heads(base, *tuned, output=runs["heads"])
     if series.is_dir():
         follow([str(series)], by="step", select="attn, mlp", output=runs["series"])
     else:
         follow(synthetic_series(), by="given", select="mlp", output=runs["series"])
+    make_searches(runs)
     return runs
+
+
+def make_searches(runs: dict[str, Path]) -> None:
+    """Write the runs of searches; they evaluate the samples, which takes some minutes."""
+    from diffract.search import connect, search_rewind, search_truncate
+
+    pair, few = (SAMPLES / "base", SAMPLES / "math"), {"eval": "math", "limit": 60}
+    search_rewind(*pair, reference=SAMPLES / "natural", output=runs["rewound"], **few)
+    search_truncate(*pair, fractions="0,0.25,0.5,0.7,0.8,0.9,1", output=runs["truncated"], **few)
+    domains = [f"{domain}={SAMPLES / domain}" for domain in ("math", "code", "natural")]
+    connect(SAMPLES / "base", *domains, eval="math,code", limit=20, output=runs["connected"])
 
 
 def follow(checkpoints: Sequence[Any], metrics: Sequence[str] = ("all",), **how: Any) -> diffract.Run:

@@ -82,6 +82,13 @@ def test_truncation_against_energy_and_bytes() -> None:
     assert made.layout.annotations[-2].text == "held-out split"
 
 
+def test_what_is_far_worse_does_not_squash_the_rest() -> None:
+    far = TRUNCATED.with_columns(gain=pl.when(rule="dare-bytes", fraction=0.5).then(-50.0).otherwise("gain"))
+    low, high = plots.truncation_curves(far, "math").layout.yaxis.range
+    # rules go from 0 to -0.2, the base is at -0.9; a quarter of that on each side
+    assert (low, high) == pytest.approx((-0.9 - 0.225, 0.225))
+
+
 def test_the_fuller_split_is_drawn() -> None:
     few = TRUNCATED.filter((pl.col("split") == "selection") | (pl.col("fraction") == 0))
     assert plots.truncation_curves(few, "math").layout.annotations[-2].text == "selection split"

@@ -244,6 +244,34 @@ def test_nothing_gained_is_the_tuned_model(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (Path(MATH) / "model.safetensors").read_bytes()
 
 
+def test_what_cannot_be_written_is_said_before_anything_is_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("something was evaluated")
+
+    monkeypatch.setattr(Evaluator, "scores", refuse)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").touch()
+    fast: dict[str, Any] = {"eval": "math", "limit": 2, "write": tmp_path / "out"}
+    with pytest.raises(RunError, match="exists"):
+        search_rewind(BASE, MATH, **fast)
+    with pytest.raises(RunError, match=r"holds no manifest\.json of diffract's"):
+        search_rewind(BASE, MATH, force=True, **fast)
+    with pytest.raises(SelectionError, match="only controls are searched"):
+        search_rewind(BASE, MATH, order="random", **fast | {"write": tmp_path / "other"})
+
+
+def test_a_budget_for_controls_alone_writes_nothing(tmp_path: Path) -> None:
+    fast: dict[str, Any] = {"eval": "math", "limit": 2, "fractions": "0,0.5,1", "write": tmp_path / "out"}
+    found = search_rewind(BASE, MATH, order="greedy,random", seeds=1, budget=12, **fast)
+    assert isinstance(found, RewindTables)
+    assert found.manifest["chosen"] is None
+    assert found.manifest["written"] is None
+    assert "is not written: the budget sufficed for controls alone" in found.manifest["warnings"][-1]
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_cannot_be_searched(tmp_path: Path) -> None:
     fast: dict[str, Any] = {"eval": "math", "limit": 2}
     with pytest.raises(SelectionError, match=r"unknown order 'greedi'\. Did you mean 'greedy'"):

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from diffract.studies.finding import Number
-from diffract.studies.verdicts import better, median, rank_correlation
+from diffract.studies.verdicts import better, median, rank_correlation, rank_pvalue
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,22 @@ def test_a_rank_correlation_covers_its_true_value() -> None:
         hits += found.low <= truth <= found.high
         assert found.value == pytest.approx(stats.spearmanr(a, b).statistic)
     assert hits / 200 >= 0.89
+
+
+def test_p_values_of_rank_correlations_are_uniform_without_correlation() -> None:
+    """A tenth of 500 is below 0.1: 50 with a standard deviation of 6.7, and four of them are allowed."""
+    draw = np.random.default_rng(1)
+    ps = [rank_pvalue(float(np.asarray(stats.spearmanr(*draw.normal(size=(2, 20))))[0]), 20) for _ in range(500)]
+    assert abs(sum(p < 0.1 for p in ps) - 50) < 27
+
+
+def test_what_was_taken_out_widens_the_interval() -> None:
+    a, b = np.arange(12.0), np.array([0, 2, 1, 3, 5, 4, 6, 8, 7, 9, 11, 10.0])
+    plain, partial = rank_correlation("r", a, b), rank_correlation("r", a, b, given=3)
+    assert plain.value == partial.value
+    assert plain.low is not None
+    assert partial.low is not None
+    assert partial.low < plain.low
 
 
 def test_few_points_have_no_interval() -> None:

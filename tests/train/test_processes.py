@@ -23,8 +23,8 @@ Make = Callable[..., dict[str, Any]]
 LOSS_RTOL = 1e-5
 """Two halves of a batch are added up in another order in float32; twelve steps of AdamW carry that on."""
 
-SECONDS = 120
-"""A run takes ten; a launcher that hangs does so for ever."""
+SECONDS = 240
+"""A run takes ten on an idle machine; a launcher that hangs does so for ever."""
 
 FSDP = {
     "compute_environment": "LOCAL_MACHINE",

@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import yaml
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from accelerate.utils import LoggerType
 
 from diffract.errors import DiffractError, RecipeError
 from diffract.train import TrainRecipe, load_train_recipe, train
+from diffract.train.records import read_log
 
 Make = Callable[..., dict[str, Any]]
 
@@ -110,3 +113,30 @@ def test_a_tracker_that_is_not_there_is_named(recipe: Make, tmp_path: Path, monk
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
     with pytest.raises(DiffractError, match="wandb is not installed: pip install wandb"):
         train(recipe(log=["wandb"]), tmp_path / "out")
+
+
+def test_losses_are_sent_to_trackers(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[int | None, float]] = []
+
+    class Kept(GeneralTracker):
+        name = "tensorboard"
+        requires_logging_directory = False
+
+        def __init__(self, run_name: str) -> None:
+            super().__init__()
+            self.run_name = run_name
+
+        @property
+        def tracker(self) -> None:
+            return None
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            assert values["context"] == 16
+
+        def log(self, values: dict[str, Any], step: int | None = None) -> None:
+            sent.append((step, values["loss"]))
+
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: [LoggerType.TENSORBOARD])
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "tensorboard", Kept)
+    run = train(recipe(log=["tensorboard"]), tmp_path / "out")
+    assert sent == [(line["step"], line["loss"]) for line in read_log(run.log)]

@@ -24,6 +24,7 @@ def test_a_recipe_becomes_models_that_transformers_loads(recipe: Make, tmp_path:
     model = AutoModelForCausalLM.from_pretrained(run.final)
     assert model.config.vocab_size == len(tokenizer) == model.get_input_embeddings().weight.shape[0]
     assert model.dtype == torch.float32
+    assert len({path.stat().st_mode for path in run.final.iterdir()}) == 1  # who may read one may read all
     losses = [line["loss"] for line in read_log(run.log)]
     assert len(losses) == 12
     assert abs(losses[0] - math.log(280)) < 0.2  # a new model says nothing about the next token: ln(vocabulary)

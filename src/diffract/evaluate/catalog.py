@@ -146,7 +146,7 @@ def _kind(wanted: Wanted) -> Kind:
 
 
 def _load_bits(wanted: Wanted) -> Task:
-    sources, notes = _sources(wanted)
+    sources, notes = _sources(wanted), []
     read, found = [], []
     for source in sources:
         try:
@@ -166,7 +166,7 @@ def _load_exact(wanted: Wanted) -> Task:
     if wanted.word == "gsm" and not wanted.source:
         sources, items = [f"word-problems:{wanted.levels}".rstrip(":")], _made_up(wanted)
     else:
-        sources, _ = _sources(wanted)
+        sources = _sources(wanted)
         asked = [a for source in sources for a in questions(source, wanted.split, wanted.data)]
         begin = _examples(wanted, sources)
         found = {q: Question(digest(q), begin + question_text(q), a, REAL_TOKENS) for q, a in asked}
@@ -175,7 +175,7 @@ def _load_exact(wanted: Wanted) -> Task:
 
 
 def _load_choice(wanted: Wanted) -> Task:
-    sources, _ = _sources(wanted)
+    sources = _sources(wanted)
     found = {c.id: c for source in sources for c in choices(source, wanted.split, wanted.data)}
     items = spread(list(found.values()), wanted.limit)
     chance = sum(1 / len(c.options) for c in items) / len(items)
@@ -195,13 +195,12 @@ LOADERS: dict[Kind, Callable[[Wanted], Task]] = {
 }
 
 
-def _sources(wanted: Wanted) -> tuple[list[str], list[str]]:
-    """Return where a task's items are, and what was left out."""
+def _sources(wanted: Wanted) -> list[str]:
+    """Return where a task's items are."""
     if wanted.source:
-        return wanted.source.split("+"), []
+        return wanted.source.split("+")
     entry = CATALOG[wanted.word]
     files: list[str] = []
-    notes: list[str] = []
     if wanted.data and entry.files.endswith("/"):
         files = _files_of_domain(wanted.data, entry.files)
     elif wanted.data and entry.files:
@@ -210,7 +209,7 @@ def _sources(wanted: Wanted) -> tuple[list[str], list[str]]:
         raise CorpusError(
             f"task {wanted.name} needs text: pass --data FOLDER with {entry.files or 'files'}, or {wanted.name}=FILE."
         )
-    return files or [str(entry.built_in)], notes
+    return files or [str(entry.built_in)]
 
 
 def _files_of_domain(data: Path, folder: str) -> list[str]:

@@ -21,6 +21,8 @@ PLAIN = ("drop", "energy")
 def truncation_curves(points: pl.DataFrame, task: str, *, measure: str = "gain") -> go.Figure:
     """Draw a panel against the energy that is kept, and one against the bytes; seeds of one control are one colour.
 
+    The axis shows the rules and both models; single entries can do far worse, which zooming out shows.
+
     Args:
         points: The points table of ``search truncate``; the held-out split is drawn where it is as full as the other.
         task: A name in it.
@@ -31,7 +33,15 @@ def truncation_curves(points: pl.DataFrame, task: str, *, measure: str = "gain")
     rows = own.filter(pl.col("split") == split)
     contents = [_panel(rows, against, measure, legend=not i) for i, against in enumerate(AGAINST)]
     y = f"{label(task)}, gain over the tuned model" if measure == "gain" else label(task)
-    return beside(panels(list(AGAINST.values()), contents, x=f"{split} split", y=y, height=400))
+    made = beside(panels(list(AGAINST.values()), contents, x=f"{split} split", y=y, height=400))
+    return made.update_yaxes(range=_near(rows, measure))
+
+
+def _near(rows: pl.DataFrame, measure: str) -> list[float] | None:
+    """Return what the rules and both models span, and a quarter more on each side."""
+    own = rows.filter(pl.col("rule").is_in(["base", *PLAIN]) | (pl.col("state") == 0))[measure].to_list()
+    margin = 0.25 * (max(own, default=0.0) - min(own, default=0.0))
+    return [min(own) - margin, max(own) + margin] if margin else None
 
 
 def _fuller(points: pl.DataFrame) -> str:

@@ -170,7 +170,7 @@ class RewindSearch:
             choice=frame(chosen, CHOICE),
             items=scorer.items().select(*ITEMS),
         )
-        return Found(tables, chosen, {})
+        return Found(tables, chosen)
 
     def _curves(
         self, scorer: Scorer, plan: Plan, scores: Mapping[str, Scores], tolerance: float | None

@@ -20,7 +20,7 @@ from diffract.search.scorer import TUNED, Progress, Scorer
 from diffract.search.setup import How, Model, Stage, described, in_memory, manifest, require_word, set_up
 from diffract.search.work import finish, working
 from diffract.search.written import write_chosen
-from diffract.tables import RunTables
+from diffract.tables import RunTables, refuse_existing
 
 T = TypeVar("T", bound=RunTables)
 T_co = TypeVar("T_co", bound=RunTables, covariant=True)
@@ -75,12 +75,10 @@ class Found(Generic[T_co]):
     Attributes:
         tables: Its tables; their manifest is empty yet.
         chosen: Rows of what was chosen.
-        further: Other notes for the manifest.
     """
 
     tables: T_co
     chosen: Rows
-    further: Mapping[str, Any]
 
 
 class Search(Protocol[T_co]):
@@ -130,10 +128,14 @@ def run_search(
         make: Makes the search of a live model and the base in memory.
     """
     begun = time.monotonic()
+    if asked.write is not None and not asked.dry_run:
+        refuse_existing(asked.write, force=asked.force)
     with working(None if asked.dry_run else asked.output, force=asked.force) as cache:
         stage = set_up(tuned, how)
         start = in_memory(base, stage)
         search = make(stage, start)
+        if asked.write is not None and all(sketch.control for sketch in search.sketches):
+            raise SelectionError("only controls are searched, of which none is chosen: there is nothing to write.")
         plan, estimate = planned(
             stage,
             search.sketches,
@@ -148,8 +150,12 @@ def run_search(
         scorer = stage.scorer(cache, asked.progress)
         found = _measured(search, scorer, plan, asked.tolerance)
         best = winner(found.chosen, asked.choose_by, search.far)
-        written = None if asked.write is None else _write(asked, stage, scorer, best, (base, start, tuned))
-        notes = {"chosen": best, "written": written, "left_out": list(plan.left_out), **found.further}
+        written = None
+        if asked.write is not None and best is not None:
+            written = _write(asked, stage, scorer, best, (base, start, tuned))
+        elif asked.write is not None:
+            stage.notes.append(f"{asked.write} is not written: the budget sufficed for controls alone")
+        notes = {"chosen": best, "written": written, "left_out": list(plan.left_out)}
         settings = how.settings() | search.settings() | asked.settings()
         seconds = round(time.monotonic() - begun, 3)
         found.tables.manifest.update(

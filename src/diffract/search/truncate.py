@@ -143,4 +143,4 @@ class TruncateSearch:
             choice=frame(chosen, TRUNCATION_CHOICE),
             items=scorer.items().select(*ITEMS),
         )
-        return Found(tables, chosen, {})
+        return Found(tables, chosen)

@@ -78,7 +78,7 @@ def run_study(
     where = asked.data_folder(Path(recipe), data)
     check_jobs(asked, folder, where)
     _claim(asked, folder)
-    with _threads(asked.threads and asked.threads * asked.jobs):
+    with _threads(asked.threads):
         family = make_family(asked, folder, where, say)
         findings = [_finding(name, asked, family, folder, where, say) for name in asked.findings]
     run = StudyRun(folder, asked, findings)

@@ -136,7 +136,7 @@ class StudyRecipe(BaseModel):
     jobs: Annotated[int, Field(ge=1)] = 1
     """Training runs side by side."""
     threads: Annotated[int | None, Field(ge=1)] = None
-    """Threads of each training run; everything else uses those of all jobs. PyTorch's own number by default."""
+    """Threads of each training run and of everything else; PyTorch's own number by default."""
     launch: list[str] = []
     """What stands before a training command, such as [accelerate, launch, --num_processes, 8]."""
 

@@ -20,6 +20,7 @@ from diffract.folders import whole_folder
 from diffract.studies.family import FAMILY, Family, Say
 from diffract.studies.finding import Number
 from diffract.studies.settings import StudyRecipe
+from diffract.studies.verdicts import shown
 
 NOISE = "noise"
 """The control of a tuned model: its base with changes of the same norms in random directions."""
@@ -101,6 +102,10 @@ class Study:
             sorted((row["low"], row["high"])) if task.better == "higher" else sorted((-row["high"], -row["low"]))
         )
         return Number(f"gain in {task.name}", row["gain"], low, high, task.unit)
+
+    def tuning(self) -> str:
+        """Say what tuning on the target as a whole gained, for comparison."""
+        return f"Tuning as a whole gained {shown(self.gain(self.base, self.tuned[self.recipe.target]))}."
 
     def noise(self, domain: str) -> str:
         """Return the control of a tuned model: every tensor changes by as much, in a random direction."""

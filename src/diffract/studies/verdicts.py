@@ -56,18 +56,36 @@ def median(name: str, values: Sequence[float | None], *, unit: str = "", chance:
     return Number(name, float(np.median(known)), low, high, unit, chance)
 
 
-def rank_correlation(name: str, a: npt.ArrayLike, b: npt.ArrayLike) -> Number:
+def rank_correlation(name: str, a: npt.ArrayLike, b: npt.ArrayLike, *, given: int = 0) -> Number:
     """Return Spearman's correlation with its interval by Fisher's transformation (Bonett & Wright 2000).
 
-    No interval below four points; it is approximate below ten.
+    No interval below four points more than are ``given``; it is approximate below ten.
+
+    Args:
+        name: What to call it.
+        a: One value for each point.
+        b: The same of the other.
+        given: Quantities that were taken out of both before, as in a partial correlation.
     """
-    count = np.size(a)
+    count = np.size(a) - given
     if count < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return Number(name, None, chance=0.0)
     rho = float(np.asarray(stats.spearmanr(a, b))[0])
     if count < FEWEST:
         return Number(name, rho, chance=0.0)
-    width = 1.96 * np.sqrt((1 + rho**2 / 2) / (count - 3))
+    width = 1.96 * _fisher_error(rho, count)
     middle = np.arctanh(np.clip(rho, -1 + 1e-12, 1 - 1e-12))
     low, high = (float(np.tanh(middle + side * width)) for side in (-1, 1))
     return Number(name, rho, low, high, chance=0.0)
+
+
+def rank_pvalue(rho: float, count: int) -> float:
+    """Return the two-sided p-value of a rank correlation over so many points, less what was taken out of both.
+
+    By Fisher's transformation under the null hypothesis, z = arctanh(rho) sqrt(count - 3).
+    """
+    return float(2 * stats.norm.sf(abs(np.arctanh(np.clip(rho, -1 + 1e-12, 1 - 1e-12))) * np.sqrt(count - 3)))
+
+
+def _fisher_error(rho: float, count: int) -> float:
+    return float(np.sqrt((1 + rho**2 / 2) / (count - 3)))

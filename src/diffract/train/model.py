@@ -107,6 +107,8 @@ def write_model(
     path = folder / "config.json"
     stored = json.loads(path.read_text(encoding="utf-8")) | {"dtype": str(dtype).removeprefix("torch.")}
     path.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for weights in folder.glob("*.safetensors"):  # safetensors lets nobody else read what it writes
+        weights.chmod(path.stat().st_mode)
     tokenizer.save_pretrained(folder)
 
 

@@ -19,8 +19,8 @@ def train(
 ) -> TrainRun:
     """Train a model by a recipe.
 
-    A run that is finished is returned as it is; one that was broken off goes on from its last state. On one machine it
-    then gives the same losses and the same weights as if it had not been broken off.
+    A run that is finished is returned as it is; one that was broken off goes on from its last state. On the CPU of one
+    machine it then gives the same losses and the same weights as if it had not been broken off.
 
     Args:
         recipe: One, its settings, or the YAML file that it stands in.

@@ -76,7 +76,7 @@ def run_session(recipe: TrainRecipe, folder: Path, manifest: Mapping[str, Any], 
         manifest: What was written there at the beginning; empty if this is the beginning.
         progress: Is told how far it is.
     """
-    with accelerated(recipe, folder) as accelerator, settled(recipe):
+    with accelerated(recipe, folder) as accelerator, settled(recipe, accelerator.device):
         accelerator.wait_for_everyone()  # all have read the manifest
         with claimed(folder) if accelerator.is_main_process else nullcontext():
             tokenizer, streams = _text(accelerator, recipe)

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def settled(recipe: TrainRecipe) -> Iterator[None]:
+def settled(recipe: TrainRecipe, device: torch.device) -> Iterator[None]:
     """Set threads and the seed, silence progress bars, and put everything back in the end."""
     from transformers.utils import logging
 
     threads, shown = torch.get_num_threads(), logging.is_progress_bar_enabled()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             torch.manual_seed(recipe.seed)
             torch.set_num_threads(recipe.threads or threads)

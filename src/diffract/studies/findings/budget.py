@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import plotly.graph_objects as go
 import polars as pl
 
@@ -23,12 +25,14 @@ def budget(study: Study) -> Finding:
         for name, models in (("base", bases), (f"tuned on {study.recipe.target}", tuned))
         for tokens, ref in models.items()
     )
+    claimed = f"gain of the largest budget over the smallest, {study.recipe.target}-tuned"
+    others = [task for task in study.tasks if task.name in study.recipe.quality.further]
     numbers = [
-        Number(f"gain of the largest budget over the smallest, {study.recipe.target}-tuned", gain.value, gain.low,
-               gain.high, gain.unit, chance=without.value),
-        Number("the same of the bases", without.value, without.low, without.high, without.unit),
+        replace(gain, name=claimed, chance=without.value),
+        replace(without, name="the same of the bases"),
+        *(replace(study.gain(tuned[first], tuned[last], task), name=f"{claimed}, in {task.name}") for task in others),
         *(_gain_of_tuning(study, tokens, bases[tokens], tuned[tokens]) for tokens in tuned),
-    ]  # fmt: skip
+    ]
     verdict, because = better(gain, f"the model tuned from {last:,} tokens is better than that from {first:,}")
     return Finding(
         name="budget",
@@ -44,9 +48,7 @@ def budget(study: Study) -> Finding:
 
 
 def _gain_of_tuning(study: Study, tokens: int, base: str, tuned: str) -> Number:
-    gain = study.gain(base, tuned)
-    name = f"gain of tuning from {tokens:,} tokens"
-    return Number(name, gain.value, gain.low, gain.high, gain.unit)
+    return replace(study.gain(base, tuned), name=f"gain of tuning from {tokens:,} tokens")
 
 
 def _figure(table: pl.DataFrame, task: str, unit: str) -> tuple[str, go.Figure]:

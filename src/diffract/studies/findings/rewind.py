@@ -37,7 +37,7 @@ def rewind(study: Study) -> Finding:
         title="Rewinding heads",
         claim="Rewinding some heads to the base raises quality; many can go back without loss.",
         verdict=verdict,
-        because=f"{because} {at} {_furthest(chosen)}",
+        because=f"{because} {at} {_furthest(chosen)} {study.tuning()}",
         control="random orders, chosen and reported in the same way; and every order reversed",
         numbers=[*gains, *_without_loss(chosen), *_of_heads(run)],
         figures=[

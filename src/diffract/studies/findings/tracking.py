@@ -9,10 +9,16 @@ import plotly.graph_objects as go
 import polars as pl
 
 from diffract.api import trajectory
+from diffract.evaluate import holm
 from diffract.plots.curves import curves
 from diffract.studies.finding import Finding, Number, Verdict
 from diffract.studies.study import Study
-from diffract.studies.verdicts import FEWEST, rank_correlation, shown
+from diffract.studies.verdicts import FEWEST, rank_correlation, rank_pvalue, shown
+
+DEGREE = 3
+"""Of the polynomial in log tokens that is taken out of metric and loss."""
+
+LEVEL = 0.05
 
 METRICS = (
     "alpha_hat",
@@ -35,7 +41,7 @@ def tracking(study: Study) -> Finding:
     control = rank_correlation("tokens", tokens, losses)
     raw = {name: rank_correlation(name, table[name].to_numpy(), losses) for name in METRICS}
     beyond = {name: _beyond(name, table[name].to_numpy(), losses, tokens) for name in METRICS}
-    strong = [name for name, number in beyond.items() if number.low is not None and number.low * (number.high or 0) > 0]
+    strong = _strong(beyond, int((tokens > 0).sum()))
     verdict, because = _judge(len(losses), raw, strong, control)
     return Finding(
         name="tracking",
@@ -69,11 +75,18 @@ def _table(study: Study) -> pl.DataFrame:
 def _beyond(name: str, metric: np.ndarray, loss: np.ndarray, tokens: np.ndarray) -> Number:
     """Return the rank correlation of what a cubic in log tokens leaves of both, over checkpoints after zero tokens."""
     seen = tokens > 0
-    if seen.sum() < FEWEST + 3:
+    if seen.sum() < FEWEST + DEGREE:
         return Number(name, None, chance=0.0)
     time = np.log(tokens[seen])
-    rests = [values[seen] - np.polyval(np.polyfit(time, values[seen], 3), time) for values in (metric, loss)]
-    return rank_correlation(name, *rests)
+    rests = [values[seen] - np.polyval(np.polyfit(time, values[seen], DEGREE), time) for values in (metric, loss)]
+    return rank_correlation(name, *rests, given=DEGREE)
+
+
+def _strong(beyond: dict[str, Number], count: int) -> list[str]:
+    """Return the metrics that follow the loss beyond tokens, at 5% for all of them together (Holm)."""
+    known = {name: number.value for name, number in beyond.items() if number.value is not None}
+    adjusted = holm([rank_pvalue(value, count - DEGREE) for value in known.values()])
+    return [name for name, p in zip(known, adjusted, strict=True) if p < LEVEL]
 
 
 def _judge(count: int, raw: dict[str, Number], strong: list[str], control: Number) -> tuple[Verdict, str]:
@@ -82,13 +95,11 @@ def _judge(count: int, raw: dict[str, Number], strong: list[str], control: Numbe
         f"Over {count} checkpoints {best.name} follows the loss best, rank correlation {shown(best)}; "
         f"the token count alone has {shown(control)}."
     )
-    if count < FEWEST + 3:
+    if count < FEWEST + DEGREE + 1:
         return "cannot tell", f"{said} With so few checkpoints nothing beyond the token count can be told."
-    chance = f"{0.05 * len(raw):.1f} of {len(raw)} would by chance"
     if strong:
-        word: Verdict = "holds" if len(strong) > 1 else "cannot tell"
-        return word, f"{said} Beyond the token count {', '.join(strong)} still follow it at the 95% level ({chance})."
-    return "does not hold", f"{said} Beyond the token count none follows it at the 95% level ({chance})."
+        return "holds", f"{said} Beyond the token count {', '.join(strong)} still follow it (Holm, 5%)."
+    return "cannot tell", f"{said} Beyond the token count none of {len(raw)} is shown to follow it (Holm, 5%)."
 
 
 def _figure(table: pl.DataFrame, task: str) -> tuple[str, go.Figure]:

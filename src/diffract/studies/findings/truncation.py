@@ -31,7 +31,7 @@ def truncation(study: Study) -> Finding:
         title="Truncating the change",
         claim="Half and more of the change's singular directions can be dropped without loss.",
         verdict=verdict,
-        because=f"{because} {_furthest(run.choice)}",
+        because=f"{because} {_furthest(run.choice)} {study.tuning()}",
         control="the smallest directions, random ones and DARE at equal energy or equal bytes; medians over seeds",
         numbers=[*half.values(), *_without_loss(run.choice)],
         figures=[

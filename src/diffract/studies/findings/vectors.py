@@ -39,7 +39,7 @@ def vectors(study: Study) -> Finding:
         title="Singular values against singular vectors",
         claim="Continual pre-training hardly touches singular values; it turns singular vectors, at spectral peaks.",
         verdict=verdict,
-        because=f"{because} {_of_noise(shares[NOISE])} {_peaks(of[study.recipe.target])}",
+        because=f"{because} {_of_noise(shares[NOISE], target)} {_peaks(of[study.recipe.target])}",
         control="noise of the same norm in every tensor; and 1 / max(m, n), what random directions put into values",
         numbers=[in_vectors, *shares.values(), *(_enriched(name, rows) for name, rows in of.items())],
         figures=[
@@ -56,11 +56,14 @@ def _value_share(name: str, rows: pl.DataFrame) -> Number:
     return median(title, rows["value_share"].to_list(), chance=chance)  # pyright: ignore[reportArgumentType] (Float64)
 
 
-def _of_noise(share: Number) -> str:
-    said = f"Noise of the same norms has {shown(share)} in values"
-    if share.high is not None and share.high < 1 - MOST:
-        return f"{said}: any small change in many dimensions mostly turns vectors."
-    return f"{said}."
+def _of_noise(noise: Number, share: Number) -> str:
+    said = f"Noise of the same norms has {shown(noise)} in values"
+    if not noise.value or noise.high is None or share.value is None or noise.high > 1 - MOST:
+        return f"{said}."
+    times = share.value / noise.value
+    return (
+        f"{said}: any small change in many dimensions mostly turns vectors, and this one has {times:.2g} times as much."
+    )
 
 
 def _enriched(name: str, rows: pl.DataFrame) -> Number:
