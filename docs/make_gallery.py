@@ -138,7 +138,7 @@ PICTURES = (
         {},
         "What is chosen on the left is reported on the right: gains over the tuned model, with paired 95% intervals. "
         "Thin lines are controls, random orders and orders from their end; dashed is the base.",
-        width=860,
+        width=700,
     ),
     Picture(
         "effects",
@@ -191,11 +191,11 @@ def make_searches(runs: dict[str, Path]) -> None:
     """Write the runs of searches; they evaluate the samples, which takes some minutes."""
     from diffract.search import connect, search_rewind, search_truncate
 
-    pair, few = (SAMPLES / "base", SAMPLES / "math"), {"eval": "math", "limit": 60}
+    pair, few = (SAMPLES / "base", SAMPLES / "math"), {"eval": "math=word-problems:1", "limit": 60}
     search_rewind(*pair, reference=SAMPLES / "natural", output=runs["rewound"], **few)
     search_truncate(*pair, fractions="0,0.25,0.5,0.7,0.8,0.9,1", output=runs["truncated"], **few)
     domains = [f"{domain}={SAMPLES / domain}" for domain in ("math", "code", "natural")]
-    connect(SAMPLES / "base", *domains, eval="math,code", limit=20, output=runs["connected"])
+    connect(SAMPLES / "base", *domains, eval="math=word-problems:1,code", limit=20, output=runs["connected"])
 
 
 def follow(checkpoints: Sequence[Any], metrics: Sequence[str] = ("all",), **how: Any) -> diffract.Run:
