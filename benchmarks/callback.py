@@ -24,7 +24,7 @@ import torch
 import transformers as tf
 
 from diffract import SpectralCallback
-from diffract.callback.spectral import EVERY
+from diffract.callback import EVERY
 
 CONTEXT, VOCABULARY, BATCH = 256, 2048, 16
 COMMON = {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT, "num_attention_heads": 8}

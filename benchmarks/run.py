@@ -127,7 +127,7 @@ def _limit(model: Path, layers: int) -> float:
     """Time of reading, casting, products and eigensolver alone, on two threads side by side."""
     from diffract.engine import cores, single_threaded
     from diffract.linalg.blas import add_gram
-    from diffract.linalg.symmetric import eigenvalues
+    from diffract.linalg.exact import eigenvalues
 
     buffer = torch.empty(HEAD_DIM, WIDTH, dtype=torch.float64)
 

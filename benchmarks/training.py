@@ -20,11 +20,9 @@ import numpy as np
 import torch
 
 from diffract.train import TrainRecipe, load_train_recipe, train
-from diffract.train.mixture import make_mixture
+from diffract.train.data import make_mixture, make_tokenizer, token_streams
 from diffract.train.model import make_model
 from diffract.train.steps import make_optimizer, window_loss
-from diffract.train.streams import token_streams
-from diffract.train.tokenizer import make_tokenizer
 
 STEPS = 30
 WARMING_UP = 3

@@ -9,7 +9,7 @@ import polars as pl
 import torch
 
 from diffract.evaluate import Task
-from diffract.evaluate.task import SCORES
+from diffract.evaluate.tasks import SCORES
 
 SAMPLES = Path(__file__).parents[1] / "samples" / "tiny-olmo2"
 BASE, MATH, NATURAL, CODE = (str(SAMPLES / name) for name in ("base", "math", "natural", "code"))

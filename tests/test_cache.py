@@ -10,7 +10,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from diffract.cache import Cache
+from diffract.store import Cache
 
 
 def test_opening_waits_for_a_process_that_is_writing(tmp_path: Path) -> None:

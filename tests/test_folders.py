@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from diffract.errors import RunError
-from diffract.folders import whole_file, whole_folder
+from diffract.store import whole_file, whole_folder
 
 KILLED = """
 import os, signal, sys
-from diffract.folders import whole_folder
+from diffract.store import whole_folder
 with whole_folder(sys.argv[1]) as draft:
     (draft / "half").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -24,7 +24,7 @@ with whole_folder(sys.argv[1]) as draft:
 
 HELD = """
 import sys
-from diffract.folders import whole_folder
+from diffract.store import whole_folder
 with whole_folder(sys.argv[1]) as draft:
     (draft / "mine").write_text("mine")
     print("ready", flush=True)

@@ -20,9 +20,7 @@ from polars.testing import assert_frame_equal
 
 import diffract
 from diffract import SpectralCallback
-from diffract.callback.refusals import refuse_sharded, refuse_shared
-from diffract.callback.reporting import medians, warn_of_cost
-from diffract.callback.table import NAMED, rows_before
+from diffract.callback import NAMED, medians, refuse_sharded, refuse_shared, rows_before, warn_of_cost
 from diffract.errors import CheckpointError, RunError, SelectionError
 from families import GROUPED
 
@@ -407,7 +405,7 @@ def test_a_dear_measurement_is_said_once(tmp_path: Path, monkeypatch: pytest.Mon
         clock.now += 1.0
         return clock.now
 
-    monkeypatch.setattr("diffract.callback.spectral.time", SimpleNamespace(perf_counter=perf_counter))
+    monkeypatch.setattr("diffract.callback.time", SimpleNamespace(perf_counter=perf_counter))
     with pytest.warns(UserWarning, match="SpectralCallback took 1 s, 100.0% of the 1 s of the 1 steps") as said:
         trainer(tmp_path, SpectralCallback(every=1)).train()
     assert len([w for w in said if "SpectralCallback" in str(w.message)]) == 1

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from diffract import tables
 from diffract.analysis import Options, Progress
-from diffract.analysis.head_run import analyse_heads
-from diffract.analysis.heads import PROJECTIONS
+from diffract.analysis.head_changes import analyse_heads
+from diffract.analysis.tables import PROJECTIONS
 from diffract.checkpoints import Reference
 from diffract.errors import SelectionError
 

@@ -30,7 +30,7 @@ from typing import Any, ClassVar, TypeVar, cast
 import polars as pl
 
 from diffract.errors import RunError
-from diffract.folders import refuse_existing, whole_file, whole_folder, write_text
+from diffract.store import refuse_existing, whole_file, whole_folder, write_text
 
 __all__ = [
     "DOMAINS",

@@ -13,7 +13,8 @@ from polars.testing import assert_frame_equal
 from safetensors.torch import save_file
 
 import diffract
-from diffract.analysis import head_work, stack
+from diffract.analysis import head_changes as head_work
+from diffract.analysis import held as stack
 from diffract.checkpoints import Checkpoint, TensorInfo
 from diffract.checkpoints.adapter import Adapted
 from tiny_llama import llama_tensors

@@ -15,7 +15,7 @@ from polars.testing import assert_frame_equal
 
 import diffract
 from diffract import tables
-from diffract.analysis.heads import head_deltas
+from diffract.analysis.tables import head_deltas
 from tiny_llama import llama_tensors
 
 ATTENTION = "model.layers.{}.self_attn.{}_proj.weight"

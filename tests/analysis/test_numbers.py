@@ -8,8 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from diffract.analysis.heads import head_deltas
-from diffract.analysis.models import model_numbers
+from diffract.analysis.tables import head_deltas, model_numbers
 from diffract.metrics.concentration import gini, top_share
 
 SCHEMA = {

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffract.analysis.series import find_series
-from diffract.analysis.timeline import Place
+from diffract.analysis.timeline import Place, find_series
 from diffract.errors import CheckpointError, SelectionError
 
 

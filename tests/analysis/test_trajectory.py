@@ -20,9 +20,9 @@ from torch import Tensor
 
 import diffract
 from diffract import tables
-from diffract.analysis import run as opening
+from diffract.analysis import scan as opening
 from diffract.analysis import trajectory, work
-from diffract.analysis.trends import peaks_appear
+from diffract.analysis.trajectory import peaks_appear
 from diffract.checkpoints import open_checkpoint
 from diffract.metrics import choose_metrics
 from tiny_llama import LLAMA, llama_tensors

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import diffract
-from diffract.analysis import stack
+from diffract.analysis import held as stack
 from diffract.metrics import CATALOG, GROUPS
 from diffract.metrics.peaks import peak_count
 from diffract.tables import LABELS, OUTCOME

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import diffract
-from diffract.analysis.heads import head_deltas
+from diffract.analysis.tables import head_deltas
 from families import FAMILIES, build
 
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import diffract
 from diffract.checkpoints import TensorInfo
-from diffract.checkpoints.recording import read_digests, recorded
-from diffract.checkpoints.sharded import ShardedWriter
+from diffract.checkpoints.checkpoint import read_digests, recorded
+from diffract.checkpoints.writer import ShardedWriter
 
 KEPT = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json", "merges.txt")
 LEFT = ("optimizer.pt", "notes.md", "trainer_state.json", "events.out")

@@ -10,10 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from diffract.checkpoints import Checkpoint, open_checkpoint, row_blocks, tensor_digest
-from diffract.checkpoints.dtypes import TORCH_DTYPES
-from diffract.checkpoints.files import LocalFile, LocalFolder
-from diffract.checkpoints.index import HEADER_LIMIT
-from diffract.checkpoints.tensors import TensorInfo
+from diffract.checkpoints.header import HEADER_LIMIT, TORCH_DTYPES, TensorInfo
+from diffract.checkpoints.sources import LocalFile, LocalFolder
 from diffract.errors import CheckpointError
 
 Same = Callable[[torch.Tensor, torch.Tensor], bool]

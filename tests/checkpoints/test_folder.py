@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffract.checkpoints import open_checkpoint
-from diffract.checkpoints.folder import is_plain_name
+from diffract.checkpoints.sources import is_plain_name
 from diffract.errors import CheckpointError
 
 Same = Callable[[torch.Tensor, torch.Tensor], bool]

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffract.checkpoints import open_checkpoint, row_blocks
-from diffract.checkpoints.recording import read_digests, recorded
+from diffract.checkpoints.checkpoint import read_digests, recorded
 
 
 @pytest.fixture

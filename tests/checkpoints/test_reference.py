@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffract.checkpoints import FLOATS, TensorInfo, open_checkpoint
-from diffract.checkpoints.dtypes import TORCH_DTYPES
-from diffract.checkpoints.tensors import ITEMSIZES
+from diffract.checkpoints.header import ITEMSIZES, TORCH_DTYPES
 from diffract.errors import CheckpointError
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from diffract.checkpoints.series import find_checkpoints, trainer_state
+from diffract.checkpoints.open import find_checkpoints, trainer_state
 from diffract.errors import CheckpointError
 
 

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from diffract.checkpoints import TensorInfo, open_checkpoint
-from diffract.checkpoints.dtypes import DTYPE_NAMES
-from diffract.checkpoints.sharded import ShardedWriter
+from diffract.checkpoints.header import DTYPE_NAMES
+from diffract.checkpoints.writer import ShardedWriter
 
 Same = Callable[[torch.Tensor, torch.Tensor], bool]
 INDEX = "model.safetensors.index.json"

@@ -90,7 +90,7 @@ def test_a_killed_run_leaves_nothing_that_loads(tmp_path: Path) -> None:
 
 
 def test_what_somebody_else_is_writing_is_left_alone(tmp_path: Path) -> None:
-    from diffract.folders import whole_folder
+    from diffract.store import whole_folder
 
     with whole_folder(tmp_path / "out") as draft:
         with whole_folder(tmp_path / "out") as other:

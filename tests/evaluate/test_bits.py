@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from diffract.corpora.splits import document
 from diffract.errors import CheckpointError, CorpusError
 from diffract.evaluate import Subject, load_subject
-from diffract.evaluate.batches import Budget
-from diffract.evaluate.task import Piece
-from diffract.evaluate.text import PIECE_BYTES, cut, score_texts, windows
+from diffract.evaluate.scoring import PIECE_BYTES, Budget, cut, score_texts, windows
+from diffract.evaluate.tasks import Piece
 from tiny_language_model import byte_tokenizer, tiny_model
 
 WORDS = "Zoë paid 3 € for “tea”, then the ship left. "
@@ -24,7 +23,7 @@ LENGTH = len(WORDS.encode())
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=400), st.integers(4, 60))
 def test_pieces_are_the_document(text: str, size: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffract.evaluate.text.PIECE_BYTES", size)
+        patch.setattr("diffract.evaluate.scoring.PIECE_BYTES", size)
         pieces = list(cut([document(text)]))
     assert "".join(piece.text for piece in pieces) == text
     assert all(0 < len(piece.text.encode()) <= size + 3 for piece in pieces)  # a border moves by 3 bytes at most

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 
 from diffract.evaluate import Subject
-from diffract.evaluate.batches import Budget
-from diffract.evaluate.choices import score_choices
-from diffract.evaluate.task import Choice
+from diffract.evaluate.scoring import Budget, score_choices
+from diffract.evaluate.tasks import Choice
 
 
 def straightforward(subject: Subject, choice: Choice) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from diffract.errors import RunError
 from diffract.evaluate import Evaluation, Evaluator, evaluate, load_evaluation, load_subject, load_tasks, summarise
-from diffract.evaluate.digests import model_digest
+from diffract.evaluate.model import model_digest
 from tiny_language_model import write_language_model
 
 

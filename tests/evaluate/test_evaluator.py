@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffract.cache import Cache
-from diffract.evaluate import Evaluator, Subject, digests, load_tasks, paired, summarise
-from diffract.evaluate import evaluator as module
-from diffract.evaluate.digests import model_digest, tokenizer_digest
-from diffract.evaluate.text import score_texts
+from diffract.evaluate import Evaluator, Subject, load_tasks, model, paired, summarise
+from diffract.evaluate import run as evaluating
+from diffract.evaluate.model import model_digest, tokenizer_digest
+from diffract.evaluate.scoring import score_texts
+from diffract.store import Cache
 from tiny_language_model import byte_tokenizer, tiny_model
 
 
@@ -28,7 +28,7 @@ def test_a_digest_is_of_all_that_a_model_computes_with() -> None:
 
 def test_tied_tensors_are_read_once(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
-    monkeypatch.setattr(digests, "_update", lambda hasher, tensor: read.append(tensor.numel()))
+    monkeypatch.setattr(model, "_update", lambda hasher, tensor: read.append(tensor.numel()))
     model_digest(subject.model)
     assert sum(read) == sum(p.numel() for p in subject.model.parameters())  # parameters() lists tied ones once
     assert "lm_head.weight" in subject.model.state_dict()
@@ -36,7 +36,7 @@ def test_tied_tensors_are_read_once(subject: Subject, monkeypatch: pytest.Monkey
 
 def test_a_large_tensor_is_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = model_digest(tiny_model())
-    monkeypatch.setattr(digests, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(model, "CHUNK_BYTES", 1000)
     assert model_digest(tiny_model()) == whole
 
 
@@ -64,7 +64,7 @@ def test_what_was_scored_is_not_scored_again(subject: Subject, tmp_path: Path, m
     tasks = load_tasks("math,gsm:1", limit=70)
     with Cache(tmp_path) as cache:
         first = Evaluator(subject, tasks, cache=cache).scores()
-        monkeypatch.setattr(module, "SCORERS", {})
+        monkeypatch.setattr(evaluating, "SCORERS", {})
         assert Evaluator(subject, tasks, cache=cache).scores().equals(first)
     assert first["task"].to_list() == ["math"] * 70 + ["gsm:1"] * 70
     assert first.select("task", "item").is_unique().all()
@@ -98,10 +98,10 @@ def test_a_run_that_was_killed_goes_on(subject: Subject, tmp_path: Path, monkeyp
         return score_texts(subject, items, budget)
 
     with Cache(tmp_path) as cache:
-        monkeypatch.setattr(module, "SCORERS", {"bits": until_the_second})
+        monkeypatch.setattr(evaluating, "SCORERS", {"bits": until_the_second})
         with pytest.raises(KeyboardInterrupt):
             Evaluator(subject, tasks, cache=cache).scores()
-        monkeypatch.setattr(module, "SCORERS", {"bits": counted})
+        monkeypatch.setattr(evaluating, "SCORERS", {"bits": counted})
         assert Evaluator(subject, tasks, cache=cache).scores().equals(expected)
     assert computed == [64, 64, 22]
 

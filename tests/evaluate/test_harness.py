@@ -10,15 +10,14 @@ import polars as pl
 import pytest
 import torch
 
-from diffract.cache import Cache
 from diffract.corpora import question_text
 from diffract.errors import CheckpointError, CorpusError, SelectionError
 from diffract.evaluate import Evaluator, Subject, load_tasks
-from diffract.evaluate.batches import Budget
-from diffract.evaluate.choices import score_choices
-from diffract.evaluate.digests import tokenizer_digest
 from diffract.evaluate.harness import _metric
-from diffract.evaluate.task import Choice
+from diffract.evaluate.model import tokenizer_digest
+from diffract.evaluate.scoring import Budget, score_choices
+from diffract.evaluate.tasks import Choice
+from diffract.store import Cache
 
 needs_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")
 
@@ -79,7 +78,7 @@ def test_a_task_of_ones_own(subject: Subject, data: Path, tmp_path: Path, monkey
     with Cache(tmp_path / "cache") as cache:
         found = Evaluator(subject, tasks[:1], cache=cache).scores()
         other = Evaluator(subject, tasks[1:], cache=cache).scores()
-        monkeypatch.setattr("diffract.evaluate.evaluator.SCORERS", {})
+        monkeypatch.setattr("diffract.evaluate.run.SCORERS", {})
         assert Evaluator(subject, tasks[:1], cache=cache).scores().equals(found)
     scores = dict(pl.concat([found, other]).select("item", "value").iter_rows())
     assert set(scores) == {f"tiny_sums:{i}:acc_norm" for i in range(12)}

@@ -9,10 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, GPT2Config, MambaConfig
 
 from diffract.evaluate import Subject, load_subject
-from diffract.evaluate.batches import Budget
-from diffract.evaluate.generate import Prompt, generate
-from diffract.evaluate.task import Piece
-from diffract.evaluate.text import score_texts
+from diffract.evaluate.scoring import Budget, Prompt, generate, score_texts
+from diffract.evaluate.tasks import Piece
 from tiny_language_model import byte_tokenizer
 
 SPECIAL: dict[str, Any] = {"vocab_size": 257, "bos_token_id": None, "eos_token_id": 256, "pad_token_id": None}

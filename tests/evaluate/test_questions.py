@@ -11,10 +11,8 @@ from transformers import GenerationConfig
 from diffract.corpora import make_problems, question_text
 from diffract.errors import CheckpointError
 from diffract.evaluate import Subject, load_subject
-from diffract.evaluate.batches import Budget
-from diffract.evaluate.exact import score_questions
-from diffract.evaluate.generate import LOOK_EVERY, Prompt, generate, shorten
-from diffract.evaluate.task import Question
+from diffract.evaluate.scoring import LOOK_EVERY, Budget, Prompt, generate, score_questions, shorten
+from diffract.evaluate.tasks import Question
 from tiny_language_model import byte_tokenizer, tiny_model
 
 TEXTS = ["Question: 1+1?\nAnswer:", "a", "Anna has", "to be or not to be, that", "12", "####", "x" * 40]

@@ -14,7 +14,7 @@ from scipy.stats import binom, binomtest
 from diffract.errors import RunError
 from diffract.evaluate import Task, holm, paired, summarise
 from diffract.evaluate.statistics import bootstrap, mcnemar, sign_flip
-from diffract.evaluate.task import SCORES
+from diffract.evaluate.tasks import SCORES
 
 BITS = Task("text", "bits", "held-out", "k", "lower", "bits per byte")
 GSM = Task("gsm", "exact", "held-out", "k", "higher", "accuracy")

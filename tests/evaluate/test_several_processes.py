@@ -10,13 +10,13 @@ import polars as pl
 import pytest
 
 from diffract.evaluate import Evaluator, Subject, load_tasks
-from diffract.evaluate.processes import Place, gather, own_device, place
+from diffract.evaluate.run import Place, gather, own_device, place
 
 WORKER = """
 import sys
-from diffract.cache import Cache
+from diffract.store import Cache
 from diffract.evaluate import Evaluator, load_subject, load_tasks
-from diffract.evaluate.processes import own_device, place
+from diffract.evaluate.run import own_device, place
 from tiny_language_model import byte_tokenizer, tiny_model
 
 subject = load_subject(tiny_model(), tokenizer=byte_tokenizer(), device=str(own_device() or "cpu"))
@@ -37,8 +37,8 @@ def test_each_process_scores_its_parts(subject: Subject, monkeypatch: pytest.Mon
     tasks = load_tasks("math", limit=150)
     parts = []
     for rank in range(2):
-        monkeypatch.setattr("diffract.evaluate.evaluator.place", lambda rank=rank: Place(rank, 2))
-        monkeypatch.setattr("diffract.evaluate.evaluator.gather", lambda values, where: values)
+        monkeypatch.setattr("diffract.evaluate.run.place", lambda rank=rank: Place(rank, 2))
+        monkeypatch.setattr("diffract.evaluate.run.gather", lambda values, where: values)
         parts.append(Evaluator(subject, tasks).scores())
     assert [p.height for p in parts] == [64 + 22, 64]
     assert set(parts[0]["item"]) | set(parts[1]["item"]) == {item.id for item in tasks[0].items}

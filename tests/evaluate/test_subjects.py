@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from diffract.edits import apply
 from diffract.errors import CheckpointError, SelectionError
 from diffract.evaluate import load_subject
-from diffract.evaluate.digests import model_digest
+from diffract.evaluate.model import model_digest
 from tiny_language_model import CONTEXT, byte_tokenizer, tiny_model, write_language_model
 
 

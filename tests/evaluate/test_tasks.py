@@ -12,7 +12,7 @@ import pytest
 from diffract.corpora import read_documents
 from diffract.errors import CorpusError, SelectionError
 from diffract.evaluate import Task, load_tasks
-from diffract.evaluate.task import Choice, Piece, Question
+from diffract.evaluate.tasks import Choice, Piece, Question
 
 
 def write(path: Path, records: list[dict[str, Any]]) -> str:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffract.linalg.blas import add_gram, add_product, row_dots
-from diffract.linalg.symmetric import mirrored
+from diffract.linalg.exact import mirrored
 
 SHAPES = [(1, 1), (1, 7), (7, 1), (5, 5), (4, 9), (9, 4)]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffract.linalg import LowRank, change_grams, products
+from diffract.linalg import LowRank, blas, change_grams
 
 
 def grams_of(base: torch.Tensor, tuned: list[torch.Tensor]) -> np.ndarray:
@@ -50,7 +50,7 @@ def test_pieces_add_up(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) 
     base, tuned = family(shape, 2)
     low = LowRank(torch.randn(3, shape[1], 2).double(), torch.randn(3, 2, shape[2]).double())
     want = change_grams(base, [*tuned, low])
-    monkeypatch.setitem(products.PIECE_BYTES, "cpu", 8 * 8 * 7)
+    monkeypatch.setitem(blas.PIECE_BYTES, "cpu", 8 * 8 * 7)
     torch.testing.assert_close(change_grams(base, [*tuned, low]), want, rtol=1e-12, atol=1e-12)
 
 

@@ -17,7 +17,7 @@ from diffract.linalg import (
     replace_pairs,
     weak_pairs,
 )
-from diffract.linalg import products as products_module
+from diffract.linalg import blas as products_module
 
 SHAPES = [(7, 12), (12, 7), (9, 9), (1, 6), (6, 1)]
 """Rows short, columns short, square, and the two thinnest."""

@@ -5,8 +5,8 @@ import pytest
 import scipy.linalg
 import torch
 
+from diffract.linalg import blas as products_module
 from diffract.linalg import gram_values, spectrum, takes_gram
-from diffract.linalg import products as products_module
 
 GRAM_TOLERANCE = 1e-7
 """Of sigma_1: an eigenvalue of a Gram matrix is off by c eps sigma_1^2, so a sigma at zero by sqrt(c eps) = 8e-8."""

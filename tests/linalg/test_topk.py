@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffract.errors import DiffractError
-from diffract.linalg import products as products_module
+from diffract.linalg import blas as products_module
 from diffract.linalg import top_spectrum
 
 ROUNDING = 1e-13

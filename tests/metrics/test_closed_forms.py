@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from diffract.analysis.facts import pair_facts, single_facts
-from diffract.analysis.plan import Plan
-from diffract.analysis.stack import Stack
+from diffract.analysis.facts import Plan, pair_facts, single_facts
+from diffract.analysis.held import Stack
 from diffract.metrics import CATALOG, GROUPS
 from diffract.metrics.catalog import DEFAULT
 

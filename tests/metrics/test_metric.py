@@ -8,7 +8,7 @@ import torch
 from diffract.errors import SelectionError
 from diffract.metrics import CATALOG, FACTS, NEEDS, Facts, Metric, catalog, choose_metrics, metric, sources
 from diffract.metrics.catalog import DEFAULT, GROUPS, LEFT_OUT
-from diffract.metrics.metric import INVARIANCES
+from diffract.metrics.facts import INVARIANCES
 
 
 def gap(sigmas: torch.Tensor) -> torch.Tensor:

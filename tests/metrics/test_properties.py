@@ -18,12 +18,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from diffract.analysis.facts import pair_facts, single_facts
-from diffract.analysis.plan import Plan
-from diffract.analysis.stack import Stack
+from diffract.analysis.facts import Plan, pair_facts, single_facts
+from diffract.analysis.held import Stack
 from diffract.metrics import CATALOG, GROUPS, heavy_tails
-from diffract.metrics.agreement import best_match_chance, cosine_chance
-from diffract.metrics.subspaces import principal_angle_chance
+from diffract.metrics.pair import best_match_chance, cosine_chance, principal_angle_chance
 
 BOOTSTRAPPED = {m.name for m in GROUPS["p_values"]}
 """A thousand fits each: they have a test of their own, below."""

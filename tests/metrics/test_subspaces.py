@@ -8,12 +8,12 @@ import scipy.integrate
 import scipy.linalg
 import torch
 
-from diffract.metrics.agreement import subspace
-from diffract.metrics.subspaces import (
+from diffract.metrics.pair import (
     largest_principal_angle,
     mean_principal_angle,
     principal_angle_chance,
     principal_angles,
+    subspace,
 )
 
 ARCCOS = 1e-7

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 import synthetic
 from diffract import plots
-from diffract.plots.lorenz import lorenz_curve
-from diffract.plots.scores import scale01, score
+from diffract.plots.heads import lorenz_curve, scale01, score
 
 HEADS = synthetic.compared()["heads"]
 METRICS = synthetic.compared()["metrics"]

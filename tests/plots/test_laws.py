@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 from scipy.stats import expon, lognorm, pareto
 
-from diffract.plots import laws
+from diffract import densities as laws
 
 XMIN = 0.7
 TO_INFINITY = 1e-6

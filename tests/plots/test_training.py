@@ -11,8 +11,7 @@ from scipy.stats import gaussian_kde
 
 import synthetic
 from diffract import plots
-from diffract.plots.evolution import time_column
-from diffract.plots.ridge import MOST, OVERLAP, kernel_density
+from diffract.plots.training import MOST, OVERLAP, kernel_density, time_column
 
 RUN = synthetic.trajectory()
 METRICS, SPECTRA = RUN["metrics"], RUN["spectra"]

@@ -12,10 +12,9 @@ import torch
 
 import diffract
 from diffract import plots, report
-from diffract.plots.rows import curve, facts
-from diffract.report import densities
-from diffract.report.packing import pack, short, thin
-from diffract.report.payload import payload
+from diffract.plots.choice import curve, facts
+from diffract.report import payload as densities
+from diffract.report.payload import pack, payload, short, thin
 from diffract.report.words import headlines
 from tiny_llama import llama_tensors
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import diffract
 from diffract import plots, report, tables
 from diffract.cli.main import app
-from diffract.report.domains import domain_part
+from diffract.report.payload import domain_part
 from tiny_llama import llama_tensors
 
 SAMPLES = Path("samples/tiny-olmo2")

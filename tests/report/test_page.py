@@ -10,8 +10,7 @@ import torch
 
 import diffract
 from diffract import plots, report
-from diffract.report.packing import embed
-from diffract.report.payload import payload, points_per_curve
+from diffract.report.payload import embed, payload, points_per_curve
 from diffract.report.words import percent
 from tiny_llama import llama_tensors
 

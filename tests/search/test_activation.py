@@ -12,8 +12,7 @@ from torch import Tensor
 from diffract.edits import LiveModel
 from diffract.edits.parts import find_units
 from diffract.errors import SelectionError
-from diffract.search.activation import activation_changes
-from diffract.search.samples import Batch, Sample
+from diffract.search.predictions import Batch, Sample, activation_changes
 from edit_cases import family_pair
 
 

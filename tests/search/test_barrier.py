@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffract.errors import RunError
-from diffract.search.barrier import barrier, gaps, stacked
+from diffract.search.connectivity import barrier, gaps, stacked
 from search_cases import HELD_OUT, score_frame
 
 AT = (0.0, 0.25, 0.5, 1.0)

@@ -9,8 +9,7 @@ import torch
 
 from diffract.edits import LiveModel, Rewind
 from diffract.edits.parts import Units, find_units
-from diffract.search.first_order import first_order_gains, sum_of_bits
-from diffract.search.samples import Batch, Sample
+from diffract.search.predictions import Batch, Sample, first_order_gains, sum_of_bits
 from edit_cases import family_pair
 
 STEP = 3e-3

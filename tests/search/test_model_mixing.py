@@ -7,8 +7,7 @@ import torch
 
 from diffract.edits import LiveModel
 from diffract.errors import SelectionError
-from diffract.search.connectivity import named_models, tasks_that_count
-from diffract.search.mixing import BASE, Mixer, simplex_weights
+from diffract.search.connectivity import BASE, Mixer, named_models, simplex_weights, tasks_that_count
 from edit_cases import family_pair
 
 NAMES = ("math", "text", "code")

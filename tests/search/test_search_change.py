@@ -9,16 +9,20 @@ import torch
 
 from diffract.edits import LiveModel, Truncate
 from diffract.errors import SelectionError
-from diffract.search.change import (
+from diffract.search.plan import Sketch
+from diffract.search.truncate import (
+    CONTROLS,
+    RULES,
     MatrixChange,
+    Truncater,
     kept_by,
     kept_by_chance,
     matrix_changes_of,
+    parse_rules,
     share_for_bytes,
     total_bytes,
+    truncation_sketches,
 )
-from diffract.search.curves import Sketch
-from diffract.search.truncating import CONTROLS, RULES, Truncater, parse_rules, truncation_sketches
 from edit_cases import family_pair
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from diffract.search.choice import best, winner, without_loss
-from diffract.search.curves import Point, State
+from diffract.search.plan import Point, State
+from diffract.search.scorer import best, winner, without_loss
 
 
 def points(*at: float) -> list[Point]:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffract.errors import SelectionError
-from diffract.search.curves import coarse_first, parse_fractions
+from diffract.search.plan import coarse_first, parse_fractions
 
 
 def test_decimals_are_what_they_print_as() -> None:

@@ -15,9 +15,18 @@ from diffract.edits.order import change_norms, reference_scores
 from diffract.edits.parts import find_units
 from diffract.edits.steps import plan_step
 from diffract.errors import SelectionError
-from diffract.search.effects import place_of_head
-from diffract.search.orders import ORDERS, Scores, agreement, arrange, parse_orders, variants
-from diffract.search.rewinding import Rewinder, in_order, sketches_of
+from diffract.search.rewind import (
+    ORDERS,
+    Rewinder,
+    Scores,
+    agreement,
+    arrange,
+    in_order,
+    parse_orders,
+    place_of_head,
+    sketches_of,
+    variants,
+)
 from edit_cases import family_pair
 
 

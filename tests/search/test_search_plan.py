@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 
 from diffract.corpora import Split
 from diffract.errors import SelectionError
-from diffract.search.curves import Sketch
-from diffract.search.plan import Budget, make_plan, parse_budget
+from diffract.search.plan import Budget, Sketch, make_plan, parse_budget
 
 AT = (0.0, 0.25, 0.5, 0.75, 1.0)
 GREEDY = Sketch({"order": "greedy"}, AT, needs_effects=True)

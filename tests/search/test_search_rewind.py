@@ -205,7 +205,7 @@ def test_another_search_into_the_folder_goes_on_from_its_scores(
     def refuse(*_: object) -> None:
         raise AssertionError("something was evaluated anew")
 
-    monkeypatch.setattr("diffract.evaluate.evaluator.SCORERS", {"bits": refuse})
+    monkeypatch.setattr("diffract.evaluate.run.SCORERS", {"bits": refuse})
     found = search_rewind(BASE, MATH, order="greedy", output=folder / "run", force=True, **FAST)
     assert isinstance(found, RewindTables)
     assert found.orders.is_empty()
@@ -314,7 +314,7 @@ def test_items_of_both_splits_are_refused() -> None:
 
 
 def test_two_searches_into_one_folder_do_not_mix(tmp_path: Path) -> None:
-    from diffract.search.work import working
+    from diffract.search.stage import working
 
     with (
         working(tmp_path / "run", force=False),

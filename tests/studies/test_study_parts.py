@@ -17,9 +17,8 @@ from diffract.checkpoints import TensorWriter, open_checkpoint
 from diffract.errors import RecipeError, RunError
 from diffract.studies.family import Family, Job, run_all
 from diffract.studies.finding import Finding, Number, load_finding, save_finding
-from diffract.studies.report import write_report
-from diffract.studies.runner import all_jobs, load_study, numbers_text
-from diffract.studies.settings import StudyRecipe
+from diffract.studies.recipe import StudyRecipe
+from diffract.studies.runner import all_jobs, load_study, numbers_text, write_report
 from diffract.studies.study import write_noise
 
 RECIPES = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
@@ -73,7 +72,7 @@ def test_every_domain_is_trained_from_every_budget(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_of_the_project_are_sound(path: Path) -> None:
-    from diffract.studies.dry_run import preview
+    from diffract.studies.runner import preview
 
     found = preview(path, "run")
     assert found.jobs

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from diffract.studies.finding import Number
-from diffract.studies.verdicts import better, median, rank_correlation, rank_pvalue
+from diffract.studies.finding import Number, better, median, rank_correlation, rank_pvalue
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import yaml
 
 from diffract.studies import run_study
 from diffract.studies.family import Family
-from diffract.studies.settings import StudyRecipe
+from diffract.studies.recipe import StudyRecipe
 from diffract.studies.study import Study
 
 WORDS = {

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffract.train.mixture import DRAWS, ORDERS, Mixture
+from diffract.train.data import DRAWS, ORDERS, Mixture
 
 CONTEXT = 4
 

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from diffract.errors import RecipeError, RunError
-from diffract.folders import held
+from diffract.store import held
 from diffract.train import train
 from diffract.train.records import read_log
 
@@ -72,7 +72,7 @@ def test_a_line_that_was_cut_off_is_dropped(recipe: Make, tmp_path: Path) -> Non
 
 def test_a_finished_run_is_returned_at_once(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = train(recipe(tokens=64), tmp_path / "out")
-    monkeypatch.setattr("diffract.train.session.run_session", None)
+    monkeypatch.setattr("diffract.train.loop.run_session", None)
     assert train(recipe(tokens=64), tmp_path / "out") == first
 
 

@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffract.train.schedule import rate_factor
-from diffract.train.settings import Schedule
+from diffract.train.recipe import Schedule, rate_factor
 
 
 def factors(steps: int, **settings: object) -> list[float]:

@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from diffract.corpora import read_documents
 from diffract.errors import CorpusError, RecipeError
 from diffract.train import load_train_recipe
-from diffract.train.streams import read_stream, token_streams
-from diffract.train.tokenizer import END, load_tokenizer, make_tokenizer, train_bpe
+from diffract.train.data import END, load_tokenizer, make_tokenizer, read_stream, token_streams, train_bpe
 
 Make = Callable[..., dict[str, Any]]
 
@@ -86,7 +85,8 @@ def test_changed_text_makes_other_tokens(recipe: Make, texts: Path) -> None:
 
 @pytest.mark.parametrize("name", ["gsm8k.test.jsonl", "other.jsonl"])
 def test_test_questions_are_refused(recipe: Make, texts: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffract.corpora import digest, evaluation_only
+    from diffract.corpora import digest
+    from diffract.corpora import splits as evaluation_only
 
     known = frozenset({digest(QUESTION)[: evaluation_only.DIGITS]})
     monkeypatch.setattr(evaluation_only, "_gsm8k_test", lambda: known)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from diffract.train import TrainRecipe, load_train_recipe
-from diffract.train.settings import Optimizer, Part, Schedule
+from diffract.train.recipe import Optimizer, Part, Schedule
 
 PAGE = (Path(__file__).parents[2] / "docs" / "train.md").read_text(encoding="utf-8")
 

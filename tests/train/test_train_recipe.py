@@ -104,7 +104,7 @@ def test_a_recipe_must_be_a_mapping(tmp_path: Path) -> None:
 def test_without_the_extra_the_message_says_what_to_install(
     recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("diffract.train.extra.find_spec", lambda name: None if name == "accelerate" else object())
+    monkeypatch.setattr("diffract.train.recipe.find_spec", lambda name: None if name == "accelerate" else object())
     with pytest.raises(DiffractError, match=r"training needs accelerate: pip install 'diffract-llm\[train\]'"):
         train(recipe(), tmp_path / "out")
 

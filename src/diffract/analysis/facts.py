@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 
+import polars as pl
 import torch
 from torch import Tensor
 
-from diffract.analysis.plan import OVERLAPS, SPECTRA, Plan
-from diffract.analysis.stack import Stack
+from diffract.analysis.held import Stack
 from diffract.linalg import (
     LowRank,
+    Method,
     Moments,
     PairSpectrum,
     PairSums,
@@ -33,8 +36,52 @@ from diffract.linalg import (
     top_spectrum,
     weak_pairs,
 )
-from diffract.metrics import Facts
+from diffract.metrics import CURVES, Facts, Metric, sources
 from diffract.metrics.random_matrix import entry_order, permuted
+
+OVERLAPS = ("left_cosines", "right_cosines", "diagonal", "delta_energy")
+SPECTRA = ("sigma_max", "sigmas", "resolved", "base_sigmas")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is computed of every matrix and every pair.
+
+    Attributes:
+        metrics: The requested metrics.
+        method: How spectra are computed.
+        vectors: Whether singular vectors are saved.
+    """
+
+    metrics: tuple[Metric, ...]
+    method: Method = "auto"
+    vectors: bool = False
+
+    @property
+    def single(self) -> tuple[Metric, ...]:
+        """Metrics of one matrix."""
+        return tuple(m for m in self.metrics if not m.pair)
+
+    @property
+    def facts(self) -> frozenset[str]:
+        """Facts that must be found out for the metrics, and for what is saved."""
+        saved = {"sigmas", "U", "Vh"} if self.vectors else set()
+        return sources(fact for m in self.metrics for fact in m.facts) | saved
+
+    def needs(self, *facts: str) -> bool:
+        """Whether any of these facts is wanted."""
+        return not self.facts.isdisjoint(facts)
+
+    @property
+    def powers(self) -> int:
+        """Highest power of the entries to sum."""
+        return 4 if self.needs("moments") else 2
+
+    @property
+    def key(self) -> list[object]:
+        """What of the plan the numbers depend on."""
+        return [[m.key for m in self.metrics], self.method]
+
 
 LARGE = 512
 """Short side from which the largest sigma alone is cheaper by iteration than by the eigensolver."""
@@ -273,3 +320,67 @@ def _safe(stack: Tensor, finite: Tensor) -> Tensor:
     if not len(stack) or bool(finite.all()):
         return stack
     return torch.where(finite[:, None, None], stack, torch.zeros((), dtype=stack.dtype, device=stack.device))
+
+
+CURVE = "curve."
+"""Prefix of the columns that hold what runs along the spectrum."""
+
+
+ONE_AT_A_TIME = Lock()
+"""Metrics are many small operations, each of which gives the interpreter's lock away and takes it back: two threads in
+them at once spend their time waiting for each other, one beside a thread in a long operation does not."""
+
+
+def bundle(found: Found, metrics: Sequence[Metric]) -> pl.DataFrame:
+    """Return one row per matrix: outcome, metrics, and lists along the spectrum. What has no value is null."""
+    with ONE_AT_A_TIME:
+        return _owned(pl.DataFrame(_columns(found, metrics)))
+
+
+def _columns(found: Found, metrics: Sequence[Metric]) -> dict[str, pl.Series]:
+    finite = found.finite.tolist()
+    zero = (found.facts["squares"] == 0).tolist()
+    status = ["zero" if z else "ok" if f else "non_finite" for f, z in zip(finite, zero, strict=True)]
+    spectrum = found.spectrum
+    count = len(status)
+    columns: dict[str, pl.Series] = {
+        "status": pl.Series(status, dtype=pl.String),
+        "method": pl.Series(list(spectrum.method) if spectrum else [None] * count, dtype=pl.String),
+        "resolved": _numbers(spectrum.resolved if spectrum else None, finite),
+    }
+    for metric in metrics:
+        columns[metric.name] = _numbers(metric(*(found.facts[fact] for fact in metric.facts)), finite)
+    doubts = found.facts["tail_warnings"] if "power_law" in found.facts else [None] * count
+    columns["warning"] = pl.Series([text or None for text in doubts], dtype=pl.String)
+    for name, curve in CURVES.items():
+        if curve.wanted(found.facts):
+            columns[CURVE + name] = _lists(curve.values(found.facts), finite, ragged=curve.ragged)
+    return columns
+
+
+def _owned(rows: pl.DataFrame) -> pl.DataFrame:
+    """Copy rows into memory of Polars' own.
+
+    Small arrays that live on among large temporaries keep the allocator from giving these back, a few MB for each
+    tensor: memory would grow with the number of layers.
+    """
+    return rows.select(pl.all().gather(pl.int_range(len(rows))))
+
+
+def _numbers(values: Tensor | None, finite: list[bool]) -> pl.Series:
+    if values is None:
+        return pl.Series([None] * len(finite), dtype=pl.Float64)
+    known = zip(values.tolist(), finite, strict=True)
+    return pl.Series([v if ok and math.isfinite(v) else None for v, ok in known], dtype=pl.Float64)
+
+
+def _lists(values: Tensor, finite: list[bool], *, ragged: bool) -> pl.Series:
+    """One list per matrix; null where a matrix is not finite or the quantity has no value."""
+    rows = pl.Series(values.cpu().numpy(), dtype=pl.Array(pl.Float64, values.shape[1])).arr.to_list()
+    unknown = values.isnan()
+    if ragged:
+        rows = rows.list.eval(pl.element().filter(pl.element().is_not_nan()))
+    elif bool(unknown.any()):
+        rows = rows.list.eval(pl.element().fill_nan(None))
+    missing = [not ok or bad for ok, bad in zip(finite, unknown.all(1).tolist(), strict=True)]
+    return rows if not any(missing) else rows.set(pl.Series(missing), None)

@@ -9,8 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from diffract.architectures.dimensions import Dimensions, Settings, read_dimensions
-from diffract.architectures.spec import Role, Spec, builtin_specs, load_spec
+from diffract.architectures.spec import Dimensions, Role, Settings, Spec, builtin_specs, load_spec, read_dimensions
 from diffract.errors import ArchitectureError, printable
 
 

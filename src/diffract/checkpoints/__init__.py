@@ -3,9 +3,9 @@
 Headers are read without torch, so that looking at a model is quick; ``dtypes`` has torch's side of it.
 """
 
-from diffract.checkpoints.reader import Checkpoint, Factors, as_bytes, row_blocks, tensor_digest
-from diffract.checkpoints.reference import Reference, open_checkpoint
-from diffract.checkpoints.tensors import FLOATS, TensorInfo
+from diffract.checkpoints.checkpoint import Checkpoint, Factors, as_bytes, row_blocks, tensor_digest
+from diffract.checkpoints.header import FLOATS, TensorInfo
+from diffract.checkpoints.open import Reference, open_checkpoint
 from diffract.checkpoints.writer import TensorWriter
 
 __all__ = [

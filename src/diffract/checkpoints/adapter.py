@@ -13,8 +13,8 @@ from functools import partial
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
-from diffract.checkpoints.reader import Checkpoint, Factors, Range
-from diffract.checkpoints.tensors import TensorInfo
+from diffract.checkpoints.checkpoint import Checkpoint, Factors, Range
+from diffract.checkpoints.header import TensorInfo
 from diffract.errors import CheckpointError, printable
 
 if TYPE_CHECKING:  # headers are read without torch

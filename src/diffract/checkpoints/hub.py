@@ -32,18 +32,18 @@ except ImportError:
     import httpx  # pyright: ignore[reportMissingImports]
 
 from diffract._version import __version__
-from diffract.checkpoints.companions import find_companions
-from diffract.checkpoints.files import ByteFile
-from diffract.checkpoints.folder import (
+from diffract.checkpoints.checkpoint import Checkpoint
+from diffract.checkpoints.header import HEADER_LIMIT
+from diffract.checkpoints.sources import (
     SAFETENSORS,
     TORCH_SUFFIXES,
     TRAINER,
+    ByteFile,
+    find_companions,
     find_shards,
     open_shards,
     read_config,
 )
-from diffract.checkpoints.index import HEADER_LIMIT
-from diffract.checkpoints.reader import Checkpoint
 from diffract.errors import CheckpointError, printable
 
 HEAD_BYTES = 100_000

@@ -11,8 +11,8 @@ from typing import Any
 import blake3
 
 from diffract._version import __version__
-from diffract.checkpoints.reader import Checkpoint
-from diffract.checkpoints.reference import open_checkpoint
+from diffract.checkpoints.checkpoint import Checkpoint
+from diffract.checkpoints.open import open_checkpoint
 from diffract.errors import CheckpointError, printable
 
 MANIFEST = "manifest.json"

@@ -52,7 +52,7 @@ def evaluate(
     """How good a model is at text, questions and choices, with intervals; and against another one."""
     with explained(debug=debug):
         from diffract.evaluate import evaluate as run_evaluate
-        from diffract.evaluate.processes import place
+        from diffract.evaluate.run import place
 
         first = place().rank == 0
         common: dict[str, Any] = {

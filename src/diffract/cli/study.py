@@ -11,8 +11,7 @@ from diffract.cli import options
 from diffract.cli.console import explained, say, say_json, say_table
 
 if TYPE_CHECKING:
-    from diffract.studies.dry_run import Preview
-    from diffract.studies.runner import StudyRun
+    from diffract.studies.runner import Preview, StudyRun
 
 app = typer.Typer(help="Train a family of models and test every finding on it.", no_args_is_help=True)
 
@@ -32,7 +31,7 @@ def run(
     """Run a study from its recipe, or go on with one that was stopped."""
     with explained(debug=debug):
         if dry_run:
-            from diffract.studies.dry_run import preview
+            from diffract.studies.runner import preview
 
             _show_preview(preview(recipe, output, data=data), json=json)
             return

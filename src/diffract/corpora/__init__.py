@@ -1,7 +1,5 @@
 """Text by domain, split by document: for training, for choosing, and for reporting."""
 
-from diffract.corpora.evaluation_only import refuse_evaluation_only
-from diffract.corpora.records import instruction_text, question_text, record_text
 from diffract.corpora.sources import (
     HUB,
     STANDARD_LIBRARY,
@@ -11,7 +9,17 @@ from diffract.corpora.sources import (
     read_texts,
     source_files,
 )
-from diffract.corpora.splits import Document, Split, digest, split_documents, split_of
+from diffract.corpora.splits import (
+    Document,
+    Split,
+    digest,
+    instruction_text,
+    question_text,
+    record_text,
+    refuse_evaluation_only,
+    split_documents,
+    split_of,
+)
 from diffract.corpora.word_problems import Problem, make_problems
 
 __all__ = [

@@ -10,9 +10,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffract.corpora.evaluation_only import refuse_evaluation_only
-from diffract.corpora.records import record_text
-from diffract.corpora.splits import Document, Split, check_split, document, split_documents, split_of
+from diffract.corpora.splits import (
+    Document,
+    Split,
+    check_split,
+    document,
+    record_text,
+    refuse_evaluation_only,
+    split_documents,
+    split_of,
+)
 from diffract.corpora.word_problems import problem_documents
 from diffract.errors import CorpusError, printable
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from fnmatch import fnmatchcase
+from functools import cache
+from importlib.resources import files
+from pathlib import PurePath
+from typing import Any, Literal, get_args
 
-from diffract.errors import CorpusError
+from diffract.errors import CorpusError, printable
 
 Split = Literal["train", "selection", "held-out"]
 
@@ -79,3 +83,91 @@ def check_split(split: str) -> None:
     """
     if split not in get_args(Split):
         raise CorpusError(f"unknown split {split!r}, expected one of {', '.join(get_args(Split))}.")
+
+
+Record = Mapping[str, Any]
+
+
+def question_text(question: str, answer: str = "") -> str:
+    r"""Return a question and its answer, as training texts have them and as prompts begin.
+
+    >>> question_text("How many?", "#### 2")
+    'Question: How many?\nAnswer: #### 2\n'
+    """
+    return f"Question: {question.strip()}\nAnswer:" + (f" {answer.strip()}\n" if answer else "")
+
+
+def instruction_text(instruction: str, response: str = "") -> str:
+    """Return an instruction and its response, as training texts have them and as prompts begin."""
+    return f"### Instruction:\n{instruction.strip()}\n### Response:\n" + (f"{response.strip()}\n" if response else "")
+
+
+KINDS: dict[tuple[str, ...], Callable[[Record], str]] = {
+    ("question", "answer"): lambda r: question_text(r["question"], r["answer"]),
+    ("problem", "analysis"): lambda r: question_text(r["problem"], " ".join(r["analysis"])),
+    ("prompt", "completion"): lambda r: instruction_text(r["prompt"], r["completion"]),
+    ("instruction", "response"): lambda r: instruction_text(f"{r['instruction']} {r.get('input', '')}", r["response"]),
+    ("instruction", "output"): lambda r: instruction_text(f"{r['instruction']} {r.get('input', '')}", r["output"]),
+    ("text", "code"): lambda r: f'"""{r["text"].strip()}"""\n{r["code"].strip()}\n',
+    ("prompt", "canonical_solution"): lambda r: r["prompt"] + r["canonical_solution"],
+    ("text",): lambda r: r["text"],
+    ("content",): lambda r: r["content"],
+}
+"""Fields that a record must have, to the text that it makes; the first kind that fits counts."""
+
+
+def record_text(record: Record, where: str) -> str:
+    """Return a record's text.
+
+    Args:
+        record: Fields by name.
+        where: What to call it in a message.
+
+    Raises:
+        CorpusError: It is of no known kind, or a field is no text.
+    """
+    make = next((make for fields, make in KINDS.items() if all(field in record for field in fields)), None)
+    if make is None:
+        known = "; ".join(" + ".join(fields) for fields in KINDS)
+        raise CorpusError(
+            f"{where}: fields {printable(', '.join(record))} are of no known kind ({known}). Rename them."
+        )
+    try:
+        return make(record).replace("\r\n", "\n")
+    except (TypeError, AttributeError) as error:
+        raise CorpusError(f"{where}: a field is no text ({printable(error)}). Mend the file.") from error
+
+
+NAMES = (
+    *("gsm8k.test*", "gsm8k_test*", "gsm8k.example_model_solutions*", "gsm_hard*", "gsmhard*", "gsm8k_main_test*"),
+    *("humaneval*", "human-eval*", "HumanEval*", "user_oriented_instructions*", "svamp*", "SVAMP*"),
+    *("aqua.dev*", "aqua.test*", "tal_scq5k_en.test*", "mbpp*"),
+)
+"""Names of files and data sets that nothing is trained on."""
+
+DIGITS = 12
+"""Of the digests of questions that are kept."""
+
+
+def refuse_evaluation_only(name: str, questions: Iterable[str] = ()) -> None:
+    """Raise if something is for evaluation only.
+
+    Args:
+        name: Of a file or data set.
+        questions: What is asked in it, as far as that is known: GSM8K's test questions are told under any name.
+
+    Raises:
+        CorpusError: It is.
+    """
+    bare = PurePath(name).name
+    if any(fnmatchcase(bare, pattern) for pattern in NAMES):
+        raise CorpusError(f"{printable(name)} is for evaluation only: do not train on it. Choose other text.")
+    for number, question in enumerate(questions, start=1):
+        if question and digest(" ".join(question.split()))[:DIGITS] in _gsm8k_test():
+            raise CorpusError(f"{printable(name)}, record {number} is a question of GSM8K's test: do not train on it.")
+
+
+@cache
+def _gsm8k_test() -> frozenset[str]:
+    """Return the beginnings of the digests of GSM8K's test questions, blanks made one."""
+    return frozenset((files("diffract.corpora") / "gsm8k_test.txt").read_text().split())

@@ -11,8 +11,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from diffract.corpora.records import question_text
-from diffract.corpora.splits import Document, Split, digest, split_of
+from diffract.corpora.splits import Document, Split, digest, question_text, split_of
 from diffract.errors import CorpusError, printable
 
 NAMES = ("Tom", "Anna", "Ben", "Mia", "Sam", "Lily", "Max", "Eva")

@@ -12,8 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from diffract.checkpoints import Checkpoint, Reference, open_checkpoint, row_blocks
-from diffract.checkpoints.reader import Range
-from diffract.checkpoints.recording import Recorder, read_digests, recorded
+from diffract.checkpoints.checkpoint import Range, Recorder, read_digests, recorded
 from diffract.edits.draft import BLOCK_BYTES, Draft, Place
 from diffract.errors import CheckpointError, printable
 from diffract.matrices import Entry, Layout, Matrix, lay_out, parse_selection, select

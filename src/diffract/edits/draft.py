@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffract.checkpoints import Checkpoint, TensorInfo, row_blocks
-from diffract.checkpoints.reader import Range
+from diffract.checkpoints.checkpoint import Range
 from diffract.errors import CheckpointError, DiffractError, printable
 from diffract.matrices import Matrix
 

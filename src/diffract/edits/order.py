@@ -12,7 +12,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from diffract.checkpoints.reader import Range
+from diffract.checkpoints.checkpoint import Range
 from diffract.edits.bench import Other
 from diffract.edits.draft import overlap
 from diffract.edits.parts import Part, Units, head_name

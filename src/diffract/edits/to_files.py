@@ -12,8 +12,8 @@ import yaml
 
 from diffract._version import __version__
 from diffract.checkpoints import Checkpoint
-from diffract.checkpoints.companions import CONFIG
 from diffract.checkpoints.provenance import write_manifest
+from diffract.checkpoints.sources import CONFIG
 from diffract.edits.bench import Bench
 from diffract.edits.card import model_card
 from diffract.edits.draft import Draft
@@ -24,8 +24,8 @@ from diffract.edits.recipe import Recipe, load_recipe
 from diffract.edits.settings import Settings
 from diffract.edits.steps import plan_step
 from diffract.edits.write import Progress, write_draft
-from diffract.folders import whole_folder
 from diffract.settings import validated
+from diffract.store import whole_folder
 
 RECIPE = "recipe.yaml"
 CARD = "README.md"

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from diffract.checkpoints import TensorInfo, as_bytes
-from diffract.checkpoints.dtypes import DTYPE_NAMES, TORCH_DTYPES
-from diffract.checkpoints.reader import start_digest
-from diffract.checkpoints.recording import digest_as_read
-from diffract.checkpoints.sharded import ShardedWriter
+from diffract.checkpoints.checkpoint import digest_as_read, start_digest
+from diffract.checkpoints.header import DTYPE_NAMES, TORCH_DTYPES
+from diffract.checkpoints.writer import ShardedWriter
 from diffract.edits.draft import Draft
 from diffract.edits.output import Output
 from diffract.engine import keep_freed_memory, run_tasks

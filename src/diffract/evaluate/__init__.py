@@ -8,21 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffract.evaluate.catalog import load_tasks
-    from diffract.evaluate.evaluator import Evaluator
-    from diffract.evaluate.run import Evaluation, evaluate, load_evaluation
+    from diffract.evaluate.model import Subject, load_subject
+    from diffract.evaluate.run import Evaluation, Evaluator, evaluate, load_evaluation
     from diffract.evaluate.statistics import holm, paired, summarise
-    from diffract.evaluate.subject import Subject, load_subject
-    from diffract.evaluate.task import Task
+    from diffract.evaluate.tasks import Task
 
 _PLACES = {
     "Evaluation": "run",
-    "Evaluator": "evaluator",
-    "Subject": "subject",
-    "Task": "task",
+    "Evaluator": "run",
+    "Subject": "model",
+    "Task": "tasks",
     "evaluate": "run",
     "holm": "statistics",
     "load_evaluation": "run",
-    "load_subject": "subject",
+    "load_subject": "model",
     "load_tasks": "catalog",
     "paired": "statistics",
     "summarise": "statistics",

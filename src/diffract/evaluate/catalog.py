@@ -21,10 +21,9 @@ from diffract.corpora.splits import check_split
 from diffract.corpora.word_problems import COUNT, parse_levels
 from diffract.errors import CorpusError, SelectionError, printable, suggest
 from diffract.evaluate.harness import harness_item
+from diffract.evaluate.scoring import cut
 from diffract.evaluate.sources import JSON, choices, documents, is_for_evaluation, questions
-from diffract.evaluate.spread import spread
-from diffract.evaluate.task import Item, Kind, Question, Task, make_task
-from diffract.evaluate.text import cut
+from diffract.evaluate.tasks import Item, Kind, Question, Task, make_task, spread
 
 
 @dataclass(frozen=True)

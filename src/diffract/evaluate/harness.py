@@ -20,12 +20,11 @@ import blake3
 
 from diffract.corpora import Split, digest
 from diffract.errors import CheckpointError, CorpusError, SelectionError, printable, suggest
-from diffract.evaluate.spread import half_of, spread
-from diffract.evaluate.task import Harness, Score
+from diffract.evaluate.tasks import Harness, Score, half_of, spread
 
 if TYPE_CHECKING:  # tasks are read without torch
-    from diffract.evaluate.batches import Budget
-    from diffract.evaluate.subject import Subject
+    from diffract.evaluate.model import Subject
+    from diffract.evaluate.scoring import Budget
 
 PIP = "pip install 'diffract-llm[lm-eval]'"
 

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import polars as pl
+import torch
 
 from diffract._version import __version__
-from diffract.cache import Cache, cache_folder
 from diffract.corpora import Split
-from diffract.errors import RunError, printable
+from diffract.errors import CheckpointError, RunError, printable
 from diffract.evaluate.catalog import load_tasks
+from diffract.evaluate.harness import score_harness
+from diffract.evaluate.model import Subject, has_adapters, model_digest, tokenizer_digest
+from diffract.evaluate.scoring import Budget, chunks, score_choices, score_questions, score_texts
 from diffract.evaluate.statistics import SUMMARY, holm, paired, summarise
-from diffract.evaluate.task import SCORES, Task
+from diffract.evaluate.tasks import SCORES, VERSION, Item, Score, Task, score_table
+from diffract.store import Cache, cache_folder, cache_key
 from diffract.tables import RunTables, load, refuse_existing, whole_folder, write
-
-if TYPE_CHECKING:
-    from diffract.evaluate.subject import Subject
 
 Progress = Callable[[float, float, str], None]
 
@@ -114,9 +116,8 @@ def evaluate(
     Raises:
         DiffractError: The input is wrong; the message says what, where, and what to do.
     """
-    from diffract.evaluate.evaluator import Evaluator
-    from diffract.evaluate.processes import own_device, place
-    from diffract.evaluate.subject import load_subject
+    from diffract.evaluate.model import load_subject
+    from diffract.evaluate.run import Evaluator, own_device, place
 
     begun = time.monotonic()
     if output is not None:
@@ -187,3 +188,145 @@ def _unasked(items: pl.DataFrame, tasks: Sequence[Task]) -> list[str]:
 def _task(row: dict[str, Any]) -> Task:
     kept: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items() if k != "items"}
     return Task(**kept)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which process this is.
+
+    Attributes:
+        rank: From 0 on; the first one writes and prints.
+        count: How many there are.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+
+def place() -> Place:
+    """Return which process this is; those that ``accelerate launch`` or ``torchrun`` started find each other first."""
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        return Place()
+    state = _state()
+    return Place(state.process_index, state.num_processes)
+
+
+def own_device() -> torch.device | None:
+    """Return the device that a launcher gave this process, or ``None`` for the only process."""
+    return None if int(os.environ.get("WORLD_SIZE", "1")) <= 1 else _state().device
+
+
+def gather(values: Sequence[Any], where: Place) -> list[Any]:
+    """Return the values of all processes, in the order of their ranks."""
+    if where.count == 1:
+        return list(values)
+    from accelerate.utils import gather_object
+
+    return gather_object(list(values))
+
+
+def _state() -> Any:
+    try:
+        from accelerate import PartialState
+    except ImportError as error:
+        raise CheckpointError("several processes need the accelerate package: pip install accelerate.") from error
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+PART = 64
+"""Items that are computed, kept and shared out among processes together."""
+
+SCORERS: dict[str, Callable[[Subject, Any, Budget], list[Score]]] = {
+    "bits": score_texts,
+    "exact": score_questions,
+    "choice": score_choices,
+    "lm-eval": score_harness,
+}
+
+"""Called with the items done, all items, and the task."""
+
+
+class Evaluator:
+    """Scores a model as it stands now: its weights are digested at each call, so live edits are never confused.
+
+    Attributes:
+        digests: Of the model and of its tokenizer, as they were when ``scores`` was called last.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        tasks: Sequence[Task],
+        *,
+        cache: Cache | None = None,
+        batch_tokens: int = 16_384,
+        notes: Callable[[str], None] | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Take a model and tasks; nothing is computed yet.
+
+        Args:
+            subject: The model; its weights may change between calls of ``scores``.
+            tasks: What it is scored on.
+            cache: Where scores are kept, by all that they depend on.
+            batch_tokens: At once, padding included.
+            notes: Takes what the user should know.
+            progress: Takes how far work has come.
+        """
+        self.subject, self.tasks, self.cache, self.progress = subject, tuple(tasks), cache, progress
+        self.budget = Budget(batch_tokens, notes)
+        self.digests = ("", "")
+        self._place = place()
+        if cache and has_adapters(subject.model):
+            self.cache = None
+            self.budget.note("scores are not kept: the model holds adapters; merge them first")
+
+    def scores(self) -> pl.DataFrame:
+        """Return the scores of all items of all tasks, in their order; a model in training is not while it is scored.
+
+        Raises:
+            CheckpointError: The model cannot be evaluated: its numbers are not finite, memory does not suffice, or the
+                tokenizer is not its own.
+        """
+        training = self.subject.model.training
+        self.subject.model.eval()
+        try:
+            model = self._model_key()
+            self._done = 0
+            tables = [self._task_scores(task, model) for task in self.tasks]
+            return pl.concat([pl.DataFrame(schema=SCORES), *tables])
+        finally:
+            self.subject.model.train(training)
+
+    def _model_key(self) -> list[str | int]:
+        """Return all that scores depend on but the task."""
+        subject = self.subject
+        dtype = str(next(iter(subject.model.parameters())).dtype)
+        self.digests = model_digest(subject.model), tokenizer_digest(subject.tokenizer)
+        return [*self.digests, dtype, subject.device.type, subject.context, *subject.start]
+
+    def _task_scores(self, task: Task, model: list[str | int]) -> pl.DataFrame:
+        """Return a task's scores; parts of equally long items are computed together."""
+        order = sorted(task.items, key=lambda item: (-item.length, item.id))
+        scores: list[Score] = []
+        for number, part in enumerate(chunks(order, PART)):
+            if number % self._place.count == self._place.rank:
+                scores += self._part_scores(task, part, cache_key("scores", VERSION, PART, *model, task.key, number))
+            self._tell(len(part), task)
+        every = {score.item: score for score in gather(scores, self._place)}
+        order_of = {item.id: i for i, item in enumerate(task.items)}
+        return score_table(task.name, sorted(every.values(), key=lambda s: order_of.get(s.item, 0)))
+
+    def _part_scores(self, task: Task, part: Sequence[Item], key: str) -> list[Score]:
+        found = self.cache.get(key) if self.cache else None
+        if found is not None:
+            return [Score(*row) for row in found.select("item", "value", "weight", "output").iter_rows()]
+        scores = SCORERS[task.kind](self.subject, part, self.budget)
+        if self.cache:
+            self.cache.put(key, score_table(task.name, scores))
+        return scores
+
+    def _tell(self, count: int, task: Task) -> None:
+        self._done += count
+        if self.progress:
+            self.progress(self._done, sum(len(t.items) for t in self.tasks), task.name)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.stats import binom
 
 from diffract.errors import RunError, printable
-from diffract.evaluate.task import Task
+from diffract.evaluate.tasks import Task
 
 Floats = NDArray[np.float64]
 

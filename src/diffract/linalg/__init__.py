@@ -1,9 +1,7 @@
 """Spectra of batches of matrices: float64 accuracy, bounded memory, CPU or CUDA. Sees tensors only."""
 
-from diffract.linalg.changes import change_grams
 from diffract.linalg.circuits import circuit_spectrum, rotary
-from diffract.linalg.exact import Spectrum, lapack
-from diffract.linalg.factored import LowRank, factored_spectrum
+from diffract.linalg.exact import LowRank, Spectrum, factored_spectrum, lapack, mirrored
 from diffract.linalg.pair import (
     PairSpectrum,
     pair_from_matrices,
@@ -12,10 +10,8 @@ from diffract.linalg.pair import (
     replace_pairs,
     weak_pairs,
 )
-from diffract.linalg.spectrum import Method, gram_values, gram_vectors, spectrum, takes_gram
-from diffract.linalg.sums import Moments, PairSums, Sums
-from diffract.linalg.symmetric import mirrored
-from diffract.linalg.topk import TopSpectrum, top_spectrum
+from diffract.linalg.spectrum import Method, TopSpectrum, gram_values, gram_vectors, spectrum, takes_gram, top_spectrum
+from diffract.linalg.sums import Moments, PairSums, Sums, change_grams
 
 __all__ = [
     "LowRank",

@@ -9,9 +9,13 @@ the threads of two libraries would keep each other from the cores between calls.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+import numpy as np
+import torch
+from jaxtyping import Float64
 from scipy.linalg import cython_blas  # pyright: ignore[reportAttributeAccessIssue] (compiled)
 from torch import Tensor
 
@@ -93,3 +97,142 @@ def _routine(name: str, arguments: int, result: Any = None) -> Any:
     python.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
     address = python.PyCapsule_GetPointer(capsule, python.PyCapsule_GetName(capsule))
     return ctypes.CFUNCTYPE(result, *[ctypes.c_void_p] * arguments)(address)
+
+
+Entries = Float64[Tensor, "b k"]
+PerMatrix = Float64[Tensor, "b"]
+
+BLOCK_ENTRIES = 1 << 18
+"""Entries that are summed at once."""
+
+
+class Buffer:
+    """Float64 memory that is filled again and again; fresh memory for each piece costs as much as the cast."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._memory = torch.empty(0, dtype=torch.float64, device=device)
+
+    def like(self, shape: tuple[int, ...]) -> Tensor:
+        """Return contiguous memory of a shape; what it held before is gone."""
+        size = 1
+        for extent in shape:
+            size *= extent
+        if self._memory.numel() < size:
+            self._memory = torch.empty(size, dtype=torch.float64, device=self._memory.device)
+        return self._memory[:size].view(shape)
+
+    def fill(self, piece: Tensor) -> Tensor:
+        """Return a piece as contiguous float64."""
+        return self.like(tuple(piece.shape)).copy_(piece)
+
+
+def blocks(x: Tensor) -> tuple[Tensor, ...]:
+    """Return the entries of matrices (b, m, n) as views (b, k) that stay in the cache while they are summed."""
+    return x.flatten(1).split(BLOCK_ENTRIES, dim=1)
+
+
+def power_sums(x: Entries, scratch: Buffer, highest: int) -> Float64[Tensor, "4 b"]:
+    """Return the sums of the first ``highest`` (0, 2 or 4) powers; zeros for the others."""
+    sums = x.new_zeros(4, len(x))
+    if highest == 0:
+        return sums
+    squares = scratch.like(tuple(x.shape)) if highest > 2 else None
+    if x.device.type == "cpu":
+        _fill_powers(sums.numpy(), x, squares)
+        return sums
+    sums[0], sums[1] = x.sum(1), dots(x, x)
+    if squares is not None:
+        torch.mul(x, x, out=squares)
+        sums[2], sums[3] = dots(squares, x), dots(squares, squares)
+    return sums
+
+
+def _fill_powers(sums: np.ndarray, x: Entries, squares: Entries | None) -> None:
+    entries = x.numpy()
+    sums[0], sums[1] = entries.sum(1), row_dots(x, x)
+    if squares is not None:
+        np.multiply(entries, entries, out=squares.numpy())
+        sums[2], sums[3] = row_dots(squares, x), row_dots(squares, squares)
+
+
+def dots(x: Entries, y: Entries) -> PerMatrix:
+    """Return the sum of x * y over each row, by BLAS."""
+    if x.device.type != "cpu":
+        return torch.linalg.vecdot(x, y)
+    return torch.from_numpy(np.array(row_dots(x, y)))
+
+
+def changed_count(d: Entries) -> PerMatrix:
+    """Return the number of entries that are not zero."""
+    if d.device.type != "cpu":
+        return torch.count_nonzero(d, dim=1).double()
+    return torch.from_numpy(np.array([float(np.count_nonzero(row != 0)) for row in d.numpy()]))
+
+
+def rounding_squares(x: Entries, mantissa_bits: int, smallest_exponent: int, scratch: Buffer) -> PerMatrix:
+    """Return the sum of ulp^2 / 12 of the stored dtype at each entry: the mean squared error of rounding to it.
+
+    ulp(x) = 2^(max(floor(log2 |x|), smallest_exponent) - mantissa_bits). The power of two below |x| is x with its
+    sign and significand bits cleared.
+    """
+    power = scratch.like(tuple(x.shape))
+    torch.bitwise_and(x.view(torch.int64), 0x7FF0000000000000, out=power.view(torch.int64))
+    power.clamp_(min=2.0**smallest_exponent)
+    return dots(power, power) * (4.0**-mantissa_bits / 12)
+
+
+PIECE_BYTES = {"cpu": 1 << 25, "cuda": 1 << 29}
+"""Float64 bytes cast at once, by device. On the CPU one matrix at a time, so that it stays in the cache."""
+
+
+def add_grams(total: Float64[Tensor, "b m m"], x: Float64[Tensor, "b m n"]) -> None:
+    """Add x x^T to the upper triangles of ``total``; ``symmetric.mirrored`` makes them whole."""
+    if x.device.type != "cpu":
+        total += x @ x.mT
+        return
+    for one, matrix in zip(total, x, strict=True):
+        add_gram(one, matrix)
+
+
+def add_products(total: Float64[Tensor, "b m m"], x: Float64[Tensor, "b m n"], y: Float64[Tensor, "b m n"]) -> None:
+    """Add x y^T to ``total``."""
+    if x.device.type != "cpu":
+        total += x @ y.mT
+        return
+    for one, first, second in zip(total, x, y, strict=True):
+        add_product(one, first, second)
+
+
+def product(
+    x: Float64[Tensor, "b m k"], y: Float64[Tensor, "b k n"], *, out: Float64[Tensor, "b m n"] | None = None
+) -> Float64[Tensor, "b m n"]:
+    """Return x y. On the CPU through NumPy: its BLAS is the faster one for float64 where torch's is made for Intel."""
+    if x.device.type != "cpu":
+        return torch.matmul(x, y, out=out)
+    if out is None:
+        out = x.new_empty(len(x), x.shape[1], y.shape[2])
+    np.matmul(x.numpy(), y.numpy(), out=out.numpy())
+    return out
+
+
+def short_side(shape: tuple[int, ...]) -> str:
+    """Return ``rows`` when the matrix has no more rows than columns, else ``cols``."""
+    return "rows" if shape[-2] <= shape[-1] else "cols"
+
+
+def short_first(x: Tensor, side: str) -> Tensor:
+    """Return matrices as (short, long); a view."""
+    return x if side == "rows" else x.mT
+
+
+def pieces(shape: tuple[int, ...], side: str, device: torch.device) -> Iterator[tuple[slice, slice, slice]]:
+    """Yield index triples that cut a stack into parts of at most ``PIECE_BYTES``, along the batch and the long axis."""
+    count, rows, cols = shape
+    short, length = (rows, cols) if side == "rows" else (cols, rows)
+    room = max(1, PIECE_BYTES["cpu" if device.type == "cpu" else "cuda"] // (8 * max(short, 1)))
+    many = 1 if device.type == "cpu" else max(1, room // max(length, 1))
+    step = min(room, max(length, 1))
+    for first in range(0, count, many):
+        for start in range(0, length, step):
+            batch, span = slice(first, first + many), slice(start, start + step)
+            yield (batch, slice(None), span) if side == "rows" else (batch, span, slice(None))

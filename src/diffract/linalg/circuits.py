@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
+from diffract.linalg.blas import product
 from diffract.linalg.exact import EPSILON, Spectrum, lapack
-from diffract.linalg.products import product
 from diffract.linalg.spectrum import Method, takes_gram
 
 CONDITION = 1e4

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from diffract.linalg.blas import product
 from diffract.linalg.exact import Spectrum, lapack
-from diffract.linalg.products import product
 from diffract.linalg.spectrum import GRAM_RESOLVES, GRAM_VECTORS, gram_eigen, gram_values, inverse
 from diffract.linalg.sums import PairSums
 

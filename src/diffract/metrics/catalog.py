@@ -12,19 +12,8 @@ import torch
 from torch import Tensor
 
 from diffract.errors import SelectionError, suggest
-from diffract.metrics import (
-    agreement,
-    change,
-    delta,
-    enrichment,
-    heavy_tails,
-    norms,
-    random_matrix,
-    ranks,
-    shape,
-    subspaces,
-)
-from diffract.metrics.metric import INVARIANCES, Metric
+from diffract.metrics import heavy_tails, pair, random_matrix, single
+from diffract.metrics.facts import INVARIANCES, Metric
 
 ENTRY_POINTS = "diffract.metrics"
 
@@ -34,93 +23,93 @@ TRANSPOSED = frozenset[str]()
 
 NORMS = (
     Metric(
-        "frobenius_norm", norms.frobenius_norm, ("squares",), "sqrt(sum w^2)", "weight", "[0, inf)",
+        "frobenius_norm", single.frobenius_norm, ("squares",), "sqrt(sum w^2)", "weight", "[0, inf)",
         "Golub & Van Loan 2013, 2.3", 1, ALL,
     ),
     Metric(
-        "spectral_norm", norms.spectral_norm, ("sigma_max",), "sigma_1", "weight", "[0, inf)",
+        "spectral_norm", single.spectral_norm, ("sigma_max",), "sigma_1", "weight", "[0, inf)",
         "Golub & Van Loan 2013, 2.3", 1, ALL,
     ),
     Metric(
-        "nuclear_norm", norms.nuclear_norm, ("sigmas",), "sum of sigma", "weight", "[0, inf)",
+        "nuclear_norm", single.nuclear_norm, ("sigmas",), "sum of sigma", "weight", "[0, inf)",
         "Horn & Johnson 2013, 5.6", 1, ALL,
     ),
 )  # fmt: skip
 
 RANKS = (
     Metric(
-        "stable_rank", ranks.stable_rank, ("squares", "sigma_max"), "||W||_F^2 / ||W||_2^2", "1", "[1, M]",
+        "stable_rank", single.stable_rank, ("squares", "sigma_max"), "||W||_F^2 / ||W||_2^2", "1", "[1, M]",
         "Rudelson & Vershynin 2007", 0, ALL,
     ),
     Metric(
-        "effective_rank", ranks.effective_rank, ("sigmas",), "exp of the entropy (nats) of sigma / sum sigma", "1",
+        "effective_rank", single.effective_rank, ("sigmas",), "exp of the entropy (nats) of sigma / sum sigma", "1",
         "[1, M]", "Roy & Vetterli 2007", 0, ALL,
     ),
     Metric(
-        "participation_ratio", ranks.participation_ratio, ("sigmas",),
+        "participation_ratio", single.participation_ratio, ("sigmas",),
         "(sum lambda)^2 / sum lambda^2, lambda = sigma^2", "1", "[1, M]", "Bell & Dean 1970", 0, ALL,
     ),
     Metric(
-        "numerical_rank", ranks.numerical_rank, ("sigmas", "shape", "epsilon"),
+        "numerical_rank", single.numerical_rank, ("sigmas", "shape", "epsilon"),
         "sigmas above rtol sigma_1, rtol = min(max(m, n) eps, max(eps, 0.001))", "count", "[0, M]",
         "Golub & Van Loan 2013, 5.4", 0, ALL,
     ),
     Metric(
-        "energy_rank_90", ranks.energy_rank_90, ("sigmas",), "smallest k whose sigmas hold 90% of sum sigma^2",
+        "energy_rank_90", single.energy_rank_90, ("sigmas",), "smallest k whose sigmas hold 90% of sum sigma^2",
         "count", "[1, M]", "Jolliffe 2002, 6.1", 0, ALL,
     ),
 )  # fmt: skip
 
 SHAPE = (
     Metric(
-        "aspect_ratio", shape.aspect_ratio, ("shape", "squares"), "Q = max(m, n) / min(m, n)", "1", "[1, inf)",
+        "aspect_ratio", single.aspect_ratio, ("shape", "squares"), "Q = max(m, n) / min(m, n)", "1", "[1, inf)",
         "Martin & Mahoney 2021", 0, ALL,
     ),
     Metric(
-        "condition_number", shape.condition_number, ("sigmas", "resolved"), "sigma_1 / sigma_M, where resolved", "1",
+        "condition_number", single.condition_number, ("sigmas", "resolved"), "sigma_1 / sigma_M, where resolved", "1",
         "[1, inf)", "Golub & Van Loan 2013, 2.6", 0, ALL,
     ),
     Metric(
-        "entry_std", shape.entry_std, ("moments",), "standard deviation of the entries", "weight", "[0, inf)",
+        "entry_std", single.entry_std, ("moments",), "standard deviation of the entries", "weight", "[0, inf)",
         "", 1, ENTRIES,
     ),
     Metric(
-        "entry_kurtosis", shape.entry_kurtosis, ("moments",), "excess kurtosis of the entries; 0 for a Gaussian", "1",
+        "entry_kurtosis", single.entry_kurtosis, ("moments",), "excess kurtosis of the entries; 0 for a Gaussian", "1",
         "[-2, inf)", "", 0, ENTRIES,
     ),
 )  # fmt: skip
 
 CHANGE = (
     Metric(
-        "delta_frobenius", delta.delta_frobenius, ("delta_squares",), "||D||_F, D = W1 - W0", "weight", "[0, inf)",
+        "delta_frobenius", pair.delta_frobenius, ("delta_squares",), "||D||_F, D = W1 - W0", "weight", "[0, inf)",
         "", 1, ALL,
     ),
     Metric(
-        "delta_relative", delta.delta_relative, ("delta_squares", "base_squares"), "||D||_F / ||W0||_F", "1",
+        "delta_relative", pair.delta_relative, ("delta_squares", "base_squares"), "||D||_F / ||W0||_F", "1",
         "[0, inf)", "", 0, ALL,
     ),
     Metric(
-        "delta_spectral", delta.delta_spectral, ("delta_sigmas",), "||D||_2", "weight", "[0, inf)", "", 1, ALL,
+        "delta_spectral", pair.delta_spectral, ("delta_sigmas",), "||D||_2", "weight", "[0, inf)", "", 1, ALL,
     ),
     Metric(
-        "delta_stable_rank", delta.delta_stable_rank, ("delta_sigmas",), "||D||_F^2 / ||D||_2^2", "1", "[1, M]",
+        "delta_stable_rank", pair.delta_stable_rank, ("delta_sigmas",), "||D||_F^2 / ||D||_2^2", "1", "[1, M]",
         "Rudelson & Vershynin 2007", 0, ALL,
     ),
     Metric(
-        "delta_effective_rank", delta.delta_effective_rank, ("delta_sigmas",),
+        "delta_effective_rank", pair.delta_effective_rank, ("delta_sigmas",),
         "exp of the entropy (nats) of D's sigma / sum sigma", "1", "[1, M]", "Roy & Vetterli 2007", 0, ALL,
     ),
     Metric(
-        "delta_changed_share", delta.delta_changed_share, ("changed", "shape"), "share of entries that differ",
+        "delta_changed_share", pair.delta_changed_share, ("changed", "shape"), "share of entries that differ",
         "1", "[0, 1]", "", 0, ENTRIES,
     ),
     Metric(
-        "delta_rounding_floor", delta.delta_rounding_floor, ("rounding_squares",),
+        "delta_rounding_floor", pair.delta_rounding_floor, ("rounding_squares",),
         "norm that rounding W1 to its dtype alone causes: sqrt(sum ulp^2 / 12)", "weight", "[0, inf)",
         "Higham 2002, 2.1", None, ENTRIES,
     ),
     Metric(
-        "value_share", change.value_share, ("diagonal", "delta_squares"),
+        "value_share", pair.value_share, ("diagonal", "delta_squares"),
         "sum C_ii^2 / ||D||_F^2, C = U0^T D V0: what of the change lies in singular values", "1", "[0, 1]", "",
         0, ALL,
     ),
@@ -129,11 +118,11 @@ CHANGE = (
         ("shape", "delta_squares"), "chance level of value_share: 1 / max(m, n)", "1", "(0, 1]", "", 0, ALL,
     ),
     Metric(
-        "spectral_shift_share", change.spectral_shift_share, ("base_sigmas", "sigmas", "delta_squares"),
+        "spectral_shift_share", pair.spectral_shift_share, ("base_sigmas", "sigmas", "delta_squares"),
         "sum (sigma_i(W1) - sigma_i(W0))^2 / ||D||_F^2", "1", "[0, 1]", "Mirsky 1960", 0, ALL,
     ),
     Metric(
-        "intruders", agreement.intruders, ("left_overlap",),
+        "intruders", pair.intruders, ("left_overlap",),
         "top 10 left vectors of W1 whose best match in W0 is below 0.5", "count", "[0, 10]",
         "Shuttleworth et al. 2024", 0, frozenset({"rotation", "permutation"}),
     ),
@@ -273,12 +262,12 @@ SPECTRAL_SHAPE = (
         "count", "[1, M]", "Scott 1992, 6.3", 0, ALL,
     ),
     Metric(
-        "peak_enrichment", enrichment.peak_enrichment, ("delta_energy", "in_base_peak"),
+        "peak_enrichment", pair.peak_enrichment, ("delta_energy", "in_base_peak"),
         "mean ||u0_i^T D||^2 inside the base's spectral peaks over outside", "1", "[0, inf)", "", 0,
         frozenset({"rotation", "permutation"}),
     ),
     Metric(
-        "peak_enrichment_pvalue", enrichment.seeded_pvalue, ("delta_energy", "in_base_peak"),
+        "peak_enrichment_pvalue", pair.seeded_pvalue, ("delta_energy", "in_base_peak"),
         "share of 999 permutations of the labels with an enrichment as large", "1", "(0, 1]", "Phipson & Smyth 2010", 0,
         frozenset({"rotation", "permutation"}),
     ),
@@ -295,11 +284,11 @@ def _constant(chance: Callable[..., float], side: str) -> Callable[[Tensor, tupl
 
 
 def _angle_chance(d: int, count: int, *, k: int) -> float:
-    return subspaces.principal_angle_chance(d, k)[1] if k <= count else torch.nan
+    return pair.principal_angle_chance(d, k)[1] if k <= count else torch.nan
 
 
 def _window_chance(side: str, window: Tensor, size: tuple[int, int]) -> Tensor:
-    return agreement.agreement_window_chance(window, _dimension(side, size))
+    return pair.agreement_window_chance(window, _dimension(side, size))
 
 
 def _agreement_rows(side: str) -> list[Metric]:
@@ -314,12 +303,12 @@ def _agreement_rows(side: str) -> list[Metric]:
         return row(name, _constant(level, side), (overlap, "shape"), f"chance level: {summary}")
 
     shared = [
-        pair
+        both
         for k in (8, 32)
-        for pair in (
+        for both in (
             row(
                 f"subspace_{k}",
-                partial(agreement.subspace, k=k),
+                partial(pair.subspace, k=k),
                 (overlap,),
                 f"||{side} top-{k} overlap||_F^2 / {k}",
             ),
@@ -327,12 +316,12 @@ def _agreement_rows(side: str) -> list[Metric]:
         )
     ]
     return [
-        row("agreement_mean", agreement.mean, (f"{side}_agreement",), f"mean |cos| of matching {who}"),
-        chance("agreement_chance", lambda d, count: agreement.cosine_chance(d), "mean |cos| of random unit vectors"),
-        row("best_match_mean", agreement.mean, (f"{side}_best_match",), f"mean over base {who} of the largest |cos|"),
-        chance("best_match_chance", agreement.best_match_chance, "sqrt(2 ln M / d)"),
+        row("agreement_mean", pair.mean, (f"{side}_agreement",), f"mean |cos| of matching {who}"),
+        chance("agreement_chance", lambda d, count: pair.cosine_chance(d), "mean |cos| of random unit vectors"),
+        row("best_match_mean", pair.mean, (f"{side}_best_match",), f"mean over base {who} of the largest |cos|"),
+        chance("best_match_chance", pair.best_match_chance, "sqrt(2 ln M / d)"),
         *shared,
-        row("agreement_window_mean", agreement.mean, (f"{side}_agreement_window",),
+        row("agreement_window_mean", pair.mean, (f"{side}_agreement_window",),
             f"mean norm of tuned {who} in the span of base ones with sigma within 5%"),
         row("agreement_window_chance", partial(_window_chance, side), ("window", "shape"),
             "chance level: mean sqrt(vectors in the window / d)"),
@@ -347,10 +336,10 @@ def _angle_rows(side: str) -> list[Metric]:
                       frozenset({"rotation", "permutation"}))  # fmt: skip
 
     return [
-        pair
+        both
         for k in (8, 32)
-        for pair in (
-            row(f"angle_{k}", partial(subspaces.mean_principal_angle, k=k), (cosines,),
+        for both in (
+            row(f"angle_{k}", partial(pair.mean_principal_angle, k=k), (cosines,),
                 f"mean principal angle between the {side} top-{k} spaces"),
             row(f"angle_{k}_chance", _constant(partial(_angle_chance, k=k), side), (cosines, "shape"),
                 f"chance level: random spaces of {k} dimensions"),

@@ -9,9 +9,8 @@ from typing import Any
 import plotly.graph_objects as go
 import polars as pl
 
-from diffract.plots.panels import panels
-from diffract.plots.rows import curve, facts
-from diffract.plots.style import CHANCE, COLOURS, caption, figure
+from diffract.plots.choice import curve, facts
+from diffract.plots.style import CHANCE, COLOURS, caption, figure, panels
 
 SIDES = ("left", "right")
 WIDTHS = {"left": 2.5, "right": 1.5}

@@ -3,33 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import plotly.graph_objects as go
 import polars as pl
 
-from diffract.errors import SelectionError
+from diffract.errors import RunError, SelectionError, printable, suggest
 from diffract.plots.agreement import agreement
-from diffract.plots.choice import Choice, base_model, of_projection, pick, pick_matrix, pick_metric, pick_model
-from diffract.plots.connectivity_matrix import connectivity_matrix
-from diffract.plots.density import AXES as DENSITY_AXES
-from diffract.plots.density import density
-from diffract.plots.evolution import AXES as EVOLUTION_AXES
-from diffract.plots.evolution import OVER, evolution
-from diffract.plots.frames import Frames
-from diffract.plots.head_effects import SIGNED, SIZES, head_effects
-from diffract.plots.head_heatmap import head_heatmap
-from diffract.plots.head_maps import SCALES, head_maps
-from diffract.plots.ks_scan import ks_scan
-from diffract.plots.layer_violins import layer_violins
-from diffract.plots.lorenz import lorenz
-from diffract.plots.model_paths import model_paths
-from diffract.plots.model_simplex import model_simplex
-from diffract.plots.rewind_curves import MEASURES, rewind_curves
-from diffract.plots.ridge import ridge
-from diffract.plots.scores import reference_scores
-from diffract.plots.spectrum import spectrum
-from diffract.plots.truncation_curves import truncation_curves
+from diffract.plots.choice import (
+    Choice,
+    Frames,
+    Tabled,
+    base_model,
+    of_projection,
+    pick,
+    pick_matrix,
+    pick_metric,
+    pick_model,
+    read_frames,
+)
+from diffract.plots.heads import (
+    SCALES,
+    SIGNED,
+    SIZES,
+    head_effects,
+    head_heatmap,
+    head_maps,
+    layer_violins,
+    lorenz,
+    reference_scores,
+)
+from diffract.plots.searches import (
+    MEASURES,
+    connectivity_matrix,
+    model_paths,
+    model_simplex,
+    rewind_curves,
+    truncation_curves,
+)
+from diffract.plots.spectra import AXES as DENSITY_AXES
+from diffract.plots.spectra import density, ks_scan, spectrum
+from diffract.plots.training import AXES as EVOLUTION_AXES
+from diffract.plots.training import OVER, evolution, ridge
 
 COMPARE = "diffract compare BASE TUNED -o RUN"
 SCAN_ALL = "diffract scan MODEL --metrics all -o RUN` or `diffract compare BASE TUNED --metrics all -o RUN"
@@ -358,3 +374,70 @@ KINDS: dict[str, Kind] = {
         options=("task",),
     ),
 }
+
+
+def plot(
+    kind: str,
+    run: str | Path | Tabled,
+    *,
+    matrix: str | None = None,
+    model: str | None = None,
+    metric: str | None = None,
+    reference: str | None = None,
+    projection: str | None = None,
+    layer: int | None = None,
+    over: str | None = None,
+    axes: str | None = None,
+    task: str | None = None,
+) -> go.Figure:
+    """Draw a figure of a run; needs no weights and no torch.
+
+    Args:
+        kind: A name of ``diffract.plots.KINDS``.
+        run: A run folder, or a run.
+        matrix: A name in the tables. By default, of the matrices with most singular values the one that changed most.
+        model: A name in the tables; the first tuned one by default, where a figure shows one.
+        metric: A column; ``delta_relative`` or ``effective_rank`` by default.
+        reference: The model that ``scores`` holds the others against; the first by default.
+        projection: Such as ``q`` or ``attn.q``.
+        layer: Whose matrices ``ridge`` pools.
+        over: ``tokens``, ``step`` or ``order``; the first that is known for every checkpoint.
+        axes: Of y and x: ``log-log`` or ``lin-log`` for ``density``, those and ``lin-lin``, ``log-lin`` for
+            ``evolution``.
+        task: Of a search; the first, that decided, by default.
+
+    Raises:
+        SelectionError: A name is not known, or the kind does not take an option.
+        RunError: It is no run folder, or lacks what the figure needs; the message says which command makes it.
+    """
+    choice = Choice(matrix, model, metric, reference, projection, layer, over, axes, task)
+    found = _kind(kind)
+    _refuse_ignored(kind, found, choice)
+    frames = read_frames(run, (*found.tables, *found.further))
+    _check(kind, found, frames)
+    return found.draw(frames, choice)
+
+
+def _kind(name: str) -> Kind:
+    if name not in KINDS:
+        near = suggest(name, KINDS) or f" Known: {', '.join(KINDS)}."
+        raise SelectionError(f"unknown kind of plot {printable(name)!r}.{near}")
+    return KINDS[name]
+
+
+def _refuse_ignored(name: str, kind: Kind, choice: Choice) -> None:
+    for option, value in asdict(choice).items():
+        if value is not None and option not in kind.options:
+            raise SelectionError(f"{name} takes no {option}; it takes {', '.join(kind.options)}.")
+
+
+def _check(name: str, kind: Kind, frames: Frames) -> None:
+    """Say what a run lacks for a figure, and which command makes it."""
+    lacks = [f"{table}.parquet" for table in kind.tables if table not in frames]
+    if not lacks and kind.quantities:
+        has = set(frames["spectra"]["quantity"].unique())
+        lacks = [f"{quantity} in spectra.parquet" for quantity in kind.quantities if quantity not in has]
+    if not lacks and kind.columns and not set(kind.columns) & set(frames[kind.tables[0]].columns):
+        lacks = [f"{' or '.join(kind.columns)} in {kind.tables[0]}.parquet"]
+    if lacks:
+        raise RunError(f"{name} needs {', '.join(lacks)}, which the run does not have. Make one with `{kind.make}`.")

@@ -2,14 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import polars as pl
 
-from diffract.errors import SelectionError, printable, suggest
-from diffract.plots.frames import Frames
-from diffract.plots.rows import part
+from diffract.errors import RunError, SelectionError, printable, suggest
+from diffract.tables import read_manifest
+
+
+def curve(spectra: pl.DataFrame, model: str, name: str, quantity: str) -> list[float]:
+    """Return a quantity along the spectrum of a matrix, an empty list where it is not known; nulls become NaN."""
+    found = spectra.filter(pl.col("model") == model, pl.col("name") == name, pl.col("quantity") == quantity)["values"]
+    return found[0].cast(pl.Float64).fill_null(float("nan")).to_list() if len(found) else []
+
+
+def facts(metrics: pl.DataFrame, model: str, name: str) -> dict[str, Any]:
+    """Return the row of a matrix, empty where there is none."""
+    found = metrics.filter(pl.col("model") == model, pl.col("name") == name)
+    return found.row(0, named=True) if len(found) else {}
+
+
+def part() -> pl.Expr:
+    """What a matrix is within its layer: ``attn.q``, ``mlp.gate``, or ``embed`` where the block is all there is."""
+    whole = pl.col("projection").is_null() | (pl.col("block") == pl.col("projection"))
+    return pl.when(whole).then(pl.col("block")).otherwise(pl.concat_str("block", "projection", separator="."))
+
+
+Frames = Mapping[str, pl.DataFrame]
+
+
+class Tabled(Protocol):
+    """A run in memory: ``diffract.Run``, or another with tables as attributes."""
+
+    @property
+    def models(self) -> pl.DataFrame:
+        """One row per model."""
+        ...
+
+
+def read_frames(run: str | Path | Tabled, names: Sequence[str]) -> dict[str, pl.DataFrame]:
+    """Return those of the named tables that the run has.
+
+    Raises:
+        RunError: It is no run folder, of another layout, or damaged.
+    """
+    if not isinstance(run, str | Path):
+        held = {name: getattr(run, name, None) for name in names}
+        return {name: frame for name, frame in held.items() if isinstance(frame, pl.DataFrame)}
+    folder = Path(run)
+    read_manifest(folder)
+    try:
+        files = {name: folder / f"{name}.parquet" for name in names}
+        return {name: pl.read_parquet(file) for name, file in files.items() if file.is_file()}
+    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        raise RunError(f"run folder {str(folder)!r} is damaged: {error}. Make it again.") from error
+
 
 NO_METRICS = ("resolved",)
 """Columns of numbers that are no metrics."""

@@ -7,9 +7,11 @@ no colour.
 from __future__ import annotations
 
 import html
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from diffract.errors import printable
 
@@ -83,3 +85,124 @@ def dress(made: go.Figure, *, title: str, height: int) -> go.Figure:
         legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.12},
         hoverlabel={"font": {"family": FONT}},
     )
+
+
+OPACITY = 0.15
+
+LEGEND_PX, TITLE_PX = 170, 58
+
+
+def banded(
+    x: Sequence[float],
+    y: Sequence[float],
+    low: Sequence[float],
+    high: Sequence[float],
+    *,
+    name: str,
+    look: dict[str, Any],
+    legend: bool,
+    hover: str,
+) -> list[go.Scatter]:
+    """Return a curve and its band: the way along the lower ends and back along the upper ones.
+
+    Args:
+        x: Ascending.
+        y: Of the curve.
+        low: Lower ends.
+        high: Upper ends.
+        name: Made safe already.
+        look: Colour, dash and width of the line.
+        legend: Whether it is in the legend.
+        hover: What is said of a point, as Plotly has it.
+    """
+    outline: dict[str, Any] = {"x": [*x, *x[::-1]], "y": [*low, *high[::-1]]}
+    fill = {"fill": "toself", "fillcolor": look["color"], "line": {"width": 0}, "mode": "lines", "hoverinfo": "skip"}
+    common: dict[str, Any] = {"legendgroup": name, "name": name}
+    return [
+        go.Scatter(**outline, **fill, opacity=OPACITY, showlegend=False, **common),
+        curve(x, y, name=name, look=look, legend=legend, hover=hover),
+    ]
+
+
+def beside(made: go.Figure) -> go.Figure:
+    """Put the legend of many curves on the right, and leave room for long numbers on the left."""
+    made.update_annotations(xshift=-TITLE_PX, selector={"textangle": -90})
+    return made.update_layout(legend=LEGEND_RIGHT, margin={"l": TITLE_PX + 16, "r": LEGEND_PX})
+
+
+def curve(
+    x: Sequence[float], y: Sequence[float], *, name: str, look: dict[str, Any], legend: bool, hover: str
+) -> go.Scatter:
+    """Return a curve with a mark at each point."""
+    return go.Scatter(
+        x=list(x),
+        y=list(y),
+        name=name,
+        legendgroup=name,
+        showlegend=legend,
+        mode="lines+markers",
+        line=look,
+        marker={"size": 4},
+        hovertemplate=f"{hover}<extra>{name}</extra>",
+    )
+
+
+def level(y: float, *, name: str, look: dict[str, Any], legend: bool, ends: tuple[float, float] = (0, 1)) -> go.Scatter:
+    """Return a horizontal line."""
+    words: dict[str, Any] = {"name": name, "legendgroup": name, "showlegend": legend}
+    return go.Scatter(x=list(ends), y=[y, y], mode="lines", line=look, hoverinfo="skip", **words)
+
+
+WIDEST = 4
+NAME_PX, TITLE_PX, FOOT_PX, GAP_PX = 34, 30, 52, 56
+"""Heights of a panel's name, the figure's title or legend, the x axis, and what lies between two rows."""
+
+
+def panels(
+    titles: Sequence[str],
+    contents: Sequence[Iterable[Any]],
+    *,
+    x: str,
+    y: str,
+    title: str = "",
+    height: int = 240,
+    columns: int = WIDEST,
+    share_y: bool = True,
+    legend: bool = False,
+) -> go.Figure:
+    """Return a figure with a panel for each title, filled by rows.
+
+    Args:
+        titles: One a panel, made safe already.
+        contents: Traces of each panel.
+        x: Title that all x axes share.
+        y: Title that all y axes share.
+        title: Of the figure.
+        height: Of one panel, in pixels.
+        columns: At most.
+        share_y: Give all panels the same y axis.
+        legend: Leave room for one above, as there is for a title.
+    """
+    count = max(1, len(titles))
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    inner = rows * height + (rows - 1) * GAP_PX
+    shared: Any = "all" if share_y else False
+    made = make_subplots(
+        rows,
+        columns,
+        subplot_titles=list(titles),
+        shared_yaxes=shared,
+        x_title=x,
+        y_title=y,
+        horizontal_spacing=0.03 if share_y else 0.07,
+        vertical_spacing=GAP_PX / inner if rows > 1 else 0,
+    )
+    for index, traces in enumerate(contents):
+        made.add_traces(list(traces), rows=index // columns + 1, cols=index % columns + 1)
+    made.update_annotations(font={"size": 12})
+    top = NAME_PX + (TITLE_PX if title or legend else 0)
+    dress(made, title=title, height=inner + top + FOOT_PX)
+    # Just below the upper edge, whatever the number of rows.
+    made.update_layout(legend={"y": 1 + (top - 4) / inner, "yanchor": "top"})
+    return made.update_layout(margin={"t": top, "b": FOOT_PX, "l": 66}).update_xaxes(**AXIS).update_yaxes(**AXIS)

@@ -12,8 +12,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from diffract.errors import printable
-from diffract.report.packing import embed
-from diffract.report.payload import payload
+from diffract.report.payload import embed, payload
 from diffract.report.words import Headline, concentration, headlines
 from diffract.tables import HeadTables, Tables, write_text
 

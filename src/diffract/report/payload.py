@@ -2,19 +2,231 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import math
+from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import plotly.graph_objects as go
 import polars as pl
 
-from diffract.plots.agreement import peak_runs
-from diffract.plots.rows import part
-from diffract.report.densities import densities, left_out
-from diffract.report.domains import domain_part
-from diffract.report.packing import pack, short, thin
-from diffract.report.templates import templates
-from diffract.report.training import bands
+from diffract import densities as laws
+from diffract import plots
+from diffract.plots import spectra as parts_of
+from diffract.plots.agreement import peak_runs, peak_shape
+from diffract.plots.choice import part
+from diffract.plots.heads import Grid, HeadGrids, scale01
+from diffract.plots.spectra import AXIS_TITLES
+from diffract.plots.style import DIVERGING
+from diffract.plots.training import places_of, quartiles, time_column
 from diffract.tables import LABELS, OUTCOME, TIMELINE, HeadTables, Tables
+
+FITTED = {
+    "mp_variance": 1.0,
+    "mp_edge": 2.0,
+    "pl_alpha": 3.0,
+    "tpl_alpha": 3.0,
+    "tpl_rate": 1.0,
+    "exp_rate": 1.0,
+    "ln_mu": 0.0,
+    "ln_sigma": 1.0,
+    **{f"{prefix}_xmin": 1.0 for prefix in ("pl", "tpl", "exp", "ln")},
+    "pl_ks": 0.1,
+    "pl_tail_count": 2.0,
+}
+"""A row for which figures hold everything that they can hold."""
+
+ABOVE = {"y": 1, "yanchor": "bottom"}
+"""A legend between the title and the plot, where the title is long."""
+
+
+@cache
+def templates() -> dict[str, Any]:
+    """Return figures by name as JSON; only their looks are meant."""
+    values = [4.0, 2.0, 1.0]
+    below = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.2, "yanchor": "top"}
+    density = plots.density_lines(values, (3, 3), FITTED, null=values).update_layout(height=410, legend=below)
+    made = {
+        "heatmap": plots.heatmap(z=[], x=[], y=[], title="", metric=""),
+        "spectrum": plots.spectrum_lines({"base": [], "tuned": [], "delta": []}),
+        "agreement": plots.agreement_lines({}, {}).update_layout(margin_t=54, legend=ABOVE),
+        "layers": plots.layer_boxes([], [], [], metric=""),
+        "density": density,
+        "ks": plots.ks_lines(values, [0.2, 0.1, 0.2], FITTED).update_layout(margin_t=54),
+        "band": plots.band_lines(_no_band(), "step", y=""),
+    }
+    return {name: _plain_figure(figure) for name, figure in made.items()} | {
+        "peak": peak_shape(0, 1, 1, named=True),
+        "density_titles": AXIS_TITLES,
+    }
+
+
+def _plain_figure(figure: go.Figure) -> dict[str, Any]:
+    return json.loads(str(figure.to_json()))
+
+
+def _no_band() -> pl.DataFrame:
+    return pl.DataFrame({"step": [], "low": [], "middle": [], "high": []})
+
+
+def embed(value: Any) -> str:
+    """Return JSON that cannot end the script element it stands in, nor break JavaScript."""
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def short(value: float | None) -> float | None:
+    """A number to six digits, which is what a page can show; ``None`` for what is none."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
+
+
+def pack(values: npt.ArrayLike) -> str:
+    """Little-endian float32 in base64."""
+    return base64.b64encode(np.asarray(values, dtype="<f4").tobytes()).decode()
+
+
+def thin(values: Sequence[Any], points: int | None) -> Sequence[Any]:
+    """Return at most ``points`` values, evenly chosen, both ends among them; all if it is ``None``."""
+    if points is None or len(values) <= points:
+        return values
+    return [values[i] for i in np.linspace(0, len(values) - 1, points).round().astype(int)]
+
+
+POINTS = 32
+"""On each law."""
+
+MOST = 5_000
+"""Densities in a page, about 2 kB each."""
+
+NEEDED = ("mp_variance", "pl_xmin", "tpl_xmin", "exp_xmin", "ln_xmin", "null_w1")
+"""A page has densities if the run has one of these columns."""
+
+
+def densities(metrics: pl.DataFrame, spectra: pl.DataFrame) -> list[list[Any]]:
+    """Return (model, matrix, parts), long spectra first, of these the last model's; nothing if no law was fitted."""
+    if not set(NEEDED) & set(metrics.columns):
+        return []
+    return [[model, name, _plain_parts(parts)] for model, name, parts in _parts(metrics, spectra)]
+
+
+def left_out(metrics: pl.DataFrame) -> int:
+    """How many matrices have no density in the page, though they could."""
+    return max(0, len(metrics) - MOST) if set(NEEDED) & set(metrics.columns) else 0
+
+
+def _parts(metrics: pl.DataFrame, spectra: pl.DataFrame) -> Iterator[tuple[str, str, parts_of.Parts]]:
+    sigmas, nulls = (_by_matrix(spectra, quantity) for quantity in ("sigma", "null_sigma"))
+    columns = [c for c in metrics.columns if c.startswith(("mp_", *(f"{prefix}_" for prefix in laws.TAILS)))]
+    places = {name: i for i, name in enumerate(metrics["model"].unique(maintain_order=True))}
+    place = pl.col("model").replace_strict(places, return_dtype=pl.Int32)
+    longest = metrics.sort(pl.min_horizontal("rows", "cols"), place, descending=True, maintain_order=True).head(MOST)
+    for row in longest.select("model", "name", "rows", "cols", *columns).iter_rows(named=True):
+        key, shape = (row["model"], row["name"]), (row["rows"], row["cols"])
+        if key in sigmas:
+            values, null = (np.square(found.get(key, [])) / max(shape) for found in (sigmas, nulls))
+            yield *key, parts_of.density_parts(values, shape, row, null=null, points=POINTS)
+
+
+def _by_matrix(spectra: pl.DataFrame, quantity: str) -> dict[tuple[str, str], Any]:
+    rows = spectra.filter(pl.col("quantity") == quantity)
+    return {
+        (model, name): np.array(values, float) for model, name, values in rows.select("model", "name", "values").rows()
+    }
+
+
+def _plain_parts(parts: parts_of.Parts) -> dict[str, Any]:
+    histograms = {"bars": parts.spectrum, "null": parts.null}
+    return {
+        "total": parts.total,
+        "zeros": parts.zeros,
+        **{name: _bars(bars) for name, bars in histograms.items() if bars is not None},
+        "laws": {name: pack(np.concatenate(curve)) for name, curve in parts.laws.items()},
+    }
+
+
+def _bars(bars: parts_of.Bars) -> list[Any]:
+    """Ends of the edges, which are evenly spaced in ln lambda, and the share in each bin."""
+    return [float(bars.edges[0]), float(bars.edges[-1]), pack(bars.shares)]
+
+
+CURVE_POINTS = 257
+"""On each Lorenz curve."""
+
+
+def domain_part(tables: Tables | HeadTables) -> dict[str, Any] | None:
+    """Return figures of heads and domains; ``None`` where the run compares nothing, or has no heads."""
+    if isinstance(tables, HeadTables):
+        return _part(tables.heads, tables.domains)
+    if tables.manifest["kind"] != "compare":
+        return None
+    heads = plots.heads_of(tables.metrics)
+    return _part(heads, plots.domains_of(heads)) if len(heads) else None
+
+
+def _part(heads: pl.DataFrame, domains: pl.DataFrame) -> dict[str, Any]:
+    found = plots.head_grids(heads, "head_delta")
+    figures = {"maps": plots.head_maps(heads), "lorenz": _lorenz(heads)}
+    if len(domains):
+        figures |= {c: plots.domain_matrix(domains, c) for c in ("spearman", "cosine") if c in domains.columns}
+    return {
+        "figures": {name: json.loads(str(made.to_json())) for name, made in figures.items()},
+        "names": list(found.grids),
+        "score": json.loads(str(_empty_score(found).to_json())),
+        "scaled": [[[short(v) for v in row] for row in scale01(grid)] for grid in found.grids.values()],
+        "chance": _chance(domains),
+    }
+
+
+def _lorenz(heads: pl.DataFrame) -> go.Figure:
+    """As wide as its place, and with no more points than can be seen."""
+    made = plots.lorenz(heads)
+    made.for_each_trace(lambda t: t.update(x=thin(t["x"], CURVE_POINTS), y=thin(t["y"], CURVE_POINTS)))
+    made.update_xaxes(constrain=None).update_yaxes(scaleanchor=None, constrain=None)
+    return made.update_layout(width=None, height=340, title_text="How concentrated the change is")
+
+
+def _empty_score(found: HeadGrids) -> go.Figure:
+    """The figure of one score, with its axes and no values; a score is in [-1, 1]."""
+    blank: Grid = [[None] * len(found.heads) for _ in found.layers]
+    made = plots.heat_panels({"": blank}, found.layers, found.heads, scale="score", colours=DIVERGING)
+    made.update_layout(title_text="Reference-domain score")
+    return made.update_layout(height=340, coloraxis={"cmin": -1, "cmax": 1, "cmid": 0})
+
+
+def _chance(domains: pl.DataFrame) -> float | None:
+    """The widest of the pairs' standard deviations."""
+    return max(domains["cosine_chance"].to_list(), default=None) if "cosine_chance" in domains.columns else None
+
+
+BAND = ("low", "middle", "high")
+
+
+def bands(metrics: pl.DataFrame, names: list[str]) -> dict[str, Any]:
+    """Return median and quartiles of each metric, part and checkpoint.
+
+    Args:
+        metrics: The metrics table of a trajectory, with all its checkpoints.
+        names: Of metrics.
+    """
+    over = time_column(metrics)
+    ordered = metrics.sort("order", maintain_order=True)
+    found = {}
+    for name in names:
+        known = quartiles(ordered.filter(pl.col(name).is_not_null()), name, over)
+        parts = known.partition_by("part", as_dict=True, maintain_order=True)
+        found[name] = {str(part): _band(rows, over) for (part,), rows in parts.items()}
+    return {"over": over, "parts": places_of(metrics)["part"].to_list(), "bands": found}
+
+
+def _band(rows: pl.DataFrame, over: str) -> dict[str, list[Any]]:
+    return {"times": rows[over].to_list()} | {name: [short(v) for v in rows[name].to_list()] for name in BAND}
+
 
 CURVE_BUDGET = 4_000_000
 """Numbers in all curves together; beyond it every curve is thinned evenly."""

@@ -5,21 +5,191 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from diffract.errors import SelectionError, printable
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+
+from diffract.edits.settings import Interpolate, Merge
+from diffract.errors import RunError, SelectionError, printable
 from diffract.evaluate import Task, summarise
-from diffract.search.barrier import barrier, stacked
-from diffract.search.curves import Sketch
-from diffract.search.measure import Rows, planned
-from diffract.search.mixing import BASE, Mixer, simplex_weights
-from diffract.search.plan import Estimate, Plan, parse_budget
+from diffract.search.plan import Estimate, Plan, Sketch, State, parse_budget
 from diffract.search.scorer import RESAMPLES, TUNED, Progress, Scorer
-from diffract.search.setup import How, Model, Stage, described, in_memory, manifest, of_same_vocabulary, set_up
+from diffract.search.stage import (
+    How,
+    Model,
+    Rows,
+    Stage,
+    described,
+    finish,
+    in_memory,
+    manifest,
+    of_same_vocabulary,
+    planned,
+    set_up,
+    working,
+)
 from diffract.search.tables import ITEMS, PAIRS, PATHS, SIMPLEX, ConnectTables
-from diffract.search.work import finish, working
 from diffract.tables import frame
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """A barrier on a path of K places.
+
+    Attributes:
+        gap: (K,) how much worse than the line between the ends each place is.
+        gap_low: (K,) lower end of its interval.
+        gap_high: (K,) upper end.
+        height: The largest gap, at least 0: at both ends it is 0.
+        low: Lower end of its interval.
+        high: Upper end.
+        where: The number of the place with the largest gap.
+    """
+
+    gap: Floats
+    gap_low: Floats
+    gap_high: Floats
+    height: float
+    low: float
+    high: float
+    where: int
+
+
+def barrier(
+    values: Floats, weights: Floats, at: Sequence[float], *, better: str, seed: int = 0, resamples: int = 2000,
+    level: float = 0.95,
+) -> Barrier:  # fmt: skip
+    """Return the barrier max over a of (linear interpolation of the ends' quality - quality), positive where it is bad.
+
+    Quality at place k is q_k = sum_i values_ki / sum_i weights_i; of bits, where lower is better, the sign is the
+    opposite. The interval is that of the paired percentile bootstrap: items are drawn with replacement, for all places
+    the same, and the maximum is taken anew in each draw. A maximum of noisy numbers is more often too high than too
+    low, the more so the more places there are; so is the interval. That errs on the side of no connection.
+
+    Args:
+        values: (K, items), one row per place.
+        weights: (items,).
+        at: K places from 0 to 1, ascending, both ends among them.
+        better: ``higher`` or ``lower``.
+        seed: Of the draws.
+        resamples: How many draws.
+        level: Of the intervals.
+
+    Source: Frankle et al. 2020 (the barrier as the highest rise above the line between the ends).
+    """
+    places = np.asarray(at, float)
+    count = values.shape[1]
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples).astype(float)
+    found = gaps(values.sum(1) / weights.sum(), places, better)
+    draws = gaps((drawn @ values.T) / (drawn @ weights)[:, None], places, better)
+    tails = [(1 - level) / 2, (1 + level) / 2]
+    gap_low, gap_high = np.quantile(draws, tails, axis=0)
+    low, high = np.quantile(draws.max(1), tails)
+    where = int(found.argmax())
+    return Barrier(found, gap_low, gap_high, float(found[where]), float(low), float(high), where)
+
+
+def gaps(quality: Floats, at: Floats, better: str) -> Floats:
+    """Return how much worse than the line between the ends each place is, along the last axis."""
+    line = (1 - at) * quality[..., :1] + at * quality[..., -1:]
+    found = line - quality if better == "higher" else quality - line
+    found[..., [0, -1]] = 0.0  # exactly
+    return found
+
+
+def stacked(frames: Sequence[pl.DataFrame], task: Task) -> tuple[Floats, Floats]:
+    """Return the values of several states as rows over the same items, and the items' weights.
+
+    Raises:
+        RunError: They have other items.
+    """
+    own = [frame.filter(pl.col("task") == task.name).sort("item") for frame in frames]
+    if any(not frame["item"].equals(own[0]["item"]) for frame in own):
+        raise RunError(f"task {printable(task.name)!r}: states were scored on different items. Evaluate them again.")
+    return np.stack([frame["value"].to_numpy() for frame in own]), own[0]["weight"].to_numpy()
+
+
+BASE = "base"
+"""What the base is called among the models."""
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """Makes states of the base.
+
+    Attributes:
+        models: The others by name, in memory.
+        base: The base, in memory, as it is.
+        scale: What mixed changes are multiplied with.
+    """
+
+    models: Mapping[str, torch.nn.Module]
+    base: torch.nn.Module
+    scale: float = 1.0
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Return all pairs, those of tuned models first."""
+        return [*combinations(self.models, 2), *((BASE, name) for name in self.models)]
+
+    def between(self, a: str, b: str, at: float) -> State:
+        """Return (1 - at) a + at b."""
+        if at == 0:
+            return self.alone(a)
+        if at == 1:
+            return self.alone(b)
+        start = () if a == BASE else (Interpolate(other=self.models[a], at=1),)
+        steps = (*start, Interpolate(other=self.models[b], at=at))
+        return State(_key({a: 1 - at, b: at}, 1.0), steps)
+
+    def alone(self, name: str) -> State:
+        """Return one model."""
+        if name == BASE:
+            return TUNED
+        return State(_key({name: 1.0}, 1.0), (Interpolate(other=self.models[name], at=1),))
+
+    def mixed(self, weights: Mapping[str, float]) -> State:
+        """Return base + scale * sum of w_i (model_i - base); for scale 1 that is the mean by weights that sum to 1."""
+        present = {name: weight for name, weight in weights.items() if weight > 0}
+        if self.scale == 1 and len(present) == 1:
+            return self.alone(next(iter(present)))
+        if self.scale == 1 and len(present) == 2:
+            (a, _), (b, at) = present.items()
+            return self.between(a, b, at)
+        step = Merge(
+            models={name: self.models[name] for name in present},
+            base=self.base,
+            called=BASE,
+            weights={BASE: 0.0, **present},
+            scale=self.scale,
+        )
+        return State(_key(present, self.scale), (step,))
+
+
+def simplex_weights(names: tuple[str, ...], grid: int) -> list[dict[str, float]]:
+    """Return all weights k / grid of three models that sum to 1.
+
+    >>> len(simplex_weights(("a", "b", "c"), 2))
+    6
+    """
+    a, b, c = names
+    return [
+        {a: i / grid, b: j / grid, c: (grid - i - j) / grid}
+        for i in range(grid, -1, -1)
+        for j in range(grid - i, -1, -1)
+    ]
+
+
+def _key(weights: Mapping[str, float], scale: float) -> tuple[object, ...]:
+    """Name a mixture; decimals that differ in their last bits are one."""
+    return scale, tuple(sorted((name, round(weight, 9)) for name, weight in weights.items()))
+
 
 TOLERANCE = 0.01
 """Of the barrier, in the unit of the task."""

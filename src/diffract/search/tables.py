@@ -82,7 +82,7 @@ cheaper orders go by: ``magnitude`` is ||W1 - W0||_F of the head, ``reference`` 
 further tasks follow as ``effect_TASK``.
 """
 
-ORDERS: dict[str, Any] = {"order": pl.String, "spearman": pl.Float64, "heads": pl.Int32}
+ORDER_ROWS: dict[str, Any] = {"order": pl.String, "spearman": pl.Float64, "heads": pl.Int32}
 """Columns of ``orders``: rank correlation with ``effect`` over heads, signed so that 1 is the order of greedy."""
 
 _CHOSEN: dict[str, Any] = {
@@ -240,7 +240,7 @@ class RewindTables(RunTables):
     SCHEMAS = {  # noqa: RUF012
         "points": ON_CURVE | QUALITY,
         "effects": EFFECTS,
-        "orders": ORDERS,
+        "orders": ORDER_ROWS,
         "choice": CHOICE,
         "items": ITEMS,
     }

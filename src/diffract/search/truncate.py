@@ -3,23 +3,247 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
-from diffract.search.change import matrix_changes_of
-from diffract.search.choice import Which
-from diffract.search.curves import Sketch, State, parse_fractions
-from diffract.search.measure import build, measure
-from diffract.search.plan import SPLITS, Estimate, Plan
-from diffract.search.running import Asked, Found, run_search
-from diffract.search.scorer import Progress, Scorer
-from diffract.search.setup import How, Model, Stage
+from diffract.edits.bench import Bench, Other
+from diffract.edits.draft import place_of
+from diffract.edits.operations.dare import seeded
+from diffract.edits.operations.rules import kept, random_order
+from diffract.edits.operations.truncate import change_sigmas
+from diffract.edits.planning import flat
+from diffract.edits.settings import Interpolate, Merge, Settings, Truncate
+from diffract.engine import single_threaded
+from diffract.errors import SelectionError, printable, suggest
+from diffract.search.plan import SPLITS, Estimate, Plan, Point, Sketch, State, parse_fractions
+from diffract.search.run import Asked, Found, run_search
+from diffract.search.scorer import TUNED, Progress, Scorer, Which
+from diffract.search.stage import How, Model, Stage, build, measure
 from diffract.search.tables import ITEMS, ON_TRUNCATION, QUALITY, TRUNCATION_CHOICE, TruncateTables
-from diffract.search.truncating import SINGLE, Truncater, TruncationRule, parse_rules, truncation_sketches
 from diffract.tables import frame
+
+PLACE_BYTES = 4
+"""Where a single entry is in its matrix."""
+
+
+@dataclass(frozen=True)
+class MatrixChange:
+    """The change of one matrix.
+
+    Attributes:
+        name: Of the matrix.
+        shape: Of it.
+        sigmas: Singular values of D, descending.
+        entry_bytes: Of one stored entry.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    sigmas: Tensor
+    entry_bytes: int
+
+    @property
+    def energy(self) -> float:
+        """||D||_F^2."""
+        return float(self.sigmas.square().sum())
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all of D."""
+        return self.entry_bytes * prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of the change of all matrices.
+
+    Attributes:
+        directions: Singular directions; ``None`` for entries by chance.
+        energy: Share of sum ||D||_F^2, in [0, 1]; of entries by chance its expectation.
+        bytes: Share of what all of D takes.
+    """
+
+    directions: int | None
+    energy: float
+    bytes: float
+
+
+def matrix_changes_of(bench: Bench, base: Other) -> list[MatrixChange]:
+    """Return the change of every matrix of the model; vectors have none."""
+    found = []
+    with single_threaded():
+        for m in bench.matrices(None, heads=False):
+            info = bench.checkpoint.info(m.tensor)
+            place = place_of(m, info.shape)
+            tuned = bench.checkpoint.read(m.tensor)[place]
+            sigmas = change_sigmas(flat(tuned), flat(base.read(m.tensor, place)))
+            shape = tuple(flat(tuned).shape)
+            found.append(MatrixChange(m.name, (shape[0], shape[1]), sigmas.cpu(), tuned.element_size()))
+    return found
+
+
+def kept_by(step: Truncate, changes: Sequence[MatrixChange]) -> Kept:
+    """Return what a truncation keeps; 1 and 1 of a change that is zero."""
+    directions, energy, size = 0, 0.0, 0.0
+    for change in changes:
+        order = random_order(change.sigmas, seeded(step.seed, change.name)) if step.side == "random" else None
+        chosen = kept(change.sigmas, change.shape, step.criterion(), order)
+        sigmas = change.sigmas if order is None else change.sigmas[order]
+        count = chosen.stop - chosen.start
+        directions += count
+        energy += float(sigmas[chosen].square().sum())
+        size += min(change.entry_bytes * count * sum(change.shape), change.size_bytes)
+    whole = sum(change.energy for change in changes)
+    return Kept(directions, min(1.0, energy / whole) if whole else 1.0, size / total_bytes(changes))
+
+
+def kept_by_chance(share: float, changes: Sequence[MatrixChange]) -> Kept:
+    """Return what is kept where each entry is with this probability."""
+    size = sum(min(share * c.size_bytes * (1 + PLACE_BYTES / c.entry_bytes), c.size_bytes) for c in changes)
+    return Kept(None, share, size / total_bytes(changes))
+
+
+def share_for_bytes(size: float, changes: Sequence[MatrixChange]) -> float:
+    """Return which share of entries, stored one by one, takes this share of bytes; all where all bytes may be used."""
+    if size >= 1:
+        return 1.0
+    each = sum(c.size_bytes * (1 + PLACE_BYTES / c.entry_bytes) for c in changes)
+    return size * total_bytes(changes) / each
+
+
+def total_bytes(changes: Sequence[MatrixChange]) -> int:
+    """Return what all of D takes."""
+    return sum(change.size_bytes for change in changes)
+
+
+TruncationRule = Literal[
+    "drop",
+    "energy",
+    "donoho-gavish",
+    "mp-edge",
+    "tail",
+    "random",
+    "random-energy",
+    "dare-energy",
+    "dare-bytes",
+]
+RULES: tuple[TruncationRule, ...] = get_args(TruncationRule)
+
+SINGLE: tuple[TruncationRule, ...] = ("donoho-gavish", "mp-edge")
+"""Rules without a number: one state each."""
+
+BY_CHANCE: tuple[TruncationRule, ...] = ("random", "random-energy", "dare-energy", "dare-bytes")
+CONTROLS: tuple[TruncationRule, ...] = ("tail", *BY_CHANCE)
+
+ALL_MATRICES = "*"
+"""A selection: every matrix, and no vector."""
+
+
+def parse_rules(given: str | Sequence[str] | None) -> tuple[TruncationRule, ...]:
+    """Read names of rules, separated by commas; all for nothing.
+
+    Raises:
+        SelectionError: One is unknown.
+    """
+    words = RULES if given is None else given.split(",") if isinstance(given, str) else given
+    wanted = [word.strip() for word in words if word.strip()]
+    for word in wanted:
+        if word not in RULES:
+            near = suggest(word, RULES) or f" Known: {', '.join(RULES)}."
+            raise SelectionError(f"unknown rule {printable(word)!r}.{near}")
+    if not wanted:
+        raise SelectionError(f"expected rules, got none. Known: {', '.join(RULES)}.")
+    return tuple(rule for rule in RULES if rule in wanted)
+
+
+def truncation_sketches(rules: Sequence[TruncationRule], seeds: int, at: tuple[float, ...]) -> list[Sketch]:
+    """Return the curves of rules; those by chance once for each seed."""
+    return [
+        Sketch(
+            {"rule": rule, "seed": seed},
+            (0.0, 1.0) if rule in SINGLE else at,
+            control=rule in CONTROLS,
+            group="points of controls" if rule in CONTROLS else "points of curves",
+        )
+        for rule in rules
+        for seed in range(seeds if rule in BY_CHANCE else 1)
+    ]
+
+
+@dataclass(frozen=True)
+class Truncater:
+    """Makes states of a tuned model.
+
+    Attributes:
+        base: What it was tuned from, in memory.
+        changes: Of its matrices.
+    """
+
+    base: torch.nn.Module
+    changes: Sequence[MatrixChange]
+
+    def whole(self) -> State:
+        """Return the base itself, vectors included."""
+        return State("base", (Interpolate(other=self.base, at=1),))
+
+    def point(self, sketch: Sketch, at: float) -> Point:
+        """Return a point of a curve."""
+        step, found, drop = self._made(sketch.labels["rule"], at, sketch.labels["seed"])
+        labels = {**sketch.labels, "fraction": at, **asdict(found), "drop": drop}
+        return Point(at, _state(step, found), labels)
+
+    def _made(self, rule: TruncationRule, at: float, seed: int) -> tuple[Settings, Kept, float | None]:
+        """Return the step, what it keeps, and DARE's probability.
+
+        Controls keep as many directions, as much energy or as many bytes as ``drop`` does at this fraction; of single
+        rules the one state is at 1.
+        """
+        if rule in SINGLE and at == 1:
+            return self._truncation(Truncate(base=self.base, rule=rule))  # pyright: ignore[reportArgumentType]
+        plain = Truncate(base=self.base, drop=at)
+        if at in (0, 1) or rule in ("drop", "random"):
+            chance: dict[str, Any] = {"side": "random", "seed": seed} if rule == "random" and 0 < at < 1 else {}
+            return self._truncation(plain.model_copy(update=chance))
+        if rule == "tail":
+            return self._truncation(Truncate(base=self.base, band=(at, 1.0)))
+        if rule == "energy":
+            return self._truncation(Truncate(base=self.base, energy=1 - at))
+        like = kept_by(plain, self.changes)
+        if rule == "random-energy":
+            share = min(1.0, max(like.energy, 1e-12))
+            return self._truncation(Truncate(base=self.base, energy=share, side="random", seed=seed))
+        share = like.energy if rule == "dare-energy" else share_for_bytes(like.bytes, self.changes)
+        return self._dare(share, seed)
+
+    def _truncation(self, step: Truncate) -> tuple[Settings, Kept, None]:
+        return step, kept_by(step, self.changes), None
+
+    def _dare(self, share: float, seed: int) -> tuple[Settings, Kept, float]:
+        """Keep entries of D by chance, enlarged by 1 / share; all matrices, no vectors, as a truncation does."""
+        drop = min(1 - share, 1 - 1e-9)
+        step = Merge(
+            models={"base": self.base},
+            base=self.base,
+            method="dare",
+            weights={"base": 0.0},
+            drop=drop,
+            seed=seed,
+            select=ALL_MATRICES,
+        )
+        return step, kept_by_chance(share, self.changes), drop
+
+
+def _state(step: Settings, found: Kept) -> State:
+    """Name a state by its settings; all and nothing are the same whatever the rule."""
+    if found.energy == 1 and isinstance(step, Truncate) and step.drop == 0:
+        return TUNED
+    told = {name: getattr(step, name) for name in step.model_fields_set if name not in ("base", "models")}
+    return State((step.name, str(sorted(told.items()))), (step,))
 
 
 def search_truncate(

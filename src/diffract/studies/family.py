@@ -14,10 +14,10 @@ from typing import Any
 import yaml
 
 from diffract.errors import RunError, printable
-from diffract.folders import write_text
-from diffract.studies.settings import StudyRecipe
+from diffract.store import write_text
+from diffract.studies.recipe import StudyRecipe
+from diffract.train.recipe import load_train_recipe
 from diffract.train.records import read_run
-from diffract.train.settings import load_train_recipe
 
 Say = Callable[[str], None]
 

@@ -6,22 +6,78 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 import yaml
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
 
 from diffract._version import __version__
-from diffract.cache import cache_key
+from diffract.corpora import HUB, STANDARD_LIBRARY, WORD_PROBLEMS
 from diffract.errors import RecipeError, RunError, printable
-from diffract.folders import write_text
 from diffract.settings import read_recipe, validated
+from diffract.store import cache_key, write_text
 from diffract.studies.family import Family, Job, Say, continual_jobs, make_family, pretraining_jobs
-from diffract.studies.finding import Finding, load_finding, save_finding
-from diffract.studies.report import write_report
-from diffract.studies.settings import StudyRecipe
-from diffract.train.settings import TrainRecipe
+from diffract.studies.finding import Finding, Number, load_finding, plain_figure, save_finding
+from diffract.studies.recipe import StudyRecipe
+from diffract.train.recipe import TrainRecipe
+
+BADGES = {"holds": "yes", "does not hold": "no", "cannot tell": "open"}
+"""Verdicts by the class that colours them."""
+
+
+def write_report(recipe: StudyRecipe, family: Family, findings: list[Finding], path: Path) -> Path:
+    """Write the report; it appears whole or not at all, and needs no network.
+
+    Raises:
+        RunError: It cannot be written.
+    """
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters |= {"printable": printable, "value": value, "interval": interval}
+    text = environment.from_string(_resource("diffract.studies", "study.html.j2")).render(
+        recipe=recipe,
+        family=family,
+        findings=findings,
+        badges=BADGES,
+        version=__version__,
+        css=Markup(_resource("diffract.report", "report.css") + _resource("diffract.studies", "study.css")),
+        plotly=Markup(get_plotlyjs()),
+        figures=Markup(_embedded(findings)),
+    )
+    return write_text(path, text)
+
+
+def value(number: float | None) -> str:
+    """Return a number for people.
+
+    >>> value(0.123456), value(None), value(12345.6)
+    ('0.1235', '-', '1.235e+04')
+    """
+    return "-" if number is None else f"{number:.4g}"
+
+
+def interval(number: Number) -> str:
+    """Return the interval of a number, or nothing."""
+    return "" if number.low is None or number.high is None else f"{number.low:.3g} to {number.high:.3g}"
+
+
+def _embedded(findings: list[Finding]) -> str:
+    """Return all figures as JSON that is safe within a script element."""
+    plain: dict[str, Any] = {
+        f"{finding.name}-{index}": plain_figure(made)
+        for finding in findings
+        for index, (_, made) in enumerate(finding.figures)
+    }
+    return json.dumps(plain).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def _resource(package: str, name: str) -> str:
+    return (files(package) / name).read_text(encoding="utf-8")
+
 
 FORMAT = 1
 MANIFEST, NUMBERS, REPORT, FINDINGS_FOLDER = "manifest.json", "numbers.json", "report.html", "findings"
@@ -157,3 +213,63 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A study that was not run.
+
+    Attributes:
+        recipe: What is asked.
+        jobs: Its training runs.
+        tokens: That they train on, together.
+        models: Checkpoints that would be scored in every task.
+        missing: Files and folders of text that are not there.
+        remote: References that need a network.
+    """
+
+    recipe: StudyRecipe
+    jobs: list[Job]
+    tokens: int
+    models: int
+    missing: list[str]
+    remote: list[str]
+
+
+def preview(recipe: str | Path, output: str | Path, *, data: str | Path | None = None) -> Preview:
+    """Validate a study and everything that it would train, and say what it would do.
+
+    Raises:
+        RecipeError: The recipe, or one of the training recipes in it, is wrong.
+    """
+    asked = load_study(recipe)
+    where = asked.data_folder(Path(recipe), data)
+    jobs = check_jobs(asked, Path(output), where)
+    sources = sorted(set(_sources(asked, jobs)))
+    return Preview(
+        asked,
+        jobs,
+        sum(job.recipe["tokens"] for job in jobs),
+        len(asked.pretraining.tokens) + len(asked.pretraining.chosen) * len(asked.continual.domains),
+        [printable(s) for s in sources if not s.startswith(HUB) and not _is_there(s, where)],
+        [printable(s) for s in [*sources, *(asked.pretraining.given or {}).values()] if _is_remote(s)],
+    )
+
+
+def _sources(recipe: StudyRecipe, jobs: list[Job]) -> Iterator[str]:
+    for job in jobs:
+        for part in job.recipe["mix"].values():
+            yield from part["sources"]
+    for spec in (*recipe.quality.tasks.values(), *recipe.quality.further):
+        if "=" in spec:
+            yield from spec.partition("=")[2].split("+")
+
+
+def _is_there(source: str, data: Path | None) -> bool:
+    if source.partition(":")[0] in (STANDARD_LIBRARY, WORD_PROBLEMS):
+        return True
+    return Path(source).exists() or (data is not None and (data / source).exists())
+
+
+def _is_remote(ref: str) -> bool:
+    return ref.startswith(HUB) or ("/" in ref and not Path(ref).exists() and "@" in ref)

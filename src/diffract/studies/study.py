@@ -12,15 +12,13 @@ from typing import Any
 import polars as pl
 import torch
 
-from diffract.cache import Cache
 from diffract.checkpoints import TensorWriter, open_checkpoint
 from diffract.corpora import Split
 from diffract.evaluate import Evaluator, Task, load_subject, load_tasks, paired, summarise
-from diffract.folders import whole_folder
+from diffract.store import Cache, whole_folder
 from diffract.studies.family import FAMILY, Family, Say
-from diffract.studies.finding import Number
-from diffract.studies.settings import StudyRecipe
-from diffract.studies.verdicts import shown
+from diffract.studies.finding import Number, shown
+from diffract.studies.recipe import StudyRecipe
 
 NOISE = "noise"
 """The control of a tuned model: its base with changes of the same norms in random directions."""

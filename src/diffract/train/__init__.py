@@ -7,16 +7,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffract.train.preview import TrainPreview, preview_training
+    from diffract.train.loop import TrainPreview, preview_training, train
+    from diffract.train.recipe import TrainRecipe, load_train_recipe
     from diffract.train.records import TrainRun
-    from diffract.train.run import train
-    from diffract.train.settings import TrainRecipe, load_train_recipe
 
 _PLACES = {
-    **dict.fromkeys(("TrainPreview", "preview_training"), "preview"),
+    **dict.fromkeys(("TrainPreview", "preview_training"), "loop"),
     "TrainRun": "records",
-    "train": "run",
-    **dict.fromkeys(("TrainRecipe", "load_train_recipe"), "settings"),
+    "train": "loop",
+    **dict.fromkeys(("TrainRecipe", "load_train_recipe"), "recipe"),
 }
 
 __all__ = ["TrainPreview", "TrainRecipe", "TrainRun", "load_train_recipe", "preview_training", "train"]

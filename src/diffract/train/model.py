@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from diffract.checkpoints import open_checkpoint
-from diffract.checkpoints.dtypes import TORCH_DTYPES
+from diffract.checkpoints.header import TORCH_DTYPES
 from diffract.errors import RecipeError, printable, suggest
-from diffract.train.references import hub_parts
-from diffract.train.settings import TrainRecipe
+from diffract.train.recipe import TrainRecipe, hub_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import platform
-from collections.abc import Iterator, Mapping
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
 
 import blake3
+import torch
+from torch import Tensor
 
 from diffract._version import __version__
-from diffract.errors import RecipeError, RunError, printable
-from diffract.folders import whole_file, write_text
-from diffract.train.settings import TrainRecipe
+from diffract.errors import DiffractError, RecipeError, RunError, printable
+from diffract.store import whole_file, write_text
+from diffract.train.recipe import TrainRecipe
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 
 MANIFEST, LOG, CHECKPOINTS, STATES = "manifest.json", "log.jsonl", "checkpoints", "state"
 """What lies in the folder of a run."""
@@ -134,3 +145,160 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
             yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
     elif old != new:
         yield f"{printable(path)} is {printable(json.dumps(old))} there, {printable(json.dumps(new))} here"
+
+
+PROGRESS = "progress.json"
+
+_STATE = re.compile(r"step(\d+)", re.ASCII)
+
+
+def last_state(folder: Path) -> tuple[int, Path] | None:
+    """Return the step and the folder of a run's last whole state."""
+    found = {int(m[1]): p for p in (folder / STATES).glob("step*") if (m := _STATE.fullmatch(p.name))}
+    return (max(found), found[max(found)]) if found else None
+
+
+def save_state(accelerator: Accelerator, folder: Path, step: int, content: dict[str, Any]) -> Path:
+    """Write the state after a step; all processes do so together.
+
+    Args:
+        accelerator: Whose state it is.
+        folder: Of the run.
+        step: How many steps are done.
+        content: Plain values that belong to it.
+    """
+    path = folder / STATES / f"step{step:09d}"
+    draft = path.with_suffix(".tmp")
+    if accelerator.is_main_process:
+        shutil.rmtree(draft, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(str(draft), safe_serialization=False)  # tied weights stay tied
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (draft / PROGRESS).write_text(json.dumps(content), encoding="utf-8")
+            draft.replace(path)
+            _remove_others(path)
+    except OSError as error:
+        raise RunError(f"cannot write {printable(path)!r}: {error.strerror or error}. Make room.") from error
+    return path
+
+
+def load_state(accelerator: Accelerator, path: Path) -> dict[str, Any]:
+    """Take up a state, and return the plain values that belong to it.
+
+    Raises:
+        RunError: It cannot be read.
+    """
+    try:
+        content = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
+        accelerator.load_state(str(path))
+    except (OSError, ValueError, RuntimeError, KeyError, UnpicklingError) as error:
+        raise RunError(
+            f"the state in {printable(path)!r} cannot be taken up: {printable(error)}. Remove it to begin anew."
+        ) from error
+    return content
+
+
+def _remove_others(path: Path) -> None:
+    for other in path.parent.iterdir():
+        if other != path:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+Progress = Callable[[float, float, str], None]
+"""``progress(done, total, what)``, in tokens."""
+
+STEPS_AT_ONCE = 10
+"""Steps whose losses a device keeps before they are asked for: each time the processor waits for it."""
+
+
+class Journal:
+    """Collects losses where they are computed, and writes them together.
+
+    Args:
+        accelerator: Of the run.
+        recipe: Its settings.
+        folder: Of the run.
+        step: From which it goes on; what the log says of later ones is dropped.
+        seconds: How long it took up to there.
+        progress: Is told how far it is.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        recipe: TrainRecipe,
+        folder: Path,
+        *,
+        step: int,
+        seconds: float,
+        progress: Progress | None,
+    ) -> None:
+        self._accelerator, self._recipe, self._folder, self._progress = accelerator, recipe, folder, progress
+        self._waiting: list[tuple[int, float, Tensor, Tensor]] = []
+        self._at_once = 1 if accelerator.device.type == "cpu" else STEPS_AT_ONCE
+        self._begun = time.perf_counter() - seconds
+        if accelerator.is_main_process:
+            cut_log(folder / LOG, step)
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has taken, earlier parts included."""
+        return time.perf_counter() - self._begun
+
+    def note(self, step: int, rate: float, loss: Tensor, norm: Tensor) -> None:
+        """Take down a step, counted from 1: this process's part of the loss, and the norm of the gradient."""
+        self._waiting.append((step, rate, loss, norm))
+        if len(self._waiting) >= self._at_once:
+            self.write()
+
+    def write(self) -> None:
+        """Write what waits.
+
+        Raises:
+            DiffractError: A loss or a gradient is no number; the steps before are written.
+        """
+        if not self._waiting:
+            return
+        losses = torch.stack([loss for _, _, loss, _ in self._waiting]).float()
+        norms = torch.stack([norm for *_, norm in self._waiting]).float()
+        shown = zip(self._accelerator.reduce(losses, "sum").tolist(), norms.tolist(), strict=True)  # pyright: ignore[reportAttributeAccessIssue] (a tensor stays one)
+        taken, self._waiting = self._waiting, []
+        lines = []
+        for (step, rate, *_), (loss, norm) in zip(taken, shown, strict=True):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                self._append(lines)
+                self._stop(step, loss, norm)
+            lines.append(self._line(step, rate, loss, norm))
+        self._append(lines)
+
+    def _line(self, step: int, rate: float, loss: float, norm: float) -> dict[str, float]:
+        tokens = step * self._recipe.batch_tokens
+        return {
+            "step": step,
+            "tokens": tokens,
+            "loss": loss,
+            "rate": rate,
+            "grad_norm": norm,
+            "seconds": round(self.seconds, 3),
+        }
+
+    def _append(self, lines: list[dict[str, float]]) -> None:
+        if not lines or not self._accelerator.is_main_process:
+            return
+        with (self._folder / LOG).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+        for line in lines if self._recipe.log else []:
+            self._accelerator.log({k: v for k, v in line.items() if k != "step"}, step=int(line["step"]))
+        if self._progress:
+            total = self._recipe.steps * self._recipe.batch_tokens
+            self._progress(lines[-1]["tokens"], total, f"loss {lines[-1]['loss']:.3f}")
+
+    def _stop(self, step: int, loss: float, norm: float) -> None:
+        good = last_state(self._folder)
+        kept = f"The last good state is {str(good[1])!r}" if good else "There is no earlier state"
+        raise DiffractError(
+            f"step {step} ({step * self._recipe.batch_tokens:,} tokens): loss {loss}, gradient norm {norm}. Training "
+            f"has diverged. {kept}. Lower optimizer.rate, lengthen schedule.warmup, or lower optimizer.clip."
+        )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from diffract.edits.operations.rules import Rule
 from diffract.edits.operations.truncate import Truncated, change_sigmas, truncate
-from diffract.linalg import products
+from diffract.linalg import blas as products
 
 EPSILON = float(torch.finfo(torch.float64).eps)
 

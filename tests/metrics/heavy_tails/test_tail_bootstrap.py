@@ -10,10 +10,8 @@ from tail_samples import batch, sample
 
 from diffract.errors import SelectionError
 from diffract.metrics.heavy_tails import PValue, p_value, power_law
-from diffract.metrics.heavy_tails.bootstrap import _draw
-from diffract.metrics.heavy_tails.families import LAWS, law_of
-from diffract.metrics.heavy_tails.order import order
-from diffract.metrics.heavy_tails.search import fit_tails
+from diffract.metrics.heavy_tails.fit import fit_tails, order
+from diffract.metrics.heavy_tails.significance import LAWS, _draw, law_of
 
 FAMILIES = sorted(LAWS)
 

@@ -17,9 +17,8 @@ from diffract.metrics.heavy_tails import (
     power_law_scan,
     truncated_power_law,
 )
-from diffract.metrics.heavy_tails.families import LAWS
-from diffract.metrics.heavy_tails.order import order
-from diffract.metrics.heavy_tails.search import fit_candidates
+from diffract.metrics.heavy_tails.fit import fit_candidates, order
+from diffract.metrics.heavy_tails.significance import LAWS
 
 VALUES = batch(*(sample(kind, n, 4) for kind in KINDS for n in (60, 30)), np.ones(9), np.full(3, np.nan))
 

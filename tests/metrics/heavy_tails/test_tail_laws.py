@@ -12,11 +12,9 @@ from scipy import integrate, special, stats
 from tail_samples import KINDS, batch, brute_power_law, distance, sample
 
 from diffract.metrics.heavy_tails import exponential, log_normal, power_law, truncated_power_law
-from diffract.metrics.heavy_tails.cutoff import moments
-from diffract.metrics.heavy_tails.families import LAWS
-from diffract.metrics.heavy_tails.hazard import excess
-from diffract.metrics.heavy_tails.order import order
-from diffract.metrics.heavy_tails.search import fit_candidates, fit_tails, search
+from diffract.metrics.heavy_tails.fit import fit_candidates, fit_tails, order, search
+from diffract.metrics.heavy_tails.significance import LAWS
+from diffract.metrics.heavy_tails.special import excess, moments
 from diffract.metrics.heavy_tails.truncated_power_law import _start
 
 
@@ -252,7 +250,7 @@ def test_looking_at_long_rows_in_part_first_changes_no_result(
     assert ordered.thinned(64, 1.03).values.shape[1] < 200
     candidates = fit_candidates(ordered, law)
     found = search(candidates, two_sided=two_sided)
-    monkeypatch.setattr("diffract.metrics.heavy_tails.search.LONG", 10**9)
+    monkeypatch.setattr("diffract.metrics.heavy_tails.fit.LONG", 10**9)
     full = search(candidates, two_sided=two_sided)
     assert found.xmin.isfinite().tolist() == [True] * len(rows) + [False]
     assert torch.equal(found.xmin[:-1], full.xmin[:-1])

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from tail_samples import KINDS, batch, brute_power_law, sample
 
 from diffract.metrics.heavy_tails import PowerLaw, exponential, log_normal, power_law, truncated_power_law
-from diffract.metrics.heavy_tails.law import Law
-from diffract.metrics.heavy_tails.search import fit_tails
+from diffract.metrics.heavy_tails.fit import Law, fit_tails
 
 EXACT = 1e-11
 """Relative: sums of at most 200 logarithms in another order, and alpha times a hundred eps in an exponent."""

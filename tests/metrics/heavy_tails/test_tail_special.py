@@ -7,8 +7,7 @@ import mpmath as mp
 import pytest
 import torch
 
-from diffract.metrics.heavy_tails.cutoff import mills, moments
-from diffract.metrics.heavy_tails.hazard import excess, log_hazard, survival_ratio
+from diffract.metrics.heavy_tails.special import excess, log_hazard, mills, moments, survival_ratio
 
 mp.mp.dps = 40
 

@@ -9,7 +9,7 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from diffract.linalg import Sums, gram_vectors, lapack
-from diffract.linalg.products import product
+from diffract.linalg.blas import product
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from diffract.edits.operations.directions import Directions, decomposed, energy_
 from diffract.edits.operations.precision import exact, require_same_shape, widened, wider, work_dtype
 from diffract.edits.operations.rules import Rule, kept, random_order
 from diffract.linalg import takes_gram
-from diffract.linalg.entries import Buffer
-from diffract.linalg.products import add_grams, pieces, product, short_first, short_side
+from diffract.linalg.blas import Buffer, add_grams, pieces, product, short_first, short_side
 from diffract.linalg.spectrum import GRAM_RESOLVES, gram_eigen
 
 

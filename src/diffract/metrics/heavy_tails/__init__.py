@@ -4,14 +4,23 @@ Everything takes values (b, n), float64, one spectrum per row in any order, and 
 that are not finite or not above zero do not count; a row with nothing to fit gives NaN.
 """
 
-from diffract.metrics.heavy_tails.bootstrap import PValue, p_value
-from diffract.metrics.heavy_tails.comparison import Comparison, Comparisons, compare_laws, compare_tails
 from diffract.metrics.heavy_tails.exponential import Exponential, exponential
-from diffract.metrics.heavy_tails.families import Family
 from diffract.metrics.heavy_tails.log_normal import LogNormal, log_normal
 from diffract.metrics.heavy_tails.power_law import PowerLaw, power_law, power_law_scan
-from diffract.metrics.heavy_tails.summaries import alpha_hat, log10_alpha_norm
-from diffract.metrics.heavy_tails.tail_warnings import TailWarning, describe_warning, tail_warning
+from diffract.metrics.heavy_tails.significance import (
+    Comparison,
+    Comparisons,
+    Family,
+    PValue,
+    TailWarning,
+    alpha_hat,
+    compare_laws,
+    compare_tails,
+    describe_warning,
+    log10_alpha_norm,
+    p_value,
+    tail_warning,
+)
 from diffract.metrics.heavy_tails.truncated_power_law import TruncatedPowerLaw, truncated_power_law
 
 __all__ = [

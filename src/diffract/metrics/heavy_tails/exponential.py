@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from jaxtyping import Float64
 from torch import Tensor
 
-from diffract.metrics.heavy_tails.law import Law, OfPoints, Parameters
-from diffract.metrics.heavy_tails.order import Tails
-from diffract.metrics.heavy_tails.search import Fitted, fit_tails
+from diffract.metrics.heavy_tails.fit import Fitted, Law, OfPoints, Parameters, Tails, fit_tails
 
 PerMatrix = Float64[Tensor, "b"]
 

@@ -7,9 +7,17 @@ from dataclasses import dataclass
 from jaxtyping import Float64
 from torch import Tensor
 
-from diffract.metrics.heavy_tails.law import Law, OfPoints, Parameters
-from diffract.metrics.heavy_tails.order import Tails, order
-from diffract.metrics.heavy_tails.search import Fitted, fit_candidates, fit_tails, scan_distances
+from diffract.metrics.heavy_tails.fit import (
+    Fitted,
+    Law,
+    OfPoints,
+    Parameters,
+    Tails,
+    fit_candidates,
+    fit_tails,
+    order,
+    scan_distances,
+)
 
 PerMatrix = Float64[Tensor, "b"]
 

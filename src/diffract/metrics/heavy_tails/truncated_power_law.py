@@ -13,10 +13,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from diffract.metrics.heavy_tails.cutoff import FALL, mills, moments
-from diffract.metrics.heavy_tails.law import Law, OfPoints, Parameters
-from diffract.metrics.heavy_tails.order import Tails
-from diffract.metrics.heavy_tails.search import Fitted, fit_tails
+from diffract.metrics.heavy_tails.fit import Fitted, Law, OfPoints, Parameters, Tails, fit_tails
+from diffract.metrics.heavy_tails.special import FALL, mills, moments
 
 PerMatrix = Float64[Tensor, "b"]
 PerTail = Float64[Tensor, "t"]

@@ -11,7 +11,7 @@ from diffract.studies.findings.rewind import rewind
 from diffract.studies.findings.tracking import tracking
 from diffract.studies.findings.truncation import truncation
 from diffract.studies.findings.vectors import vectors
-from diffract.studies.settings import Name
+from diffract.studies.recipe import Name
 from diffract.studies.study import Study
 
 FINDINGS: dict[Name, Callable[[Study], Finding]] = {

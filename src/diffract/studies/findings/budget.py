@@ -7,10 +7,9 @@ from dataclasses import replace
 import plotly.graph_objects as go
 import polars as pl
 
-from diffract.plots.curves import curves
-from diffract.studies.finding import Finding, Number
+from diffract.plots.searches import curves
+from diffract.studies.finding import Finding, Number, better
 from diffract.studies.study import Study
-from diffract.studies.verdicts import better
 
 
 def budget(study: Study) -> Finding:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 
-from diffract.plots.connectivity_matrix import connectivity_matrix
-from diffract.plots.curves import curves
-from diffract.plots.model_paths import model_paths
+from diffract.plots.searches import connectivity_matrix, curves, model_paths
 from diffract.search import connect
 from diffract.search.tables import ConnectTables
-from diffract.studies.finding import Finding, Number, Verdict
+from diffract.studies.finding import Finding, Number, Verdict, rank_correlation, shown
 from diffract.studies.study import Study
-from diffract.studies.verdicts import rank_correlation, shown
 
 BASE = "base"
 """What paths from the base are called; the claim is about domains."""

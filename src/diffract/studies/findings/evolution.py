@@ -5,10 +5,9 @@ from __future__ import annotations
 import polars as pl
 
 from diffract.api import trajectory
-from diffract.plots.evolution import evolution as draw
-from diffract.studies.finding import Finding, Number
+from diffract.plots.training import evolution as draw
+from diffract.studies.finding import Finding, Number, better, median, shown
 from diffract.studies.study import Study
-from diffract.studies.verdicts import better, median, shown
 
 METRICS = (
     "effective_rank",

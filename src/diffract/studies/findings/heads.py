@@ -9,11 +9,9 @@ import polars as pl
 from scipy import stats
 
 from diffract.heterogeneity import heads as measure
-from diffract.plots.head_maps import head_maps
-from diffract.plots.lorenz import lorenz
-from diffract.studies.finding import Finding, Number
+from diffract.plots.heads import head_maps, lorenz
+from diffract.studies.finding import RESAMPLES, Finding, Number, better
 from diffract.studies.study import NOISE, Study
-from diffract.studies.verdicts import RESAMPLES, better
 
 
 def heads(study: Study) -> Finding:

@@ -6,13 +6,12 @@ from typing import Any
 
 import polars as pl
 
-from diffract.plots.head_effects import head_effects
-from diffract.plots.rewind_curves import rewind_curves
+from diffract.plots.heads import head_effects
+from diffract.plots.searches import rewind_curves
 from diffract.search import search_rewind
 from diffract.search.tables import RewindTables
-from diffract.studies.finding import Finding, Number
+from diffract.studies.finding import Finding, Number, better
 from diffract.studies.study import Study
-from diffract.studies.verdicts import better
 
 SAID = ("greedy", "reference")
 """The orders that the claim is about."""

@@ -10,10 +10,9 @@ import polars as pl
 
 from diffract.api import trajectory
 from diffract.evaluate import holm
-from diffract.plots.curves import curves
-from diffract.studies.finding import Finding, Number, Verdict
+from diffract.plots.searches import curves
+from diffract.studies.finding import FEWEST, Finding, Number, Verdict, rank_correlation, rank_pvalue, shown
 from diffract.studies.study import Study
-from diffract.studies.verdicts import FEWEST, rank_correlation, rank_pvalue, shown
 
 DEGREE = 3
 """Of the polynomial in log tokens that is taken out of metric and loss."""

@@ -6,12 +6,11 @@ from typing import Any
 
 import polars as pl
 
-from diffract.plots.truncation_curves import truncation_curves
+from diffract.plots.searches import truncation_curves
 from diffract.search import search_truncate
 from diffract.search.tables import TruncateTables
-from diffract.studies.finding import Finding, Number
+from diffract.studies.finding import Finding, Number, better
 from diffract.studies.study import Study
-from diffract.studies.verdicts import better
 
 HALF = 0.5
 """Of the directions are dropped by the claim."""

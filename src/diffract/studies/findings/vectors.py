@@ -6,10 +6,9 @@ import plotly.graph_objects as go
 import polars as pl
 
 from diffract.api import compare
-from diffract.plots.curves import curves
-from diffract.studies.finding import Finding, Number
+from diffract.plots.searches import curves
+from diffract.studies.finding import Finding, Number, better, median, shown
 from diffract.studies.study import NOISE, Study
-from diffract.studies.verdicts import better, median, shown
 
 METRICS = (
     "delta_frobenius", "delta_relative", "value_share", "value_share_chance", "spectral_shift_share",

@@ -1,0 +1,570 @@
+"""Which slices of which tensors make heads, and whether base and tuned checkpoints have the same ones."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import combinations, permutations
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from diffract import tables
+from diffract.analysis.held import Held
+from diffract.analysis.pairing import adapter_notes, base_adapters, pair
+from diffract.analysis.scan import ENGINES, Options, Progress, choose, choose_device, open_all
+from diffract.analysis.tables import (
+    PER_KV_HEAD,
+    PER_QUERY_HEAD,
+    PROJECTIONS,
+    Member,
+    describe,
+    head_sums,
+    model_row,
+    query_heads,
+    status_warnings,
+    tensor_table,
+)
+from diffract.analysis.work import cut_factors, factor_digest
+from diffract.checkpoints import Checkpoint, Factors, Reference, TensorInfo
+from diffract.engine import run_tasks
+from diffract.errors import CheckpointError, SelectionError, printable
+from diffract.linalg import LowRank, change_grams
+from diffract.matrices import Layout, Matrix, batches, cut, restrict
+from diffract.matrices.layout import KEEP_BYTES, PIECE_BYTES
+from diffract.metrics.concentration import (
+    delta_cosine,
+    delta_cosine_chance,
+    gini,
+    lorenz,
+    reference_score,
+    spearman,
+    split_domains,
+    top_share,
+)
+from diffract.metrics.pair import cosine_chance
+from diffract.store import Cache, cache_folder, cache_key
+from diffract.tables import MODELS, HeadTables, frame
+
+BLOCK_ENTRIES = 1 << 22
+"""Entries read at once of each checkpoint's tensor where it is too large to be kept."""
+
+VERSION = 1
+"""Raised when the numbers change."""
+
+
+@dataclass(frozen=True)
+class HeadTask:
+    """The slices of one tensor.
+
+    Attributes:
+        info: The tensor as the base stores it.
+        matrices: Its slices.
+        tuned: Which checkpoints have changed it.
+    """
+
+    info: TensorInfo
+    matrices: tuple[Matrix, ...]
+    tuned: tuple[int, ...]
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Memory that it needs at most, about."""
+        piece = min(PIECE_BYTES, 8 * max(m.entries for m in self.matrices))
+        return (1 + len(self.tuned)) * (min(self.info.size_bytes, KEEP_BYTES) + piece)
+
+    @property
+    def cost(self) -> float:
+        """Entries that are read."""
+        return float(self.info.entries * (1 + len(self.tuned)))
+
+
+@dataclass(frozen=True)
+class HeadWorker:
+    """Does tasks.
+
+    Attributes:
+        checkpoints: Base first.
+        adapters: Which of them are adapters over that very base, so that their factors are the change.
+        device: Where.
+        cache: Results that are known already.
+    """
+
+    checkpoints: Sequence[Checkpoint]
+    adapters: frozenset[int]
+    device: torch.device
+    cache: Cache | None
+
+    def __call__(self, task: HeadTask) -> np.ndarray:
+        """Return the inner products (slices, k, k) of W0 and the k - 1 changes of each slice."""
+        base = Held(self.checkpoints[0], task.info.name)
+        changed = [self._open(i, task.info.name) for i in task.tuned]
+        key = self._key(task, base, changed) if self.cache else ""
+        known = self.cache.get(key) if self.cache else None
+        if known is not None:
+            return known["grams"].to_numpy().reshape(len(known), 1 + len(changed), 1 + len(changed))
+        grams = _slice_grams(task, base, changed, self.device).cpu().numpy()
+        if self.cache:
+            flat = grams.reshape(len(grams), -1)
+            self.cache.put(key, pl.DataFrame({"grams": pl.Series(flat, dtype=pl.Array(pl.Float64, flat.shape[1]))}))
+        return grams
+
+    def _open(self, model: int, name: str) -> Held | Factors:
+        """A checkpoint's tensor; of an adapter the change as factors, which are never multiplied out."""
+        checkpoint = self.checkpoints[model]
+        if model in self.adapters and name in checkpoint.factors:
+            return checkpoint.factors[name]()
+        return Held(checkpoint, name)
+
+    def _key(self, task: HeadTask, base: Held, changed: Sequence[Held | Factors]) -> str:
+        content = [factor_digest(one) if isinstance(one, Factors) else one.digest() for one in changed]
+        slices = [m.slice_key for m in task.matrices]
+        return cache_key("heads", VERSION, base.digest(), content, slices, self.device.type)
+
+
+def _slice_grams(task: HeadTask, base: Held, changed: Sequence[Held | Factors], device: torch.device) -> Tensor:
+    """Sum the inner products over blocks of rows; each stored row is read once."""
+    size = 1 + len(changed)
+    total = torch.zeros(len(task.matrices), size, size, dtype=torch.float64, device=device)
+    for start, stop in _spans(task.info):
+        rows = base.rows(start, stop).to(device)
+        others = [
+            Factors(one.B[start:stop].to(device), one.A.to(device))
+            if isinstance(one, Factors)
+            else one.rows(start, stop).to(device)
+            for one in changed
+        ]
+        places, parts = _inside(task, start, stop)
+        for batch in batches(parts):
+            here, places = places[: len(batch)], places[len(batch) :]
+            total[here] += change_grams(cut(rows, batch), [_cut(one, batch) for one in others])
+    return total
+
+
+def _spans(info: TensorInfo) -> Iterator[tuple[int, int]]:
+    rows, cols = info.shape
+    step = rows if info.size_bytes <= KEEP_BYTES else max(1, BLOCK_ENTRIES // cols)
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def _inside(task: HeadTask, start: int, stop: int) -> tuple[list[int], list[Matrix]]:
+    """What of each slice lies in a block of stored rows, counted from the block's first; and which slices these are."""
+    places, parts = [], []
+    for place, m in enumerate(task.matrices):
+        first, last = m.rows or (0, task.info.shape[0])
+        first, last = max(first, start) - start, min(last, stop) - start
+        if first < last:
+            width = m.shape[0] if m.transposed else m.shape[1]
+            shape = (width, last - first) if m.transposed else (last - first, width)
+            places.append(place)
+            parts.append(replace(m, rows=(first, last), shape=shape))
+    return places, parts
+
+
+def _cut(one: Tensor | Factors, batch: Sequence[Matrix]) -> Tensor | LowRank:
+    return cut_factors(one, batch) if isinstance(one, Factors) else cut(one, batch)
+
+
+@dataclass(frozen=True)
+class Slices:
+    """What the pass over the checkpoints found; S slices, D domains.
+
+    Attributes:
+        heads: All query heads, as of ``query_heads``.
+        labels: One row per slice, in file order: layer, block, projection, head, kv_head, entries.
+        grams: (S, 1 + D, 1 + D), inner products of W0 and the changes; NaN where the domain lacks the slice.
+        absent: (S, D), whether it does.
+    """
+
+    heads: pl.DataFrame
+    labels: pl.DataFrame
+    grams: np.ndarray
+    absent: np.ndarray
+
+
+@dataclass(frozen=True)
+class Grams:
+    """The same in groups of slices, n of them: query heads, or the slices themselves.
+
+    Attributes:
+        entries: (n,), of all slices of the group together.
+        base: (n,), ||W0||^2.
+        changes: (n, D, D), <D_a, D_b>; NaN where one of them is unknown or not finite.
+        absent: (n, D), whether the domain lacks a slice of the group.
+    """
+
+    entries: np.ndarray
+    base: np.ndarray
+    changes: np.ndarray
+    absent: np.ndarray
+
+    @property
+    def squares(self) -> np.ndarray:
+        """(n, D), ||D_a||^2."""
+        return np.diagonal(self.changes, axis1=1, axis2=2)
+
+
+def slice_grams(slices: Slices) -> Grams:
+    """Return the slices as they are, each once."""
+    grams = np.where(np.isfinite(slices.grams), slices.grams, np.nan)
+    return Grams(slices.labels["entries"].to_numpy(), grams[:, 0, 0], grams[:, 1:, 1:], slices.absent)
+
+
+def head_grams(slices: Slices) -> Grams:
+    """Return the sums over each query head's slices; those of a shared key-value head count for each of its heads."""
+    single = slice_grams(slices)
+    count = single.changes.shape[1]
+    upper = np.triu_indices(count)
+    columns = {"entries": single.entries, "base": single.base}
+    columns |= {f"gram.{i}": values for i, values in enumerate(single.changes[:, *upper].T)}
+    columns |= {f"absent.{i}": values.astype(np.int64) for i, values in enumerate(single.absent.T)}
+    sums = head_sums(slices.heads, slices.labels.drop("entries").with_columns(**columns), list(columns))
+    changes = np.full((sums.height, count, count), np.nan)
+    changes[:, *upper] = sums.select(f"gram.{i}" for i in range(len(upper[0]))).to_numpy()
+    changes = np.triu(changes) + np.triu(changes, 1).transpose(0, 2, 1)
+    absent = sums.select(f"absent.{i}" for i in range(count)).to_numpy() > 0
+    return Grams(sums["entries"].to_numpy(), sums["base"].to_numpy(), changes, absent)
+
+
+def choose_projections(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the projections that are meant, each once.
+
+    Raises:
+        SelectionError: There are none, or one is unknown.
+    """
+    for name in names:
+        if name not in PROJECTIONS:
+            near = name.rpartition(".")[2][:1].lower()
+            hint = f" Did you mean {near!r}?" if near in PROJECTIONS else ""
+            known = ", ".join(PROJECTIONS)
+            raise SelectionError(f"unknown projection {printable(name)!r}, expected some of: {known}.{hint}")
+    if not names:
+        raise SelectionError(f"no projection is named. Name some of: {', '.join(PROJECTIONS)}.")
+    return tuple(p for p in PROJECTIONS if p in names)
+
+
+def is_slice(matrix: Matrix, projections: Sequence[str] = PROJECTIONS) -> bool:
+    """Whether a matrix is one head's part of an attention projection."""
+    own = matrix.projection in PER_QUERY_HEAD and matrix.head is not None
+    shared = matrix.projection in PER_KV_HEAD and matrix.kv_head is not None
+    return matrix.projection in projections and matrix.index is None and (own or shared)
+
+
+def pair_heads(
+    opened: Sequence[Layout], wanted: Sequence[str], *, allow_unmatched: bool
+) -> tuple[list[Layout], list[HeadTask]]:
+    """Pair the attention slices of a base and its tuned checkpoints.
+
+    Args:
+        opened: The base's layout, then the others'.
+        wanted: Which projections count.
+        allow_unmatched: Whether attention tensors may be without a partner.
+
+    Returns:
+        The layouts, of which other matrices are left out, and the tasks.
+
+    Raises:
+        CheckpointError: There are no slices, or not all have a partner and that is not allowed.
+    """
+    base = restrict(opened[0], lambda m: is_slice(m, wanted))
+    if not base.matrices:
+        where, note = printable(base.checkpoint.reference), opened[0].architecture.note
+        raise CheckpointError(
+            f"{where}: no {', '.join(wanted)} that is cut into heads. {note or 'Choose other projections.'}"
+        )
+    ours = {name for name, entry in base.entries.items() if entry.matrices}
+    # a tuned checkpoint may lack the configuration that tells its heads: names are enough, as in a comparison
+    children = [restrict(child, lambda m: m.tensor in ours or is_slice(m, wanted)) for child in opened[1:]]
+    layouts, tasks = pair(base, children, allow_unmatched=allow_unmatched)
+    paired = [t for t in tasks if t.model == 0 and t.tuned]
+    return layouts, [HeadTask(base.entries[t.tensor].info, t.matrices, t.tuned) for t in paired]
+
+
+def uncut_notes(base: Layout, wanted: Sequence[str]) -> list[str]:
+    """Say which projections a block does not cut into heads, as they do not count then."""
+    blocks = dict.fromkeys(m.block for m in base.matrices)
+    found = {block: {m.projection for m in base.matrices if m.block == block} for block in blocks}
+    return [
+        f"{block}: {', '.join(lost)} not cut into heads in this model; head_delta is over the rest."
+        for block, parts in found.items()
+        if (lost := [p for p in wanted if p not in parts])
+    ]
+
+
+def head_table(names: Sequence[str], places: pl.DataFrame, heads: Grams) -> pl.DataFrame:
+    """Return one row per domain and head; ``tables.HEADS`` says what the columns mean."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        relative = np.sqrt(heads.squares / heads.base[:, None])
+    split = split_domains(heads.changes)
+    agnostic = _agnostic_share(heads.changes)
+    frames = []
+    for i, name in enumerate(names):
+        squares = heads.squares[:, i]
+        numbers = {
+            "status": _status(squares, heads.absent[:, i]),
+            "entries": heads.entries,
+            "head_delta": np.sqrt(squares),
+            "head_delta_relative": np.where(np.isfinite(relative[:, i]), relative[:, i], np.nan),
+            "rank": _ranks(squares),
+            "change_share": _shares(squares),
+            "shared_cosine": split.cosine[:, i],
+            "shared_share": split.share[:, i],
+            "specific_delta": np.sqrt(np.maximum(split.specific_squares[:, i], 0.0)),
+            "agnostic_share": agnostic,
+        }
+        frames.append(places.with_columns(model=pl.lit(name), **{k: pl.Series(v) for k, v in numbers.items()}))
+    return _shaped(frames, tables.HEADS)
+
+
+def domain_table(names: Sequence[str], heads: Grams, slices: Grams) -> pl.DataFrame:
+    """Return one row per pair of domains: over what is known of both."""
+    rows = []
+    for a, b in combinations(range(len(names)), 2):
+        known = np.isfinite(slices.changes[:, a, b])
+        total = slices.changes[known][:, [[a, a], [b, b]], [[a, b], [a, b]]].sum(0)
+        both = np.isfinite(heads.changes[:, a, b])
+        entries = int(slices.entries[known].sum())
+        rows.append({
+            "a": names[a],
+            "b": names[b],
+            "heads": int(both.sum()),
+            "entries": entries,
+            "spearman": spearman(heads.squares[both, a], heads.squares[both, b]),
+            "cosine": float(delta_cosine(total)[0, 1]),
+            "cosine_chance": delta_cosine_chance(entries) if entries else math.nan,
+            "cosine_chance_abs": cosine_chance(entries) if entries else math.nan,
+        })  # fmt: skip
+    return _without_nan(pl.DataFrame(rows, schema=tables.DOMAINS, orient="row"))
+
+
+def cosine_table(names: Sequence[str], places: pl.DataFrame, heads: Grams) -> pl.DataFrame:
+    """Return one row per pair of domains and head."""
+    cosines = delta_cosine(heads.changes)
+    chance = [delta_cosine_chance(int(n)) if n else math.nan for n in heads.entries]
+    frames = [
+        places.with_columns(
+            a=pl.lit(names[a]),
+            b=pl.lit(names[b]),
+            cosine=pl.Series(cosines[:, a, b]),
+            cosine_chance=pl.Series(chance, dtype=pl.Float64),
+        )
+        for a, b in combinations(range(len(names)), 2)
+    ]
+    return _shaped(frames, tables.HEAD_COSINES)
+
+
+def score_table(names: Sequence[str], places: pl.DataFrame, heads: Grams) -> pl.DataFrame:
+    """Return the reference-domain score of every head, for every ordered pair of domains."""
+    deltas = np.sqrt(heads.squares)
+    frames = [
+        places.with_columns(
+            domain=pl.lit(names[a]),
+            reference=pl.lit(names[b]),
+            score=pl.Series(reference_score(deltas[:, a], deltas[:, b])),
+        )
+        for a, b in permutations(range(len(names)), 2)
+    ]
+    return _shaped(frames, tables.SCORES)
+
+
+def lorenz_table(names: Sequence[str], heads: Grams) -> pl.DataFrame:
+    """Return the points of each domain's Lorenz curve of ||D||_F^2 over heads."""
+    frames = []
+    for i, name in enumerate(names):
+        x, y = lorenz(_known(heads.squares[:, i]))
+        frames.append(pl.DataFrame({"heads_share": x, "change_share": y}).with_columns(model=pl.lit(name)))
+    return _shaped(frames, tables.LORENZ)
+
+
+def domain_numbers(heads: Grams, slices: Grams) -> list[dict[str, float | None]]:
+    """Return the numbers of each domain as a whole; of slices, each once, where a head's are not meant."""
+    all_known = np.isfinite(slices.changes).all((1, 2))
+    whole = slices.changes[all_known].sum(0)
+    split = split_domains(whole)
+    rows = []
+    for i in range(len(whole)):
+        known = np.isfinite(slices.squares[:, i])
+        moved, before = slices.squares[known, i].sum(), slices.base[known].sum()
+        squares = _known(heads.squares[:, i])
+        share, chance = top_share(squares)
+        numbers = {
+            "attention_delta": math.sqrt(moved) if known.any() else math.nan,
+            "attention_delta_relative": math.sqrt(moved / before) if before else math.nan,
+            "head_top10_share": share,
+            "head_top10_share_chance": chance,
+            "head_gini": gini(squares),
+            "shared_cosine": float(split.cosine[i]),
+            "shared_share": float(split.share[i]),
+            "agnostic_share": float(_agnostic_share(whole)),
+        }
+        rows.append({name: None if math.isnan(value) else float(value) for name, value in numbers.items()})
+    return rows
+
+
+def _agnostic_share(changes: np.ndarray) -> np.ndarray:
+    """Mean of <D_a, D_b> over a != b by the mean of ||D_a||^2."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return split_domains(changes).shared_squares / np.diagonal(changes, axis1=-2, axis2=-1).mean(-1)
+
+
+def _known(values: np.ndarray) -> np.ndarray:
+    return values[np.isfinite(values)]
+
+
+def _status(squares: np.ndarray, absent: np.ndarray) -> list[str]:
+    return [
+        "unpaired" if a else "ok" if math.isfinite(s) else "non_finite" for s, a in zip(squares, absent, strict=True)
+    ]
+
+
+def _ranks(squares: np.ndarray) -> pl.Series:
+    """1 for the largest; equal values share the better rank."""
+    return pl.Series(squares).fill_nan(None).rank("min", descending=True)
+
+
+def _shares(squares: np.ndarray) -> np.ndarray:
+    total = _known(squares).sum()
+    return squares / total if total else np.full_like(squares, np.nan)
+
+
+def _shaped(frames: Sequence[pl.DataFrame], schema: dict[str, Any]) -> pl.DataFrame:
+    """One table with the columns of a schema; what is no number becomes null."""
+    if not frames:
+        return pl.DataFrame(schema=schema)
+    return _without_nan(pl.concat(frames).select(pl.col(name).cast(dtype) for name, dtype in schema.items()))
+
+
+def _without_nan(table: pl.DataFrame) -> pl.DataFrame:
+    return table.with_columns(pl.selectors.float().fill_nan(None))
+
+
+GLOSSARY: dict[str, dict[str, Any]] = {
+    name: {"summary": summary, "unit": unit, "range": span, "source": source, "version": 1}
+    for name, summary, unit, span, source in (
+        ("head_delta", "||D||_F over the head's slices, D = W1 - W0", "weight", "[0, inf)", ""),
+        ("head_delta_relative", "||D||_F / ||W0||_F over the head's slices", "ratio", "[0, inf)", ""),
+        ("change_share", "the head's part of the sum of ||D||_F^2 over heads", "share", "[0, 1]", ""),
+        ("head_gini", "Gini coefficient of ||D||_F^2 over heads", "ratio", "[0, 1)", "Gini 1912"),
+        ("head_top10_share", "what the most changed tenth of heads has of the sum of ||D||_F^2", "share", "[0, 1]", ""),
+        ("shared_cosine", "cosine of D and the mean D of the other domains", "cosine", "[-1, 1]", ""),
+        ("shared_share", "shared_cosine^2: the domain-agnostic part of ||D||_F^2", "share", "[0, 1]", ""),
+        ("agnostic_share", "mean <D_a, D_b> over a != b by mean ||D_a||_F^2", "share", "[-1, 1]", ""),
+        ("spearman", "rank correlation of head_delta over heads", "correlation", "[-1, 1]", "Spearman 1904"),
+        ("cosine", "cosine of the changes of two domains", "cosine", "[-1, 1]", ""),
+        ("score", "scale01(head_delta of the domain) - scale01(that of the reference)", "difference", "[-1, 1]", ""),
+    )
+}
+
+
+def analyse_heads(
+    references: Sequence[Reference],
+    options: Options,
+    *,
+    projections: Sequence[str] = PROJECTIONS,
+    allow_unmatched: bool = False,
+) -> HeadTables:
+    """Find out which heads change between a base and its tuned checkpoints.
+
+    Args:
+        references: The base, then one tuned checkpoint per domain; text may begin with ``name=``.
+        options: How; metrics, selection, vectors and method do not apply.
+        projections: Which slices of a head count.
+        allow_unmatched: Whether attention tensors may be without a partner.
+
+    Raises:
+        DiffractError: The input is wrong; the message says what, where, and what to do.
+    """
+    begun = time.monotonic()
+    wanted = choose_projections(projections)
+    choose("engine", options.engine, ENGINES)
+    device = choose_device(options.device)
+    with ExitStack() as stack:
+        names, opened = open_all(references, options, stack)
+        layouts, tasks = pair_heads(opened, wanted, allow_unmatched=allow_unmatched)
+        cache = stack.enter_context(Cache(cache_folder())) if options.cache else None
+        worker = HeadWorker([layout.checkpoint for layout in layouts], base_adapters(layouts), device, cache)
+        found = _run(tasks, worker, options.progress)
+        slices = _slices(opened[0], layouts, found)
+        roles = ["base", *["tuned"] * (len(layouts) - 1)]
+        members = [Member(*m) for m in zip(names, roles, layouts, strict=True)]
+        settings = {
+            "projections": list(wanted),
+            "engine": options.engine,
+            "architecture": str(options.architecture) if options.architecture else None,
+            "device": device.type,
+        }
+        notes = uncut_notes(layouts[0], wanted) + adapter_notes(names, layouts)
+        manifest = {"kind": "heads", "settings": settings, "seconds": round(time.monotonic() - begun, 3)}
+        return _assemble(members, slices, manifest, notes)
+
+
+def _run(
+    tasks: Sequence[HeadTask], worker: HeadWorker, progress: Progress | None
+) -> dict[str, tuple[tuple[int, ...], np.ndarray]]:
+    total, done = sum(t.cost for t in tasks), 0.0
+    found = {}
+    for task, grams in run_tasks(tasks, worker, device=worker.device):
+        found[task.info.name] = (task.tuned, grams)
+        done += task.cost
+        if progress:
+            progress(done, total, task.info.name)
+    return found
+
+
+def _slices(base: Layout, layouts: Sequence[Layout], found: dict[str, tuple[tuple[int, ...], np.ndarray]]) -> Slices:
+    """All slices in file order; NaN where a domain lacks one."""
+    domains = len(layouts) - 1
+    grams, absent = [], []
+    for name, entry in layouts[0].entries.items():
+        count = len(entry.matrices)
+        one, lacks = np.full((count, 1 + domains, 1 + domains), np.nan), np.ones((count, domains), dtype=bool)
+        if name in found:
+            tuned, known = found[name]
+            at = [0, *tuned]
+            one[:, np.array(at)[:, None], at] = known
+            lacks[:, [i - 1 for i in tuned]] = False
+        grams.append(one)
+        absent.append(lacks)
+    labels = _labels(layouts[0].matrices)
+    return Slices(query_heads(_labels(base.matrices)), labels, np.concatenate(grams), np.concatenate(absent))
+
+
+def _labels(matrices: Sequence[Matrix]) -> pl.DataFrame:
+    schema = {"layer": pl.Int32, "block": pl.String, "projection": pl.String, "head": pl.Int32, "kv_head": pl.Int32}
+    rows = [{**{name: getattr(m, name) for name in schema}, "entries": m.entries} for m in matrices]
+    return pl.DataFrame(rows, schema={**schema, "entries": pl.Int64}, orient="row")
+
+
+def _assemble(members: Sequence[Member], slices: Slices, manifest: dict[str, Any], notes: Sequence[str]) -> HeadTables:
+    names = [member.name for member in members[1:]]
+    places, heads, single = slices.heads, head_grams(slices), slice_grams(slices)
+    rows = [model_row(m, len(slices.labels) if i == 0 else int((~slices.absent[:, i - 1]).sum()))
+            for i, m in enumerate(members)]  # fmt: skip
+    numbers = domain_numbers(heads, single)
+    models = frame([rows[0], *(row | own for row, own in zip(rows[1:], numbers, strict=True))], MODELS)
+    table = head_table(names, places, heads)
+    return HeadTables(
+        heads=table,
+        domains=domain_table(names, heads, single),
+        head_cosines=cosine_table(names, places, heads),
+        scores=score_table(names, places, heads),
+        lorenz=lorenz_table(names, heads),
+        models=models,
+        tensors=tensor_table(members),
+        manifest=describe(members, models, manifest, GLOSSARY, [*notes, *_row_warnings(table)]),
+    )
+
+
+def _row_warnings(heads: pl.DataFrame) -> list[str]:
+    texts = {
+        "non_finite": "heads hold NaN or Inf; they have no numbers",
+        "unpaired": "heads lack a slice in the tuned checkpoint; they have no numbers",
+    }
+    return status_warnings(heads, texts, "{model} layer {layer} head {head}")

@@ -1,0 +1,247 @@
+"""Scan one checkpoint, or compare a base with its tuned checkpoints."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from diffract.analysis.facts import Plan
+from diffract.analysis.pairing import merge_strange_adapters, pair, scan_tasks
+from diffract.analysis.tables import Member, assemble
+from diffract.analysis.work import CircuitTask, CircuitWorker, Outcome, Part, TensorTask, Worker, all_circuits
+from diffract.architectures import Architecture
+from diffract.checkpoints import Checkpoint, Reference, open_checkpoint
+from diffract.engine import run_tasks
+from diffract.errors import CheckpointError, SelectionError, suggest
+from diffract.linalg import Method
+from diffract.matrices import Layout, lay_out
+from diffract.metrics import Metric, choose_metrics, split_names
+from diffract.store import Cache, cache_folder
+from diffract.tables import Tables
+
+Progress = Callable[[float, float, str], None]
+"""Called with the work done, all work, and what was just finished."""
+
+W = TypeVar("W", TensorTask, CircuitTask)
+
+ENGINES = ("local",)
+METHODS = ("auto", "exact")
+
+_NAMED = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]{0,63})=(?P<reference>.+)", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``scan`` and ``compare`` have in common; the public functions say what each means."""
+
+    metrics: str | Sequence[str | Metric] | None = None
+    select: str | None = None
+    heads: bool = True
+    circuits: bool = False
+    vectors: bool = False
+    architecture: str | Path | None = None
+    adapter_base: Reference | None = None
+    download: bool = False
+    method: Method = "auto"
+    device: str = "auto"
+    engine: str = "local"
+    cache: bool = True
+    progress: Progress | None = None
+
+    def plan(self, *, pair: bool) -> Plan:
+        """Return what is to be computed."""
+        choose("engine", self.engine, ENGINES)
+        choose("method", self.method, METHODS)
+        return Plan(tuple(choose_metrics(self.metrics, pair=pair)), self.method, self.vectors)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the options as a manifest keeps them."""
+        chosen = split_names(self.metrics) if isinstance(self.metrics, str) else self.metrics
+        names = None if chosen is None else [m if isinstance(m, str) else m.name for m in chosen]
+        kept = ("select", "heads", "circuits", "vectors", "method", "engine")
+        architecture = str(self.architecture) if self.architecture else None
+        return {"metrics": names, **{k: getattr(self, k) for k in kept}, "architecture": architecture}
+
+
+def analyse(
+    references: Sequence[Reference],
+    options: Options,
+    *,
+    allow_unmatched: bool = False,
+    vectors_to: Any = None,
+) -> Tables:
+    """Scan the only checkpoint, or compare the first with the others.
+
+    Args:
+        references: What to open; text may begin with ``name=``.
+        options: How.
+        allow_unmatched: Whether more than embeddings may be without a partner.
+        vectors_to: Takes the singular vectors, ``add(name, tensor)``, where they are to be saved.
+
+    Raises:
+        DiffractError: The input is wrong; the message says what, where, and what to do.
+    """
+    begun = time.monotonic()
+    plan = options.plan(pair=len(references) > 1)
+    device = choose_device(options.device)
+    with ExitStack() as stack:
+        names, layouts = open_all(references, options, stack)
+        tasks = scan_tasks(layouts[0])
+        if len(layouts) > 1:
+            layouts, tasks = pair(layouts[0], layouts[1:], allow_unmatched=allow_unmatched)
+            layouts = merge_strange_adapters(layouts)
+        if not tasks:
+            raise CheckpointError(f"{layouts[0].checkpoint.reference} holds no matrix that could be analysed.")
+        cache = stack.enter_context(Cache(cache_folder())) if options.cache else None
+        worker = Worker([layout.checkpoint for layout in layouts], plan, device, cache)
+        circuits = all_circuits(layouts) if options.circuits else []
+        by = CircuitWorker(worker.checkpoints, plan, device, cache)
+        everything = sum(task.cost for task in (*tasks, *circuits))
+        parts, digests = gather(tasks, worker, device, _part_of(options.progress, 0, everything), names, vectors_to)
+        done = sum(task.cost for task in tasks)
+        parts += gather(circuits, by, device, _part_of(options.progress, done, everything), names, vectors_to)[0]
+        digests |= other_digests(layouts, digests, complete=options.select is None)
+        roles = ["base", *["tuned"] * (len(layouts) - 1)] if len(layouts) > 1 else ["model"]
+        members = [Member(*m) for m in zip(names, roles, layouts, strict=True)]
+        kind = "compare" if len(layouts) > 1 else "scan"
+        manifest = {"kind": kind, "settings": {**options.settings(), "device": device.type}}
+        manifest["seconds"] = round(time.monotonic() - begun, 3)
+        return assemble(members, parts, digests, plan, manifest)
+
+
+def _part_of(progress: Progress | None, before: float, total: float) -> Progress | None:
+    """Progress of a part of the work, as that of the whole."""
+    return None if progress is None else lambda done, _, what: progress(before + done, total, what)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of a name; ``auto`` is CUDA where there is one.
+
+    Raises:
+        SelectionError: There is no such device.
+    """
+    available = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    if name == "auto":
+        return torch.device(available[-1])
+    choose("device", name.partition(":")[0], available)
+    return torch.device(name)
+
+
+def choose(what: str, value: str, known: Sequence[str]) -> None:
+    """Raise unless an option's value is a known one."""
+    if value not in known:
+        raise SelectionError(f"unknown {what} {value!r}, expected one of: {', '.join(known)}.{suggest(value, known)}")
+
+
+def gather(
+    tasks: Sequence[W],
+    worker: Callable[[W], Outcome],
+    device: torch.device,
+    progress: Progress | None,
+    names: Sequence[str],
+    vectors_to: Any,
+) -> tuple[list[Part], dict[tuple[int, str], str]]:
+    """Do all tasks; return the parts without their vectors, and the digests of what was read, by model and tensor."""
+    total, done = sum(t.cost for t in tasks), 0.0
+    parts: list[Part] = []
+    digests: dict[tuple[int, str], str] = {}
+    for task, outcome in run_tasks(tasks, worker, device=device):
+        digests |= {(i, task.tensor): digest for i, digest in outcome.digests.items()}
+        for part in outcome.parts:
+            _save_vectors(part, names, vectors_to)
+            parts.append(Part(part.model, part.matrices, part.rows))
+        done += task.cost
+        if progress:
+            progress(done, total, task.tensor)
+    return parts, digests
+
+
+def _save_vectors(part: Part, names: Sequence[str], vectors_to: Any) -> None:
+    """Hand singular vectors on, in float32, and let them go."""
+    for side, stack in part.vectors.items():
+        for matrix, vectors in zip(part.matrices, stack, strict=True):
+            vectors_to.add(f"{names[part.model]}/{matrix.name}.{side}", vectors.float().cpu().contiguous())
+
+
+def other_digests(
+    layouts: Sequence[Layout], known: dict[tuple[int, str], str], *, complete: bool
+) -> dict[tuple[int, str], str]:
+    """Digests of tensors that no task read, so that a whole checkpoint has one; nothing more is read of a selection."""
+    if not complete:
+        return {}
+    return {
+        (i, name): layout.checkpoint.digest(name)
+        for i, layout in enumerate(layouts)
+        for name in layout.entries
+        if (i, name) not in known
+    }
+
+
+def open_all(references: Sequence[Reference], options: Options, stack: ExitStack) -> tuple[list[str], list[Layout]]:
+    """Open checkpoints and lay them out; those that were opened here are closed with the stack."""
+    split = [split_name(r) for r in references]
+    layouts: list[Layout] = []
+    for _, reference in split:
+        like = layouts[0].architecture if layouts else None
+        layouts.append(open_layout(reference, options, stack, like=like))
+    given = [name for name, _ in split]
+    return _unique_names(given, layouts), layouts
+
+
+def open_layout(
+    reference: Reference,
+    options: Options,
+    stack: ExitStack,
+    *,
+    check_ties: bool = True,
+    like: Architecture | None = None,
+) -> Layout:
+    """Open a checkpoint and lay it out, without a configuration ``like`` another; what was opened here is closed."""
+    checkpoint = open_checkpoint(reference, base=options.adapter_base, download=options.download)
+    if checkpoint is not reference:
+        stack.callback(checkpoint.close)
+    return lay_out(
+        checkpoint,
+        select_text=options.select,
+        heads=options.heads,
+        spec_file=options.architecture,
+        check_ties=check_ties,
+        like=like,
+    )
+
+
+def split_name(reference: Reference) -> tuple[str | None, Reference]:
+    """Split ``name=reference``; a path that is there with such a name stays whole."""
+    match = _NAMED.fullmatch(reference) if isinstance(reference, str) else None
+    if match is None or Path(str(reference)).exists():
+        return None, reference
+    return match["name"], match["reference"]
+
+
+def _unique_names(given: Sequence[str | None], layouts: Sequence[Layout]) -> list[str]:
+    names: list[str] = []
+    for i, (name, layout) in enumerate(zip(given, layouts, strict=True)):
+        if name in names:
+            raise SelectionError(f"two checkpoints are called {name!r}. Give each a name of its own.")
+        wanted = name or _default_name(layout.checkpoint, i, len(layouts))
+        number, unique = 2, wanted
+        while unique in names or (not name and unique in given):
+            unique, number = f"{wanted}-{number}", number + 1
+        names.append(unique)
+    return names
+
+
+def _default_name(checkpoint: Checkpoint, index: int, count: int) -> str:
+    """The last part of a reference that is a path or a hub name, else the model's role."""
+    last = re.split(r"[/\\]", checkpoint.reference.rstrip("/\\"))[-1]
+    stem = re.sub(r"\.(safetensors|bin|pt|pth|npz)$", "", last.partition("@")[0])
+    if stem and not stem.startswith("<"):
+        return stem
+    return "model" if count == 1 else "base" if index == 0 else f"tuned-{index}" if count > 2 else "tuned"

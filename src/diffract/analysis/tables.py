@@ -1,0 +1,413 @@
+"""How a change is spread over attention heads."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import blake3
+import numpy as np
+import polars as pl
+import torch
+
+from diffract import tables
+from diffract._version import __version__
+from diffract.analysis.facts import CURVE, Plan
+from diffract.analysis.work import FACTORS as CIRCUITS
+from diffract.analysis.work import Part
+from diffract.matrices import Layout
+from diffract.metrics.catalog import GROUPS
+from diffract.metrics.concentration import gini, top_share
+from diffract.metrics.peaks import peak_count
+
+PER_QUERY_HEAD = ("q", "o")
+PER_KV_HEAD = ("k", "v")
+PROJECTIONS = ("q", "k", "v", "o")
+"""What a head consists of."""
+
+PLACE = ("layer", "block")
+
+
+def head_deltas(metrics: pl.DataFrame) -> pl.DataFrame:
+    """Return the change of every query head over its q, k, v and o slices.
+
+    Args:
+        metrics: Rows of one tuned model, with ``delta_frobenius``.
+
+    Returns:
+        Columns layer, block, head, ``head_delta`` (Frobenius norm); empty if no projection is cut into heads.
+    """
+    squares = metrics.filter(pl.col("delta_frobenius").is_not_null()).with_columns(d2=pl.col("delta_frobenius") ** 2)
+    sums = head_sums(query_heads(squares), squares, ["d2"])
+    return sums.select(*PLACE, "head", head_delta=pl.col("d2").sqrt())
+
+
+def query_heads(slices: pl.DataFrame) -> pl.DataFrame:
+    """Return the query heads that slices of q or o belong to: columns layer, block, head, kv_head."""
+    own = slices.filter(pl.col("projection").is_in(PER_QUERY_HEAD), pl.col("head").is_not_null())
+    return own.group_by(*PLACE, "head").agg(pl.col("kv_head").first()).sort(*PLACE, "head")
+
+
+def head_sums(heads: pl.DataFrame, slices: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
+    """Sum columns over the slices of every query head.
+
+    Several query heads share one key-value head under grouped-query attention: its slices count for each of them.
+
+    Args:
+        heads: As of ``query_heads``.
+        slices: One row per slice: labels, and what is to be summed.
+        columns: Which columns are summed; NaN makes the sum NaN.
+
+    Returns:
+        The heads, with the sums; 0 for a head without slices.
+    """
+    own = slices.filter(pl.col("projection").is_in(PER_QUERY_HEAD), pl.col("head").is_not_null())
+    shared = slices.filter(pl.col("projection").is_in(PER_KV_HEAD), pl.col("kv_head").is_not_null())
+    joined = heads
+    for rows, key, suffix in ((own, "head", ".own"), (shared, "kv_head", ".shared")):
+        sums = rows.group_by(*PLACE, key).agg(pl.col(column).sum().alias(column + suffix) for column in columns)
+        joined = joined.join(sums, on=[*PLACE, key], how="left", nulls_equal=True)
+    parts = ((pl.col(c + ".own").fill_null(0), pl.col(c + ".shared").fill_null(0)) for c in columns)
+    total = {column: one + other for column, (one, other) in zip(columns, parts, strict=True)}
+    return joined.sort(*PLACE, "head").select(*heads.columns, **total)
+
+
+POOLED = "pooled_peak_count"
+
+MEANING = {
+    "summary": "peaks in the density of ln sigma of all heads of a layer and projection together, on each one's row",
+    "unit": "count",
+    "range": "[1, inf)",
+    "source": "Scott 1992, 6.3",
+    "version": 1,
+    "group": "spectral_shape",
+}
+"""The manifest's words for the column."""
+
+POOL_PLACE = ("model", "layer", "block", "projection")
+
+
+def pooled_peaks(metrics: pl.DataFrame, spectra: pl.DataFrame) -> pl.DataFrame:
+    """Return the metrics with ``pooled_peak_count``, where they have ``peak_count``; null but on rows of heads.
+
+    Sigmas that the method does not tell from zero do not count, as in ``peak_count``.
+    """
+    if "peak_count" not in metrics.columns:
+        return metrics
+    heads = metrics.filter(pl.any_horizontal(pl.col("head", "kv_head").is_not_null()), pl.col("status") == "ok")
+    sigmas = spectra.filter(quantity="sigma").select("model", "name", "values")
+    joined = heads.join(sigmas, on=["model", "name"], how="inner").select(*POOL_PLACE, "resolved", "values")
+    rows = [_pool(place, group) for place, group in joined.group_by(*POOL_PLACE, maintain_order=True) if len(group) > 1]
+    schema = {name: metrics.schema[name] for name in POOL_PLACE} | {POOLED: pl.Float64}
+    found = pl.DataFrame(rows, schema=schema, orient="row")
+    cut = pl.any_horizontal(pl.col("head", "kv_head").is_not_null())
+    marked = metrics.join(found, on=[*POOL_PLACE], how="left", nulls_equal=True, maintain_order="left")
+    return marked.with_columns(pl.when(cut).then(POOLED).alias(POOLED))
+
+
+def _pool(place: tuple[Any, ...], group: pl.DataFrame) -> dict[str, Any]:
+    known = zip(group["values"], group["resolved"], strict=True)
+    pool = np.concatenate([np.where(v.to_numpy() > floor, v.to_numpy(), 0.0) for v, floor in known])
+    count = peak_count(torch.from_numpy(pool)[None]).item()
+    return dict(zip(POOL_PLACE, place, strict=True)) | {POOLED: None if np.isnan(count) else count}
+
+
+def model_numbers(base: pl.DataFrame, tuned: pl.DataFrame) -> dict[str, float | None]:
+    """Return the numbers of one tuned model; ``None`` for what the computed metrics do not give.
+
+    Shares are means over matrices weighted by ||D||_F^2, that is, shares of the whole model's change; heads are
+    weighted by the squared norm of their change, so that shares add up.
+
+    Args:
+        base: The base's metric rows.
+        tuned: The tuned model's metric rows.
+    """
+    pairs = tuned.filter(pl.col("status") != "unpaired").join(
+        base.select("name", base_squares=pl.col("frobenius_norm") ** 2)
+        if "frobenius_norm" in base.columns
+        else base.select("name", base_squares=pl.lit(None, pl.Float64)),
+        on="name",
+        how="left",
+    )
+    numbers = {"changed_share": _mean(pairs, "delta_changed_share", pl.col("rows") * pl.col("cols"))}
+    if "delta_frobenius" not in pairs.columns:
+        return _plain(numbers)
+    pairs = pairs.filter(pl.col("delta_frobenius").is_not_null()).with_columns(d2=pl.col("delta_frobenius") ** 2)
+    before = float(pairs["base_squares"].sum()) if pairs["base_squares"].null_count() == 0 else 0.0
+    numbers["delta_relative"] = math.sqrt(float(pairs["d2"].sum()) / before) if before else math.nan
+    for name in ("value_share", "value_share_chance", "spectral_shift_share"):
+        numbers[name] = _mean(pairs, name, pl.col("d2"))
+    return _plain(numbers | _head_numbers(pairs))
+
+
+SUMMARISED = ("pl_alpha", "alpha_hat", "log10_alpha_norm")
+"""Metrics whose mean over the matrices that could be measured describes a model (Martin, Peng & Mahoney 2021)."""
+
+
+def tail_summaries(own: pl.DataFrame) -> dict[str, float | None]:
+    """Return means of heavy-tail metrics over a model's matrices, and of how many; nothing if none was computed.
+
+    Circuits do not count: they are products of matrices that do.
+    """
+    matrices = own.filter(~pl.col("projection").is_in(CIRCUITS).fill_null(value=False))
+    found: dict[str, float | None] = {}
+    for name in SUMMARISED:
+        if name in own.columns:
+            known = matrices[name].drop_nulls().to_numpy()
+            found |= {f"{name}_mean": float(known.mean()) if len(known) else None, f"{name}_count": float(len(known))}
+    return found
+
+
+def _head_numbers(pairs: pl.DataFrame) -> dict[str, float]:
+    squares = head_deltas(pairs)["head_delta"].to_numpy() ** 2
+    share, chance = top_share(squares)
+    return {
+        "head_top10_share": share,
+        "head_top10_share_chance": chance,
+        "head_gini": gini(squares),
+    }
+
+
+def _mean(rows: pl.DataFrame, column: str, weight: pl.Expr) -> float:
+    if column not in rows.columns:
+        return math.nan
+    known = rows.filter(pl.col(column).is_not_null()).select(value=column, weight=weight.cast(pl.Float64))
+    total = float(known["weight"].sum())
+    return float((known["value"] * known["weight"]).sum()) / total if total else math.nan
+
+
+def _plain(numbers: dict[str, float]) -> dict[str, float | None]:
+    return {name: None if math.isnan(value) else value for name, value in numbers.items()}
+
+
+@dataclass(frozen=True)
+class Member:
+    """One model of a run.
+
+    Attributes:
+        name: What tables call it.
+        role: ``model``, ``base``, ``tuned`` or ``checkpoint``.
+        layout: Its tensors and what became of them.
+    """
+
+    name: str
+    role: str
+    layout: Layout
+
+
+def assemble(
+    members: Sequence[Member],
+    parts: Sequence[Part],
+    digests: Mapping[tuple[int, str], str],
+    plan: Plan,
+    manifest: dict[str, Any],
+) -> tables.Tables:
+    """Return the tables of a run.
+
+    Args:
+        members: The models.
+        parts: Rows of their matrices, in any order.
+        digests: Of every tensor that was read, by model and name.
+        plan: What was computed.
+        manifest: What the caller knows; models, metrics and warnings are added to it.
+    """
+    parts = _in_order(members, parts)
+    rows, spectra = _metrics(members, parts), _spectra(members, parts)
+    names = [m.name for m in plan.metrics]
+    metrics = rows.select(*tables.LABELS, *tables.OUTCOME, *(n for n in names if n in rows.columns))
+    models = _models(members, metrics, digests)
+    metrics = pooled_peaks(metrics, spectra)
+    groups = {m.name: group for group, members in GROUPS.items() for m in members}
+    glossary = {
+        m.name: {
+            "summary": m.summary,
+            "unit": m.unit,
+            "range": m.range,
+            "source": m.source,
+            "version": m.version,
+            "group": groups.get(m.name, ""),
+        }
+        for m in plan.metrics
+    }
+    if POOLED in metrics.columns:
+        glossary[POOLED] = MEANING
+    described = describe(members, models, manifest, glossary, row_warnings(metrics))
+    return tables.Tables(metrics, spectra, models, tensor_table(members), described)
+
+
+def describe(
+    members: Sequence[Member],
+    models: pl.DataFrame,
+    manifest: Mapping[str, Any],
+    glossary: Mapping[str, Any],
+    warnings: Sequence[str],
+) -> dict[str, Any]:
+    """Return the manifest of a run of any kind.
+
+    Args:
+        members: The models.
+        models: The table of them.
+        manifest: What the caller knows: kind, settings, seconds.
+        glossary: What the numbers mean.
+        warnings: What the numbers gave rise to; those of the models stand before them.
+    """
+    return {
+        "diffract": __version__,
+        **manifest,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
+        "models": [_describe(m, row) for m, row in zip(members, models.iter_rows(named=True), strict=True)],
+        "metrics": dict(glossary),
+        "warnings": [f"{m.name}: {w}" for m in members for w in m.layout.warnings] + list(warnings),
+    }
+
+
+def _in_order(members: Sequence[Member], parts: Sequence[Part]) -> list[Part]:
+    """Parts by model, then in file order; circuits, which lie in no file, come after all matrices."""
+    places = {(i, m.name): k for i, member in enumerate(members) for k, m in enumerate(member.layout.matrices)}
+
+    def place(part: Part) -> tuple[int, int, int, str]:
+        first = part.matrices[0]
+        at = places.get((part.model, first.name), len(places))
+        return part.model, at, first.layer or 0, first.name
+
+    return sorted(parts, key=place)
+
+
+def _metrics(members: Sequence[Member], parts: Sequence[Part]) -> pl.DataFrame:
+    """One row per model and matrix: labels, outcome and metrics."""
+    frames = []
+    for part in parts:
+        member = members[part.model]
+        labels = [
+            {"model": member.name, **m.labels, "dtype": member.layout.checkpoint.info(m.tensor).dtype}
+            for m in part.matrices
+        ]
+        numbers = part.rows.select(pl.exclude(f"^{CURVE}.*$"))
+        frames.append(pl.concat([pl.DataFrame(labels, schema=tables.LABELS), numbers], how="horizontal"))
+    alone = pl.col("_alone") & (pl.col("status") == "ok")
+    rows = pl.concat(frames, how="diagonal")
+    marked = rows.join(_unpaired(members), on=["model", "tensor"], how="left", maintain_order="left")
+    return marked.with_columns(status=pl.when(alone).then(pl.lit("unpaired")).otherwise("status")).drop("_alone")
+
+
+def _unpaired(members: Sequence[Member]) -> pl.DataFrame:
+    found = [
+        {"model": member.name, "tensor": name, "_alone": True}
+        for member in members
+        for name, entry in member.layout.entries.items()
+        if entry.outcome in ("unmatched", "resized")
+    ]
+    return pl.DataFrame(found, schema={"model": pl.String, "tensor": pl.String, "_alone": pl.Boolean})
+
+
+def _spectra(members: Sequence[Member], parts: Sequence[Part]) -> pl.DataFrame:
+    """One row per model, matrix and quantity; part by part, as together they are most of what a run keeps."""
+    frames = [pl.DataFrame(schema=tables.SPECTRA)]
+    for part in parts:
+        names = pl.DataFrame({"model": members[part.model].name, "name": [m.name for m in part.matrices]})
+        curves = part.rows.select(f"^{CURVE}.*$")
+        long = pl.concat([names, curves], how="horizontal").unpivot(
+            curves.columns, index=["model", "name"], variable_name="quantity", value_name="values"
+        )
+        if curves.width:
+            known = long.filter(pl.col("values").is_not_null())
+            frames.append(known.with_columns(pl.col("quantity").str.strip_prefix(CURVE)).select(*tables.SPECTRA))
+    return pl.concat(frames)
+
+
+def _models(members: Sequence[Member], metrics: pl.DataFrame, digests: Mapping[tuple[int, str], str]) -> pl.DataFrame:
+    base = metrics.filter(pl.col("model") == members[0].name)
+    rows = []
+    for i, member in enumerate(members):
+        own = metrics.filter(pl.col("model") == member.name)
+        row = model_row(member, len(own), _model_digest(i, member, digests))
+        numbers = model_numbers(base, own) if member.role == "tuned" else {}
+        rows.append(row | numbers | tail_summaries(own))
+    return tables.frame(rows, tables.MODELS)
+
+
+def model_row(member: Member, matrices: int, digest: str | None = None) -> dict[str, Any]:
+    """Return what a model is: its row in ``models``, without numbers."""
+    infos = [entry.info for entry in member.layout.entries.values()]
+    return {
+        "model": member.name,
+        "role": member.role,
+        "reference": member.layout.checkpoint.reference,
+        "family": member.layout.architecture.family,
+        "parameters": sum(info.entries for info in infos),
+        "size_bytes": sum(info.size_bytes for info in infos),
+        "tensors": len(infos),
+        "matrices": matrices,
+        "digest": digest,
+    }
+
+
+def _model_digest(index: int, member: Member, digests: Mapping[tuple[int, str], str]) -> str | None:
+    """Digest of all tensors' names and digests, in order of the names; ``None`` if some were not read."""
+    names = sorted(member.layout.entries)
+    if not all((index, name) in digests for name in names):
+        return None
+    return blake3.blake3("".join(f"{n}\0{digests[index, n]}\n" for n in names).encode()).hexdigest()
+
+
+def _describe(member: Member, row: Mapping[str, Any]) -> dict[str, Any]:
+    architecture = member.layout.architecture
+    d = architecture.dimensions
+    shape = {
+        "heads": d.heads,
+        "kv_heads": d.kv_heads,
+        "head_dim": d.head_dim,
+        "layers": d.layers,
+        "width": d.width,
+    }
+    known = {k: row[k] for k in ("model", "role", "reference", "digest", "parameters", "size_bytes")}
+    return known | {"architecture": {"family": architecture.family, **shape, "note": architecture.note}}
+
+
+def tensor_table(members: Sequence[Member]) -> pl.DataFrame:
+    """Return what became of every stored tensor."""
+    rows = [
+        {
+            "model": member.name,
+            "tensor": entry.info.name,
+            "shape": list(entry.info.shape),
+            "dtype": entry.info.dtype,
+            "size_bytes": entry.info.size_bytes,
+            "outcome": entry.outcome,
+            "note": entry.note,
+        }
+        for member in members
+        for entry in member.layout.entries.values()
+    ]
+    return tables.frame(rows, tables.TENSORS)
+
+
+def row_warnings(metrics: pl.DataFrame) -> list[str]:
+    """One sentence for each kind of row that has no numbers."""
+    texts = {
+        "non_finite": "matrices hold NaN or Inf; they have no metrics",
+        "zero": "matrices are all zero; their ratios are null",
+    }
+    return status_warnings(metrics, texts, "{model} {name}")
+
+
+def status_warnings(rows: pl.DataFrame, texts: Mapping[str, str], first: str) -> list[str]:
+    """Return a sentence for each status that some rows have.
+
+    Args:
+        rows: With a column ``status``.
+        texts: What is said of their number, by status.
+        first: How the first of them is called, a format over its columns.
+    """
+    found = []
+    for status, text in texts.items():
+        some = rows.filter(pl.col("status") == status)
+        if len(some):
+            found.append(f"{len(some)} {text}, first {first.format_map(some.row(0, named=True))}.")
+    return found

@@ -1,0 +1,274 @@
+"""A checkpoint: named tensors that are read when asked for, whole or in part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Protocol
+
+import blake3
+
+from diffract.checkpoints.header import TensorInfo
+from diffract.errors import CheckpointError, printable, suggest
+
+if TYPE_CHECKING:
+    import torch
+
+
+Range = tuple[int, int]
+"""Half-open: first index, and the one after the last."""
+
+BLOCK_BYTES = 1 << 26
+"""Bytes read at once where a tensor is streamed."""
+
+
+class Source(Protocol):
+    """Where the bytes of tensors come from: a file, a server, memory."""
+
+    def read(self, info: TensorInfo, rows: Range | None) -> torch.Tensor:
+        """Return entries ``rows`` of the leading axis (all if ``None``), in the stored dtype."""
+        ...
+
+    def close(self) -> None:
+        """Release what is open; further calls do nothing."""
+        ...
+
+
+class MissingTensorError(CheckpointError, KeyError):
+    """A checkpoint holds no tensor of that name; also a ``KeyError``, as of any mapping."""
+
+    __str__ = Exception.__str__
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A low-rank change of a tensor, kept as factors: delta = B @ A, in the tensor's stored orientation.
+
+    Attributes:
+        B: (m, r), float64, the adapter's scale included.
+        A: (r, n), float64.
+    """
+
+    B: torch.Tensor
+    A: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Checkpoint(Mapping[str, "torch.Tensor"]):
+    """Named tensors, read lazily; a mapping, safe to read from several threads, and a context manager.
+
+    A tensor that already lies in memory is handed out without a copy: do not write to it.
+
+    Attributes:
+        reference: What was opened.
+        infos: Every tensor's shape, dtype and place, by name.
+        sources: The source of each tensor.
+        config: The model's config.json, empty if there is none.
+        tied: Name of a tensor that shares its memory with another, to that other's name.
+        factors: For each tensor that an adapter changes, a function that reads the change as factors.
+        base_reference: The reference of an adapter's base, ``None`` for any other checkpoint.
+        companions: For each file that belongs to the model besides its weights, a function that reads it.
+    """
+
+    reference: str
+    infos: Mapping[str, TensorInfo]
+    sources: Mapping[str, Source]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
+    factors: Mapping[str, Callable[[], Factors]] = field(default_factory=dict)
+    base_reference: str | None = None
+    companions: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """Tensor names in file order."""
+        return list(self.infos)
+
+    def info(self, name: str) -> TensorInfo:
+        """Return shape, dtype and place of a tensor.
+
+        Raises:
+            CheckpointError: No tensor of that name.
+        """
+        try:
+            return self.infos[name]
+        except KeyError:
+            known = suggest(name, self.infos)
+            raise MissingTensorError(f"{self.reference}: no tensor {printable(name)!r}.{known}") from None
+
+    def read(self, name: str, rows: Range | None = None, cols: Range | None = None) -> torch.Tensor:
+        """Return a tensor, or a part of it, in its stored dtype on the CPU.
+
+        Args:
+            name: Tensor name.
+            rows: Half-open range of the leading axis; only these bytes are read.
+            cols: Half-open range of the last axis; whole rows are read for it.
+
+        Raises:
+            CheckpointError: No such tensor, a range outside it, or its bytes cannot be read.
+        """
+        info = self.info(name)
+        _check_range(info, 0, rows)
+        _check_range(info, -1, cols)
+        tensor = self.sources[name].read(info, rows)
+        return tensor if cols is None else tensor[..., cols[0] : cols[1]]
+
+    def digest(self, name: str) -> str:
+        """Return the BLAKE3 digest of a tensor's dtype, shape and bytes; 64 hex digits."""
+        info = self.info(name)
+        hasher = start_digest(info)
+        for rows in row_blocks(info):
+            hasher.update(as_bytes(self.read(name, rows)))
+        return hasher.hexdigest()
+
+    def close(self) -> None:
+        """Release files and connections. Nothing may be reading any more; further calls do nothing."""
+        for source in {id(s): s for s in self.sources.values()}.values():
+            source.close()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.read(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.infos
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.infos)
+
+    def __len__(self) -> int:
+        return len(self.infos)
+
+    # Mapping would compare, and so read, every tensor; a checkpoint is equal to itself only.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({printable(self.reference)!r}, {len(self.infos)} tensors)"
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def start_digest(info: TensorInfo) -> blake3.blake3:
+    """Return a hasher that has taken a tensor's dtype and shape and waits for its bytes."""
+    return blake3.blake3(f"{info.dtype}{list(info.shape)}".encode())
+
+
+def tensor_digest(info: TensorInfo, tensor: torch.Tensor) -> str:
+    """Return the digest that ``Checkpoint.digest`` gives, of a tensor that is already read."""
+    hasher = start_digest(info)
+    hasher.update(as_bytes(tensor))
+    return hasher.hexdigest()
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return a tensor's bytes in row-major order, without a copy where it lies so."""
+    import torch
+
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def row_blocks(info: TensorInfo, block_bytes: int = BLOCK_BYTES) -> Iterator[Range | None]:
+    """Yield ranges of rows of at most ``block_bytes`` each, one row at least; ``None`` for a small tensor."""
+    if info.size_bytes <= block_bytes or not info.shape:
+        yield None
+        return
+    step = max(1, block_bytes * info.shape[0] // info.size_bytes)
+    for start in range(0, info.shape[0], step):
+        yield start, min(start + step, info.shape[0])
+
+
+def from_bytes(buffer: torch.Tensor, info: TensorInfo, rows: Range | None) -> torch.Tensor:
+    """Return raw bytes (uint8, 1-D) as a tensor of the stored dtype and shape, without a copy."""
+    from diffract.checkpoints.header import TORCH_DTYPES
+
+    if info.dtype not in TORCH_DTYPES:
+        raise CheckpointError(f"tensor {printable(info.name)!r}: this torch has no {info.dtype}. Update torch.")
+    lead = info.shape[:1] if rows is None else (rows[1] - rows[0],)
+    return buffer.view(TORCH_DTYPES[info.dtype]).reshape((*lead, *info.shape[1:]))
+
+
+def byte_range(info: TensorInfo, rows: Range | None) -> tuple[int, int]:
+    """Return offset and length in the file of entries ``rows`` of the leading axis."""
+    if rows is None:
+        return info.offset, info.size_bytes
+    row_bytes = info.size_bytes // info.shape[0]
+    return info.offset + rows[0] * row_bytes, (rows[1] - rows[0]) * row_bytes
+
+
+def _check_range(info: TensorInfo, axis: int, span: Range | None) -> None:
+    if span is None:
+        return
+    extent = info.shape[axis] if info.shape else 0
+    if not 0 <= span[0] < span[1] <= extent:
+        raise CheckpointError(
+            f"tensor {printable(info.name)!r}: range {span} of axis {axis} is empty or outside 0..{extent}."
+        )
+
+
+@dataclass
+class _Progress:
+    """How far a tensor was read from its first row on, without a gap."""
+
+    hasher: blake3.blake3
+    row: int = 0
+    digest: str = ""
+    lock: Lock = field(default_factory=Lock)
+
+    def take(self, tensor: torch.Tensor, first: int, last: int, count: int) -> None:
+        """Hash rows ``first`` to ``last`` of ``count`` if they are the next ones."""
+        with self.lock:
+            if self.digest or first != self.row:
+                return
+            self.hasher.update(as_bytes(tensor))
+            self.row = last
+            if last == count:
+                self.digest = self.hasher.hexdigest()
+
+
+@dataclass
+class Recorder:
+    """A source that hashes what it reads: blocks of rows in their order, or whole tensors, cost no second reading."""
+
+    sources: Mapping[str, Source]
+    seen: dict[str, _Progress] = field(default_factory=dict)
+    lock: Lock = field(default_factory=Lock)
+
+    def read(self, info: TensorInfo, rows: Range | None) -> torch.Tensor:
+        """Return entries ``rows`` of the leading axis."""
+        tensor = self.sources[info.name].read(info, rows)
+        with self.lock:
+            if info.name not in self.seen:
+                self.seen[info.name] = _Progress(start_digest(info))
+            progress = self.seen[info.name]
+        count = info.shape[0] if info.shape else 1
+        progress.take(tensor, *(rows or (0, count)), count)
+        return tensor
+
+    def close(self) -> None:
+        """Close the sources."""
+        for source in {id(s): s for s in self.sources.values()}.values():
+            source.close()
+
+
+def recorded(checkpoint: Checkpoint) -> tuple[Checkpoint, Recorder]:
+    """Return a checkpoint that notes what is read from it, and its notes."""
+    recorder = Recorder(checkpoint.sources)
+    return replace(checkpoint, sources=dict.fromkeys(checkpoint.infos, recorder)), recorder
+
+
+def read_digests(checkpoint: Checkpoint, recorder: Recorder) -> dict[str, str]:
+    """Return the digest of each tensor that was read; what was read in part only is read once more."""
+    return {name: digest_as_read(checkpoint, name) for name in checkpoint.names if name in recorder.seen}
+
+
+def digest_as_read(checkpoint: Checkpoint, name: str) -> str:
+    """Return the digest of a tensor: noted while it was read, or else by reading it."""
+    source = checkpoint.sources[name]
+    seen = source.seen.get(name) if isinstance(source, Recorder) else None
+    return (seen and seen.digest) or checkpoint.digest(name)

@@ -1,0 +1,298 @@
+"""From a reference to a checkpoint: folder, file, hub name, adapter, mapping, module."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from diffract.checkpoints import adapter
+from diffract.checkpoints.checkpoint import Checkpoint
+from diffract.checkpoints.sources import (
+    SAFETENSORS,
+    TORCH,
+    TORCH_SUFFIXES,
+    TRAINER,
+    Folder,
+    LocalFile,
+    LocalFolder,
+    find_companions,
+    find_shards,
+    open_safetensors,
+    open_shards,
+    parse_object,
+    read_config,
+    read_object,
+)
+from diffract.errors import CheckpointError, printable
+
+if TYPE_CHECKING:
+    import torch
+
+
+Reference: TypeAlias = "str | Path | Mapping[str, Any] | torch.nn.Module | Checkpoint"
+"""What ``open`` takes."""
+
+STACK_LIMIT = 4
+"""Adapters over adapters that are opened; a chain that is longer may have no end."""
+
+_HUB = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?:@(?P<revision>[!-?A-~]+))?", re.ASCII)
+
+
+def open_checkpoint(reference: Reference, *, base: Reference | None = None, download: bool = False) -> Checkpoint:
+    """Open a checkpoint; only headers are read, of ``.npz`` and old PyTorch files everything.
+
+    Args:
+        reference: A safetensors, ``.bin``/``.pt``/``.pth`` or ``.npz`` file; a folder of them; a PEFT LoRA
+            folder; ``org/name@revision`` on the hub; a mapping of arrays; an ``nn.Module``.
+        base: The base of an adapter, where its config does not name one that can be opened.
+        download: Fetch a hub reference whole into the hub's cache instead of reading byte ranges.
+
+    Returns:
+        The checkpoint, lazily read.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, or it is damaged.
+    """
+    found = _open(reference, _How(base, download))
+    if not found.infos:
+        raise CheckpointError(f"{found.reference}: the checkpoint holds no tensors. Is this the right one?")
+    return found
+
+
+@dataclass(frozen=True)
+class _How:
+    """The options of ``open_checkpoint``, and how many adapters lie above what is to be opened."""
+
+    base: Reference | None
+    download: bool
+    above: int = 0
+
+
+def _open(reference: Reference, how: _How) -> Checkpoint:
+    if isinstance(reference, Checkpoint):
+        return reference
+    if not isinstance(reference, str | Path):
+        return _open_memory(reference)
+    try:
+        path = Path(reference).expanduser()
+        is_folder, is_file = reference != "" and path.is_dir(), path.is_file()  # Path("") is the folder we are in
+    except (TypeError, ValueError, OSError, RuntimeError) as error:
+        raise CheckpointError(f"{printable(reference)!r} is no checkpoint: {printable(error)}.") from error
+    if is_folder:
+        return _open_folder(path, how)
+    if is_file:
+        return _open_file(path)
+    match = _HUB.fullmatch(reference) if isinstance(reference, str) else None
+    if match:
+        return _open_hub(match["repo"], match["revision"], how)
+    raise CheckpointError(
+        f"no checkpoint at {printable(reference)!r}: expected a file, a folder, or org/name@revision on the "
+        "hub. Check the name."
+    )
+
+
+def _open_memory(reference: Any) -> Checkpoint:
+    import torch
+
+    from diffract.checkpoints.sources import open_mapping, open_module
+
+    if isinstance(reference, torch.nn.Module):
+        return open_module(reference)
+    if isinstance(reference, Mapping):
+        return open_mapping(reference)
+    raise CheckpointError(
+        f"a {type(reference).__name__} is no checkpoint: expected a path, org/name@revision on the hub, a mapping of "
+        "arrays, or an nn.Module."
+    )
+
+
+def _open_hub(repo: str, revision: str | None, how: _How) -> Checkpoint:
+    from diffract.checkpoints.hub import download_hub, find_hub_folder, open_hub_folder
+
+    if how.download:
+        path = download_hub(repo, revision)
+        return replace(_open_folder(path, how), reference=f"{repo}@{path.name}")
+    folder = find_hub_folder(repo, revision)
+    if adapter.CONFIG in folder.names:
+        return _open_adapter(folder, how)
+    return open_hub_folder(folder)
+
+
+def _open_file(path: Path) -> Checkpoint:
+    folder = LocalFolder(path.parent)
+    config, companions = read_config(folder), find_companions(folder)
+    if path.suffix == ".npz":
+        from diffract.checkpoints.sources import open_npz
+
+        return replace(open_npz(path), config=config, companions=companions)
+    if path.suffix in TORCH_SUFFIXES:
+        from diffract.checkpoints.sources import open_pickle
+
+        return replace(open_pickle(path), config=config, companions=companions)
+    if path.suffix == ".safetensors":
+        found, metadata = open_safetensors(LocalFile(path))
+        config = config or _metadata_config(metadata, found.reference)
+        return replace(found, config=config, companions=companions)
+    raise CheckpointError(
+        f"{printable(path, 1000)!r}: unknown kind of file, expected .safetensors, .bin, .pt, .pth or .npz."
+    )
+
+
+def _metadata_config(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
+    """A lone file may carry its configuration in its metadata, under ``config``."""
+    text = metadata.get("config", "")
+    return parse_object(text.encode(), f"{where}, config in its metadata") if text.lstrip().startswith("{") else {}
+
+
+def _open_folder(path: Path, how: _How) -> Checkpoint:
+    folder = LocalFolder(path)
+    if adapter.CONFIG in folder.names:
+        return _open_adapter(folder, how)
+    config, companions = read_config(folder), find_companions(folder)
+    shards = find_shards(folder, SAFETENSORS, (".safetensors",))
+    if shards.files:
+        return replace(open_shards(folder, shards), config=config, companions=companions)
+    pickles = find_shards(folder, TORCH, TORCH_SUFFIXES)
+    if pickles.files:
+        from diffract.checkpoints.sources import open_pickles
+
+        return replace(open_pickles(folder, pickles), config=config, companions=companions)
+    raise CheckpointError(
+        f"folder {folder.where!r} holds no .safetensors, .bin, .pt or .pth files. Is this the right folder?"
+    )
+
+
+def _open_adapter(folder: Folder, how: _How) -> Checkpoint:
+    config = read_object(folder, adapter.CONFIG) or {}
+    adapter.refuse_more_than_factors(config, folder.where)
+    if adapter.WEIGHTS not in folder.names:
+        raise CheckpointError(
+            f"{folder.where}: adapter weights {adapter.WEIGHTS} are missing. Save the adapter as safetensors."
+        )
+    if how.above == STACK_LIMIT:
+        raise CheckpointError(
+            f"{folder.where}: more than {STACK_LIMIT} adapters lie on each other; does one name itself as "
+            "its base? Pass --adapter-base MODEL."
+        )
+    found = _adapter_base(folder, config) if how.base is None else how.base
+    with ExitStack() as opened:
+        weights = opened.enter_context(open_safetensors(folder.open(adapter.WEIGHTS))[0])
+        base = _open(found, _How(None, how.download, how.above + 1))
+        owns_base = base is not found
+        if owns_base:
+            opened.callback(base.close)
+        merged = adapter.open_adapter(weights, base, config, reference=folder.where, owns_base=owns_base)
+        opened.pop_all()
+    return replace(merged, companions={**base.companions, **find_companions(folder)})
+
+
+def _adapter_base(folder: Folder, config: Mapping[str, Any]) -> str | Path:
+    """The base that an adapter names: a path, one relative to the adapter, or a name on the hub."""
+    found, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not found or not isinstance(found, str):
+        raise CheckpointError(f"{folder.where}: {adapter.CONFIG} names no base model. Pass --adapter-base MODEL.")
+    beside = folder.path / found if isinstance(folder, LocalFolder) else Path(found)
+    for path in (Path(found), beside):
+        if path.exists():
+            return path
+    return f"{found}@{revision}" if revision else found
+
+
+STATE = "trainer_state.json"
+"""What the Hugging Face trainer leaves in each of its checkpoints."""
+
+IN_FOLDERS = (".safetensors", *TORCH_SUFFIXES)
+ALONE = (*IN_FOLDERS, ".npz")
+"""How the names of weights end: in a folder that is a checkpoint, and of a file that is one."""
+
+USUAL = ("model", "pytorch_model", "adapter_model")
+"""How a checkpoint's file is called whatever it holds, so that its folder's name says more."""
+
+BESIDE = tuple(start for start in TRAINER if start != "global_step")
+"""How files begin that are no checkpoint where each file of weights is one; it may be called global_step1000."""
+
+SHOWN = 5
+"""Names that a message lists."""
+
+_SHARD = re.compile(r".*-\d+-of-\d+\.\w+", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The checkpoints of a folder.
+
+    Attributes:
+        paths: One for each, by name.
+        left_out: Names of subfolders without weights, and of weights that are taken for no checkpoint.
+    """
+
+    paths: list[Path]
+    left_out: list[str]
+
+
+def find_checkpoints(path: Path) -> Found:
+    """Return the checkpoints that a folder holds: its subfolders with weights, or else each file of weights.
+
+    Shards, files that a trainer leaves beside the weights, and links to another of the checkpoints are none.
+
+    Raises:
+        CheckpointError: There are none.
+    """
+    folder = LocalFolder(path)
+    files = [name for name in folder.names if _is_weights(name, ALONE, BESIDE)]
+    subfolders = [p for p in _children(path) if p.is_dir()]
+    if folders := [p for p in subfolders if _holds_weights(p)]:
+        return Found(_distinct(folders), [*files, *(f"{p.name}/" for p in subfolders if p not in folders)])
+    sharded = any(name.endswith(".index.json") for name in folder.names)
+    alone = [] if sharded else [name for name in files if not _SHARD.fullmatch(name)]
+    if not alone:
+        raise CheckpointError(
+            f"no checkpoints in folder {folder.where!r}: expected subfolders with weights such as checkpoint-500, or "
+            f"files such as step_02000.safetensors, one a checkpoint. Found "
+            f"{some([p.name + '/' * p.is_dir() for p in _children(path)])}."
+        )
+    return Found(_distinct([path / name for name in alone]), [name for name in files if name not in alone])
+
+
+def trainer_state(path: Path) -> dict[str, Any]:
+    """Return what the Hugging Face trainer has noted in a checkpoint, empty if there is nothing.
+
+    Args:
+        path: The checkpoint's folder, or its file if that is called as usual.
+
+    Raises:
+        CheckpointError: The note is no JSON object.
+    """
+    place = path if path.is_dir() else path.parent
+    if place == path or path.stem in USUAL:
+        return read_object(LocalFolder(place), STATE) or {}
+    return {}
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first of some names in words."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(printable(name, 60) for name in names[:SHOWN]) + more or "nothing"
+
+
+def _children(path: Path) -> list[Path]:
+    return sorted(p for p in path.iterdir() if not p.name.startswith("."))
+
+
+def _holds_weights(path: Path) -> bool:
+    names = LocalFolder(path).names
+    return adapter.CONFIG in names or any(_is_weights(name, IN_FOLDERS, TRAINER) for name in names)
+
+
+def _is_weights(name: str, suffixes: tuple[str, ...], beside: tuple[str, ...]) -> bool:
+    return name.endswith(suffixes) and not name.startswith((*beside, "adapter_", "."))
+
+
+def _distinct(paths: list[Path]) -> list[Path]:
+    """Each checkpoint once: ``latest`` is often a link to one of the others."""
+    own = {p.resolve() for p in paths if not p.is_symlink()}
+    return [p for p in paths if not p.is_symlink() or p.resolve() not in own]

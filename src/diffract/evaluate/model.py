@@ -1,0 +1,299 @@
+"""What is evaluated: a loaded model with its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import blake3
+import torch
+from torch import Tensor
+
+from diffract.checkpoints import open_checkpoint
+from diffract.errors import CheckpointError, DiffractError, SelectionError, printable, suggest
+
+PIP = "pip install 'diffract-llm[train]'"
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_HUB = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?:@(?P<revision>[!-?A-~]+))?", re.ASCII)
+
+
+def load_model(ref: str, device: torch.device, dtype: str) -> torch.nn.Module:
+    """Load a causal language model.
+
+    A folder with a config and a name on the hub are transformers' own business; an adapter is merged into its base, as
+    everywhere in diffract, and rounded to its dtype.
+
+    Args:
+        ref: A folder, ``org/name@revision``, or an adapter.
+        device: Where it goes.
+        dtype: ``auto`` is the stored one, on a CPU float32.
+
+    Raises:
+        CheckpointError: There is no such model, or tensors of it are missing.
+        SelectionError: There is no such dtype.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        known = f"auto or one of: {', '.join(DTYPES)}.{suggest(dtype, DTYPES)}"
+        raise SelectionError(f"unknown dtype {printable(dtype)!r}, expected {known}")
+    chosen = DTYPES.get(dtype, "auto" if device.type != "cpu" else torch.float32)
+    with _explained(ref, "model"):
+        own = _own_place(ref)
+        model, lost = _from_checkpoint(ref, chosen) if own is None else _from_transformers(own, chosen)
+        if lost:
+            raise CheckpointError(
+                f"{printable(ref)}: {len(lost)} tensors of the model are missing or have another shape, the first is "
+                f"{printable(lost[0])}. Is this a whole language model?"
+            )
+        return model.to(device)
+
+
+def load_tokenizer(ref: str) -> Any:
+    """Load a tokenizer.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    with _explained(ref, "tokenizer"):
+        from transformers import AutoTokenizer
+
+        place, options = _own_place(ref) or (str(Path(ref).expanduser()), {})
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
+
+
+def _own_place(ref: str) -> tuple[str, dict[str, Any]] | None:
+    """Return what transformers is asked for, or ``None`` where diffract has to read the weights."""
+    path = Path(ref).expanduser()
+    if path.is_dir():
+        whole = (path / "config.json").is_file() and not (path / "adapter_config.json").is_file()
+        return (str(path), {}) if whole else None
+    match = None if path.exists() else _HUB.fullmatch(ref)
+    if match is None:
+        return None
+    return match["repo"], {"revision": match["revision"]} if match["revision"] else {}
+
+
+def _from_transformers(place: tuple[str, dict[str, Any]], dtype: Any) -> tuple[Any, list[str]]:
+    from transformers import AutoModelForCausalLM
+
+    found: Any = AutoModelForCausalLM.from_pretrained(
+        place[0], dtype=dtype, trust_remote_code=False, output_loading_info=True, **place[1]
+    )
+    return found[0], _lost(found[1])
+
+
+def _from_checkpoint(ref: str, dtype: Any) -> tuple[Any, list[str]]:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with open_checkpoint(ref) as checkpoint:
+        if not checkpoint.config or "model_type" not in checkpoint.config:
+            raise CheckpointError(
+                f"{printable(ref)} has no config.json. Pass the folder that holds config and weights."
+            )
+        config = AutoConfig.for_model(**checkpoint.config)
+        with torch.device("meta"):
+            kind = type(AutoModelForCausalLM.from_config(config))
+        tensors = {name: checkpoint.read(name) for name in checkpoint.names}
+        model, info = kind.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+        )
+    return model, _lost(info)
+
+
+def _lost(info: dict[str, Any]) -> list[str]:
+    return sorted({*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])})
+
+
+@contextmanager
+def _explained(ref: str, what: str) -> Iterator[None]:
+    """Turn what transformers raises into one message, and keep its bars off the terminal."""
+    try:
+        from transformers.utils import logging
+    except ImportError as error:
+        raise CheckpointError(f"evaluation needs the transformers package: {PIP}.") from error
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what it would warn of, missing tensors, is an error here
+    try:
+        yield
+    except DiffractError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        first = printable(str(error).strip().partition("\n")[0].rstrip("."))
+        advice = " Pass --tokenizer." if what == "tokenizer" else ""
+        raise CheckpointError(f"cannot load the {what} of {printable(ref)!r}: {first}.{advice}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+CHUNK_BYTES = 1 << 26
+"""Of a tensor on another device so much is copied at a time."""
+
+NOT_PART = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+"""Entries of a config that do not change what a loaded model computes; its dtype is that of its tensors."""
+
+
+def model_digest(model: torch.nn.Module) -> str:
+    """Return a digest of a model: its class, its config, and name, dtype, shape and bytes of every tensor.
+
+    Tensors are read where they lie; tied ones are read once. One changed bit gives another digest.
+    """
+    hasher = blake3.blake3(max_threads=blake3.blake3.AUTO)
+    hasher.update(json.dumps([type(model).__name__, _config(model)], default=str, sort_keys=True).encode())
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            hasher.update(f"{name} {tensor!r}".encode())
+            continue
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        twin = seen.setdefault(place, name) if tensor.numel() else name
+        hasher.update(json.dumps([name, str(tensor.dtype), list(tensor.shape), twin]).encode())
+        if twin == name:
+            _update(hasher, tensor.detach())
+    return hasher.hexdigest()
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Return a digest of a tokenizer: its JSON without padding and truncation, and its special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        content = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
+    else:
+        content = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
+    return blake3.blake3(json.dumps([content, special], sort_keys=True).encode()).hexdigest()
+
+
+def has_adapters(model: torch.nn.Module) -> bool:
+    """Return whether a model holds adapters of PEFT: their scales and switches are not among what is digested."""
+    return bool(getattr(model, "peft_config", None))
+
+
+def _config(model: torch.nn.Module) -> dict[str, Any]:
+    config: Any = getattr(model, "config", None)
+    own = config.to_dict() if hasattr(config, "to_dict") else {}
+    return {k: v for k, v in own.items() if k not in NOT_PART}
+
+
+def _update(hasher: blake3.blake3, tensor: Tensor) -> None:
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    for begun in range(0, flat.numel(), CHUNK_BYTES):
+        hasher.update(flat[begun : begun + CHUNK_BYTES].cpu().numpy().data)
+
+
+CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len", "seq_length")
+"""What configs call the longest sequence that a model was made for."""
+
+UNLIMITED_CONTEXT = 4096
+"""Tokens for a model whose config names no limit."""
+
+
+@dataclass
+class Subject:
+    """A loaded model with its tokenizer.
+
+    Attributes:
+        model: In evaluation mode; a causal language model of transformers.
+        tokenizer: Of transformers.
+        device: Where the model is.
+        context: Tokens that the model takes at once.
+        name: What to call it in messages.
+    """
+
+    model: torch.nn.Module
+    tokenizer: Any
+    device: torch.device
+    context: int
+    name: str = "the model"
+
+    @property
+    def start(self) -> list[int]:
+        """What every text begins with: the tokenizer's token for a beginning, else for an end, else nothing."""
+        found = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id)
+        return next(([token] for token in found if token is not None), [])
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the model's embedding."""
+        embedding: Any = self.model.get_input_embeddings()  # pyright: ignore[reportCallIssue] (transformers)
+        return int(embedding.weight.shape[0])
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of texts, without special tokens.
+
+        Raises:
+            CheckpointError: A token has no row in the model's embedding: the tokenizer is another model's.
+        """
+        if not texts:
+            return []
+        found = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        highest, rows = max((max(ids, default=0) for ids in found), default=0), self.vocabulary
+        if max(highest, *self.start, 0) >= rows:
+            raise CheckpointError(
+                f"{printable(self.name)}: the tokenizer gives token {max(highest, *self.start, 0)}, the model has "
+                f"{rows} of them. They do not belong together; pass the model's own with --tokenizer."
+            )
+        return found
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of tokens, special ones left out."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def load_subject(
+    ref: str | Path | torch.nn.Module, *, device: str = "auto", dtype: str = "auto", tokenizer: Any = None
+) -> Subject:
+    """Load a model and its tokenizer.
+
+    Args:
+        ref: A folder with a model of transformers, ``org/name@revision`` on the hub, an adapter, or a loaded model.
+        device: ``auto`` is CUDA where there is one.
+        dtype: ``float32``, ``bfloat16``, ``float16``; ``auto`` is the stored one on a GPU and float32 on a CPU, which
+            holds the same weights and computes more exactly. A loaded model stays as it is.
+        tokenizer: A reference, or a loaded one, where it is not beside the model.
+
+    Raises:
+        CheckpointError: There is no such model, its tokenizer is missing, or transformers is.
+        SelectionError: There is no such device or dtype.
+    """
+    where = choose_device(device)
+    if isinstance(ref, str | Path):
+        model, name, beside = load_model(str(ref), where, dtype), str(ref), str(ref)
+    else:
+        where = next(ref.parameters()).device if device == "auto" else where
+        model, name, beside = ref.to(where), "the model", None
+    found = beside if tokenizer is None else tokenizer
+    if found is None:
+        raise CheckpointError("a loaded model needs its tokenizer: pass tokenizer=.")
+    found = load_tokenizer(str(found)) if isinstance(found, str | Path) else found
+    return Subject(model.eval(), found, where, context_of(model), name)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of a name; ``auto`` is CUDA where there is one.
+
+    Raises:
+        SelectionError: There is no such device.
+    """
+    available = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    if name == "auto":
+        return torch.device(available[-1])
+    if name.partition(":")[0] not in available:
+        raise SelectionError(f"no device {printable(name)!r}, expected auto or one of: {', '.join(available)}.")
+    return torch.device(name)
+
+
+def context_of(model: torch.nn.Module) -> int:
+    """Return how many tokens a model takes at once, from its config."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = (getattr(text, name, None) for name in CONTEXT_NAMES)
+    return next((value for value in found if isinstance(value, int) and value > 1), UNLIMITED_CONTEXT)

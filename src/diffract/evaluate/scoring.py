@@ -1,0 +1,426 @@
+"""Work in batches as large as memory allows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import log, log2
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from diffract.corpora import Document
+from diffract.errors import CheckpointError, CorpusError, printable
+from diffract.evaluate.model import Subject
+from diffract.evaluate.sources import is_right
+from diffract.evaluate.tasks import Choice, Piece, Question, Score
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass
+class Budget:
+    """How much is computed at once.
+
+    Attributes:
+        tokens: In a batch, padding included, at most; halved when memory runs out. One item is a batch in any case.
+        notes: Takes what the user should know.
+    """
+
+    tokens: int
+    notes: Callable[[str], None] | None = None
+
+    def note(self, text: str) -> None:
+        """Tell something."""
+        if self.notes is not None:
+            self.notes(text)
+
+
+def run_batches(
+    items: Sequence[T],
+    length: Callable[[T], int],
+    compute: Callable[[list[T]], list[R]],
+    budget: Budget,
+    *,
+    most: int | None = None,
+) -> list[R]:
+    """Return the results of items in their order; long ones are computed first, and together with long ones.
+
+    Args:
+        items: What is to be done.
+        length: Tokens that an item needs in a batch where it is the longest.
+        compute: Does a batch.
+        budget: How much at once; it stays halved where memory ran out.
+        most: Tokens in a batch, where something else bounds them further.
+
+    Raises:
+        CheckpointError: Memory does not suffice for one item.
+    """
+    order = sorted(range(len(items)), key=lambda i: (-length(items[i]), i))
+    results: dict[int, R] = {}
+    while order:
+        longest = max(1, length(items[order[0]]))
+        allowed = budget.tokens if most is None else min(budget.tokens, most)
+        batch = order[: max(1, allowed // longest)]
+        found = _tried(compute, [items[i] for i in batch], longest)
+        if found is None:
+            _halve(budget, len(batch) * longest)
+            continue
+        results.update(zip(batch, found, strict=True))
+        order = order[len(batch) :]
+    return [results[i] for i in range(len(items))]
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether memory ran out; on a CPU torch has no class for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _tried(compute: Callable[[list[T]], list[R]], batch: list[T], longest: int) -> list[R] | None:
+    """Return a batch's results, or ``None`` if memory ran out; what it held is free by then."""
+    try:
+        return compute(batch)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(batch) == 1:
+            raise CheckpointError(
+                f"out of memory with one item of {longest} tokens. Use another device, or a smaller dtype."
+            ) from error
+    return None
+
+
+def _halve(budget: Budget, tokens: int) -> None:
+    budget.tokens = max(1, tokens // 2)
+    budget.note(f"out of memory: batches of {budget.tokens} tokens from here on")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Yield consecutive parts of at most ``size`` items."""
+    for begun in range(0, len(items), size):
+        yield items[begun : begun + size]
+
+
+END = re.compile(r"####[^\n]*\n|\n\s*Question:")
+"""Where an answer ends: after the line of the final number, or before another question."""
+
+LOOK_EVERY = 8
+"""Tokens after which answers are looked at for their end; what was said beyond it is cut off."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model goes on from.
+
+    Attributes:
+        ids: Its tokens; the answer must leave room for one more in the context.
+        tokens: Of the answer, at most.
+        item: What to call it in a message.
+    """
+
+    ids: Sequence[int]
+    tokens: int
+    item: str
+
+
+def generate(subject: Subject, prompts: Sequence[Prompt], budget: Budget) -> list[str]:
+    """Return the model's greedy answers, each cut at its end.
+
+    Prompts are padded on the left, masked, and computed with prompts of about the same length; rounding apart, an
+    answer does not depend on the others of its batch. The model's own generation settings (sampling, penalties) do not
+    count.
+
+    Raises:
+        CheckpointError: Logits are NaN, or memory does not suffice for one prompt.
+    """
+    answers: dict[int, str] = {}
+    with _plain_generation(subject.model):
+        for tokens in sorted(
+            {p.tokens for p in prompts}
+        ):  # so that no row goes on beyond what its context has room for
+            own = [i for i, p in enumerate(prompts) if p.tokens == tokens]
+            found = run_batches(
+                [prompts[i] for i in own],
+                lambda p: len(p.ids) + p.tokens,
+                lambda batch: _batch_answers(subject, batch),
+                budget,
+            )
+            answers.update(zip(own, found, strict=True))
+    return [answers[i] for i in range(len(prompts))]
+
+
+def shorten(answer: str) -> str:
+    r"""Return an answer up to its end.
+
+    >>> shorten(" 1+1 = 2\n#### 2\nQuestion: What")
+    ' 1+1 = 2\n#### 2\n'
+    """
+    match = END.search(answer)
+    if match is None:
+        return answer
+    return answer[: match.end() if match[0].startswith("####") else match.start()]
+
+
+@torch.inference_mode()
+def _batch_answers(subject: Subject, prompts: list[Prompt]) -> list[str]:
+    longest = max(len(p.ids) for p in prompts)
+    ids = torch.full((len(prompts), longest), _padding(subject), dtype=torch.long)
+    known = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):
+        ids[i, longest - len(prompt.ids) :] = torch.as_tensor(prompt.ids)
+        known[i, longest - len(prompt.ids) :] = 1
+    found = subject.model.generate(  # pyright: ignore[reportCallIssue] (transformers)
+        input_ids=ids.to(subject.device),
+        attention_mask=known.to(subject.device),
+        do_sample=False,
+        max_new_tokens=prompts[0].tokens,
+        eos_token_id=subject.tokenizer.eos_token_id,
+        pad_token_id=_padding(subject),
+        stopping_criteria=[_Ended(subject, len(prompts), longest)],
+        logits_processor=[_Numbers(subject, prompts)],
+    )
+    answers = found[:, longest:].tolist()
+    return [shorten(_text(subject, ids)) for ids in answers]
+
+
+def _text(subject: Subject, ids: list[int]) -> str:
+    """Return what was said before the token for an end."""
+    end = subject.tokenizer.eos_token_id
+    return subject.decode(ids[: ids.index(end)] if end in ids else ids)
+
+
+def _padding(subject: Subject) -> int:
+    """Any token will do, as it is masked."""
+    tokenizer = subject.tokenizer
+    return next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+
+
+class _Ended:
+    """Says of each row whether its answer has ended."""
+
+    def __init__(self, subject: Subject, rows: int, longest: int) -> None:
+        self.subject, self.longest = subject, longest
+        self.ended = torch.zeros(rows, dtype=torch.bool)
+
+    def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        if (ids.shape[1] - self.longest) % LOOK_EVERY == 0:
+            going = [i for i, ended in enumerate(self.ended.tolist()) if not ended]
+            texts = [self.subject.decode(row) for row in ids[going, self.longest :].tolist()]
+            self.ended[going] = torch.tensor([END.search(t) is not None for t in texts], dtype=torch.bool)
+        return self.ended.to(ids.device)
+
+
+class _Numbers:
+    """Refuses logits that are NaN: the largest of them is no answer."""
+
+    def __init__(self, subject: Subject, prompts: Sequence[Prompt]) -> None:
+        self.subject, self.prompts = subject, prompts
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        lost = torch.isnan(scores).any(dim=-1)
+        if bool(lost.any()):
+            item = self.prompts[int(lost.nonzero()[0])].item
+            raise CheckpointError(
+                f"{printable(self.subject.name)}: logits of {printable(item)} are NaN. The weights hold NaN or Inf, "
+                "or the dtype overflows; try --dtype float32."
+            )
+        return scores
+
+
+@contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Set a model's own generation settings aside."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+LOGITS_BYTES = 1 << 31
+"""Of float32 logits a batch has no more."""
+
+POSITIONS_AT_ONCE = 1024
+"""The logits of so many positions are upcast at a time."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A sequence of tokens.
+
+    Attributes:
+        ids: All but the last are given to the model, all but the first are predicted.
+        scored: How many of the last ones count.
+        item: What to call it in a message.
+    """
+
+    ids: Sequence[int]
+    scored: int
+    item: str
+
+
+def row_bits(subject: Subject, rows: Sequence[Row], budget: Budget) -> list[float]:
+    """Return for each row -sum log2 p(token | those before it) over its last ``scored`` tokens.
+
+    Logits are upcast to float32 for the log-softmax, sums are float64. Rows are padded on the right and masked, so that
+    a causal model's numbers do not depend on what else is in a batch but for rounding.
+
+    Raises:
+        CheckpointError: A sum is NaN or infinite, or memory does not suffice for one row.
+    """
+    most = LOGITS_BYTES // (4 * subject.vocabulary)
+    return run_batches(rows, lambda row: len(row.ids) - 1, lambda batch: _batch_bits(subject, batch), budget, most=most)
+
+
+@torch.inference_mode()
+def _batch_bits(subject: Subject, rows: list[Row]) -> list[float]:
+    ids = torch.zeros(len(rows), max(len(row.ids) for row in rows), dtype=torch.long)
+    known = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row.ids)] = torch.as_tensor(row.ids)
+        known[i, : len(row.ids) - 1] = 1
+    ids, known = ids.to(subject.device), known.to(subject.device)
+    logits_BTV = subject.model(input_ids=ids[:, :-1], attention_mask=known[:, :-1], use_cache=False).logits
+    spans = [slice(len(row.ids) - 1 - row.scored, len(row.ids) - 1) for row in rows]
+    nats = [_nats(logits_BTV[i, span], ids[i, 1:][span]) for i, span in enumerate(spans)]
+    sums = (torch.stack(nats) / log(2)).tolist()
+    for row, bits in zip(rows, sums, strict=True):
+        if not bits < float("inf"):
+            raise CheckpointError(
+                f"{printable(subject.name)}: {bits} bits for {printable(row.item)}: its logits are not finite. The "
+                "weights hold NaN or Inf, or the dtype overflows; try --dtype float32."
+            )
+    return sums
+
+
+def _nats(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+    """Return the cross-entropy of a row's targets, summed in float64."""
+    parts = zip(logits_TV.split(POSITIONS_AT_ONCE), targets_T.split(POSITIONS_AT_ONCE), strict=True)
+    sums = [torch.nn.functional.cross_entropy(a.float(), b, reduction="none").double().sum() for a, b in parts]
+    return torch.stack(sums).sum()
+
+
+def score_questions(subject: Subject, questions: Sequence[Question], budget: Budget) -> list[Score]:
+    """Return 1 for each question whose greedy answer ends in the right number, else 0, with the answer itself.
+
+    A prompt that leaves no room for an answer in the model's context is not asked; it counts as wrong, without output.
+    """
+    asked: dict[int, Prompt] = {}
+    for i, (question, tokens) in enumerate(zip(questions, subject.encode([q.prompt for q in questions]), strict=True)):
+        ids = [*subject.start, *tokens]
+        room = min(question.tokens, subject.context - len(ids))
+        if room > 0 and ids:
+            asked[i] = Prompt(ids, room, question.id)
+    answers = dict(zip(asked, generate(subject, list(asked.values()), budget), strict=True))
+    return [_score_answer(q, answers.get(i)) for i, q in enumerate(questions)]
+
+
+def _score_answer(question: Question, answer: str | None) -> Score:
+    right = answer is not None and is_right(answer, question.answer)
+    return Score(question.id, float(right), 1.0, answer)
+
+
+def score_choices(subject: Subject, choices: Sequence[Choice], budget: Budget) -> list[Score]:
+    """Return 1 for each question whose right option is the likeliest one, else 0, with the option taken.
+
+    An option's score is log p(option | prompt) by the UTF-8 bytes of the option, so that short options have no
+    advantage (``acc_norm`` of lm-evaluation-harness). Of equal ones the first is taken. What is longer than the
+    model's context loses its beginning.
+    """
+    rows = [row for choice in choices for row in _rows(subject, choice)]
+    if shortened := sum(len(row.ids) - 1 > subject.context for row in rows):
+        budget.note(
+            f"{shortened} options with their prompts are longer than the context; their beginnings were cut off"
+        )
+    kept = [Row(row.ids[-subject.context - 1 :], min(row.scored, subject.context), row.item) for row in rows]
+    bits = iter(row_bits(subject, kept, budget))
+    return [_score_choice(choice, [next(bits) for _ in choice.options]) for choice in choices]
+
+
+def _rows(subject: Subject, choice: Choice) -> list[Row]:
+    """Return prompt and option as one text, of which the option's tokens count."""
+    prompt, *whole = subject.encode([choice.prompt, *(f"{choice.prompt} {option}" for option in choice.options)])
+    return [Row([*subject.start, *ids], max(1, len(ids) - len(prompt)), choice.id) for ids in whole]
+
+
+def _score_choice(choice: Choice, bits: Sequence[float]) -> Score:
+    by_byte = [b / max(1, len(option.encode())) for b, option in zip(bits, choice.options, strict=True)]
+    taken = by_byte.index(min(by_byte))
+    return Score(choice.id, float(taken == choice.right), 1.0, choice.options[taken])
+
+
+PIECE_BYTES = 2048
+"""Longer documents are cut into equal pieces of at most about so many bytes."""
+
+
+def cut(documents: Iterable[Document]) -> Iterator[Piece]:
+    """Yield the pieces of documents: at places that depend on bytes alone, so that all tokenizers score the same.
+
+    A document of n bytes gives k = ceil(n / ``PIECE_BYTES``) pieces that end at bytes n/k, 2n/k, ..., each moved back
+    to the border of a character.
+
+    Raises:
+        CorpusError: A text cannot be written in UTF-8.
+    """
+    for document in documents:
+        try:
+            content = document.text.encode()
+        except UnicodeEncodeError as error:
+            raise CorpusError(f"document {document.id} is no text that UTF-8 can hold. Mend the file.") from error
+        count = -(-len(content) // PIECE_BYTES)
+        ends = [_border(content, (i + 1) * len(content) // count) for i in range(count)]
+        for i, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+            if end > begin:
+                yield Piece(f"{document.id}:{i}", content[begin:end].decode())
+
+
+def score_texts(subject: Subject, pieces: Sequence[Piece], budget: Budget) -> list[Score]:
+    """Return bits and bytes of each piece.
+
+    Every token counts once. The first is predicted from the tokenizer's token for a beginning (or for an end, where it
+    has only that); without either it costs log2 of the vocabulary's size, as a uniform guess would.
+    """
+    rows: list[Row] = []
+    owners: list[int] = []
+    bits = [0.0] * len(pieces)
+    for i, (piece, tokens) in enumerate(zip(pieces, subject.encode([p.text for p in pieces]), strict=True)):
+        if not subject.start:
+            bits[i] = log2(subject.vocabulary)
+        own = list(windows([*subject.start, *tokens], subject.context, piece.id))
+        rows += own
+        owners += [i] * len(own)
+    for i, found in zip(owners, row_bits(subject, rows, budget), strict=True):
+        bits[i] += found
+    return [Score(p.id, b, float(len(p.text.encode()))) for p, b in zip(pieces, bits, strict=True)]
+
+
+def windows(ids: Sequence[int], context: int, item: str) -> Iterator[Row]:
+    """Yield rows that together predict every token but the first exactly once.
+
+    Each gives the model at most ``context`` tokens, all but the first exactly so many; they move on by half of that, so
+    that a token is predicted from at least half a context, or from all that is before it.
+    """
+    last = len(ids) - 1
+    done = min(context, last)
+    if done:
+        yield Row(ids[: done + 1], done, item)
+    while done < last:
+        end = min(done + max(1, context // 2), last)
+        yield Row(ids[end - context : end + 1], end - done, item)
+        done = end
+
+
+def _border(content: bytes, place: int) -> int:
+    """Return the last border of a character at or before a byte."""
+    while 0 < place < len(content) and content[place] & 0xC0 == 0x80:
+        place -= 1
+    return place

@@ -1,0 +1,325 @@
+"""The families of tail laws, by name."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float64
+from torch import Tensor
+
+from diffract.errors import SelectionError, suggest
+from diffract.metrics.heavy_tails.exponential import EXPONENTIAL
+from diffract.metrics.heavy_tails.fit import ROUNDING, Fitted, Law, Parameters, fit_tails, order, piece_entries
+from diffract.metrics.heavy_tails.log_normal import LOG_NORMAL
+from diffract.metrics.heavy_tails.power_law import POWER_LAW, PowerLaw
+from diffract.metrics.heavy_tails.truncated_power_law import TRUNCATED_POWER_LAW
+
+Family = Literal["power_law", "exponential", "log_normal", "truncated_power_law"]
+
+LAWS: dict[str, Law] = {
+    "power_law": POWER_LAW,
+    "exponential": EXPONENTIAL,
+    "log_normal": LOG_NORMAL,
+    "truncated_power_law": TRUNCATED_POWER_LAW,
+}
+
+
+def law_of(family: str) -> Law:
+    """Return the law of that name.
+
+    Raises:
+        SelectionError: There is none.
+    """
+    if family not in LAWS:
+        raise SelectionError(f"no tail law {family!r}.{suggest(family, LAWS)} Known: {', '.join(LAWS)}.")
+    return LAWS[family]
+
+
+PerMatrix = Float64[Tensor, "b"]
+
+SAME = 1e-9
+"""Log-likelihood per value; laws that differ by less are one law, seen through rounding."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A power law against another law on the same tails; NaN where there is no tail.
+
+    Attributes:
+        ratio: Log-likelihood ratio R = sum(l_i), l_i = ln p_power(x_i) - ln p_other(x_i), over sqrt(k var(l)): positive
+            where the power law is the likelier one. Zero where the two laws coincide.
+        p: Two-sided probability of a ratio at least so far from zero were both equally good; 1 where they coincide.
+    """
+
+    ratio: PerMatrix
+    p: PerMatrix
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """The power law against each of the others."""
+
+    exponential: Comparison
+    truncated_power_law: Comparison
+    log_normal: Comparison
+
+
+def compare_tails(values: Float64[Tensor, "b n"], *, at: PerMatrix | None = None, min_tail: int = 2) -> Comparisons:
+    """Compare the power law with the other laws, all fitted to the power law's tail.
+
+    Exponential and log-normal: Vuong's test, p = erfc(|R| / sqrt(2 k var(l))). The truncated power law contains the
+    power law, so that R <= 0 and Vuong's normal limit does not hold: there p = P(chi^2_1 >= 2 |R|), one degree of
+    freedom for the rate, as ``powerlaw`` 1.5 has it for nested laws. (The rate lies on the edge of what is allowed,
+    which makes this p up to twice too large.) The log-normal contains the power law as a limit only, and is taken as
+    not nested.
+
+    Args:
+        values: Eigenvalues in any order; those that are not finite or not above zero do not count.
+        at: A given xmin for each row; the power law's own by default.
+        min_tail: As in ``power_law``.
+
+    Source: Vuong (1989), Econometrica 57; Clauset, Shalizi, Newman (2009), section 5.
+    """
+    tail = fit_tails(values, POWER_LAW, at=at, min_tail=min_tail)
+    others = (
+        fit_tails(values, law, at=tail.xmin, min_tail=min_tail).parameters
+        for law in (EXPONENTIAL, LOG_NORMAL, TRUNCATED_POWER_LAW)
+    )
+    return compare_laws(values, tail.xmin, tail.parameters, *others)
+
+
+def compare_laws(
+    values: Float64[Tensor, "b n"],
+    xmin: PerMatrix,
+    power_law: Float64[Tensor, "b 1"],
+    exponential: Float64[Tensor, "b 1"],
+    log_normal: Float64[Tensor, "b 2"],
+    truncated_power_law: Float64[Tensor, "b 2"],
+) -> Comparisons:
+    """Compare as ``compare_tails`` does, with the parameters of each law for the values >= xmin known already."""
+    inside = (values >= xmin[:, None]) & values.isfinite()
+    t = (values / xmin[:, None]).log().where(inside, 0.0)
+    power = POWER_LAW.log_density(power_law, t)
+
+    def against(law: Law, parameters: Parameters, *, nested: bool = False) -> Comparison:
+        return _test(power - law.log_density(parameters, t), inside, nested=nested)
+
+    return Comparisons(
+        against(EXPONENTIAL, exponential),
+        against(TRUNCATED_POWER_LAW, truncated_power_law, nested=True),
+        against(LOG_NORMAL, log_normal),
+    )
+
+
+def _test(differences: Float64[Tensor, "b n"], inside: Tensor, *, nested: bool) -> Comparison:
+    k = inside.sum(1)
+    total = differences.where(inside, 0.0).sum(1)
+    spread = (differences - (total / k)[:, None]).square().where(inside, 0.0).sum(1).sqrt()  # sqrt(k var(l))
+    ratio = total / spread
+    p = torch.special.erfc(total.abs().sqrt() if nested else ratio.abs() * 0.5**0.5)
+    same = torch.maximum(total.abs() / k, spread / k.sqrt()) < SAME
+    return Comparison(ratio.masked_fill(same, 0.0), p.masked_fill(same, 1.0).where(k > 0, torch.nan))
+
+
+def alpha_hat(alpha: PerMatrix, largest: PerMatrix) -> PerMatrix:
+    """The weighted exponent, alpha log10 lambda_1; NaN without an alpha, -inf for lambda_1 = 0.
+
+    Source: Martin, Peng, Mahoney (2021), Predicting trends in the quality of neural networks, Nature Communications 12.
+
+    >>> alpha_hat(torch.tensor([2.5]).double(), torch.tensor([100.0]).double())
+    tensor([5.], dtype=torch.float64)
+    """
+    return alpha * largest.log10()
+
+
+def log10_alpha_norm(values: Float64[Tensor, "b n"], alpha: PerMatrix) -> PerMatrix:
+    """The logarithm of the alpha-norm, log10 sum lambda_i^alpha, without over- or underflow.
+
+    Args:
+        values: Eigenvalues in any order; those that are not finite or not above zero do not count.
+        alpha: The exponent.
+
+    Returns:
+        NaN without an alpha, -inf without values.
+
+    Source: as ``alpha_hat``.
+
+    >>> log10_alpha_norm(torch.tensor([[1e200, 0.0]], dtype=torch.float64), torch.tensor([3.0]).double())
+    tensor([600.], dtype=torch.float64)
+    """
+    counted = (values > 0) & values.isfinite()
+    powers = (alpha[:, None] * values.log()).where(counted, -torch.inf)
+    total = powers.logsumexp(1) / math.log(10)
+    return total.where(~alpha.isnan(), torch.nan)
+
+
+Doubts = Bool[Tensor, "b"]
+
+FEWEST = 50
+"""Values in a tail below which an exponent is known badly (Clauset et al. 2009, section 3.3)."""
+
+OVER_TRAINED = 2.0
+UNDER_TRAINED = 6.0
+"""Exponents between these are those of well-trained layers (Martin & Mahoney 2021)."""
+
+
+@dataclass(frozen=True)
+class TailWarning:
+    """Doubts about b fitted tails; all false where there is no tail.
+
+    Attributes:
+        short: Fewer than 50 values in the tail.
+        over_trained: alpha below 2.
+        under_trained: alpha above 6.
+        whole: xmin is the smallest value: the tail is the whole spectrum.
+        extreme: xmin is the last candidate, the second largest value seen.
+    """
+
+    short: Doubts
+    over_trained: Doubts
+    under_trained: Doubts
+    whole: Doubts
+    extreme: Doubts
+
+
+def tail_warning(tail: PowerLaw, values: Float64[Tensor, "b n"]) -> TailWarning:
+    """Return what speaks against a fit; ``values`` are those that it was made of."""
+    x = values.where((values > 0) & values.isfinite(), torch.nan)
+    above = x > tail.xmin[:, None]
+    largest = x.nan_to_num(0.0).amax(1, keepdim=True)
+    return TailWarning(
+        short=tail.tail_count < FEWEST,
+        over_trained=tail.alpha < OVER_TRAINED,
+        under_trained=tail.alpha > UNDER_TRAINED,
+        whole=~tail.xmin.isnan() & ~(x < tail.xmin[:, None]).any(1),
+        extreme=~tail.xmin.isnan() & (~above | (x == largest)).all(1),
+    )
+
+
+def describe_warning(warning: TailWarning, tail: PowerLaw) -> tuple[str, ...]:
+    """Word the warnings of each row, most telling first; an empty string where there are none."""
+    texts = {
+        "short": "",
+        "over_trained": "alpha below 2 (over-trained)",
+        "under_trained": "alpha above 6 (under-trained)",
+        "whole": "xmin is the smallest value",
+        "extreme": "xmin is the last candidate",
+    }
+    flags = torch.stack([getattr(warning, field.name) for field in fields(warning)], 1).tolist()
+    return tuple(
+        "; ".join(text or _short(count) for text, on in zip(texts.values(), row, strict=True) if on)
+        for row, count in zip(flags, tail.tail_count.tolist(), strict=True)
+    )
+
+
+def _short(count: float) -> str:
+    return f"tail of {count:.0f} points"
+
+
+BLOCK = 64
+"""Draws made at once; the random numbers depend on it, so that they do not depend on memory or device."""
+
+
+@dataclass(frozen=True)
+class PValue:
+    """Goodness of fit of b tails; NaN where there is none.
+
+    Attributes:
+        p: Share of the draws whose distance is not below the one found; small means that the law is a bad one.
+        stderr: Monte-Carlo standard error, sqrt(p (1 - p) / draws).
+    """
+
+    p: PerMatrix
+    stderr: PerMatrix
+
+
+def p_value(
+    values: Float64[Tensor, "b n"],
+    family: Family,
+    *,
+    at: PerMatrix | None = None,
+    draws: int = 1000,
+    seed: int = 0,
+    refit: bool = True,
+    min_tail: int = 2,
+    two_sided: bool = False,
+) -> PValue:
+    """Bootstrap the Kolmogorov-Smirnov distance of a tail.
+
+    Each draw has as many values as the row: each with probability k / n from the fitted tail, otherwise one of the
+    values below xmin. The fit with its search for xmin is repeated on it. All rows share the same random numbers, so
+    that a row's result does not depend on the rows beside it.
+
+    Args:
+        values: Eigenvalues in any order; those that are not finite or not above zero do not count.
+        family: The tail's law.
+        at: A given xmin for each row; the draws keep to it as well. By default xmin is searched.
+        draws: Their number; p is known to about 1 / (2 sqrt(draws)).
+        seed: Of the random numbers.
+        refit: Whether xmin is searched anew on each draw. If not, only the parameters are estimated anew, at the xmin
+            found: cheaper, but p comes out too large, as only the data had the choice of their best xmin.
+        min_tail: As in ``power_law``.
+        two_sided: As in ``power_law``.
+
+    Raises:
+        SelectionError: An unknown family, or no draws.
+
+    Source: Clauset, Shalizi, Newman (2009), section 4.1.
+    """
+    if draws < 1:
+        raise SelectionError(f"draws = {draws}: a bootstrap takes at least one.")
+    law, options = law_of(family), {"min_tail": min_tail, "two_sided": two_sided}
+    fitted = fit_tails(values, law, at=at, **options)
+    p = torch.full_like(fitted.ks, torch.nan)
+    fits = fitted.ks.isfinite().nonzero()[:, 0]
+    entries = piece_entries(values.device)
+    for rows in fits.split(max(1, entries // (BLOCK * max(1, values.shape[1])))):
+        if not len(rows):
+            break
+        generator = torch.Generator().manual_seed(seed)
+        p[rows] = _share_of_worse(values[rows], fitted[rows], law, draws, generator, refit and at is None, options)
+    return PValue(p, (p * (1 - p) / draws).sqrt())
+
+
+def _share_of_worse(
+    values: Float64[Tensor, "b n"],
+    fitted: Fitted,
+    law: Law,
+    draws: int,
+    generator: torch.Generator,
+    refit: bool,
+    options: dict[str, Any],
+) -> PerMatrix:
+    """Return the share of draws that fit no better than the data."""
+    b, n = values.shape
+    x = order(values).values
+    worse, fits = torch.zeros(2, b, dtype=x.dtype, device=x.device)
+    for first in range(0, draws, BLOCK):
+        uniform = torch.rand(BLOCK, 2, n, dtype=x.dtype, generator=generator)[: draws - first].to(x.device)
+        drawn = _draw(x, fitted, law, uniform[:, 0], 1 - uniform[:, 1]).flatten(0, 1)
+        at = None if refit else fitted.xmin.repeat_interleave(len(uniform))
+        ks = fit_tails(drawn, law, at=at, **options).ks.view(b, -1)
+        worse += (ks >= fitted.ks[:, None] - ROUNDING).sum(1)
+        fits += ks.isfinite().sum(1)
+    return worse / fits
+
+
+def _draw(
+    x: Float64[Tensor, "b n"],
+    fitted: Fitted,
+    law: Law,
+    pick: Float64[Tensor, "d n"],
+    survival: Float64[Tensor, "d n"],
+) -> Float64[Tensor, "b d n"]:
+    """Return draws of rows in descending order: ``pick`` chooses tail or body, ``survival`` the place in the tail."""
+    counted, tail = (x > 0).sum(1)[:, None, None], fitted.count[:, None, None]
+    share = tail / counted
+    body = tail + ((pick - share) / (1 - share) * (counted - tail)).floor()
+    body = torch.minimum(body.nan_to_num(0.0).clamp(min=0.0), counted - 1.0).long()
+    below = x[:, None, :].expand(-1, len(pick), -1).gather(2, body)
+    t = law.quantile(fitted.parameters, survival.flatten().expand(len(x), -1)).view(len(x), *pick.shape)
+    drawn = torch.where(pick < share, fitted.xmin[:, None, None] * t.exp(), below)
+    return drawn.where(torch.arange(x.shape[1], device=x.device) < counted, torch.nan)

@@ -1,0 +1,286 @@
+"""Size and ranks of the change D = W1 - W0."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float64
+from torch import Tensor
+
+from diffract.metrics.single import effective_rank, stable_rank_of_sigmas
+
+PerMatrix = Float64[Tensor, "b"]
+
+
+def delta_frobenius(delta_squares: PerMatrix) -> PerMatrix:
+    """||D||_F."""
+    return delta_squares.sqrt()
+
+
+def delta_relative(delta_squares: PerMatrix, base_squares: PerMatrix) -> PerMatrix:
+    """||D||_F / ||W0||_F. NaN for a zero base."""
+    return torch.where(base_squares > 0, delta_squares / base_squares, torch.nan).sqrt()
+
+
+def delta_spectral(delta_sigmas: Float64[Tensor, "b M"]) -> PerMatrix:
+    """||D||_2."""
+    return delta_sigmas[:, 0]
+
+
+def delta_stable_rank(delta_sigmas: Float64[Tensor, "b M"]) -> PerMatrix:
+    """||D||_F^2 / ||D||_2^2. NaN when nothing changed."""
+    return stable_rank_of_sigmas(delta_sigmas)
+
+
+def delta_effective_rank(delta_sigmas: Float64[Tensor, "b M"]) -> PerMatrix:
+    """Exp of the entropy (nats) of D's normalised singular values. NaN when nothing changed."""
+    return effective_rank(delta_sigmas)
+
+
+def delta_changed_share(changed: PerMatrix, shape: tuple[int, int]) -> PerMatrix:
+    """Share of the entries that differ."""
+    return changed / (shape[0] * shape[1])
+
+
+def delta_rounding_floor(rounding_squares: PerMatrix) -> PerMatrix:
+    """Norm that rounding W1 to its stored dtype alone causes: sqrt(sum ulp_ij^2 / 12).
+
+    Errors are uniform within half an ulp. A ``delta_frobenius`` near it is rounding, not training.
+    """
+    return rounding_squares.sqrt()
+
+
+Overlap = Float64[Tensor, "b M M"]
+Sigmas = Float64[Tensor, "b M"]
+
+WINDOW = 0.05
+"""Base vectors whose sigma is within 5% of a tuned vector's belong to its window."""
+
+INTRUDERS = 10
+INTRUDER_MATCH = 0.5
+
+
+def overlap(cosines: Float64[Tensor, "b M M"]) -> Overlap:
+    """|u0_i . u1_j|: the sign of a singular vector is arbitrary."""
+    return cosines.abs()
+
+
+def agreement(overlap: Overlap) -> Sigmas:
+    """|u0_i . u1_i| for each i, in [0, 1]."""
+    return overlap.diagonal(dim1=-2, dim2=-1)
+
+
+def best_match(overlap: Overlap) -> Sigmas:
+    """max_j |u0_i . u1_j| for each base vector i, in [0, 1]."""
+    return overlap.amax(-1)
+
+
+def window(base_sigmas: Sigmas, sigmas: Sigmas) -> Bool[Tensor, "b M M"]:
+    """Whether base sigma i lies within 5% of tuned sigma j."""
+    return (base_sigmas[:, :, None] - sigmas[:, None, :]).abs_() <= WINDOW * sigmas[:, None, :]
+
+
+def agreement_window(overlap: Overlap, window: Bool[Tensor, "b M M"]) -> Sigmas:
+    """Norm of u1_i projected on the base vectors whose sigma lies within 5% of its own, in [0, 1].
+
+    Where sigmas nearly coincide single vectors mean nothing, the space they span does. Zero where the window is empty.
+    """
+    return (overlap * window).square_().sum(-2).sqrt_()
+
+
+def agreement_window_chance(window: Bool[Tensor, "b M M"], dimension: int) -> PerMatrix:
+    """Mean of sqrt(k_i / d), k_i being the number of base vectors in the window of i."""
+    return (window.sum(-2).double() / dimension).sqrt().mean(-1)
+
+
+def mean(values: Sigmas) -> PerMatrix:
+    """Mean along the spectrum."""
+    return values.mean(-1)
+
+
+def subspace(overlap: Overlap, k: int) -> PerMatrix:
+    """||U0_k^T U1_k||_F^2 / k: the share that the top k subspaces have in common. NaN for k > M."""
+    if k > overlap.shape[-1]:
+        return torch.full_like(overlap[:, 0, 0], torch.nan)
+    return overlap[:, :k, :k].square().sum((-2, -1)) / k
+
+
+def intruders(left_overlap: Overlap) -> PerMatrix:
+    """How many of the top 10 left vectors of W1 have a best match below 0.5 in W0 (Shuttleworth et al. 2024).
+
+    NaN where one of the matrices has no vectors.
+    """
+    matches = left_overlap[:, :, :INTRUDERS].amax(-2)
+    return torch.where(matches.isnan().any(-1), torch.nan, (matches < INTRUDER_MATCH).sum(-1).double())
+
+
+def cosine_chance(dimension: int) -> float:
+    """Mean |cos| of random unit vectors: Gamma(d/2) / (sqrt(pi) Gamma((d+1)/2)), about sqrt(2 / (pi d)).
+
+    >>> round(cosine_chance(2), 4)  # 2 / pi
+    0.6366
+    """
+    return math.exp(math.lgamma(dimension / 2) - math.lgamma((dimension + 1) / 2)) / math.sqrt(math.pi)
+
+
+def best_match_chance(dimension: int, count: int) -> float:
+    """Best |cos| of a random unit vector with k = ``count`` others: about sqrt(2 ln k / d), at most 1.
+
+    >>> best_match_chance(1, 1)
+    1.0
+    """
+    return min(1.0, max(cosine_chance(dimension), math.sqrt(2 * math.log(count) / dimension)))
+
+
+def value_share(diagonal: Sigmas, delta_squares: PerMatrix) -> PerMatrix:
+    """sum_i C_ii^2 / ||D||_F^2 with C = U0^T D V0, in [0, 1]; chance level 1 / max(m, n). NaN when nothing changed."""
+    return diagonal.square().sum(-1) / delta_squares
+
+
+def spectral_shift_share(base_sigmas: Sigmas, sigmas: Sigmas, delta_squares: PerMatrix) -> PerMatrix:
+    """sum_i (sigma_i(W1) - sigma_i(W0))^2 / ||D||_F^2, in [0, 1] (Mirsky 1960). NaN when nothing changed."""
+    return (sigmas - base_sigmas).square().sum(-1) / delta_squares
+
+
+Energies = Float64[Tensor, "b M"]
+InPeak = Bool[Tensor, "b M"]
+
+PERMUTATIONS = 999
+TIE = 1e-12
+"""Share of the whole energy within which two sums are equal: the same terms, added in another order."""
+
+
+def peak_enrichment(energy: Energies, in_peak: InPeak) -> PerMatrix:
+    """Mean of e_i inside spectral peaks over its mean outside.
+
+    Args:
+        energy: e_i for each base singular direction.
+        in_peak: Whether sigma_i lies in a peak (``find_peaks(...).membership >= 0``).
+
+    Returns:
+        In [0, inf], 1 by chance. Infinite where all energy is inside. NaN where all or no sigmas are inside, and where
+        nothing changed.
+    """
+    count = in_peak.sum(-1)
+    outside = energy.where(~in_peak, 0.0).sum(-1) / (in_peak.shape[-1] - count)
+    return energy.where(in_peak, 0.0).sum(-1) / count / outside
+
+
+def peak_enrichment_pvalue(
+    energy: Energies, in_peak: InPeak, *, draws: int = PERMUTATIONS, generator: torch.Generator
+) -> PerMatrix:
+    """Permutation p-value of ``peak_enrichment``, one-sided: (1 + #{permuted >= observed}) / (1 + draws).
+
+    Labels are permuted over positions. As the whole energy is fixed, the ratio grows with the energy inside alone,
+    which is compared. The same permutations serve all rows: a row with k sigmas inside takes the k positions that come
+    first in each. So a row's value does not depend on its batch, but those of one batch share their sampling error.
+
+    Peaks are runs of neighbouring sigmas, and the energies of neighbours resemble each other. Permuted labels are
+    scattered, so under a smooth trend of e_i the p-value is too small: it says that energy and peaks go together, not
+    that peaks as such draw the change.
+
+    Args:
+        energy: As for ``peak_enrichment``.
+        in_peak: As for ``peak_enrichment``.
+        draws: Number of permutations.
+        generator: Source of the permutations; of any device.
+
+    Returns:
+        In [1 / (1 + draws), 1]. NaN where ``peak_enrichment`` is.
+
+    Source: Phipson & Smyth 2010, Permutation p-values should never be zero.
+    """
+    uniform = torch.rand(draws, energy.shape[1], generator=generator, device=generator.device)
+    places = uniform.argsort(-1).to(energy.device)
+    observed = energy.where(in_peak, 0.0).sum(-1)
+    least = observed - TIE * energy.sum(-1)
+    counts = in_peak.sum(-1)
+    reached = torch.zeros_like(observed)
+    for count in counts.unique().tolist():
+        rows = (counts == count).nonzero().flatten()
+        permuted = energy[rows] @ (places < count).double().mT
+        reached[rows] = (permuted >= least[rows, None]).sum(-1).double()
+    return ((1 + reached) / (1 + draws)).where(~peak_enrichment(energy, in_peak).isnan(), torch.nan)
+
+
+def seeded_pvalue(energy: Energies, in_peak: InPeak) -> PerMatrix:
+    """``peak_enrichment_pvalue`` with ``PERMUTATIONS`` draws of seed 0."""
+    return peak_enrichment_pvalue(energy, in_peak, generator=torch.Generator().manual_seed(0))
+
+
+SignedOverlap = Float64[Tensor, "b M M"]
+
+CHANCE_DRAWS = 4000
+FEWEST_DRAWS = 8
+
+
+def principal_angles(overlap: SignedOverlap, k: int) -> Float64[Tensor, "b k"]:
+    """Arc cosines of the singular values of U0_k^T U1_k, in radians, ascending (Bjorck & Golub 1973).
+
+    Angles below about sqrt(2 e) cannot be told from zero, e being the error of the overlap: 2e-8 for vectors that are
+    orthonormal to rounding. The mean of their cos^2 is ``agreement.subspace``.
+
+    Args:
+        overlap: U0^T U1, signed.
+        k: Vectors of either matrix that count.
+
+    Returns:
+        In [0, pi / 2]. NaN for k > M, and where the overlap holds NaN.
+    """
+    if k > overlap.shape[-1]:
+        return torch.full((len(overlap), k), torch.nan, dtype=overlap.dtype, device=overlap.device)
+    block = overlap[:, :k, :k]
+    finite = block.isfinite().flatten(1).all(1)
+    cosines = torch.linalg.svdvals(block.where(finite[:, None, None], 0.0)).clamp(max=1.0)
+    return cosines.arccos().where(finite[:, None], torch.nan)
+
+
+def largest_principal_angle(overlap: SignedOverlap, k: int) -> PerMatrix:
+    """Largest of ``principal_angles``: zero only if the two spaces are the same."""
+    return principal_angles(overlap, k)[:, -1]
+
+
+def mean_principal_angle(overlap: SignedOverlap, k: int) -> PerMatrix:
+    """Mean of ``principal_angles``."""
+    return principal_angles(overlap, k).mean(-1)
+
+
+@cache
+def principal_angle_chance(dimension: int, k: int, *, seed: int = 0) -> tuple[float, float]:
+    """Mean largest and mean mean angle between random k-dimensional spaces in d dimensions, by seeded simulation.
+
+    The overlap is distributed as the first k rows of an orthonormal basis of the columns of k + (d - k) Gaussian rows.
+    The QR factor of the latter has independent entries (Bartlett 1933), sqrt(chi^2_(d-k-i)) on its diagonal and
+    Gaussian above, so that a draw costs k^3 whatever d is. For 2k > d spaces meet in at least 2k - d dimensions; the
+    other angles are those of their complements.
+
+    4,000 / k pairs of spaces are drawn, at least 8; the standard error of either mean is at most 0.008. The largest
+    angle is near pi / 2 for any k well below d, and tells little there.
+
+    Args:
+        dimension: d.
+        k: Of both spaces.
+        seed: Of the simulation.
+
+    Returns:
+        Radians; NaN for k > d.
+
+    >>> principal_angle_chance(5, 5)
+    (0.0, 0.0)
+    """
+    if k > dimension:
+        return math.nan, math.nan
+    free = min(k, dimension - k)
+    if free == 0:
+        return 0.0, 0.0
+    random, draws = np.random.default_rng(seed), max(CHANCE_DRAWS // free, FEWEST_DRAWS)
+    rest = np.triu(random.standard_normal((draws, free, free)), 1)
+    diagonal = np.arange(free)
+    rest[:, diagonal, diagonal] = np.sqrt(random.chisquare(dimension - free - diagonal, (draws, free)))
+    rows = np.concatenate([random.standard_normal((draws, free, free)), rest], axis=1)
+    cosines = np.linalg.svd(np.linalg.qr(rows).Q[:, :free], compute_uv=False)
+    angles = np.arccos(cosines.clip(max=1.0))
+    return float(angles[:, -1].mean()), float(angles.sum(-1).mean() / k)

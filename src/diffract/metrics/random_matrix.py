@@ -1,0 +1,377 @@
+"""The noise part of a spectrum: the Marchenko-Pastur law fitted to it, and what sticks out.
+
+Shapes: b matrices m x n, N = max(m, n), M = min(m, n), gamma = M / N; eigenvalues lambda_i = sigma_i^2 / N, descending.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64, Int64
+from scipy.special import airy
+from torch import Tensor
+
+QUANTILE_99 = 2.02344928138
+"""99% quantile of the law."""
+
+NODES = 40
+"""Of the quadrature below; more of them change nothing."""
+
+REACH = 14.0
+"""Argument at which the kernel is cut off: Ai(14) = 1e-16."""
+
+LOWEST = -10.0
+"""Below it F_1 is less than 1e-21, and the nodes do not resolve the kernel."""
+
+
+def tracy_widom_cdf(s: Float64[Tensor, "*b"]) -> Float64[Tensor, "*b"]:
+    """F_1(s) = det(1 - V_s), V_s(x, y) = Ai(s + (x + y) / 2) / 2 on x, y > 0 (Ferrari & Spohn 2005).
+
+    The determinant is taken at Gauss-Legendre nodes, as in Bornemann 2010. Ai is SciPy's, computed on the CPU: that
+    of PyTorch 2.13 is off by 3e-6 between -4 and -1.
+
+    Args:
+        s: Standardised largest eigenvalues.
+
+    Returns:
+        In [0, 1], to an absolute error of 1e-13. NaN for NaN.
+    """
+    origin = s.detach().clamp(min=LOWEST).cpu().numpy()[..., None]
+    nodes, weights = np.polynomial.legendre.leggauss(NODES)
+    half = np.maximum(REACH - origin, 1.0)
+    x, root = half * (nodes + 1), np.sqrt(half * weights)
+    kernel = airy(origin[..., None] + (x[..., :, None] + x[..., None, :]) / 2)[0] / 2
+    system = torch.from_numpy(np.eye(NODES) - root[..., :, None] * kernel * root[..., None, :])
+    return torch.linalg.det(system.to(s.device)).clamp(0.0, 1.0)
+
+
+def fluctuation_edge(shape: tuple[int, int]) -> float:
+    """Return what the largest eigenvalue of an m x n noise matrix of variance 1 stays below with probability 99%.
+
+    (mu + 2.0234 s) / N with mu = (sqrt(N - 1) + sqrt(M))^2 and s = (sqrt(N - 1) + sqrt(M)) (1 / sqrt(N - 1) +
+    1 / sqrt(M))^(1/3) (Johnstone 2001, theorem 1.1), for eigenvalues sigma^2 / N. It scales with the variance of the
+    entries. For a 1 x 1 matrix, where the formula has no value, N - 1 is taken as 1.
+    """
+    long, short = math.sqrt(max(max(shape) - 1, 1)), math.sqrt(min(shape))
+    scale = (long + short) * (1 / long + 1 / short) ** (1 / 3)
+    return ((long + short) ** 2 + QUANTILE_99 * scale) / max(shape)
+
+
+HALVINGS = 56
+"""Of [0, pi]: what is left of the interval is below the spacing of float64 numbers near its middle."""
+
+
+def mp_edges(variance: Float64[Tensor, "*b"], gamma: float) -> tuple[Float64[Tensor, "*b"], Float64[Tensor, "*b"]]:
+    """Return l- and l+ = v (1 -+ sqrt(gamma))^2, gamma = M / N in (0, 1]."""
+    root = math.sqrt(gamma)
+    return variance * (1 - root) ** 2, variance * (1 + root) ** 2
+
+
+def mp_density(
+    x: Float64[Tensor, "*#b"], variance: Float64[Tensor, "*#b"], gamma: Float64[Tensor, "*#b"] | float
+) -> Float64[Tensor, "*b"]:
+    """sqrt((l+ - x)(x - l-)) / (2 pi gamma v x) on [l-, l+], zero elsewhere.
+
+    Args:
+        x: Where; broadcast with the other two.
+        variance: Of the entries.
+        gamma: M / N, in (0, 1].
+
+    Returns:
+        Integrates to 1. Infinite at x = 0 for gamma = 1; NaN where the variance is zero or NaN, or x is NaN.
+    """
+    x, ratio, low, width = _scaled(x, variance, gamma)
+    root = ((low + width - x) * (x - low)).clamp(min=0.0).sqrt()
+    density = root / (2 * math.pi * ratio * x * variance)
+    outside = (x < low) | (x > low + width)
+    return density.where(~outside, 0.0).where((x != 0) | (low != 0), torch.inf)
+
+
+def mp_cdf(
+    x: Float64[Tensor, "*#b"], variance: Float64[Tensor, "*#b"], gamma: Float64[Tensor, "*#b"] | float
+) -> Float64[Tensor, "*b"]:
+    """Share of the law at or below x, in closed form (see the top of the file); absolute error about eps / sqrt(gamma).
+
+    Args:
+        x: Where; broadcast with the other two.
+        variance: Of the entries.
+        gamma: M / N, in (0, 1].
+
+    Returns:
+        In [0, 1]; 0 below l-, 1 above l+. NaN where the variance is zero or NaN, or x is NaN.
+
+    >>> mp_cdf(torch.tensor([0.0, 4.0, 9.0]).double(), torch.tensor(1.0).double(), 1.0)
+    tensor([0., 1., 1.], dtype=torch.float64)
+    """
+    x, ratio, low, width = _scaled(x, variance, gamma)
+    # Two square roots keep full precision at both ends, where an arccosine would lose half the digits.
+    theta = 2 * torch.atan2((x - low).clamp(min=0.0).sqrt(), (low + width - x).clamp(min=0.0).sqrt())
+    return _cdf_of_angle(theta, ratio.sqrt())
+
+
+def mp_quantile(
+    share: Float64[Tensor, "*#b"] | float, variance: Float64[Tensor, "*#b"], gamma: Float64[Tensor, "*#b"] | float
+) -> Float64[Tensor, "*b"]:
+    """The x at which ``mp_cdf`` is ``share``, by bisection over the angle; 0.5 gives the median.
+
+    Args:
+        share: In [0, 1]; broadcast with the other two.
+        variance: Of the entries.
+        gamma: M / N, in (0, 1].
+
+    Returns:
+        In [l-, l+]. Zero for a zero variance; NaN where the share lies outside [0, 1] or anything is NaN.
+    """
+    target, root = _like(share, variance), _like(gamma, variance).sqrt()
+    target, root = torch.broadcast_tensors(target, root)
+    below, above = torch.zeros_like(root), torch.full_like(root, math.pi)
+    for _ in range(HALVINGS):
+        middle = (below + above) / 2
+        less = _cdf_of_angle(middle, root) < target
+        below, above = middle.where(less, below), above.where(less, middle)
+    half = ((below + above) / 4).where((target > 0) & (target < 1), math.pi / 2 * target)
+    x = variance * ((1 - root).square() + 4 * root * half.sin().square())
+    return x.where((target >= 0) & (target <= 1), torch.nan)
+
+
+def _scaled(x: Tensor, variance: Tensor, gamma: Tensor | float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return x / v, gamma as a tensor, and the lower end and the width of the law of variance one."""
+    ratio = _like(gamma, x)
+    root = ratio.sqrt()
+    return x / variance.where(variance > 0, torch.nan), ratio, (1 - root).square(), 4 * root
+
+
+def _like(value: Tensor | float, other: Tensor) -> Tensor:
+    return torch.as_tensor(value, dtype=other.dtype, device=other.device)
+
+
+def _cdf_of_angle(theta: Tensor, root: Tensor) -> Tensor:
+    """The closed form; rounding may leave [0, 1] by an eps."""
+    sine, cosine = theta.sin(), theta.cos()
+    lean = torch.atan2(root * sine, 1 - root * cosine)
+    share = (theta + sine / root - (1 - root.square()) / root.square() * lean) / math.pi
+    return share.clamp(0.0, 1.0)
+
+
+Eigenvalues = Float64[Tensor, "b M"]
+PerMatrix = Float64[Tensor, "b"]
+
+WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def entry_order(shape: tuple[int, int], *, seed: int, device: torch.device | str = "cpu") -> Int64[Tensor, "mn"]:
+    """Return the random order of the m n entries that this seed and shape mean, uniform over all orders.
+
+    Drawn on the CPU whatever the device, so that it is the same everywhere. It takes longer than using it: draw it
+    once for all matrices of a shape.
+
+    >>> entry_order((1, 3), seed=0).sort().values
+    tensor([0, 1, 2])
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(shape[0] * shape[1], generator=generator).to(device)
+
+
+def permuted(matrices: Float[Tensor, "b m n"], order: Int64[Tensor, "mn"]) -> Float[Tensor, "b m n"]:
+    """Return the same entries in another order: entry i, counted along the rows, is entry order[i] of the matrix.
+
+    One order serves all matrices of a shape, so a matrix has the same null alone and in a batch. Each null is by
+    itself a uniform draw; two of them are not independent of each other.
+
+    Args:
+        matrices: In their stored dtype, which stays.
+        order: From ``entry_order``, on the same device.
+    """
+    words = matrices.flatten(1).view(WORDS[matrices.element_size()])  # moved as integers, half again as fast as bf16
+    return words.gather(1, order.expand(len(words), -1)).view(matrices.dtype).view(matrices.shape)
+
+
+def wasserstein(a: Eigenvalues, b: Eigenvalues) -> PerMatrix:
+    """Wasserstein-1 distance of two samples of one size: mean |a_(i) - b_(i)| over their sorted values.
+
+    Zero if and only if the samples are equal; in the unit of the values. NaN where a value is NaN.
+    """
+    return (a.sort(-1).values - b.sort(-1).values).abs().mean(-1)
+
+
+def null_w1(eigenvalues: Eigenvalues, null_eigenvalues: Eigenvalues) -> PerMatrix:
+    """Wasserstein-1 distance of a spectrum from that of its permuted matrix, over the mean eigenvalue.
+
+    Both have the same mean, ||W||_F^2 / (N M), so the value lies in [0, 2): near 0 where the entries' distribution
+    explains the spectrum, 2 (1 - 1 / M) at most, for all weight on one eigenvalue against equal ones. NaN for a zero
+    matrix.
+    """
+    return wasserstein(eigenvalues, null_eigenvalues) / eigenvalues.mean(-1)
+
+
+RESOLVED = 32 * float(torch.finfo(torch.float64).eps)
+"""Smallest lambda / lambda_1 that eigenvalues of a Gram matrix tell from zero; those below it count as zero."""
+
+
+@dataclass(frozen=True)
+class Bulk:
+    """The fitted law of b matrices, (b,) each, float64.
+
+    Attributes:
+        variance: v of the noise entries, as ``noise_variance`` defines it.
+        edge: l+ = v (1 + sqrt(gamma))^2.
+        ks: Two-sided Kolmogorov-Smirnov distance of the eigenvalues up to l+ from the law of the noise that k =
+            ``spikes`` removed directions leave, an (N - k) x (M - k) matrix; in [0, 1]. Conditioning that law on the
+            same window changes nothing: its support ends at l+ or before.
+        spikes: #{lambda > l+}. Of large matrices of pure noise one in six has one: the largest eigenvalue fluctuates.
+        spikes_tw: #{lambda > 99% fluctuation edge}: at most one matrix of pure noise in a hundred has one.
+        soft_rank: l+ / lambda_1, in [0, (1 + sqrt(gamma))^2]; about 1 for noise, near 0 for a dominant spike.
+        bulk_share: Sum of lambda <= l+ over the sum of all, in [0, 1].
+    """
+
+    variance: PerMatrix
+    edge: PerMatrix
+    ks: PerMatrix
+    spikes: PerMatrix
+    spikes_tw: PerMatrix
+    soft_rank: PerMatrix
+    bulk_share: PerMatrix
+
+
+def fit_bulk(eigenvalues: Eigenvalues, shape: tuple[int, int]) -> Bulk:
+    """Fit the Marchenko-Pastur law to the noise part of spectra and count what lies above it.
+
+    Args:
+        eigenvalues: lambda_i = sigma_i^2 / N, all M of them, descending.
+        shape: (m, n) of the matrices.
+
+    Returns:
+        NaN throughout for a matrix with a NaN or an infinity. A matrix of low rank without noise has variance, edge,
+        ``soft_rank`` and ``bulk_share`` 0 and its rank in ``spikes``, unless the rank is high enough to hide (see
+        ``noise_variance``); ``ks`` is NaN, there is no law. A zero matrix has variance, edge and spikes 0 and NaN
+        ratios.
+
+    Source: Marchenko & Pastur 1967; Johnstone 2001 for ``spikes_tw``; Martin & Mahoney 2021 for ``soft_rank``.
+
+    >>> fit = fit_bulk(torch.tensor([[90.0, 2, 1, 1, 1, 1, 1, 1, 0, 0]]).double(), (10, 10))
+    >>> fit.spikes.item(), round(fit.variance.item(), 4)  # 8 * 10 / (9 * 9)
+    (1.0, 0.9877)
+    """
+    whole = eigenvalues.isfinite().all(-1)
+    lambdas = eigenvalues.where(eigenvalues > RESOLVED * eigenvalues[:, :1], 0.0).where(whole[:, None], torch.nan)
+    variance = noise_variance(lambdas, shape)
+    edge = mp_edges(variance, min(shape) / max(shape))[1]
+    beyond = lambdas > edge[:, None]
+    spikes, spikes_tw = (
+        (lambdas > bound[:, None]).sum(-1).double().where(whole, torch.nan)
+        for bound in (edge, variance * fluctuation_edge(shape))
+    )
+    return Bulk(
+        variance=variance,
+        edge=edge,
+        ks=_bulk_ks(lambdas, variance, spikes, shape),
+        spikes=spikes,
+        spikes_tw=spikes_tw,
+        soft_rank=edge / lambdas[:, 0],
+        bulk_share=lambdas.where(~beyond, 0.0).sum(-1) / lambdas.sum(-1),
+    )
+
+
+def noise_variance(eigenvalues: Eigenvalues, shape: tuple[int, int]) -> PerMatrix:
+    """Variance of the noise entries after spikes are removed, iterated to a fixed point.
+
+    With the k largest eigenvalues removed the estimate is
+
+        v_k = N sum_{i > k} lambda_i / ((N - k)(M - k)),
+
+    for k directions taken away on both sides leave noise of (N - k)(M - k) degrees of freedom, not N (M - k): the
+    plain mean of the rest is too low by k / N. The iteration starts from v_0, the mean of all eigenvalues, removes
+    those above the 99% fluctuation edge of a matrix of that variance, and estimates again. That edge, not l+, decides
+    what is removed: of pure noise the largest eigenvalue passes l+ one time in six, and removing it lowers v by
+    2 / sqrt(N M), more than its standard error sqrt(2 / (N M)). It passes the fluctuation edge one time in a hundred.
+
+    Each removal lowers v (an eigenvalue above the edge carries more than the N + M - 2k - 1 degrees of freedom that
+    leave with it), so the set only grows and the iteration ends at the smallest k with lambda_{k+1} <= edge(v_k). It
+    always exists, k = M - 1 at the latest, and is read off all v_k at once.
+
+    Signal in many directions hides itself in v_0: r equal spikes are not seen from r = M / (1 + sqrt(gamma))^2 on, a
+    quarter of a square matrix. A spike weak enough to lean on the noise leaves less behind than the formula assumes:
+    v is low by up to 1 / sqrt(N M) for each.
+
+    Args:
+        eigenvalues: lambda_i = sigma_i^2 / N, all M of them, descending; finite, or NaN throughout.
+        shape: (m, n) of the matrices.
+
+    Returns:
+        Zero for a zero matrix, and for one of low rank without noise.
+    """
+    long, short = max(shape), min(shape)
+    k = torch.arange(short, dtype=eigenvalues.dtype, device=eigenvalues.device)
+    rest = eigenvalues.flip(-1).cumsum(-1).flip(-1)
+    variances = rest * (long / ((long - k) * (short - k)))
+    fixed = eigenvalues <= variances * fluctuation_edge(shape)
+    removed = fixed.to(torch.uint8).argmax(-1, keepdim=True)
+    return variances.gather(-1, removed)[:, 0]
+
+
+def _bulk_ks(lambdas: Eigenvalues, variance: PerMatrix, spikes: PerMatrix, shape: tuple[int, int]) -> PerMatrix:
+    """Largest |empirical - law|, from both sides of each step, over the eigenvalues that are no spikes."""
+    long, short = (max(shape) - spikes)[:, None], (min(shape) - spikes)[:, None]
+    law = mp_cdf(lambdas.flip(-1), variance[:, None] * (long / max(shape)), short / long)
+    rank = torch.arange(lambdas.shape[-1], dtype=lambdas.dtype, device=lambdas.device)
+    distance = torch.maximum((rank + 1) / short - law, law - rank / short)
+    return distance.where(~(rank >= short), 0.0).amax(-1)
+
+
+Sigmas = Float64[Tensor, "b M"]
+
+
+def known_noise_factor(beta: float) -> float:
+    """lambda_*(beta) = sqrt(2 (beta + 1) + 8 beta / (beta + 1 + sqrt(beta^2 + 14 beta + 1))).
+
+    >>> round(known_noise_factor(1.0), 12) == round(4 / math.sqrt(3), 12)
+    True
+    """
+    return math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + math.sqrt(beta**2 + 14 * beta + 1)))
+
+
+@cache
+def unknown_noise_factor(beta: float) -> float:
+    """omega(beta) = lambda_*(beta) / sqrt(mu_beta), mu_beta the median of the Marchenko-Pastur law of variance 1.
+
+    >>> round(unknown_noise_factor(1.0), 4)
+    2.8584
+    """
+    median = mp_quantile(0.5, torch.ones((), dtype=torch.float64), beta)
+    return known_noise_factor(beta) / math.sqrt(median.item())
+
+
+def hard_threshold(sigmas: Sigmas, shape: tuple[int, int]) -> PerMatrix:
+    """omega(beta) times the median singular value: the threshold where the noise level is not known.
+
+    Args:
+        sigmas: Singular values, descending, all M of them.
+        shape: (m, n) of the matrices.
+
+    Returns:
+        In the unit of the sigmas. Zero where half of them are zero, as for a rank-one matrix: all others are kept.
+        NaN where the median is NaN.
+    """
+    last = sigmas.shape[-1] - 1
+    median = (sigmas[:, last // 2] + sigmas[:, last - last // 2]) / 2
+    return unknown_noise_factor(min(shape) / max(shape)) * median
+
+
+def hard_threshold_known_noise(noise_std: PerMatrix, shape: tuple[int, int]) -> PerMatrix:
+    """lambda_*(beta) sqrt(N) s for noise entries of standard deviation s.
+
+    Args:
+        noise_std: s, for instance the square root of ``fit_bulk``'s variance.
+        shape: (m, n) of the matrices.
+    """
+    return known_noise_factor(min(shape) / max(shape)) * math.sqrt(max(shape)) * noise_std
+
+
+def rank_above_threshold(sigmas: Sigmas, shape: tuple[int, int]) -> PerMatrix:
+    """Number of singular values above ``hard_threshold``. NaN where that is."""
+    threshold = hard_threshold(sigmas, shape)
+    return (sigmas > threshold[:, None]).sum(-1).double().where(threshold.isfinite(), torch.nan)

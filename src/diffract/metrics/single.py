@@ -1,0 +1,104 @@
+"""Norms of a matrix."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from diffract.linalg import Moments
+
+Sigmas = Float64[Tensor, "b M"]
+PerMatrix = Float64[Tensor, "b"]
+
+
+def frobenius_norm(squares: PerMatrix) -> PerMatrix:
+    """sqrt(sum w_ij^2) = sqrt(sum sigma_i^2). Zero for a zero matrix."""
+    return squares.sqrt()
+
+
+def spectral_norm(sigma_max: PerMatrix) -> PerMatrix:
+    """sigma_1, the largest factor by which W stretches a vector."""
+    return sigma_max
+
+
+def nuclear_norm(sigmas: Sigmas) -> PerMatrix:
+    """Sum of sigma_i (trace norm)."""
+    return sigmas.sum(-1)
+
+
+LARGEST_RTOL = 1e-3
+
+
+def stable_rank(squares: PerMatrix, sigma_max: PerMatrix) -> PerMatrix:
+    """||W||_F^2 / ||W||_2^2, between 1 and M (Rudelson & Vershynin 2007). NaN for a zero matrix."""
+    return squares / sigma_max.square()
+
+
+def stable_rank_of_sigmas(sigmas: Sigmas) -> PerMatrix:
+    """Stable rank from all singular values, for matrices whose entries were not summed."""
+    return sigmas.square().sum(-1) / sigmas[:, 0].square()
+
+
+def effective_rank(sigmas: Sigmas) -> PerMatrix:
+    """exp(-sum p_i ln p_i), p_i = sigma_i / sum_j sigma_j, between 1 and M (Roy & Vetterli 2007). NaN for zero."""
+    p = sigmas / sigmas.sum(-1, keepdim=True)
+    return torch.special.entr(p).sum(-1).exp()
+
+
+def participation_ratio(sigmas: Sigmas) -> PerMatrix:
+    """(sum lambda)^2 / sum lambda^2 with lambda = sigma^2, between 1 and M. NaN for a zero matrix."""
+    energy = (sigmas / sigmas[:, :1]).square()
+    return energy.sum(-1).square() / energy.square().sum(-1)
+
+
+def numerical_rank(sigmas: Sigmas, shape: tuple[int, int], epsilon: float) -> PerMatrix:
+    """Number of sigma_i > rtol sigma_1. Zero for a zero matrix.
+
+    rtol = max(m, n) eps of the stored dtype, and no more than max(eps, 0.001): the plain product, made for float64,
+    exceeds 1 for bf16, while rounding a matrix to bf16 moves its sigmas by less than about eps sigma_1.
+    """
+    rtol = min(max(shape) * epsilon, max(epsilon, LARGEST_RTOL))
+    return (sigmas > rtol * sigmas[:, :1]).sum(-1).double()
+
+
+def energy_rank_90(sigmas: Sigmas) -> PerMatrix:
+    """Smallest k whose first k sigmas hold at least 0.9 of sum sigma^2. NaN for a zero matrix."""
+    energy = sigmas.square().cumsum(-1)
+    enough = energy >= 0.9 * energy[:, -1:]
+    k = sigmas.shape[-1] - enough.sum(-1) + 1.0
+    return k.double().where(energy[:, -1] > 0, torch.nan)
+
+
+EPSILON = float(torch.finfo(torch.float64).eps)
+
+
+def aspect_ratio(shape: tuple[int, int], squares: PerMatrix) -> PerMatrix:
+    """Q = max(m, n) / min(m, n), at least 1."""
+    return torch.full_like(squares, max(shape) / min(shape))
+
+
+def condition_number(sigmas: Sigmas, resolved: PerMatrix) -> PerMatrix:
+    """sigma_1 / sigma_M, at least 1. NaN where the method cannot tell sigma_M from zero."""
+    return torch.where(sigmas[:, -1] > resolved, sigmas[:, 0] / sigmas[:, -1], torch.nan)
+
+
+def entry_std(moments: Moments) -> PerMatrix:
+    """Standard deviation of the entries, normalised by their number. Zero for a constant matrix."""
+    return _variance(moments).sqrt()
+
+
+def entry_kurtosis(moments: Moments) -> PerMatrix:
+    """E(w - mean)^4 / (E(w - mean)^2)^2 - 3: zero for a Gaussian. NaN for a constant matrix."""
+    n = moments.count
+    mean, second, third, fourth = (s / n for s in (moments.first, moments.second, moments.third, moments.fourth))
+    central = fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4
+    variance = _variance(moments)
+    return torch.where(variance > 0, central / variance.square() - 3, torch.nan)
+
+
+def _variance(moments: Moments) -> Tensor:
+    """Variance; what summing squares cannot tell from zero counts as zero."""
+    mean, second = moments.first / moments.count, moments.second / moments.count
+    variance = second - mean.square()
+    return variance.where(variance > 8 * EPSILON * second, 0.0)

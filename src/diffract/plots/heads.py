@@ -1,0 +1,416 @@
+"""A metric over layers and heads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import polars as pl
+
+from diffract.plots.style import CHANCE, COLOURS, DIVERGING, SCALE, caption, figure, label, line, panels
+
+
+def head_heatmap(
+    metrics: pl.DataFrame, metric: str, projection: str, *, block: str = "attn", model: str | None = None
+) -> go.Figure:
+    """Draw one projection's heads: layers downward, heads (key-value heads for k and v) to the right.
+
+    Args:
+        metrics: Rows of one model of the metrics table.
+        metric: A column of it.
+        projection: Such as ``q``.
+        block: Such as ``attn``.
+        model: Whose heads they are, for the title.
+    """
+    head = pl.coalesce("head", "kv_head")
+    rows = metrics.filter(pl.col("projection") == projection, pl.col("block") == block, head.is_not_null())
+    grid = rows.select("layer", pl.col(metric).alias("value"), column=head).pivot(
+        "column", index="layer", values="value", sort_columns=True
+    ).sort("layer")  # fmt: skip
+    return heatmap(
+        z=[list(row) for row in grid.drop("layer").iter_rows()],
+        x=grid.columns[1:],
+        y=[str(layer) for layer in grid["layer"]],
+        title=label(f"{block}.{projection}") if model is None else caption(model, f"{block}.{projection}"),
+        metric=metric,
+    )
+
+
+def heatmap(*, z: list[Any], x: list[str], y: list[str], title: str, metric: str, across: str = "head") -> go.Figure:
+    """Draw a grid of values with a colour bar."""
+    bar = {"title": {"text": label(metric), "side": "right"}, "thickness": 10, "outlinewidth": 0, "tickformat": ".3~g"}
+    hover = f"layer %{{y}}, {across} %{{x}}<br>{label(metric)} %{{z:.4g}}<extra></extra>"
+    trace = go.Heatmap(z=z, x=x, y=y, colorscale=SCALE, colorbar=bar, hovertemplate=hover, xgap=1, ygap=1)
+    made = figure([trace], x=across, y="layer", title=title, height=260)
+    return made.update_layout(
+        xaxis={"type": "category", "showgrid": False},
+        yaxis={"type": "category", "autorange": "reversed", "showgrid": False},
+    )
+
+
+PER_QUERY_HEAD, PER_KV_HEAD = ("q", "o"), ("k", "v")
+PLACE = ("model", "layer", "block")
+HEADS_SCHEMA = {
+    "model": pl.String,
+    "layer": pl.Int32,
+    "block": pl.String,
+    "head": pl.Int32,
+    "head_delta": pl.Float64,
+}
+MEANINGS = {"spearman": "Spearman's ρ of the heads' changes", "cosine": "Cosine of the changes"}
+
+
+def heads_of(metrics: pl.DataFrame) -> pl.DataFrame:
+    """Return how much each query head changed over its q, k, v and o slices, in every model that was compared.
+
+    Several query heads share one key-value head under grouped-query attention: its slices count for each of them.
+
+    Args:
+        metrics: The metrics table of a comparison.
+
+    Returns:
+        Columns model, layer, block, head, ``head_delta``; null where a slice has no number. Empty if nothing was
+        compared, or nothing is cut into heads.
+    """
+    if "delta_frobenius" not in metrics.columns:
+        return pl.DataFrame(schema=HEADS_SCHEMA)
+    compared = metrics.filter(pl.col("delta_frobenius").is_not_null())["model"].unique(maintain_order=True)
+    squares = (pl.col("delta_frobenius") ** 2).fill_null(float("nan"))
+    slices = metrics.filter(pl.col("model").is_in(compared.implode())).with_columns(squares=squares)
+    own = slices.filter(pl.col("projection").is_in(PER_QUERY_HEAD), pl.col("head").is_not_null())
+    shared = slices.filter(pl.col("projection").is_in(PER_KV_HEAD), pl.col("kv_head").is_not_null())
+    heads = own.group_by(*PLACE, "head", maintain_order=True).agg(pl.col("kv_head").first(), pl.col("squares").sum())
+    groups = shared.group_by(*PLACE, "kv_head").agg(of_group=pl.col("squares").sum())
+    joined = heads.join(groups, on=[*PLACE, "kv_head"], how="left", nulls_equal=True, maintain_order="left")
+    delta = (pl.col("squares") + pl.col("of_group").fill_null(0)).sqrt().fill_nan(None)
+    return joined.select(*PLACE, "head", head_delta=delta)
+
+
+def domains_of(heads: pl.DataFrame) -> pl.DataFrame:
+    """Return Spearman's correlation of ``head_delta`` between models, over the heads that are known in both.
+
+    Args:
+        heads: model, layer, block, head, ``head_delta``.
+
+    Returns:
+        Columns a, b, spearman, one row per pair; null where one of both does not vary.
+    """
+    by_model = {name: heads.filter(pl.col("model") == name) for name in heads["model"].unique(maintain_order=True)}
+    rows = []
+    for a, b in combinations(by_model, 2):
+        both = by_model[a].join(by_model[b], on=["layer", "block", "head"], nulls_equal=True)
+        known = both.drop_nulls(["head_delta", "head_delta_right"])
+        rho = known.select(pl.corr("head_delta", "head_delta_right", method="spearman").fill_nan(None))
+        rows.append({"a": a, "b": b, "spearman": rho.item() if len(known) > 1 else None})
+    return pl.DataFrame(rows, schema={"a": pl.String, "b": pl.String, "spearman": pl.Float64})
+
+
+def domain_matrix(domains: pl.DataFrame, column: str = "spearman") -> go.Figure:
+    """Draw how alike each pair of domains is, in numbers on colours from -1 to 1; the diagonal is left empty.
+
+    Args:
+        domains: a, b, and the column; one row per pair.
+        column: ``spearman`` or ``cosine``.
+    """
+    names = list(dict.fromkeys([*domains["a"], *domains["b"]]))
+    known = {(a, b): value for a, b, value in domains.select("a", "b", column).iter_rows()}
+    grid = [[None if a == b else known.get((a, b), known.get((b, a))) for b in names] for a in names]
+    shown = [label(name) for name in names]
+    # Numbers as labels: names may be equal once they are made safe.
+    places = list(range(len(names)))
+    trace = go.Heatmap(
+        z=grid,
+        x=places,
+        y=places,
+        zmin=-1,
+        zmax=1,
+        colorscale=DIVERGING,
+        showscale=False,
+        text=[["" if v is None else f"{v:.2f}" for v in row] for row in grid],
+        texttemplate="%{text}",
+        customdata=[[f"{a}, {b}" for b in shown] for a in shown],
+        hovertemplate="%{customdata}: %{z:.4g}<extra></extra>",
+        xgap=2,
+        ygap=2,
+    )
+    made = figure([trace], x="", y="", title=MEANINGS.get(column, label(column)), height=340)
+    axis = {"tickvals": places, "ticktext": shown, "showgrid": False, "ticks": "", "constrain": "domain"}
+    return made.update_xaxes(**axis).update_yaxes(**axis, autorange="reversed", scaleanchor="x")
+
+
+Grid = list[list[float | None]]
+SCALES = {
+    "head_delta": "||ΔW||<sub>F</sub> of the head",
+    "head_delta_relative": "||ΔW||<sub>F</sub> / ||W||<sub>F</sub>",
+}
+
+
+@dataclass(frozen=True)
+class HeadGrids:
+    """Values by layer and head, for several models over the same layers and heads.
+
+    Attributes:
+        layers: Names of the rows.
+        heads: Names of the columns.
+        grids: By model; ``None`` where a value is not known.
+    """
+
+    layers: list[str]
+    heads: list[str]
+    grids: dict[str, Grid]
+
+
+def head_grids(heads: pl.DataFrame, column: str) -> HeadGrids:
+    """Arrange a column of the heads table; models stand in its order, layers and heads ascend."""
+    several = heads["block"].n_unique() > 1
+    place = pl.concat_str(pl.col("layer").cast(pl.String), "block", separator=" ") if several else pl.col("layer")
+    named = heads.with_columns(place=place.cast(pl.String))
+    layers = named.select("layer", "block", "place").unique().sort("layer", "block")["place"].to_list()
+    columns = named["head"].unique().sort().to_list()
+    grids = {}
+    for model in named["model"].unique(maintain_order=True):
+        rows = named.filter(pl.col("model") == model).select("place", "head", column).iter_rows()
+        known = {(place, head): value for place, head, value in rows}
+        grids[model] = [[known.get((layer, head)) for head in columns] for layer in layers]
+    return HeadGrids(layers, [str(head) for head in columns], grids)
+
+
+def head_maps(heads: pl.DataFrame, *, metric: str = "head_delta") -> go.Figure:
+    """Draw how much each head changed, in each domain.
+
+    Args:
+        heads: The heads table: model, layer, block, head, and the metric.
+        metric: ``head_delta`` or ``head_delta_relative``.
+    """
+    found = head_grids(heads, metric)
+    return heat_panels(found.grids, found.layers, found.heads, scale=SCALES.get(metric, label(metric)), colours=SCALE)
+
+
+def heat_panels(
+    grids: Mapping[str, Grid],
+    layers: Sequence[str],
+    heads: Sequence[str],
+    *,
+    scale: str,
+    colours: str,
+    title: str = "",
+    centred: bool = False,
+) -> go.Figure:
+    """Draw a heat map for each name, all with one colour bar.
+
+    Args:
+        grids: By name; names are untrusted.
+        layers: Names of the rows.
+        heads: Names of the columns.
+        scale: What the colours say, made safe already.
+        colours: A colour scale.
+        title: Made safe already.
+        centred: Put zero in its middle.
+    """
+    contents = [[_map(grid, layers, heads, name)] for name, grid in grids.items()]
+    height = min(420, max(150, 14 * len(layers)))
+    made = panels([label(name) for name in grids], contents, x="head", y="layer", title=title, height=height)
+    known = [abs(v) for grid in grids.values() for row in grid for v in row if v is not None]
+    limits = {"cmin": -max(known), "cmax": max(known)} if centred and known else {}
+    bar = {"title": {"text": scale, "side": "right"}, "thickness": 10, "outlinewidth": 0, "tickformat": ".3~g"}
+    made.update_layout(coloraxis={"colorscale": colours, "colorbar": bar, **limits}, margin={"r": 90})
+    made.update_xaxes(type="category", showgrid=False, ticks="")
+    return made.update_yaxes(type="category", autorange="reversed", showgrid=False, ticks="")
+
+
+def _map(grid: Grid, layers: Sequence[str], heads: Sequence[str], name: str) -> go.Heatmap:
+    hover: dict[str, Any] = {"hovertemplate": f"layer %{{y}}, head %{{x}}: %{{z:.4g}}<extra>{label(name)}</extra>"}
+    return go.Heatmap(z=grid, x=list(heads), y=list(layers), coloraxis="coloraxis", xgap=1, ygap=1, **hover)
+
+
+PLACES = 7
+"""Beside each other in a layer, so that points of nearly the same height can be told apart."""
+
+
+def layer_violins(metrics: pl.DataFrame, metric: str, *, colour: str | None = None, title: str = "") -> go.Figure:
+    """Draw a box and all points per layer.
+
+    Args:
+        metrics: Rows of one model of the metrics table.
+        metric: A column of it.
+        colour: A column that colours the points, such as ``left_agreement_mean``. Points without it are left grey.
+        title: Untrusted.
+    """
+    rows = metrics.filter(pl.col(metric).is_not_null(), pl.col("layer").is_not_null()).sort("layer")
+    layers, values, names = [str(n) for n in rows["layer"]], rows[metric].to_list(), rows["name"].to_list()
+    if colour is None:
+        made = layer_boxes(layers, values, names, metric=metric)
+    else:
+        made = coloured_boxes(layers, values, names, rows[colour].to_list(), metric=metric, colour=colour)
+    return made.update_layout(title_text=label(title))
+
+
+def layer_boxes(layers: Sequence[str], values: Sequence[float], names: Sequence[str], *, metric: str) -> go.Figure:
+    """Draw values by layer, names on hover."""
+    trace = _violin(
+        x=list(layers),
+        y=list(values),
+        text=[label(n) for n in names],
+        points="all",
+        jitter=0.35,
+        pointpos=0,
+        marker={"size": 4, "opacity": 0.6},
+        hoveron="points",
+        hovertemplate="%{text}: %{y:.4g}<extra></extra>",
+    )
+    return figure([trace], x="layer", y=label(metric), height=340).update_xaxes(type="category")
+
+
+def coloured_boxes(
+    layers: Sequence[str],
+    values: Sequence[float],
+    names: Sequence[str],
+    shades: Sequence[float | None],
+    *,
+    metric: str,
+    colour: str,
+) -> go.Figure:
+    """Draw values by layer, each point coloured by another value."""
+    ticks = list(dict.fromkeys(layers))
+    place = {layer: float(i) for i, layer in enumerate(ticks)}
+    x = [place[layer] for layer in layers]
+    points = list(zip(_apart(x), values, names, shades, strict=True))
+    bar = {"title": {"text": label(colour), "side": "right"}, "thickness": 10, "outlinewidth": 0}
+    look = {"size": 5.5, "colorscale": SCALE, "colorbar": bar, "line": {"width": 0.5, "color": "white"}}
+    known = [point for point in points if point[3] is not None]
+    unknown = [point for point in points if point[3] is None]
+    traces = [
+        _violin(x=x, y=list(values), points=False, hoverinfo="skip", width=0.9),
+        _points(known, {**look, "color": [shade for *_, shade in known]}, f"<br>{label(colour)} %{{marker.color:.4g}}"),
+        _points(unknown, {"size": 5, "color": COLOURS["bars"]}, ""),
+    ]
+    made = figure(traces, x="layer", y=label(metric), height=380, showlegend=False)
+    return made.update_xaxes(tickvals=list(range(len(ticks))), ticktext=ticks, showgrid=False)
+
+
+def _points(points: Sequence[tuple[float, float, str, Any]], marker: dict[str, Any], more: str) -> go.Scatter:
+    """Points at (x, y) with a name each."""
+    x, y, names, _ = zip(*points, strict=True) if points else ((), (), (), ())
+    hover = f"%{{text}}: %{{y:.4g}}{more}<extra></extra>"
+    text = [label(name) for name in names]
+    return go.Scatter(x=list(x), y=list(y), text=text, mode="markers", marker=marker, hovertemplate=hover)
+
+
+def _violin(**details: Any) -> go.Violin:
+    look = {"line": {"color": COLOURS["tuned"], "width": 1}, "fillcolor": "rgba(15,118,110,0.12)", "spanmode": "hard"}
+    return go.Violin(box={"visible": True}, **look, **details)
+
+
+def _apart(x: Sequence[float]) -> list[float]:
+    """Spread points of one layer over places in turn; no chance is involved, so a figure is the same every time."""
+    seen: dict[float, int] = {}
+    shifted = []
+    for value in x:
+        seen[value] = seen.get(value, -1) + 1
+        shifted.append(value + 0.4 * ((seen[value] * 3 % PLACES) / (PLACES - 1) - 0.5))
+    return shifted
+
+
+def lorenz(heads: pl.DataFrame) -> go.Figure:
+    """Draw, for each domain, what share of the squared change the least changed heads have together.
+
+    Args:
+        heads: The heads table: model and ``head_delta``.
+    """
+    known = heads.filter(pl.col("head_delta").is_not_null())
+    names = known["model"].unique(maintain_order=True)
+    return lorenz_lines({name: known.filter(pl.col("model") == name)["head_delta"].to_list() for name in names})
+
+
+def lorenz_lines(deltas: Mapping[str, Sequence[float]]) -> go.Figure:
+    """Draw Lorenz curves of the squares of values; names are untrusted. Without any change there is no curve."""
+    traces = [go.Scatter(x=[0, 1], y=[0, 1], name="all heads alike", mode="lines", line=CHANCE, hoverinfo="skip")]
+    for index, (name, values) in enumerate(deltas.items()):
+        x, y = lorenz_curve(np.square(np.asarray(values, float)))
+        gini = 1 - 2 * float(np.trapezoid(y, x)) if len(x) else float("nan")
+        shown = label(name)
+        hover = f"%{{x:.1%}} of heads: %{{y:.1%}} of the change<extra>{shown}</extra>"
+        traces.append(
+            go.Scatter(x=x, y=y, name=f"{shown} (Gini {gini:.2f})", mode="lines", line=line(index), hovertemplate=hover)
+        )
+    y = "share of the squared change"
+    inside = {"orientation": "v", "x": 0.02, "xanchor": "left", "y": 0.98, "yanchor": "top"}
+    made = figure(traces, x="share of heads, least changed first", y=y, height=460, width=480, legend=inside)
+    percent = {"tickformat": ".0%", "dtick": 0.2, "ticklen": 4, "tickcolor": "rgba(0,0,0,0)"}
+    made.update_layout(margin={"r": 28}).update_xaxes(**percent, range=[0, 1], constrain="domain")
+    return made.update_yaxes(**percent, range=[0, 1.005], scaleanchor="x", constrain="domain")
+
+
+def lorenz_curve(values: np.ndarray) -> tuple[list[float], list[float]]:
+    """Return shares of count and shares of the sum, from (0, 0) to (1, 1); empty where the sum is zero.
+
+    >>> lorenz_curve(np.array([3.0, 1.0]))
+    ([0.0, 0.5, 1.0], [0.0, 0.25, 1.0])
+    """
+    total = values.sum()
+    if not total > 0:
+        return [], []
+    sums = np.concatenate([[0.0], np.cumsum(np.sort(values))]) / total
+    return np.linspace(0, 1, len(sums)).tolist(), sums.tolist()
+
+
+SIGNED = {
+    "effect": "gain of rewinding the head alone",
+    "first_order": "gain that the slope of the loss promises",
+    "reference": "reference-domain score",
+}
+SIZES = {"magnitude": "Frobenius norm of the head's change D", "activation": "root mean square of D x"}
+
+
+def head_effects(effects: pl.DataFrame, *, metric: str = "effect") -> go.Figure:
+    """Draw a map over layers and heads; orange heads are better rewound, purple ones are needed.
+
+    Args:
+        effects: The effects table of ``search rewind``.
+        metric: ``effect``, or what a cheaper order goes by: ``first_order``, ``reference``, ``magnitude``,
+            ``activation``.
+    """
+    meaning, signed = (SIGNED | SIZES)[metric], metric in SIGNED
+    task = effects["task"][0] if len(effects) else ""
+    name = f"{meaning} ({task}, selection split)" if metric in ("effect", "first_order", "activation") else meaning
+    found = head_grids(effects.with_columns(model=pl.lit(name)), metric)
+    colours, scale = DIVERGING if signed else SCALE, metric.replace("_", " ")
+    return heat_panels(found.grids, found.layers, found.heads, scale=scale, colours=colours, centred=signed)
+
+
+def reference_scores(heads: pl.DataFrame, reference: str) -> go.Figure:
+    """Draw s = scale01(d of the domain) - scale01(d of the reference) for every other domain.
+
+    Args:
+        heads: The heads table: model, layer, block, head, ``head_delta``.
+        reference: A model of it.
+    """
+    found = head_grids(heads, "head_delta")
+    against = found.grids[reference]
+    grids = {name: score(grid, against) for name, grid in found.grids.items() if name != reference}
+    title = f"scaled change minus that of {label(reference)}"
+    return heat_panels(grids, found.layers, found.heads, scale="score", colours=DIVERGING, title=title, centred=True)
+
+
+def score(domain: Grid, reference: Grid) -> Grid:
+    """Return scale01(domain) - scale01(reference), in [-1, 1]; high where a head is specific to the domain.
+
+    >>> score([[0.0, 2.0]], [[3.0, 1.0]])
+    [[-1.0, 1.0]]
+    """
+    pairs = zip(scale01(domain), scale01(reference), strict=True)
+    return [[None if a is None or b is None else a - b for a, b in zip(*rows, strict=True)] for rows in pairs]
+
+
+def scale01(grid: Grid) -> Grid:
+    """(X - min X) / (max X - min X) over all cells; ``None`` throughout where all are equal."""
+    known = [v for row in grid for v in row if v is not None and math.isfinite(v)]
+    low, spread = min(known, default=0.0), max(known, default=0.0) - min(known, default=0.0)
+    return [
+        [None if v is None or not math.isfinite(v) or not spread else (v - low) / spread for v in row] for row in grid
+    ]

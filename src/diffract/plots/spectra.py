@@ -1,0 +1,341 @@
+"""Singular values of a matrix: base, tuned, and the change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import polars as pl
+
+from diffract import densities as laws
+from diffract.densities import Array, Row
+from diffract.plots.choice import curve, facts
+from diffract.plots.style import COLOURS, LEGEND_RIGHT, LOG, SERIES, caption, figure
+
+DASHES = {"base": "dot", "tuned": "solid", "delta": "dash"}
+
+
+def spectrum(spectra: pl.DataFrame, name: str, *, base: str, tuned: str | None = None) -> go.Figure:
+    """Draw the sigmas of a matrix on a logarithmic axis.
+
+    Args:
+        spectra: The spectra table.
+        name: Of the matrix.
+        base: Name of the (base) model.
+        tuned: Name of a tuned model, if there is one.
+    """
+    curves = {"base": curve(spectra, base, name, "sigma")}
+    if tuned is not None:
+        curves |= {"tuned": curve(spectra, tuned, name, "sigma"), "delta": curve(spectra, tuned, name, "delta_sigma")}
+    return spectrum_lines(curves, title=caption(tuned or base, name))
+
+
+def spectrum_lines(curves: Mapping[str, Sequence[float]], *, title: str = "") -> go.Figure:
+    """Draw sigmas by rank: ``base``, ``tuned`` and ``delta``."""
+    traces = [
+        go.Scatter(
+            x=list(range(1, len(values) + 1)),
+            y=list(values),
+            name=kind,
+            mode="lines",
+            line={"color": COLOURS[kind], "width": 2, "dash": DASHES[kind]},
+            hovertemplate="rank %{x}: %{y:.4g}<extra>" + kind + "</extra>",
+        )
+        for kind, values in curves.items()
+    ]
+    return figure(traces, x="rank", y="singular value", title=title).update_yaxes(**LOG)
+
+
+FEWEST_BINS, MOST_BINS = 8, 60
+POINTS = 400
+Curve = tuple[Array, Array]
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A histogram whose bins are equally wide in ln lambda.
+
+    Attributes:
+        edges: Ascending, one more than shares.
+        shares: Of all eigenvalues, zeros too, that lie in each bin.
+    """
+
+    edges: Array
+    shares: Array
+
+    def heights(self, *, log_y: bool) -> Array:
+        """Density in each bin, per unit of lambda or of ln lambda."""
+        return self.shares / np.diff(self.edges if log_y else np.log(self.edges))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """One spectrum beside what may describe it.
+
+    Attributes:
+        total: Number of eigenvalues.
+        zeros: How many of them are zero, and in no bin.
+        spectrum: ``None`` if all are zero.
+        null: Of the permuted matrix, if it is known.
+        laws: Points (lambda, rho) of ``mp``, ``pl``, ``tpl``, ``exp`` and ``ln``, where they were fitted. The
+            Marchenko-Pastur law is scaled by the share of eigenvalues that are no spikes, each tail by the share of
+            eigenvalues from its xmin on.
+    """
+
+    total: int
+    zeros: int
+    spectrum: Bars | None
+    null: Bars | None
+    laws: dict[str, Curve]
+
+    def floor(self, *, log_y: bool) -> float:
+        """Where bars stand: below the lowest bar that a single eigenvalue can make."""
+        if not log_y:
+            return 0.0
+        return 1e-3 if self.spectrum is None else 0.5 / (self.total * float(np.diff(self.spectrum.edges).max()))
+
+
+def density_parts(
+    eigenvalues: Sequence[float], shape: tuple[int, int], row: Row, *, null: Sequence[float] = (), points: int = POINTS
+) -> Parts:
+    """Return histograms of eigenvalues and the laws whose parameters are in ``row``.
+
+    Args:
+        eigenvalues: Not negative.
+        shape: Of the matrix.
+        row: What there is of ``mp_*``, ``pl_*``, ``tpl_*``, ``exp_*``, ``ln_*``.
+        null: Eigenvalues of the permuted matrix.
+        points: On each curve.
+    """
+    values = np.asarray(eigenvalues, float)
+    curves = {"mp": _bulk(values, shape, row, points)} | {p: _tail(values, row, p, points) for p in laws.TAILS}
+    return Parts(
+        total=len(values),
+        zeros=int(np.count_nonzero(~(values > 0))),
+        spectrum=_histogram(values),
+        null=_histogram(np.asarray(null, float)),
+        laws={name: curve for name, curve in curves.items() if curve is not None},
+    )
+
+
+def _histogram(values: Array) -> Bars | None:
+    """2 sqrt(n) bins, within limits."""
+    shown = values[values > 0]
+    if not len(shown):
+        return None
+    logs = np.log(shown)
+    count = int(np.clip(2 * math.sqrt(len(logs)), FEWEST_BINS, MOST_BINS))
+    edges = np.exp(np.linspace(logs.min(), max(logs.max(), logs.min() + 1e-3), count + 1))
+    # The first and the last value may lie beyond the edges by a rounding.
+    counts, _ = np.histogram(np.clip(shown, edges[0], edges[-1]), edges)
+    return Bars(edges, counts / len(values))
+
+
+def _bulk(values: Array, shape: tuple[int, int], row: Row, points: int) -> Curve | None:
+    variance = row.get("mp_variance")
+    if variance is None or not variance > 0 or not len(values):
+        return None
+    low, high = laws.marchenko_pastur_edges(variance, *shape)
+    low = max(low, float(min(values[values > 0], default=high)) / 2)
+    # An angle makes points dense at both edges, where the curve is steep.
+    x = low + (high - low) * (1 - np.cos(np.linspace(0, math.pi, points)[1:-1])) / 2
+    share = 1 - (row.get("mp_spikes") or 0) / len(values)
+    return x, share * laws.marchenko_pastur(x, variance, *shape)
+
+
+def _tail(values: Array, row: Row, prefix: str, points: int) -> Curve | None:
+    found = laws.tail_parameters(row, prefix)
+    if found is None or not len(values) or not 0 < found[-1] < values.max():
+        return None
+    x = np.geomspace(found[-1], values.max(), points)
+    share = np.count_nonzero(values >= found[-1]) / len(values)
+    return x, share * laws.TAILS[prefix][1](x, *found)
+
+
+def ks_scan(spectra: pl.DataFrame, metrics: pl.DataFrame, name: str, *, model: str) -> go.Figure:
+    """Draw the Kolmogorov-Smirnov distance of the best power law from each eigenvalue on, and which one was chosen.
+
+    Args:
+        spectra: The spectra table, with ``sigma`` and ``pl_ks_scan``.
+        metrics: The metrics table, with ``pl_xmin``, ``pl_ks``, ``pl_alpha``, ``pl_tail_count``.
+        name: Of the matrix.
+        model: Whose.
+    """
+    row = facts(metrics, model, name)
+    longer = max(row.get("rows") or 1, row.get("cols") or 1)
+    eigenvalues = np.square(curve(spectra, model, name, "sigma")) / longer
+    return ks_lines(eigenvalues.tolist(), curve(spectra, model, name, "pl_ks_scan"), row, title=caption(model, name))
+
+
+def ks_lines(eigenvalues: Sequence[float], distances: Sequence[float], row: Row, *, title: str = "") -> go.Figure:
+    """Draw distances against the xmin that they belong to.
+
+    Args:
+        eigenvalues: In the order of ``distances``.
+        distances: NaN where an eigenvalue is no candidate.
+        row: ``pl_xmin``, ``pl_ks``, ``pl_alpha`` and ``pl_tail_count``, if there is a fit.
+        title: Made safe already.
+    """
+    points = sorted((x, d) for x, d in zip(eigenvalues, distances, strict=True) if x > 0 and math.isfinite(d))
+    scan = go.Scatter(
+        x=[x for x, _ in points],
+        y=[d for _, d in points],
+        mode="lines+markers",
+        line={"color": COLOURS["bars"], "width": 1},
+        marker={"size": 4, "color": SERIES[0][0]},
+        hovertemplate="tail from λ %{x:.4g}: %{y:.4g}<extra></extra>",
+        showlegend=False,
+    )
+    made = figure([scan], x="tail begins at λ", y="KS distance of the power law", title=title)
+    _mark(made, row)
+    return made.update_xaxes(**LOG).update_yaxes(rangemode="tozero")
+
+
+def _mark(made: go.Figure, row: Row) -> None:
+    xmin, ks = row.get("pl_xmin"), row.get("pl_ks")
+    if xmin is None or ks is None or not xmin > 0:
+        return
+    colour = SERIES[1][0]
+    made.add_vline(x=xmin, line={"color": colour, "width": 1, "dash": "dot"})
+    look = {"size": 11, "symbol": "diamond", "color": colour, "line": {"color": "white", "width": 1}}
+    made.add_trace(go.Scatter(x=[xmin], y=[ks], mode="markers", marker=look, showlegend=False, hoverinfo="skip"))
+    alpha, count = row.get("pl_alpha"), row.get("pl_tail_count")
+    words = [f"x<sub>min</sub> = {xmin:.3g}", f"KS {ks:.3f}"]
+    words += [] if alpha is None else [f"α {alpha:.2f}"]
+    words += [] if count is None else [f"{count:.0f} eigenvalues in the tail"]
+    # Placed on the paper: an axis makes room for words that belong to a point of it.
+    made.add_annotation(
+        x=1, xref="paper", y=1, yref="paper", text=", ".join(words), showarrow=False, xanchor="right", yanchor="bottom",
+        font={"color": colour},
+    )  # fmt: skip
+
+
+AXES = ("log-log", "lin-log")
+BELOW = 0.01
+"""Decades by which the axis begins below the floor: marks that stand on its very end may not be drawn."""
+
+AXIS_TITLES = {
+    "log-log": ("eigenvalue λ = σ²/N", "density ρ(λ)"),
+    "lin-log": ("eigenvalue λ = σ²/N", "λ ρ(λ), density of ln λ"),
+}
+LAWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mp": ("Marchenko-Pastur", {"color": COLOURS["mark"], "width": 2}),
+    "pl": ("power law", {"color": "#d55e00", "dash": "solid", "width": 3}),
+    "tpl": ("truncated power law", {"color": "#009e73", "dash": "dash", "width": 2}),
+    "exp": ("exponential", {"color": "#cc79a7", "dash": "dot", "width": 2.5}),
+    "ln": ("log-normal", {"color": "#0072b2", "dash": "dashdot", "width": 2}),
+}
+
+
+def density(spectra: pl.DataFrame, metrics: pl.DataFrame, name: str, *, model: str, axes: str = "log-log") -> go.Figure:
+    """Draw the density of lambda = sigma^2 / N with the laws that were fitted to it.
+
+    Args:
+        spectra: The spectra table: ``sigma``, and ``null_sigma`` of the permuted matrix if it is there.
+        metrics: The metrics table: rows, cols, and what there is of ``mp_*``, ``pl_*``, ``tpl_*``, ``exp_*``, ``ln_*``.
+        name: Of the matrix.
+        model: Whose.
+        axes: ``log-log`` draws rho(lambda); ``lin-log`` draws lambda rho(lambda), the density per unit of
+            ln lambda, in which equal areas are equal shares.
+    """
+    row = facts(metrics, model, name)
+    shape = (int(row.get("rows") or 1), int(row.get("cols") or 1))
+    eigenvalues = np.square(curve(spectra, model, name, "sigma")) / max(shape)
+    null = np.square(curve(spectra, model, name, "null_sigma")) / max(shape)
+    return density_lines(eigenvalues.tolist(), shape, row, null=null.tolist(), axes=axes, title=caption(model, name))
+
+
+def density_lines(
+    eigenvalues: Sequence[float],
+    shape: tuple[int, int],
+    row: Row,
+    *,
+    null: Sequence[float] = (),
+    axes: str = "log-log",
+    title: str = "",
+    points: int = POINTS,
+) -> go.Figure:
+    """Draw a histogram of eigenvalues and the laws whose parameters are in ``row``; ``density_parts`` says how.
+
+    Each trace's ``meta`` says what it is: ``bars``, ``null``, ``mp``, ``pl``, ``tpl``, ``exp``, ``ln`` or ``spikes``.
+    """
+    values, log_y = np.asarray(eigenvalues, float), axes == "log-log"
+    parts = density_parts(eigenvalues, shape, row, null=null, points=points)
+    floor = parts.floor(log_y=log_y)
+    traces: list[Any] = [
+        _bars(parts, log_y=log_y),
+        *_null(parts, log_y=log_y),
+        *(_law(key, curve, row, log_y=log_y) for key, curve in parts.laws.items()),
+    ]
+    top = max((max(trace.y) for trace in traces if len(trace.y)), default=1.0)
+    x, y = AXIS_TITLES[axes]
+    made = figure(traces + _spikes(values, row, floor), x=x, y=y, title=title, height=420, legend=LEGEND_RIGHT)
+    made.update_xaxes(**LOG)
+    _mark_xmin(made, row, values)
+    if log_y:
+        return made.update_yaxes(**LOG, range=[math.log10(floor) - BELOW, math.log10(max(top, floor * 10)) + 0.2])
+    return made.update_yaxes(range=[0, 1.08 * top])
+
+
+def _steps(bars: Bars, floor: float, *, log_y: bool) -> tuple[list[float], list[float]]:
+    tops = np.maximum(bars.heights(log_y=log_y), floor).repeat(2)
+    return bars.edges.repeat(2).tolist(), [floor, *tops.tolist(), floor]
+
+
+def _bars(parts: Parts, *, log_y: bool) -> go.Scatter:
+    x, y = ([], []) if parts.spectrum is None else _steps(parts.spectrum, parts.floor(log_y=log_y), log_y=log_y)
+    name = "spectrum" if not parts.zeros else f"spectrum (without {parts.zeros} zeros)"
+    look = {"line": {"color": COLOURS["bars"], "width": 1}, "fillcolor": "rgba(156,163,175,0.35)"}
+    return go.Scatter(x=x, y=y, name=name, meta="bars", mode="lines", fill="toself", hoverinfo="skip", **look)
+
+
+def _null(parts: Parts, *, log_y: bool) -> list[go.Scatter]:
+    if parts.null is None:
+        return []
+    x, y = _steps(parts.null, parts.floor(log_y=log_y), log_y=log_y)
+    look = {"color": "#56b4e9", "width": 1.5}
+    return [go.Scatter(x=x, y=y, name="permuted entries", meta="null", mode="lines", line=look, hoverinfo="skip")]
+
+
+def _law(key: str, curve: Curve, row: Row, *, log_y: bool) -> go.Scatter:
+    name, alpha = LAWS[key][0], row.get(f"{key}_alpha")
+    hover = f"λ %{{x:.4g}}: %{{y:.4g}}<extra>{name}</extra>"
+    x, rho = curve
+    return go.Scatter(
+        x=x.tolist(),
+        y=(rho if log_y else x * rho).tolist(),
+        name=name if alpha is None else f"{name} (α {alpha:.2f})",
+        meta=key,
+        mode="lines",
+        line=LAWS[key][1],
+        hovertemplate=hover,
+    )
+
+
+def _spikes(values: Array, row: Row, floor: float) -> list[go.Scatter]:
+    edge = row.get("mp_edge")
+    found = [] if edge is None else values[values > edge].tolist()
+    if not found:
+        return []
+    look = {"symbol": "triangle-up", "size": 8, "color": COLOURS["mark"], "opacity": 0.7}
+    hover = "λ %{x:.4g}<extra>spike</extra>"
+    name = f"spikes above the edge ({len(found)})"
+    y = [floor] * len(found)
+    common: dict[str, Any] = {"name": name, "meta": "spikes", "mode": "markers", "hovertemplate": hover}
+    return [go.Scatter(x=found, y=y, marker=look, cliponaxis=False, **common)]
+
+
+def _mark_xmin(made: go.Figure, row: Row, values: Array) -> None:
+    xmin = row.get("pl_xmin")
+    if xmin is None or not xmin > 0 or not len(values):
+        return
+    colour = LAWS["pl"][1]["color"]
+    made.add_vline(x=xmin, line={"color": colour, "width": 1, "dash": "dot"})
+    made.add_annotation(
+        x=math.log10(xmin), y=1, yref="paper", text="x<sub>min</sub>", showarrow=False, xanchor="left", yanchor="top",
+        xshift=2, font={"color": colour},
+    )  # fmt: skip
