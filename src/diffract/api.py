@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffract import tables
-from diffract.analysis import Options, Progress, analyse, follow
+from diffract.analysis import Options, analyse, follow
 from diffract.checkpoints import Checkpoint, Reference, TensorWriter, open_checkpoint
 from diffract.errors import SelectionError
 from diffract.heterogeneity import HeadsRun, heads
 from diffract.linalg import Method
 from diffract.metrics import Metric
+from diffract.settings import Progress
 
 if TYPE_CHECKING:
     import polars as pl

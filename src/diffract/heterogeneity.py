@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffract import tables
-from diffract.analysis import Options, Progress
+from diffract.analysis import Options
 from diffract.analysis.head_changes import analyse_heads
 from diffract.analysis.tables import PROJECTIONS
 from diffract.checkpoints import Reference
 from diffract.errors import SelectionError
+from diffract.settings import Progress
 
 if TYPE_CHECKING:
     import polars as pl

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffract.analysis.timeline import LARGEST, Place, Stop, amount, arrange, natural_key, parse_by, read_place
+from diffract.analysis.timeline import LARGEST, Place, Stop, amount, arrange, parse_by, read_place
 from diffract.errors import SelectionError
+from diffract.settings import natural_key
 
 
 @pytest.mark.parametrize(

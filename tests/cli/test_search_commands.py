@@ -120,7 +120,7 @@ def test_errors_are_messages() -> None:
     for arguments, message in (
         (["search", "rewind", BASE, MATH, "--order", "magnitud"], "Did you mean 'magnitude'"),
         (["search", "rewind", BASE, MATH, "--budget", "much"], "budget: expected evaluations such as 200"),
-        (["search", "rewind", BASE, MATH, "--choose-by", "worst"], "unknown choice 'worst', expected best or"),
+        (["search", "rewind", BASE, MATH, "--choose-by", "worst"], "unknown choice 'worst', expected one of: best,"),
         (["search", "truncate", BASE, MATH, "--rules", "dar"], "unknown rule 'dar'"),
         (["connect", BASE, f"math={MATH}", "--eval", "math"], "expected two or more tuned models, got 1"),
         (["connect", BASE, MATH, NATURAL, "--eval", "math"], "expected NAME=MODEL"),

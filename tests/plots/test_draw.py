@@ -108,20 +108,28 @@ def test_options_choose() -> None:
 @pytest.mark.parametrize(
     ("kind", "options", "text"),
     [
-        ("densty", {}, "unknown kind of plot 'densty'. Did you mean 'density'?"),
-        ("zzz", {}, "Known: density, ks"),
-        ("density", {"matrix": "L0.mlp.gat"}, "unknown matrix 'L0.mlp.gat'. Did you mean 'L0.mlp.gate'"),
-        ("density", {"model": "maths"}, "unknown model 'maths'. Did you mean 'math'"),
+        ("densty", {}, "unknown kind of plot 'densty', expected one of: density, ks"),
+        ("zzz", {}, "expected one of: density, ks"),
+        ("density", {"matrix": "L0.mlp.gat"}, "more. Did you mean 'L0.mlp.gate'"),
+        (
+            "density",
+            {"model": "maths"},
+            "expected one of: base, math, code, natural. Did you mean 'math'",
+        ),
         ("density", {"axes": "log-lin"}, "unknown axes 'log-lin'"),
         ("density", {"metric": "pl_alpha"}, "density takes no metric; it takes matrix, model, axes."),
         ("violins", {"metric": "pl_alhpa"}, "Did you mean 'pl_alpha'"),
         ("violins", {"metric": "rows"}, "unknown metric 'rows'"),
         ("violins", {"projection": "z"}, "unknown projection 'z'"),
-        ("heads", {"metric": "pl_alpha"}, "unknown metric 'pl_alpha'. Known: head_delta, head_delta_relative."),
+        (
+            "heads",
+            {"metric": "pl_alpha"},
+            "'pl_alpha', expected one of: head_delta, head_delta_relative.",
+        ),
         ("scores", {"reference": "base"}, "unknown reference 'base'"),
-        ("ridge", {"layer": 9}, "unknown layer '9'. Known: 0, 1."),
+        ("ridge", {"layer": 9}, "unknown layer '9', expected one of: 0, 1."),
         ("ridge", {"layer": 1, "matrix": "L0.mlp.gate"}, "Leave out one of the two"),
-        ("evolution", {"over": "epochs"}, "unknown time axis 'epochs'. Known: tokens, step, order."),
+        ("evolution", {"over": "epochs"}, "unknown time axis 'epochs', expected one of: tokens, step, order."),
     ],
 )
 def test_unknown_names_get_one_clear_error(kind: str, options: dict[str, Any], text: str) -> None:

@@ -34,9 +34,9 @@ def test_names_as_they_are_typed() -> None:
     assert parse_orders(None, reference=True) == ORDERS
     assert parse_orders(None, reference=False) == ("greedy", "magnitude", "random", "first-order", "activation")
     assert parse_orders("random, greedy,random", reference=False) == ("greedy", "random")
-    with pytest.raises(SelectionError, match=r"unknown order 'gredy'\. Did you mean 'greedy'"):
+    with pytest.raises(SelectionError, match=r"unknown order 'gredy', expected one of: .*\. Did you mean 'greedy'"):
         parse_orders("gredy", reference=False)
-    with pytest.raises(SelectionError, match=r"unknown order 'xyz'\. Known: greedy, reference"):
+    with pytest.raises(SelectionError, match=r"unknown order 'xyz', expected one of: greedy, reference"):
         parse_orders(["xyz"], reference=False)
     with pytest.raises(SelectionError, match="order reference needs a reference"):
         parse_orders("reference", reference=False)

@@ -274,9 +274,9 @@ def test_a_budget_for_controls_alone_writes_nothing(tmp_path: Path) -> None:
 
 def test_what_cannot_be_searched(tmp_path: Path) -> None:
     fast: dict[str, Any] = {"eval": "math", "limit": 2}
-    with pytest.raises(SelectionError, match=r"unknown order 'greedi'\. Did you mean 'greedy'"):
+    with pytest.raises(SelectionError, match=r"unknown order 'greedi', expected one of: .*\. Did you mean 'greedy'"):
         search_rewind(BASE, MATH, order="greedi", **fast)
-    with pytest.raises(SelectionError, match="unknown kv 'al', expected all or majority or never"):
+    with pytest.raises(SelectionError, match="unknown kv 'al', expected one of: all, majority, never"):
         search_rewind(BASE, MATH, kv="al", **fast)  # type: ignore[arg-type]
     with pytest.raises(SelectionError, match="seeds: expected 1 or more, got 0"):
         search_rewind(BASE, MATH, seeds=0, **fast)

@@ -18,7 +18,7 @@ from torch import Tensor
 from diffract import tables
 from diffract.analysis.held import Held
 from diffract.analysis.pairing import adapter_notes, base_adapters, pair
-from diffract.analysis.scan import ENGINES, Options, Progress, choose, choose_device, open_all
+from diffract.analysis.scan import Options, open_all
 from diffract.analysis.tables import (
     PER_KV_HEAD,
     PER_QUERY_HEAD,
@@ -33,8 +33,8 @@ from diffract.analysis.tables import (
 )
 from diffract.analysis.work import cut_factors, factor_digest
 from diffract.checkpoints import Checkpoint, Factors, Reference, TensorInfo
-from diffract.engine import run_tasks
-from diffract.errors import CheckpointError, SelectionError, printable
+from diffract.engine import ENGINES, choose_device, run_tasks
+from diffract.errors import CheckpointError, SelectionError, choose, printable
 from diffract.linalg import LowRank, change_grams
 from diffract.matrices import Layout, Matrix, batches, cut, restrict
 from diffract.matrices.layout import KEEP_BYTES, PIECE_BYTES
@@ -49,6 +49,7 @@ from diffract.metrics.concentration import (
     top_share,
 )
 from diffract.metrics.pair import cosine_chance
+from diffract.settings import Progress
 from diffract.store import Cache, cache_folder, cache_key
 from diffract.tables import MODELS, HeadTables, frame
 

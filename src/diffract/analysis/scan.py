@@ -18,20 +18,17 @@ from diffract.analysis.tables import Member, assemble
 from diffract.analysis.work import CircuitTask, CircuitWorker, Outcome, Part, TensorTask, Worker, all_circuits
 from diffract.architectures import Architecture
 from diffract.checkpoints import Checkpoint, Reference, open_checkpoint
-from diffract.engine import run_tasks
-from diffract.errors import CheckpointError, SelectionError, suggest
+from diffract.engine import ENGINES, choose_device, run_tasks
+from diffract.errors import CheckpointError, SelectionError, choose
 from diffract.linalg import Method
 from diffract.matrices import Layout, lay_out
 from diffract.metrics import Metric, choose_metrics, split_names
+from diffract.settings import Progress
 from diffract.store import Cache, cache_folder
 from diffract.tables import Tables
 
-Progress = Callable[[float, float, str], None]
-"""Called with the work done, all work, and what was just finished."""
-
 W = TypeVar("W", TensorTask, CircuitTask)
 
-ENGINES = ("local",)
 METHODS = ("auto", "exact")
 
 _NAMED = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]{0,63})=(?P<reference>.+)", re.ASCII)
@@ -119,25 +116,6 @@ def analyse(
 def _part_of(progress: Progress | None, before: float, total: float) -> Progress | None:
     """Progress of a part of the work, as that of the whole."""
     return None if progress is None else lambda done, _, what: progress(before + done, total, what)
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device of a name; ``auto`` is CUDA where there is one.
-
-    Raises:
-        SelectionError: There is no such device.
-    """
-    available = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    if name == "auto":
-        return torch.device(available[-1])
-    choose("device", name.partition(":")[0], available)
-    return torch.device(name)
-
-
-def choose(what: str, value: str, known: Sequence[str]) -> None:
-    """Raise unless an option's value is a known one."""
-    if value not in known:
-        raise SelectionError(f"unknown {what} {value!r}, expected one of: {', '.join(known)}.{suggest(value, known)}")
 
 
 def gather(

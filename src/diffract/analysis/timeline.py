@@ -14,7 +14,8 @@ from typing import Any
 from diffract.analysis.scan import split_name
 from diffract.checkpoints import Checkpoint, Reference
 from diffract.checkpoints.open import ALONE, STATE, USUAL, find_checkpoints, some, trainer_state
-from diffract.errors import CheckpointError, SelectionError, printable, suggest
+from diffract.errors import CheckpointError, SelectionError, choose, printable
+from diffract.settings import natural_key
 
 BY = ("step", "tokens", "name", "given")
 """What checkpoints are put in order by, besides a regular expression."""
@@ -106,10 +107,7 @@ def parse_by(text: str) -> Ordering:
     if text in BY:
         return Ordering(text)
     if "(?P<" not in text:
-        raise SelectionError(
-            f"unknown order {printable(text)!r}, expected one of: {', '.join(BY)}; or a regular expression with a "
-            f"group (?P<step>...) or (?P<tokens>...).{suggest(text, BY)}"
-        )
+        choose("order", text, BY, further="a regular expression with a group (?P<step>...) or (?P<tokens>...)")
     try:
         pattern = re.compile(text)
     except re.error as error:
@@ -171,15 +169,6 @@ def arrange(stops: Sequence[Stop], ordering: Ordering) -> list[Stop]:
                 "Leave one out, or pass --by given to take them as they are given."
             )
     return [stop for _, stop in ordered]
-
-
-def natural_key(text: str) -> list[str | int]:
-    """Return a key that sorts names as people do.
-
-    >>> sorted(["run-10", "run-9"], key=natural_key)
-    ['run-9', 'run-10']
-    """
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", text))]
 
 
 def _told(patterns: Sequence[re.Pattern[str]], texts: Sequence[str]) -> int | None:

@@ -18,12 +18,13 @@ import torch
 from diffract.analysis.facts import Plan
 from diffract.analysis.held import Held
 from diffract.analysis.pairing import pair, scan_tasks
-from diffract.analysis.scan import Options, choose, choose_device, gather, open_layout, other_digests
+from diffract.analysis.scan import Options, gather, open_layout, other_digests
 from diffract.analysis.tables import Member, assemble, model_numbers, row_warnings
 from diffract.analysis.timeline import Place, Stop, find_series
 from diffract.analysis.work import Outcome, Part, TensorTask, Worker
 from diffract.checkpoints import Reference
-from diffract.errors import CheckpointError, printable
+from diffract.engine import choose_device
+from diffract.errors import CheckpointError, choose, printable
 from diffract.matrices import Layout
 from diffract.store import Cache, cache_folder
 from diffract.tables import AGAINST, LABELS, MODELS, OUTCOME, TIMELINE, Tables

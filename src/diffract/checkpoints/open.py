@@ -42,6 +42,16 @@ STACK_LIMIT = 4
 _HUB = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?:@(?P<revision>[!-?A-~]+))?", re.ASCII)
 
 
+def parse_hub_name(text: str) -> tuple[str, str | None] | None:
+    """Return repository and revision of a text that looks like ``org/name@revision``; ``None`` for any other.
+
+    >>> parse_hub_name("org/name@step1000"), parse_hub_name("org/name"), parse_hub_name("name")
+    (('org/name', 'step1000'), ('org/name', None), None)
+    """
+    match = _HUB.fullmatch(text)
+    return (match["repo"], match["revision"]) if match else None
+
+
 def open_checkpoint(reference: Reference, *, base: Reference | None = None, download: bool = False) -> Checkpoint:
     """Open a checkpoint; only headers are read, of ``.npz`` and old PyTorch files everything.
 
@@ -86,9 +96,8 @@ def _open(reference: Reference, how: _How) -> Checkpoint:
         return _open_folder(path, how)
     if is_file:
         return _open_file(path)
-    match = _HUB.fullmatch(reference) if isinstance(reference, str) else None
-    if match:
-        return _open_hub(match["repo"], match["revision"], how)
+    if isinstance(reference, str) and (named := parse_hub_name(reference)):
+        return _open_hub(*named, how)
     raise CheckpointError(
         f"no checkpoint at {printable(reference)!r}: expected a file, a folder, or org/name@revision on the "
         "hub. Check the name."

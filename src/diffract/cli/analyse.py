@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffract.cli import options
-from diffract.cli.console import explained, number, progress, say, say_json, size, warn
+from diffract.cli.console import explained, number, progress, say, say_json, warn
+from diffract.settings import size_text
 
 if TYPE_CHECKING:
     from diffract.api import Run
@@ -145,7 +146,7 @@ def summary(run: Run, output: Path | None) -> dict[str, Any]:
 
 def _sentence(row: dict[str, Any]) -> str:
     head = f"{row['model']} ({row['role']}, {row['family']}): "
-    what = f"{size(row['parameters'], '')} parameters, {row['matrices']} matrices"
+    what = f"{size_text(row['parameters'], '')} parameters, {row['matrices']} matrices"
     if row["role"] != "tuned":
         return head + what
     parts = [f"relative change {number(row.get('delta_relative'))}"]

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import typer
 
 from diffract.errors import DiffractError, printable
-
-Progress = Callable[[float, float, str], None]
+from diffract.settings import Progress, size_text
 
 QUIET_SECONDS = 2.0
 """Nothing is said of what takes less."""
@@ -119,7 +118,7 @@ def _lines(label: str, unit: str) -> Progress:
 def _rate(done: float, seconds: float, unit: str) -> str:
     if seconds <= 0:
         return ""
-    return f"{done / seconds:.2g} {unit}/s" if unit else size(done / seconds, "/s")
+    return f"{done / seconds:.2g} {unit}/s" if unit else size_text(done / seconds, "/s")
 
 
 def say(text: str, *, quiet: bool = False) -> None:
@@ -160,15 +159,3 @@ def warn(texts: list[str], *, quiet: bool) -> None:
 def number(value: float | None, digits: int = 3) -> str:
     """A number for people."""
     return "-" if value is None else f"{value:.{digits}g}"
-
-
-def size(count: float, unit: str = "B") -> str:
-    """A count with a decimal prefix: 1.48 GB, 371 M.
-
-    >>> size(2_970_000_000)
-    '2.97 GB'
-    """
-    for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {prefix}{unit}"
-    return f"{count:.3g} {unit}".rstrip()

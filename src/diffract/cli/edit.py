@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffract.cli import options
-from diffract.cli.console import explained, progress, say, say_json, size
+from diffract.cli.console import explained, progress, say, say_json
 from diffract.errors import RecipeError, printable
+from diffract.settings import size_text
 
 if TYPE_CHECKING:
     from diffract.edits.dry_run import Preview
@@ -193,9 +194,9 @@ def run_recipe(recipe: Any, output: Path | None, common: Mapping[str, Any]) -> d
 
 def _show_preview(found: Preview, *, quiet: bool) -> None:
     _show_steps(found.steps, quiet=quiet)
-    written = "the adapter" if found.written_bytes is None else size(found.written_bytes)
+    written = "the adapter" if found.written_bytes is None else size_text(found.written_bytes)
     say(f"would change {found.changed} of {found.tensors} tensors", quiet=quiet)
-    say(f"would read {size(found.read_bytes)}, write {written}, in about {found.seconds:.3g} s", quiet=quiet)
+    say(f"would read {size_text(found.read_bytes)}, write {written}, in about {found.seconds:.3g} s", quiet=quiet)
 
 
 def _show_steps(steps: Sequence[Mapping[str, Any]], *, quiet: bool) -> None:

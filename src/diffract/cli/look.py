@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffract.cli import options
-from diffract.cli.console import explained, say, say_json, size, warn
+from diffract.cli.console import explained, say, say_json, warn
 from diffract.errors import printable
+from diffract.settings import size_text
 
 if TYPE_CHECKING:
     from diffract.inspection import Inspection
@@ -49,7 +50,7 @@ def _describe(found: Inspection) -> str:
     lines = [
         printable(found.reference),
         f"  architecture  {found.family}" + (f" ({known})" if known else ""),
-        f"  tensors       {found.tensors}, {size(found.parameters, '')} parameters, {size(found.size_bytes)}",
+        f"  tensors       {found.tensors}, {size_text(found.parameters, '')} parameters, {size_text(found.size_bytes)}",
         f"  a scan takes  {found.matrices} matrices:",
     ]
     for kind in found.kinds:
@@ -58,9 +59,9 @@ def _describe(found: Inspection) -> str:
     if found.left_out:
         left = ", ".join(f"{count} {outcome}" for outcome, count in found.left_out.items())
         lines.append(f"  left out      {left}")
-    work, seconds = size(found.multiplications, ""), found.seconds_per_core
+    work, seconds = size_text(found.multiplications, ""), found.seconds_per_core
     lines.append(f"  cost          about {work} multiplications, {_duration(seconds)} on one core, ")
-    lines[-1] += f"{size(found.peak_bytes)} of workspace for the largest tensor"
+    lines[-1] += f"{size_text(found.peak_bytes)} of workspace for the largest tensor"
     return "\n".join(lines)
 
 

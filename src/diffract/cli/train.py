@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffract.cli import options
-from diffract.cli.console import explained, number, progress, say, say_json, say_table, size, warn
+from diffract.cli.console import explained, number, progress, say, say_json, say_table, warn
 from diffract.errors import RecipeError
+from diffract.settings import size_text
 
 if TYPE_CHECKING:
     from diffract.train import TrainPreview, TrainRun
@@ -67,7 +68,7 @@ def _summary(run: TrainRun) -> dict[str, Any]:
 def _show(run: TrainRun, *, quiet: bool) -> None:
     warn(list(run.warnings), quiet=quiet)
     last = _last(run)
-    rate = size(last["tokens"] / run.seconds, " tokens/s")
+    rate = size_text(last["tokens"] / run.seconds, " tokens/s")
     say(f"loss {last['loss']:.4f} after {last['tokens']:,} tokens in {run.seconds:.0f} s ({rate})", quiet=quiet)
     say(f"written: {run.final}", quiet=quiet)
 

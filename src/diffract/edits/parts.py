@@ -9,10 +9,10 @@ from math import prod
 
 from diffract.edits.bench import Bench
 from diffract.edits.draft import Place, everything, place_of
-from diffract.edits.planning import by_number
 from diffract.edits.settings import Shared, Unit
 from diffract.errors import SelectionError, printable
 from diffract.matrices import Matrix
+from diffract.settings import natural_key
 
 HEAD_PARTS = ("q", "k", "v", "o")
 
@@ -178,7 +178,7 @@ def _place(bench: Bench, matrix: Matrix) -> Place:
 def _ordered(parts: Iterable[Part]) -> tuple[str, ...]:
     """Names of units in the model's order: by layer, then by number."""
     names = dict.fromkeys(name for part in parts for name in sorted(part.owners))
-    return tuple(sorted(names, key=by_number))
+    return tuple(sorted(names, key=natural_key))
 
 
 def places_by_tensor(bench: Bench, parts: Iterable[Part]) -> dict[str, list[Place]]:

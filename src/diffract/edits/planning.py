@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from diffract.edits.bench import Bench
 from diffract.edits.draft import Apply, Change, Place, place_of
 from diffract.edits.operations.precision import work_dtype
 from diffract.matrices import Matrix
+from diffract.settings import natural_key
 
 Row = dict[str, Any]
 """What is known of one matrix or head, with its ``name``."""
@@ -43,18 +43,13 @@ class Planned:
 
         What is no finite number, such as the norm of a change that holds NaN, is ``None``.
         """
-        rows = sorted(self.rows, key=lambda row: by_number(row["name"]))
+        rows = sorted(self.rows, key=lambda row: natural_key(row["name"]))
         summary = {**self.summary, **(self.conclude(rows) if rows else {})}
         return {"summary": _finite(summary), "rows": [_finite(row) for row in rows]}
 
 
 def _finite(record: Row) -> Row:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-
-
-def by_number(name: str) -> list[Any]:
-    """A key that puts L2 before L10."""
-    return [int(w) if w.isdecimal() else w for w in re.split(r"(\d+)", name)]
 
 
 def together(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -23,8 +23,8 @@ from diffract.edits.planning import Planned
 from diffract.edits.recipe import Recipe, load_recipe
 from diffract.edits.settings import Settings
 from diffract.edits.steps import plan_step
-from diffract.edits.write import Progress, write_draft
-from diffract.settings import validated
+from diffract.edits.write import write_draft
+from diffract.settings import Progress, validated
 from diffract.store import whole_folder
 
 RECIPE = "recipe.yaml"

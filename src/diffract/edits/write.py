@@ -20,10 +20,10 @@ from diffract.edits.draft import Draft
 from diffract.edits.output import Output
 from diffract.engine import keep_freed_memory, run_tasks
 from diffract.errors import RunError
+from diffract.settings import Progress
 
 R = TypeVar("R")
 
-Progress = Callable[[float, float, str], None]
 """``progress(done, total, what)``."""
 
 

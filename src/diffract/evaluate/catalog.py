@@ -19,7 +19,7 @@ from typing import Any
 from diffract.corpora import Problem, Split, digest, make_problems, question_text
 from diffract.corpora.splits import check_split
 from diffract.corpora.word_problems import COUNT, parse_levels
-from diffract.errors import CorpusError, SelectionError, printable, suggest
+from diffract.errors import CorpusError, SelectionError, choose, printable
 from diffract.evaluate.harness import harness_item
 from diffract.evaluate.scoring import cut
 from diffract.evaluate.sources import JSON, choices, documents, is_for_evaluation, questions
@@ -133,8 +133,7 @@ def _read(entry: str, split: Split, data: Path | None, limit: int | None, shots:
         return Wanted(name, HARNESS, "", name.removeprefix(HARNESS), split, data, limit, shots)
     word, colon, levels = name.partition(":")
     if (word not in CATALOG and not source) or (colon and (word != "gsm" or source)) or not word:
-        known = f"{', '.join(CATALOG)}, {HARNESS}NAME, or NAME=SOURCE"
-        raise SelectionError(f"unknown task {printable(entry)!r}, expected one of: {known}.{suggest(word, CATALOG)}")
+        choose("task", entry, CATALOG, further=f"{HARNESS}NAME or NAME=SOURCE")
     return Wanted(name, word, levels, source, split, data, limit, shots)
 
 

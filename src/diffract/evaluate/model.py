@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,13 +14,13 @@ import torch
 from torch import Tensor
 
 from diffract.checkpoints import open_checkpoint
-from diffract.errors import CheckpointError, DiffractError, SelectionError, printable, suggest
+from diffract.checkpoints.open import parse_hub_name
+from diffract.engine import choose_device
+from diffract.errors import CheckpointError, DiffractError, choose, printable
 
 PIP = "pip install 'diffract-llm[train]'"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-_HUB = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?:@(?P<revision>[!-?A-~]+))?", re.ASCII)
 
 
 def load_model(ref: str, device: torch.device, dtype: str) -> torch.nn.Module:
@@ -39,9 +38,7 @@ def load_model(ref: str, device: torch.device, dtype: str) -> torch.nn.Module:
         CheckpointError: There is no such model, or tensors of it are missing.
         SelectionError: There is no such dtype.
     """
-    if dtype != "auto" and dtype not in DTYPES:
-        known = f"auto or one of: {', '.join(DTYPES)}.{suggest(dtype, DTYPES)}"
-        raise SelectionError(f"unknown dtype {printable(dtype)!r}, expected {known}")
+    choose("dtype", dtype, ["auto", *DTYPES])
     chosen = DTYPES.get(dtype, "auto" if device.type != "cpu" else torch.float32)
     with _explained(ref, "model"):
         own = _own_place(ref)
@@ -73,10 +70,11 @@ def _own_place(ref: str) -> tuple[str, dict[str, Any]] | None:
     if path.is_dir():
         whole = (path / "config.json").is_file() and not (path / "adapter_config.json").is_file()
         return (str(path), {}) if whole else None
-    match = None if path.exists() else _HUB.fullmatch(ref)
-    if match is None:
+    named = None if path.exists() else parse_hub_name(ref)
+    if named is None:
         return None
-    return match["repo"], {"revision": match["revision"]} if match["revision"] else {}
+    repo, revision = named
+    return repo, {"revision": revision} if revision else {}
 
 
 def _from_transformers(place: tuple[str, dict[str, Any]], dtype: Any) -> tuple[Any, list[str]]:
@@ -275,20 +273,6 @@ def load_subject(
         raise CheckpointError("a loaded model needs its tokenizer: pass tokenizer=.")
     found = load_tokenizer(str(found)) if isinstance(found, str | Path) else found
     return Subject(model.eval(), found, where, context_of(model), name)
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device of a name; ``auto`` is CUDA where there is one.
-
-    Raises:
-        SelectionError: There is no such device.
-    """
-    available = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    if name == "auto":
-        return torch.device(available[-1])
-    if name.partition(":")[0] not in available:
-        raise SelectionError(f"no device {printable(name)!r}, expected auto or one of: {', '.join(available)}.")
-    return torch.device(name)
 
 
 def context_of(model: torch.nn.Module) -> int:

@@ -23,10 +23,9 @@ from diffract.evaluate.model import Subject, has_adapters, model_digest, tokeniz
 from diffract.evaluate.scoring import Budget, chunks, score_choices, score_questions, score_texts
 from diffract.evaluate.statistics import SUMMARY, holm, paired, summarise
 from diffract.evaluate.tasks import SCORES, VERSION, Item, Score, Task, score_table
+from diffract.settings import Progress
 from diffract.store import Cache, cache_folder, cache_key
 from diffract.tables import RunTables, load, refuse_existing, whole_folder, write
-
-Progress = Callable[[float, float, str], None]
 
 
 @dataclass(frozen=True)

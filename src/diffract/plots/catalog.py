@@ -9,7 +9,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 import polars as pl
 
-from diffract.errors import RunError, SelectionError, printable, suggest
+from diffract.errors import RunError, SelectionError, choose
 from diffract.plots.agreement import agreement
 from diffract.plots.choice import (
     Choice,
@@ -419,10 +419,7 @@ def plot(
 
 
 def _kind(name: str) -> Kind:
-    if name not in KINDS:
-        near = suggest(name, KINDS) or f" Known: {', '.join(KINDS)}."
-        raise SelectionError(f"unknown kind of plot {printable(name)!r}.{near}")
-    return KINDS[name]
+    return KINDS[choose("kind of plot", name, KINDS)]
 
 
 def _refuse_ignored(name: str, kind: Kind, choice: Choice) -> None:

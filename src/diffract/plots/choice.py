@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import polars as pl
 
-from diffract.errors import RunError, SelectionError, printable, suggest
+from diffract.errors import RunError, SelectionError, choose, printable
 from diffract.tables import read_manifest
 
 
@@ -102,11 +102,7 @@ def pick(what: str, wanted: str | None, known: Sequence[str], default: str | Non
         raise SelectionError(f"the run has no {what} to draw.")
     if wanted is None:
         return default if default is not None and default in known else known[0]
-    if wanted not in known:
-        more = f" and {len(known) - 12} more in the run's tables" if len(known) > 12 else ""
-        few = f" Known: {', '.join(printable(k, 60) for k in known[:12])}{more}."
-        raise SelectionError(f"unknown {what} {printable(wanted)!r}.{suggest(wanted, known) or few}")
-    return wanted
+    return choose(what, wanted, known)
 
 
 def pick_model(frames: Frames, wanted: str | None) -> str:

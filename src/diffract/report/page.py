@@ -14,6 +14,7 @@ from plotly.offline import get_plotlyjs
 from diffract.errors import printable
 from diffract.report.payload import embed, payload
 from diffract.report.words import Headline, concentration, headlines
+from diffract.settings import size_text
 from diffract.tables import HeadTables, Tables, write_text
 
 
@@ -30,7 +31,7 @@ def render(tables: Tables | HeadTables) -> str:
     """Return the report of a run as HTML that needs nothing else, no network either."""
     data = payload(tables)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters["size"] = size
+    environment.filters["size"] = size_text
     environment.filters["printable"] = printable
     return environment.from_string(_resource("template.html.j2")).render(
         manifest=tables.manifest,
@@ -45,14 +46,6 @@ def render(tables: Tables | HeadTables) -> str:
         js=Markup(_resource("report.js")),
         plotly=Markup(get_plotlyjs()),
     )
-
-
-def size(count: float) -> str:
-    """Bytes for people."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count:g} B"
 
 
 def _grouped(found: list[Headline]) -> list[tuple[str, list[Headline]]]:

@@ -18,7 +18,7 @@ from diffract.edits.settings import Interpolate, Merge
 from diffract.errors import RunError, SelectionError, printable
 from diffract.evaluate import Task, summarise
 from diffract.search.plan import Estimate, Plan, Sketch, State, parse_budget
-from diffract.search.scorer import RESAMPLES, TUNED, Progress, Scorer
+from diffract.search.scorer import RESAMPLES, TUNED, Scorer
 from diffract.search.stage import (
     How,
     Model,
@@ -34,6 +34,7 @@ from diffract.search.stage import (
     working,
 )
 from diffract.search.tables import ITEMS, PAIRS, PATHS, SIMPLEX, ConnectTables
+from diffract.settings import Progress
 from diffract.tables import frame
 
 Floats = NDArray[np.float64]

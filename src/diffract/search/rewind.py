@@ -17,15 +17,16 @@ from diffract.edits.operations.rules import rounded
 from diffract.edits.order import change_norms, least_first, reference_scores, shuffled
 from diffract.edits.parts import Units, find_units
 from diffract.edits.settings import Interpolate, Rewind, Shared
-from diffract.errors import SelectionError, printable, suggest
+from diffract.errors import SelectionError, choose
 from diffract.evaluate import Task, holm, load_tasks
 from diffract.metrics.concentration import spearman
 from diffract.search.plan import SPLITS, Estimate, Plan, Point, Sketch, State, parse_fractions
 from diffract.search.predictions import Sample, activation_changes, first_order_gains, take_sample, task_texts
 from diffract.search.run import Asked, Found, run_search
-from diffract.search.scorer import RESAMPLES, TUNED, Progress, Scorer, Which, difference_rows
-from diffract.search.stage import How, Model, Rows, Stage, build, in_memory, measure, require_word
+from diffract.search.scorer import RESAMPLES, TUNED, Scorer, Which, difference_rows
+from diffract.search.stage import How, Model, Rows, Stage, build, in_memory, measure
 from diffract.search.tables import CHOICE, EFFECTS, ITEMS, ON_CURVE, ORDER_ROWS, QUALITY, RewindTables
+from diffract.settings import Progress
 from diffract.tables import frame
 
 HeadOrder = Literal["greedy", "reference", "magnitude", "random", "first-order", "activation"]
@@ -70,9 +71,7 @@ def parse_orders(given: str | Sequence[str] | None, *, reference: bool) -> tuple
     words = given.split(",") if isinstance(given, str) else given
     wanted = list(dict.fromkeys(word.strip() for word in words if word.strip()))
     for word in wanted:
-        if word not in ORDERS:
-            near = suggest(word, ORDERS) or f" Known: {', '.join(ORDERS)}."
-            raise SelectionError(f"unknown order {printable(word)!r}.{near}")
+        choose("order", word, ORDERS)
     if "reference" in wanted and not reference:
         raise SelectionError("order reference needs a reference: the base tuned on reference text. Pass --reference.")
     if not wanted:
@@ -366,7 +365,7 @@ def search_rewind(
     Raises:
         DiffractError: The input is wrong; the message says what, where, and what to do.
     """
-    require_word("kv", kv, get_args(Shared))
+    choose("kv", kv, get_args(Shared))
     orders, at = parse_orders(order, reference=reference is not None), parse_fractions(fractions)
     how = How(eval, data, limit, shots, device, dtype, tokenizer, architecture)
     asked = Asked(seeds, tolerance, choose_by, budget, output, write, dry_run, force, progress)

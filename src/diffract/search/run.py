@@ -13,10 +13,10 @@ import torch
 
 from diffract.edits.settings import Settings
 from diffract.edits.to_files import apply
-from diffract.errors import SelectionError
+from diffract.errors import SelectionError, choose
 from diffract.evaluate import Evaluator, load_subject, summarise
 from diffract.search.plan import SPLITS, Estimate, Plan, Sketch, State, parse_budget
-from diffract.search.scorer import TUNED, Progress, Scorer, Which, winner
+from diffract.search.scorer import TUNED, Scorer, Which, winner
 from diffract.search.stage import (
     How,
     Model,
@@ -27,10 +27,10 @@ from diffract.search.stage import (
     in_memory,
     manifest,
     planned,
-    require_word,
     set_up,
     working,
 )
+from diffract.settings import Progress
 from diffract.tables import RunTables, refuse_existing
 
 PER_ITEM = 1e-9
@@ -114,7 +114,7 @@ class Asked:
     progress: Progress | None
 
     def __post_init__(self) -> None:
-        require_word("choice", self.choose_by, get_args(Which))
+        choose("choice", self.choose_by, get_args(Which))
         parse_budget(self.budget)
         if self.seeds < 1:
             raise SelectionError(f"seeds: expected 1 or more, got {self.seeds}.")

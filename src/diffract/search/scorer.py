@@ -13,8 +13,7 @@ from diffract.edits.live import LiveModel
 from diffract.errors import CorpusError, printable
 from diffract.evaluate import Task, paired, summarise
 from diffract.search.plan import SPLITS, Curve, Point, State
-
-Progress = Callable[[float, float, str], None]
+from diffract.settings import Progress
 
 TUNED = State("tuned")
 """The model itself."""
@@ -197,7 +196,7 @@ def is_without_loss(gain: Mapping[str, Any], tolerance: float | None) -> bool:
     return gain["gain_high"] >= 0 if tolerance is None else gain["gain_low"] >= -tolerance
 
 
-def choose(scorer: Scorer, curves: Iterable[Curve], tolerance: float | None) -> list[dict[str, Any]]:
+def chosen_points(scorer: Scorer, curves: Iterable[Curve], tolerance: float | None) -> list[dict[str, Any]]:
     """Return two rows for each curve: its best point and the furthest without loss, with numbers of both splits.
 
     The task that is first decides. What is chosen is scored on the held-out split, if it was not yet.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,12 +15,13 @@ import torch
 from diffract._version import __version__
 from diffract.corpora import Split
 from diffract.edits.live import LiveModel
-from diffract.errors import CheckpointError, RunError, SelectionError, printable, suggest
+from diffract.errors import CheckpointError, RunError, printable
 from diffract.evaluate import Evaluator, Subject, Task, load_subject, load_tasks
 from diffract.evaluate.model import model_digest, tokenizer_digest
 from diffract.search.plan import SPLITS, Budget, Curve, Estimate, Plan, Point, Sketch, cost, make_plan
-from diffract.search.scorer import Progress, Scorer, choose, seconds_of
-from diffract.store import Cache
+from diffract.search.scorer import Scorer, chosen_points, seconds_of
+from diffract.settings import Progress
+from diffract.store import Cache, held
 from diffract.tables import RunTables, refuse_existing, whole_folder, write
 
 Model = str | Path | torch.nn.Module
@@ -184,18 +183,6 @@ def manifest(
     }
 
 
-def require_word(what: str, word: str, known: Sequence[str]) -> None:
-    """Raise unless a word is one of those that are known.
-
-    Raises:
-        SelectionError: It is not.
-    """
-    if word not in known:
-        raise SelectionError(
-            f"unknown {what} {printable(word)!r}, expected {' or '.join(known)}.{suggest(word, known)}"
-        )
-
-
 KEPT = "cache"
 """Subfolder of a finished run with the scores, for another search into the same folder."""
 
@@ -218,8 +205,11 @@ def working(output: str | Path | None, *, force: bool) -> Iterator[Cache | None]
     if before.is_dir() and not folder.exists():
         shutil.copytree(before, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder), Cache(folder) as cache:
-        yield cache
+    with held(folder) as free:
+        if not free:
+            raise RunError(f"another process is searching into {str(folder)!r}. Wait for it, or write elsewhere.")
+        with Cache(folder) as cache:
+            yield cache
 
 
 def work_folder(output: str | Path) -> Path:
@@ -235,26 +225,6 @@ def finish(tables: RunTables, output: str | Path, cache: Cache | None, *, force:
             cache.close()
             shutil.copytree(cache.path.parent, draft / KEPT)
     shutil.rmtree(work_folder(output), ignore_errors=True)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process, however it ends."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        _lock(descriptor, folder)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, folder: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise RunError(
-            f"another process is searching into {str(folder)!r}. Wait for it, or write elsewhere."
-        ) from error
 
 
 Rows = list[dict[str, Any]]
@@ -302,7 +272,7 @@ def measure(
     for curve in curves:
         for point in curve.points:
             scorer.score("selection", point.state, _name(curve))
-    chosen = choose(scorer, curves, tolerance)
+    chosen = chosen_points(scorer, curves, tolerance)
     for number, sketch in enumerate(sketches):
         wanted = {sketch.at[i] for i in plan.points.get(("held-out", number), ())}
         for curve in (c for c in curves if c.sketch is sketch):

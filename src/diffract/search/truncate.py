@@ -19,12 +19,13 @@ from diffract.edits.operations.truncate import change_sigmas
 from diffract.edits.planning import flat
 from diffract.edits.settings import Interpolate, Merge, Settings, Truncate
 from diffract.engine import single_threaded
-from diffract.errors import SelectionError, printable, suggest
+from diffract.errors import SelectionError, choose
 from diffract.search.plan import SPLITS, Estimate, Plan, Point, Sketch, State, parse_fractions
 from diffract.search.run import Asked, Found, run_search
-from diffract.search.scorer import TUNED, Progress, Scorer, Which
+from diffract.search.scorer import TUNED, Scorer, Which
 from diffract.search.stage import How, Model, Stage, build, measure
 from diffract.search.tables import ITEMS, ON_TRUNCATION, QUALITY, TRUNCATION_CHOICE, TruncateTables
+from diffract.settings import Progress
 from diffract.tables import frame
 
 PLACE_BYTES = 4
@@ -153,9 +154,7 @@ def parse_rules(given: str | Sequence[str] | None) -> tuple[TruncationRule, ...]
     words = RULES if given is None else given.split(",") if isinstance(given, str) else given
     wanted = [word.strip() for word in words if word.strip()]
     for word in wanted:
-        if word not in RULES:
-            near = suggest(word, RULES) or f" Known: {', '.join(RULES)}."
-            raise SelectionError(f"unknown rule {printable(word)!r}.{near}")
+        choose("rule", word, RULES)
     if not wanted:
         raise SelectionError(f"expected rules, got none. Known: {', '.join(RULES)}.")
     return tuple(rule for rule in RULES if rule in wanted)

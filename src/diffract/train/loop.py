@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from diffract.errors import RecipeError, RunError, printable
+from diffract.settings import Progress
 from diffract.store import held, whole_folder
 from diffract.train.data import Mixture, make_mixture, make_tokenizer, token_streams
 from diffract.train.model import make_config, make_model, saved_dtype, write_model
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 
-Progress = Callable[[float, float, str], None]
 """``progress(done, total, what)``, in tokens."""
 
 

@@ -9,7 +9,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from diffract._version import __version__
 from diffract.errors import DiffractError, RecipeError, RunError, printable
+from diffract.settings import Progress
 from diffract.store import whole_file, write_text
 from diffract.train.recipe import TrainRecipe
 
@@ -206,7 +207,6 @@ def _remove_others(path: Path) -> None:
             shutil.rmtree(other, ignore_errors=True)
 
 
-Progress = Callable[[float, float, str], None]
 """``progress(done, total, what)``, in tokens."""
 
 STEPS_AT_ONCE = 10

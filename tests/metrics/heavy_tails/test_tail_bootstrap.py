@@ -84,7 +84,7 @@ def test_two_values_always_fit_as_well_as_two_others() -> None:
 
 def test_unknown_families_and_no_draws_are_refused() -> None:
     values = batch(sample("pareto", 10, 1))
-    with pytest.raises(SelectionError, match=r"no tail law 'powerlaw'.*power_law"):
+    with pytest.raises(SelectionError, match=r"unknown tail law 'powerlaw'.*power_law"):
         law_of("powerlaw")
     with pytest.raises(SelectionError, match="draws = 0"):
         p_value(values, "power_law", draws=0)

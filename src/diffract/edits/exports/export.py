@@ -12,7 +12,7 @@ from diffract.edits.draft import Draft
 from diffract.edits.exports.peft import Factors, Module
 from diffract.edits.output import Output
 from diffract.edits.planning import Planned
-from diffract.edits.write import Progress
+from diffract.settings import Progress
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float64
 from torch import Tensor
 
-from diffract.errors import SelectionError, suggest
+from diffract.errors import SelectionError, choose
 from diffract.metrics.heavy_tails.exponential import EXPONENTIAL
 from diffract.metrics.heavy_tails.fit import ROUNDING, Fitted, Law, Parameters, fit_tails, order, piece_entries
 from diffract.metrics.heavy_tails.log_normal import LOG_NORMAL
@@ -33,9 +33,7 @@ def law_of(family: str) -> Law:
     Raises:
         SelectionError: There is none.
     """
-    if family not in LAWS:
-        raise SelectionError(f"no tail law {family!r}.{suggest(family, LAWS)} Known: {', '.join(LAWS)}.")
-    return LAWS[family]
+    return LAWS[choose("tail law", family, LAWS)]
 
 
 PerMatrix = Float64[Tensor, "b"]
