@@ -13,8 +13,8 @@ from polars.testing import assert_frame_equal
 from safetensors.torch import save_file
 
 import diffract
-from diffract.analysis import head_changes as head_work
 from diffract.analysis import held as stack
+from diffract.analysis import work
 from diffract.checkpoints import Checkpoint, TensorInfo
 from diffract.checkpoints.adapter import Adapted
 from tiny_llama import llama_tensors
@@ -145,9 +145,9 @@ def test_tensors_read_in_blocks_give_the_same(
         return found
 
     # blocks of five rows, which end within heads; of fused tensors two
-    for module in (head_work, stack):
+    for module in (work, stack):
         monkeypatch.setattr(module, "KEEP_BYTES", 0)
-    monkeypatch.setattr(head_work, "BLOCK_ENTRIES", 5 * 32)
+    monkeypatch.setattr(work, "BLOCK_ENTRIES", 5 * 32)
     monkeypatch.setattr(Checkpoint, "read", recorded)
     for references, want in zip(models, whole, strict=True):
         same(diffract.heads(*references, cache=False), want, rel_tol=1e-12)
@@ -174,13 +174,13 @@ def test_transposed_and_fused_slices(write_model: Callable[..., Path]) -> None:
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Number of slices in each call that computes something."""
     calls: list[int] = []
-    real = head_work.change_grams
+    real = work.change_grams
 
     def counted(base: torch.Tensor, tuned: list) -> torch.Tensor:
         calls.append(len(base))
         return real(base, tuned)
 
-    monkeypatch.setattr(head_work, "change_grams", counted)
+    monkeypatch.setattr(work, "change_grams", counted)
     return calls
 
 

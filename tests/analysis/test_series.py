@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffract.analysis.timeline import Place, find_series
+from diffract.analysis.timeline import Milestone, find_series
 from diffract.errors import CheckpointError, SelectionError
 
 
@@ -31,7 +31,11 @@ def names(*references: object, by: str = "step") -> list[str]:
 def test_a_trainers_folder(trained: Path) -> None:
     stops, warnings = find_series([str(trained)], "step")
     assert [stop.name for stop in stops] == ["checkpoint-500", "checkpoint-1000", "checkpoint-1500"]
-    assert [stop.place for stop in stops] == [Place(None, 500), Place(None, 1000, 10_000), Place(None, 1500, 15_000)]
+    assert [stop.place for stop in stops] == [
+        Milestone(None, 500),
+        Milestone(None, 1000, 10_000),
+        Milestone(None, 1500, 15_000),
+    ]
     assert warnings == []
 
 
@@ -93,8 +97,8 @@ def test_the_usual_file_is_called_after_its_folder(trained: Path) -> None:
     files = [trained / f"checkpoint-{step}" / "model.safetensors" for step in (1000, 500)]
     stops, _ = find_series(files, "step")
     assert [(stop.name, stop.place) for stop in stops] == [
-        ("checkpoint-500", Place(None, 500)),
-        ("checkpoint-1000", Place(None, 1000, 10_000)),
+        ("checkpoint-500", Milestone(None, 500)),
+        ("checkpoint-1000", Milestone(None, 1000, 10_000)),
     ]
 
 
@@ -113,7 +117,7 @@ def test_a_pattern_searches_names_then_the_whole_reference() -> None:
     found = ["runs/e2/ba10/hf", "runs/e1/ba30/hf", "runs/e1/ba20/hf"]
     stops, _ = find_series(found, r"e(?P<stage>\d+)/ba(?P<step>\d+)")
     assert [stop.reference for stop in stops] == [found[2], found[1], found[0]]
-    assert [stop.place for stop in stops] == [Place(1, 20), Place(1, 30), Place(2, 10)]
+    assert [stop.place for stop in stops] == [Milestone(1, 20), Milestone(1, 30), Milestone(2, 10)]
 
 
 def test_arrays_have_no_place(tmp_path: Path) -> None:

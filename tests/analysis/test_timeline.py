@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffract.analysis.timeline import LARGEST, Place, Stop, amount, arrange, parse_by, read_place
+from diffract.analysis.timeline import LARGEST, Milestone, Stop, amount, arrange, parse_by, read_place
 from diffract.errors import SelectionError
 from diffract.settings import natural_key
 
@@ -14,49 +14,49 @@ from diffract.settings import natural_key
 @pytest.mark.parametrize(
     ("text", "place"),
     [
-        ("stage1-step10000-tokens21B", Place(1, 10_000, 21_000_000_000)),
-        ("stage2-ingredient1-step1000-tokens3B", Place(2, 1000, 3_000_000_000)),
-        ("step10000-tokens42B", Place(None, 10_000, 42_000_000_000)),
-        ("tokens42B-step10000", Place(None, 10_000, 42_000_000_000)),
-        ("step0", Place(None, 0)),
-        ("step143000", Place(None, 143_000)),
-        ("global_step1000", Place(None, 1000)),
-        ("global-step_1000", Place(None, 1000)),
-        ("iter_0001000", Place(None, 1000)),
-        ("iteration-20", Place(None, 20)),
-        ("checkpoint-500", Place(None, 500)),
-        ("ckpt_012", Place(None, 12)),
-        ("ckpt-3-step-700", Place(None, 700)),
-        ("step_02000", Place(None, 2000)),
-        ("epoch=1-step=1000", Place(None, 1000)),
-        ("STEP-40K", Place(None, 40_000)),
-        ("TinyLlama-1.1B-intermediate-step-1431k-3T", Place(None, 1_431_000)),
-        ("step1000_final", Place(None, 1000)),
-        ("0500", Place(None, 500)),
-        ("tokens1.5T", Place(None, None, 1_500_000_000_000)),
-        ("run-300M-tokens", Place(None, None, 300_000_000)),
-        ("step100-2B_tokens", Place(None, 100, 2_000_000_000)),
-        ("tokens_5000", Place(None, None, 5000)),
-        ("main", Place()),
-        ("best", Place()),
-        ("llama-7b", Place()),
-        ("timestep1000", Place()),
-        ("step1000v2", Place()),
-        ("step1.5", Place()),
-        ("epoch-3", Place()),
-        ("500-long", Place()),
-        ("2024-11-24", Place()),
-        (f"step{10**18 - 1}T", Place()),
-        ("", Place()),
+        ("stage1-step10000-tokens21B", Milestone(1, 10_000, 21_000_000_000)),
+        ("stage2-ingredient1-step1000-tokens3B", Milestone(2, 1000, 3_000_000_000)),
+        ("step10000-tokens42B", Milestone(None, 10_000, 42_000_000_000)),
+        ("tokens42B-step10000", Milestone(None, 10_000, 42_000_000_000)),
+        ("step0", Milestone(None, 0)),
+        ("step143000", Milestone(None, 143_000)),
+        ("global_step1000", Milestone(None, 1000)),
+        ("global-step_1000", Milestone(None, 1000)),
+        ("iter_0001000", Milestone(None, 1000)),
+        ("iteration-20", Milestone(None, 20)),
+        ("checkpoint-500", Milestone(None, 500)),
+        ("ckpt_012", Milestone(None, 12)),
+        ("ckpt-3-step-700", Milestone(None, 700)),
+        ("step_02000", Milestone(None, 2000)),
+        ("epoch=1-step=1000", Milestone(None, 1000)),
+        ("STEP-40K", Milestone(None, 40_000)),
+        ("TinyLlama-1.1B-intermediate-step-1431k-3T", Milestone(None, 1_431_000)),
+        ("step1000_final", Milestone(None, 1000)),
+        ("0500", Milestone(None, 500)),
+        ("tokens1.5T", Milestone(None, None, 1_500_000_000_000)),
+        ("run-300M-tokens", Milestone(None, None, 300_000_000)),
+        ("step100-2B_tokens", Milestone(None, 100, 2_000_000_000)),
+        ("tokens_5000", Milestone(None, None, 5000)),
+        ("main", Milestone()),
+        ("best", Milestone()),
+        ("llama-7b", Milestone()),
+        ("timestep1000", Milestone()),
+        ("step1000v2", Milestone()),
+        ("step1.5", Milestone()),
+        ("epoch-3", Milestone()),
+        ("500-long", Milestone()),
+        ("2024-11-24", Milestone()),
+        (f"step{10**18 - 1}T", Milestone()),
+        ("", Milestone()),
     ],
 )
-def test_conventions(text: str, place: Place) -> None:
+def test_conventions(text: str, place: Milestone) -> None:
     assert read_place([text]) == place
 
 
 def test_the_first_text_that_tells_counts() -> None:
-    assert read_place(["step5", "step10-tokens2K"]) == Place(None, 5, 2000)
-    assert read_place([]) == Place()
+    assert read_place(["step5", "step10-tokens2K"]) == Milestone(None, 5, 2000)
+    assert read_place([]) == Milestone()
 
 
 counts = st.integers(0, 10**9)
@@ -66,7 +66,7 @@ counts = st.integers(0, 10**9)
 def test_what_is_written_is_read(stage: int, step: int, tokens: int, unit: str) -> None:
     scale = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}[unit]
     place = read_place([f"stage{stage}-step{step}-tokens{tokens}{unit}"])
-    assert place == Place(stage, step, tokens * scale if tokens * scale <= LARGEST else None)
+    assert place == Milestone(stage, step, tokens * scale if tokens * scale <= LARGEST else None)
 
 
 @given(st.text())
@@ -124,7 +124,7 @@ def test_a_pattern_of_ones_own() -> None:
     by = parse_by(r"e(?P<stage>\d+)b(?P<step>\d+k?)")
     assert by.key == "step"
     assert by.pattern is not None
-    assert read_place(["step7", "e1b20k"], by.pattern) == Place(1, 20_000)
+    assert read_place(["step7", "e1b20k"], by.pattern) == Milestone(1, 20_000)
     assert parse_by(r"(?P<tokens>\d+)").key == "tokens"
 
 
@@ -172,4 +172,4 @@ def test_a_pattern_must_find_numbers() -> None:
     with pytest.raises(SelectionError, match="finds 'ten' in 'step-ten', expected a number"):
         read_place(["step-ten"], parse_by("step-(?P<step>.*)").pattern)
     with pytest.raises(SelectionError, match=r"tell no step, first 'b'.*what 'a"):
-        arrange([Stop("b", "b", Place(), ("b",))] * 2, parse_by(r"a(?P<step>\d+)"))
+        arrange([Stop("b", "b", Milestone(), ("b",))] * 2, parse_by(r"a(?P<step>\d+)"))

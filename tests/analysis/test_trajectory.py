@@ -319,11 +319,11 @@ def interrupt_after(count: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
     real = work.pair_facts
 
-    def facts(*arguments: Any) -> Any:
+    def facts(*arguments: Any, **named: Any) -> Any:
         if len(calls) == count:
             raise KeyboardInterrupt
         calls.append("pair")
-        return real(*arguments)
+        return real(*arguments, **named)
 
     monkeypatch.setattr(work, "pair_facts", facts)
     return calls
@@ -366,7 +366,7 @@ def test_what_is_wrong_is_said_before_any_work(series: Path, monkeypatch: pytest
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("work has begun")
 
-    monkeypatch.setattr(trajectory, "gather", refuse)
+    monkeypatch.setattr(trajectory, "run_all", refuse)
     last = series / "checkpoint-100"
     save_file({k: v for k, v in llama_tensors(0).items() if "gate" not in k}, last / "model.safetensors")
     with pytest.raises(diffract.CheckpointError, match="checkpoint-100: 2 tensors besides embeddings have no partner"):

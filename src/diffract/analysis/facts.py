@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from threading import Lock
 from typing import Any
@@ -44,23 +44,35 @@ SPECTRA = ("sigma_max", "sigmas", "resolved", "base_sigmas")
 
 
 @dataclass(frozen=True)
-class Plan:
+class MetricPlan:
     """What is computed of every matrix and every pair.
 
     Attributes:
         metrics: The requested metrics.
         method: How spectra are computed.
         vectors: Whether singular vectors are saved.
+        apart: Whether a tuned matrix is analysed alone, like in a scan, and of the pair only what speaks of two.
     """
 
-    metrics: tuple[Metric, ...]
+    metrics: tuple[Metric, ...] = ()
     method: Method = "auto"
     vectors: bool = False
+    apart: bool = False
 
     @property
     def single(self) -> tuple[Metric, ...]:
         """Metrics of one matrix."""
         return tuple(m for m in self.metrics if not m.pair)
+
+    @property
+    def alone(self) -> MetricPlan:
+        """What of the plan speaks of one matrix."""
+        return replace(self, metrics=self.single)
+
+    @property
+    def between(self) -> MetricPlan:
+        """What of the plan speaks of two matrices."""
+        return replace(self, metrics=tuple(m for m in self.metrics if m.pair))
 
     @property
     def facts(self) -> frozenset[str]:
@@ -94,7 +106,7 @@ TOP_STEPS = 10
 
 
 @dataclass(frozen=True)
-class Found:
+class StackFacts:
     """What was found out about b matrices.
 
     Attributes:
@@ -108,7 +120,7 @@ class Found:
     spectrum: Spectrum | None
 
 
-def single_facts(stack: Stack, plan: Plan, device: torch.device) -> Found:
+def single_facts(stack: Stack, plan: MetricPlan, device: torch.device) -> StackFacts:
     """Find out what the metrics of one matrix need."""
     by_gram = takes_gram(stack.dtype, plan.method)
     products = by_gram and plan.needs("U", "Vh", *SPECTRA)
@@ -127,12 +139,12 @@ def single_facts(stack: Stack, plan: Plan, device: torch.device) -> Found:
     elif plan.needs("sigma_max"):
         facts["sigma_max"] = _values(grams, stack, finite).S[:, 0] if grams is None else _largest(grams)
     facts |= _whole_facts(stack, plan, device, finite)
-    return Found(Facts(facts | _spectrum_facts(svd)), finite, svd)
+    return StackFacts(Facts(facts | _spectrum_facts(svd)), finite, svd)
 
 
 def pair_facts(
-    base: Stack, tuned: Stack, plan: Plan, device: torch.device, change: LowRank | None = None
-) -> tuple[Found, Found]:
+    base: Stack, tuned: Stack, plan: MetricPlan, device: torch.device, *, change: LowRank | None = None
+) -> tuple[StackFacts, StackFacts]:
     """Find out what the metrics of a base, of its tuned matrix and of the pair need.
 
     Args:
@@ -164,8 +176,8 @@ def pair_facts(
         facts1["base_resolved"] = pair.base.resolved
         if pair.left_overlap is not None:
             facts1 |= _overlap_facts(pair)
-    found0 = Found(Facts(facts0 | _spectrum_facts(pair and pair.base)), finite0, pair and pair.base)
-    found1 = Found(Facts(facts1 | _spectrum_facts(pair and pair.tuned)), finite, pair and pair.tuned)
+    found0 = StackFacts(Facts(facts0 | _spectrum_facts(pair and pair.base)), finite0, pair and pair.base)
+    found1 = StackFacts(Facts(facts1 | _spectrum_facts(pair and pair.tuned)), finite, pair and pair.tuned)
     for found, stack in ((found0, base), (found1, tuned)):
         found.facts.update(_whole_facts(stack, plan, device, found.finite))
         if plan.needs("U", "Vh"):
@@ -174,7 +186,7 @@ def pair_facts(
     return found0, found1
 
 
-def _whole_facts(stack: Stack, plan: Plan, device: torch.device, finite: Tensor) -> dict[str, Tensor]:
+def _whole_facts(stack: Stack, plan: MetricPlan, device: torch.device, finite: Tensor) -> dict[str, Tensor]:
     """Return facts for which all entries must be at hand at once."""
     facts = {}
     if plan.needs("matrix"):
@@ -184,7 +196,7 @@ def _whole_facts(stack: Stack, plan: Plan, device: torch.device, finite: Tensor)
     return facts
 
 
-def _null_sigmas(stack: Stack, plan: Plan, device: torch.device, finite: Tensor) -> Tensor:
+def _null_sigmas(stack: Stack, plan: MetricPlan, device: torch.device, finite: Tensor) -> Tensor:
     """Return singular values of the permuted matrices; NaN for those that are too large to be held."""
     if stack.streamed:
         return torch.full((stack.count, min(stack.shape)), torch.nan, dtype=torch.float64, device=device)
@@ -201,7 +213,7 @@ def _null_order(shape: tuple[int, int], device: torch.device) -> Tensor:
 
 
 def _sum_pairs(
-    base: Stack, tuned: Stack, plan: Plan, device: torch.device, change: LowRank | None, *, exact: bool
+    base: Stack, tuned: Stack, plan: MetricPlan, device: torch.device, change: LowRank | None, *, exact: bool
 ) -> PairSums:
     vectors = not exact and plan.needs(*SPECTRA, *OVERLAPS)
     sums = PairSums(
@@ -236,7 +248,7 @@ def _compare_spectra(
     base: Stack,
     tuned: Stack,
     change: LowRank | None,
-    plan: Plan,
+    plan: MetricPlan,
     finite: Tensor,
     *,
     exact: bool,
@@ -331,13 +343,13 @@ ONE_AT_A_TIME = Lock()
 them at once spend their time waiting for each other, one beside a thread in a long operation does not."""
 
 
-def bundle(found: Found, metrics: Sequence[Metric]) -> pl.DataFrame:
+def bundle(found: StackFacts, metrics: Sequence[Metric]) -> pl.DataFrame:
     """Return one row per matrix: outcome, metrics, and lists along the spectrum. What has no value is null."""
     with ONE_AT_A_TIME:
         return _owned(pl.DataFrame(_columns(found, metrics)))
 
 
-def _columns(found: Found, metrics: Sequence[Metric]) -> dict[str, pl.Series]:
+def _columns(found: StackFacts, metrics: Sequence[Metric]) -> dict[str, pl.Series]:
     finite = found.finite.tolist()
     zero = (found.facts["squares"] == 0).tolist()
     status = ["zero" if z else "ok" if f else "non_finite" for f, z in zip(finite, zero, strict=True)]

@@ -1,23 +1,20 @@
-"""Which slices of which tensors make heads, and whether base and tuned checkpoints have the same ones."""
+"""Which attention heads change between a base and its tuned checkpoints: from inner products of changes to tables."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations, permutations
 from typing import Any
 
 import numpy as np
 import polars as pl
-import torch
-from torch import Tensor
 
 from diffract import tables
-from diffract.analysis.held import Held
-from diffract.analysis.pairing import adapter_notes, base_adapters, pair
+from diffract.analysis.facts import MetricPlan
 from diffract.analysis.scan import Options, open_all
 from diffract.analysis.tables import (
     PER_KV_HEAD,
@@ -31,13 +28,11 @@ from diffract.analysis.tables import (
     status_warnings,
     tensor_table,
 )
-from diffract.analysis.work import cut_factors, factor_digest
-from diffract.checkpoints import Checkpoint, Factors, Reference, TensorInfo
-from diffract.engine import ENGINES, choose_device, run_tasks
+from diffract.analysis.work import GRAMS, HeadTask, Part, Worker, run_all, tensor_tasks
+from diffract.checkpoints import Reference
+from diffract.engine import ENGINES, choose_device
 from diffract.errors import CheckpointError, SelectionError, choose, printable
-from diffract.linalg import LowRank, change_grams
-from diffract.matrices import Layout, Matrix, batches, cut, restrict
-from diffract.matrices.layout import KEEP_BYTES, PIECE_BYTES
+from diffract.matrices import Layout, Matrix, merge_strange_adapters, pair, restrict
 from diffract.metrics.concentration import (
     delta_cosine,
     delta_cosine_chance,
@@ -49,128 +44,8 @@ from diffract.metrics.concentration import (
     top_share,
 )
 from diffract.metrics.pair import cosine_chance
-from diffract.settings import Progress
-from diffract.store import Cache, cache_folder, cache_key
+from diffract.store import Cache, cache_folder
 from diffract.tables import MODELS, HeadTables, frame
-
-BLOCK_ENTRIES = 1 << 22
-"""Entries read at once of each checkpoint's tensor where it is too large to be kept."""
-
-VERSION = 1
-"""Raised when the numbers change."""
-
-
-@dataclass(frozen=True)
-class HeadTask:
-    """The slices of one tensor.
-
-    Attributes:
-        info: The tensor as the base stores it.
-        matrices: Its slices.
-        tuned: Which checkpoints have changed it.
-    """
-
-    info: TensorInfo
-    matrices: tuple[Matrix, ...]
-    tuned: tuple[int, ...]
-
-    @property
-    def workspace_bytes(self) -> int:
-        """Memory that it needs at most, about."""
-        piece = min(PIECE_BYTES, 8 * max(m.entries for m in self.matrices))
-        return (1 + len(self.tuned)) * (min(self.info.size_bytes, KEEP_BYTES) + piece)
-
-    @property
-    def cost(self) -> float:
-        """Entries that are read."""
-        return float(self.info.entries * (1 + len(self.tuned)))
-
-
-@dataclass(frozen=True)
-class HeadWorker:
-    """Does tasks.
-
-    Attributes:
-        checkpoints: Base first.
-        adapters: Which of them are adapters over that very base, so that their factors are the change.
-        device: Where.
-        cache: Results that are known already.
-    """
-
-    checkpoints: Sequence[Checkpoint]
-    adapters: frozenset[int]
-    device: torch.device
-    cache: Cache | None
-
-    def __call__(self, task: HeadTask) -> np.ndarray:
-        """Return the inner products (slices, k, k) of W0 and the k - 1 changes of each slice."""
-        base = Held(self.checkpoints[0], task.info.name)
-        changed = [self._open(i, task.info.name) for i in task.tuned]
-        key = self._key(task, base, changed) if self.cache else ""
-        known = self.cache.get(key) if self.cache else None
-        if known is not None:
-            return known["grams"].to_numpy().reshape(len(known), 1 + len(changed), 1 + len(changed))
-        grams = _slice_grams(task, base, changed, self.device).cpu().numpy()
-        if self.cache:
-            flat = grams.reshape(len(grams), -1)
-            self.cache.put(key, pl.DataFrame({"grams": pl.Series(flat, dtype=pl.Array(pl.Float64, flat.shape[1]))}))
-        return grams
-
-    def _open(self, model: int, name: str) -> Held | Factors:
-        """A checkpoint's tensor; of an adapter the change as factors, which are never multiplied out."""
-        checkpoint = self.checkpoints[model]
-        if model in self.adapters and name in checkpoint.factors:
-            return checkpoint.factors[name]()
-        return Held(checkpoint, name)
-
-    def _key(self, task: HeadTask, base: Held, changed: Sequence[Held | Factors]) -> str:
-        content = [factor_digest(one) if isinstance(one, Factors) else one.digest() for one in changed]
-        slices = [m.slice_key for m in task.matrices]
-        return cache_key("heads", VERSION, base.digest(), content, slices, self.device.type)
-
-
-def _slice_grams(task: HeadTask, base: Held, changed: Sequence[Held | Factors], device: torch.device) -> Tensor:
-    """Sum the inner products over blocks of rows; each stored row is read once."""
-    size = 1 + len(changed)
-    total = torch.zeros(len(task.matrices), size, size, dtype=torch.float64, device=device)
-    for start, stop in _spans(task.info):
-        rows = base.rows(start, stop).to(device)
-        others = [
-            Factors(one.B[start:stop].to(device), one.A.to(device))
-            if isinstance(one, Factors)
-            else one.rows(start, stop).to(device)
-            for one in changed
-        ]
-        places, parts = _inside(task, start, stop)
-        for batch in batches(parts):
-            here, places = places[: len(batch)], places[len(batch) :]
-            total[here] += change_grams(cut(rows, batch), [_cut(one, batch) for one in others])
-    return total
-
-
-def _spans(info: TensorInfo) -> Iterator[tuple[int, int]]:
-    rows, cols = info.shape
-    step = rows if info.size_bytes <= KEEP_BYTES else max(1, BLOCK_ENTRIES // cols)
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
-
-
-def _inside(task: HeadTask, start: int, stop: int) -> tuple[list[int], list[Matrix]]:
-    """What of each slice lies in a block of stored rows, counted from the block's first; and which slices these are."""
-    places, parts = [], []
-    for place, m in enumerate(task.matrices):
-        first, last = m.rows or (0, task.info.shape[0])
-        first, last = max(first, start) - start, min(last, stop) - start
-        if first < last:
-            width = m.shape[0] if m.transposed else m.shape[1]
-            shape = (width, last - first) if m.transposed else (last - first, width)
-            places.append(place)
-            parts.append(replace(m, rows=(first, last), shape=shape))
-    return places, parts
-
-
-def _cut(one: Tensor | Factors, batch: Sequence[Matrix]) -> Tensor | LowRank:
-    return cut_factors(one, batch) if isinstance(one, Factors) else cut(one, batch)
 
 
 @dataclass(frozen=True)
@@ -258,9 +133,7 @@ def is_slice(matrix: Matrix, projections: Sequence[str] = PROJECTIONS) -> bool:
     return matrix.projection in projections and matrix.index is None and (own or shared)
 
 
-def pair_heads(
-    opened: Sequence[Layout], wanted: Sequence[str], *, allow_unmatched: bool
-) -> tuple[list[Layout], list[HeadTask]]:
+def pair_heads(opened: Sequence[Layout], wanted: Sequence[str], *, allow_unmatched: bool) -> list[Layout]:
     """Pair the attention slices of a base and its tuned checkpoints.
 
     Args:
@@ -269,7 +142,7 @@ def pair_heads(
         allow_unmatched: Whether attention tensors may be without a partner.
 
     Returns:
-        The layouts, of which other matrices are left out, and the tasks.
+        The layouts, of which other matrices are left out.
 
     Raises:
         CheckpointError: There are no slices, or not all have a partner and that is not allowed.
@@ -283,9 +156,7 @@ def pair_heads(
     ours = {name for name, entry in base.entries.items() if entry.matrices}
     # a tuned checkpoint may lack the configuration that tells its heads: names are enough, as in a comparison
     children = [restrict(child, lambda m: m.tensor in ours or is_slice(m, wanted)) for child in opened[1:]]
-    layouts, tasks = pair(base, children, allow_unmatched=allow_unmatched)
-    paired = [t for t in tasks if t.model == 0 and t.tuned]
-    return layouts, [HeadTask(base.entries[t.tensor].info, t.matrices, t.tuned) for t in paired]
+    return merge_strange_adapters(pair([base, *children], allow_unmatched=allow_unmatched))
 
 
 def uncut_notes(base: Layout, wanted: Sequence[str]) -> list[str]:
@@ -488,11 +359,13 @@ def analyse_heads(
     device = choose_device(options.device)
     with ExitStack() as stack:
         names, opened = open_all(references, options, stack)
-        layouts, tasks = pair_heads(opened, wanted, allow_unmatched=allow_unmatched)
+        layouts = pair_heads(opened, wanted, allow_unmatched=allow_unmatched)
+        paired = [task for task in tensor_tasks(layouts) if task.tuned]
+        tasks = [HeadTask(task.info, task.matrices, task.model, task.tuned) for task in paired]
         cache = stack.enter_context(Cache(cache_folder())) if options.cache else None
-        worker = HeadWorker([layout.checkpoint for layout in layouts], base_adapters(layouts), device, cache)
-        found = _run(tasks, worker, options.progress)
-        slices = _slices(opened[0], layouts, found)
+        worker = Worker([layout.checkpoint for layout in layouts], MetricPlan(), device, cache)
+        parts, _ = run_all(tasks, worker, progress=options.progress)
+        slices = _slices(opened[0], layouts, {task.tensor: task.tuned for task in tasks}, parts)
         roles = ["base", *["tuned"] * (len(layouts) - 1)]
         members = [Member(*m) for m in zip(names, roles, layouts, strict=True)]
         settings = {
@@ -501,35 +374,25 @@ def analyse_heads(
             "architecture": str(options.architecture) if options.architecture else None,
             "device": device.type,
         }
-        notes = uncut_notes(layouts[0], wanted) + adapter_notes(names, layouts)
+        notes = uncut_notes(layouts[0], wanted)
         manifest = {"kind": "heads", "settings": settings, "seconds": round(time.monotonic() - begun, 3)}
         return _assemble(members, slices, manifest, notes)
 
 
-def _run(
-    tasks: Sequence[HeadTask], worker: HeadWorker, progress: Progress | None
-) -> dict[str, tuple[tuple[int, ...], np.ndarray]]:
-    total, done = sum(t.cost for t in tasks), 0.0
-    found = {}
-    for task, grams in run_tasks(tasks, worker, device=worker.device):
-        found[task.info.name] = (task.tuned, grams)
-        done += task.cost
-        if progress:
-            progress(done, total, task.info.name)
-    return found
-
-
-def _slices(base: Layout, layouts: Sequence[Layout], found: dict[str, tuple[tuple[int, ...], np.ndarray]]) -> Slices:
-    """All slices in file order; NaN where a domain lacks one."""
+def _slices(
+    base: Layout, layouts: Sequence[Layout], paired: Mapping[str, tuple[int, ...]], parts: Sequence[Part]
+) -> Slices:
+    """Return all slices in file order; NaN where a domain lacks one."""
     domains = len(layouts) - 1
+    found = {part.matrices[0].tensor: part.rows[GRAMS].to_numpy() for part in parts}
     grams, absent = [], []
     for name, entry in layouts[0].entries.items():
         count = len(entry.matrices)
         one, lacks = np.full((count, 1 + domains, 1 + domains), np.nan), np.ones((count, domains), dtype=bool)
         if name in found:
-            tuned, known = found[name]
+            tuned = paired[name]
             at = [0, *tuned]
-            one[:, np.array(at)[:, None], at] = known
+            one[:, np.array(at)[:, None], at] = found[name].reshape(count, len(at), len(at))
             lacks[:, [i - 1 for i in tuned]] = False
         grams.append(one)
         absent.append(lacks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -54,8 +55,9 @@ class Held:
         self.checkpoint, self.name, self.info = checkpoint, name, checkpoint.info(name)
         self._tensor = checkpoint.read(name) if self.info.size_bytes <= KEEP_BYTES else None
 
+    @cached_property
     def digest(self) -> str:
-        """Return the tensor's digest, of the same bytes that are analysed where it is held."""
+        """The tensor's digest, of the same bytes that are analysed where it is held."""
         if self._tensor is None:
             return self.checkpoint.digest(self.name)
         return tensor_digest(self.info, self._tensor)

@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-
-from diffract.analysis.facts import Plan
-from diffract.analysis.pairing import merge_strange_adapters, pair, scan_tasks
+from diffract.analysis.facts import MetricPlan
 from diffract.analysis.tables import Member, assemble
-from diffract.analysis.work import CircuitTask, CircuitWorker, Outcome, Part, TensorTask, Worker, all_circuits
+from diffract.analysis.work import AnyTask, Part, Worker, circuit_tasks, run_all, tensor_tasks
 from diffract.architectures import Architecture
 from diffract.checkpoints import Checkpoint, Reference, open_checkpoint
-from diffract.engine import ENGINES, choose_device, run_tasks
+from diffract.engine import ENGINES, choose_device
 from diffract.errors import CheckpointError, SelectionError, choose
 from diffract.linalg import Method
-from diffract.matrices import Layout, lay_out
+from diffract.matrices import Layout, lay_out, merge_strange_adapters, pair
 from diffract.metrics import Metric, choose_metrics, split_names
 from diffract.settings import Progress
 from diffract.store import Cache, cache_folder
 from diffract.tables import Tables
-
-W = TypeVar("W", TensorTask, CircuitTask)
 
 METHODS = ("auto", "exact")
 
@@ -52,11 +47,11 @@ class Options:
     cache: bool = True
     progress: Progress | None = None
 
-    def plan(self, *, pair: bool) -> Plan:
+    def plan(self, *, pair: bool) -> MetricPlan:
         """Return what is to be computed."""
         choose("engine", self.engine, ENGINES)
         choose("method", self.method, METHODS)
-        return Plan(tuple(choose_metrics(self.metrics, pair=pair)), self.method, self.vectors)
+        return MetricPlan(tuple(choose_metrics(self.metrics, pair=pair)), self.method, self.vectors)
 
     def settings(self) -> dict[str, Any]:
         """Return the options as a manifest keeps them."""
@@ -90,20 +85,22 @@ def analyse(
     device = choose_device(options.device)
     with ExitStack() as stack:
         names, layouts = open_all(references, options, stack)
-        tasks = scan_tasks(layouts[0])
         if len(layouts) > 1:
-            layouts, tasks = pair(layouts[0], layouts[1:], allow_unmatched=allow_unmatched)
-            layouts = merge_strange_adapters(layouts)
+            layouts = merge_strange_adapters(pair(layouts, allow_unmatched=allow_unmatched))
+        tasks: list[AnyTask] = [*tensor_tasks(layouts)]
         if not tasks:
             raise CheckpointError(f"{layouts[0].checkpoint.reference} holds no matrix that could be analysed.")
-        cache = stack.enter_context(Cache(cache_folder())) if options.cache else None
+        if options.circuits:
+            tasks += circuit_tasks(layouts)
+        cache = stack.enter_context(Cache(cache_folder())) if options.cache and not options.vectors else None
         worker = Worker([layout.checkpoint for layout in layouts], plan, device, cache)
-        circuits = all_circuits(layouts) if options.circuits else []
-        by = CircuitWorker(worker.checkpoints, plan, device, cache)
-        everything = sum(task.cost for task in (*tasks, *circuits))
-        parts, digests = gather(tasks, worker, device, _part_of(options.progress, 0, everything), names, vectors_to)
-        done = sum(task.cost for task in tasks)
-        parts += gather(circuits, by, device, _part_of(options.progress, done, everything), names, vectors_to)[0]
+
+        def save_vectors(part: Part) -> None:
+            for side, vectors in part.vectors.items():
+                for matrix, found in zip(part.matrices, vectors, strict=True):
+                    vectors_to.add(f"{names[part.model]}/{matrix.name}.{side}", found.float().cpu().contiguous())
+
+        parts, digests = run_all(tasks, worker, progress=options.progress, keep=save_vectors)
         digests |= other_digests(layouts, digests, complete=options.select is None)
         roles = ["base", *["tuned"] * (len(layouts) - 1)] if len(layouts) > 1 else ["model"]
         members = [Member(*m) for m in zip(names, roles, layouts, strict=True)]
@@ -113,45 +110,10 @@ def analyse(
         return assemble(members, parts, digests, plan, manifest)
 
 
-def _part_of(progress: Progress | None, before: float, total: float) -> Progress | None:
-    """Progress of a part of the work, as that of the whole."""
-    return None if progress is None else lambda done, _, what: progress(before + done, total, what)
-
-
-def gather(
-    tasks: Sequence[W],
-    worker: Callable[[W], Outcome],
-    device: torch.device,
-    progress: Progress | None,
-    names: Sequence[str],
-    vectors_to: Any,
-) -> tuple[list[Part], dict[tuple[int, str], str]]:
-    """Do all tasks; return the parts without their vectors, and the digests of what was read, by model and tensor."""
-    total, done = sum(t.cost for t in tasks), 0.0
-    parts: list[Part] = []
-    digests: dict[tuple[int, str], str] = {}
-    for task, outcome in run_tasks(tasks, worker, device=device):
-        digests |= {(i, task.tensor): digest for i, digest in outcome.digests.items()}
-        for part in outcome.parts:
-            _save_vectors(part, names, vectors_to)
-            parts.append(Part(part.model, part.matrices, part.rows))
-        done += task.cost
-        if progress:
-            progress(done, total, task.tensor)
-    return parts, digests
-
-
-def _save_vectors(part: Part, names: Sequence[str], vectors_to: Any) -> None:
-    """Hand singular vectors on, in float32, and let them go."""
-    for side, stack in part.vectors.items():
-        for matrix, vectors in zip(part.matrices, stack, strict=True):
-            vectors_to.add(f"{names[part.model]}/{matrix.name}.{side}", vectors.float().cpu().contiguous())
-
-
 def other_digests(
-    layouts: Sequence[Layout], known: dict[tuple[int, str], str], *, complete: bool
+    layouts: Sequence[Layout], known: Mapping[tuple[int, str], str], *, complete: bool
 ) -> dict[tuple[int, str], str]:
-    """Digests of tensors that no task read, so that a whole checkpoint has one; nothing more is read of a selection."""
+    """Return digests of tensors that no task read, so that a whole checkpoint has one; none if a part is wanted."""
     if not complete:
         return {}
     return {

@@ -17,9 +17,8 @@ import torch
 
 from diffract import tables
 from diffract._version import __version__
-from diffract.analysis.facts import CURVE, Plan
-from diffract.analysis.work import FACTORS as CIRCUITS
-from diffract.analysis.work import Part
+from diffract.analysis.facts import CURVE, MetricPlan
+from diffract.analysis.work import CIRCUITS, Part
 from diffract.matrices import Layout
 from diffract.metrics.catalog import GROUPS
 from diffract.metrics.concentration import gini, top_share
@@ -204,7 +203,7 @@ def assemble(
     members: Sequence[Member],
     parts: Sequence[Part],
     digests: Mapping[tuple[int, str], str],
-    plan: Plan,
+    plan: MetricPlan,
     manifest: dict[str, Any],
 ) -> tables.Tables:
     """Return the tables of a run.

@@ -51,7 +51,7 @@ EXAMPLES = "step1000, stage1-step10000-tokens21B, iter_0001000 or checkpoint-500
 
 
 @dataclass(frozen=True)
-class Place:
+class Milestone:
     """Where a checkpoint stands; ``None`` for what is not told.
 
     Attributes:
@@ -78,7 +78,7 @@ class Stop:
 
     name: str
     reference: Any
-    place: Place = Place()
+    place: Milestone = Milestone()
     looked_at: tuple[str, ...] = ()
 
 
@@ -121,7 +121,7 @@ def parse_by(text: str) -> Ordering:
     return Ordering("step" if "step" in groups else "tokens", pattern)
 
 
-def read_place(texts: Iterable[str], pattern: re.Pattern[str] | None = None) -> Place:
+def read_place(texts: Iterable[str], pattern: re.Pattern[str] | None = None) -> Milestone:
     """Return what names tell; each of stage, step and tokens from the first text that tells it.
 
     Args:
@@ -129,12 +129,13 @@ def read_place(texts: Iterable[str], pattern: re.Pattern[str] | None = None) -> 
         pattern: A user's own; it counts instead of the conventions.
 
     >>> read_place(["stage1-step10000-tokens21B"])
-    Place(stage=1, step=10000, tokens=21000000000)
+    Milestone(stage=1, step=10000, tokens=21000000000)
     """
     searched = list(texts)
     if pattern is not None:
-        return next((place for place in (_own_place(pattern, t) for t in searched) if place != Place()), Place())
-    return Place(**{what: _told(patterns, searched) for what, patterns in _CONVENTIONS.items()})
+        told = (_own_place(pattern, text) for text in searched)
+        return next((place for place in told if place != Milestone()), Milestone())
+    return Milestone(**{what: _told(patterns, searched) for what, patterns in _CONVENTIONS.items()})
 
 
 def amount(number: str, unit: str = "") -> int | None:
@@ -177,10 +178,10 @@ def _told(patterns: Sequence[re.Pattern[str]], texts: Sequence[str]) -> int | No
     return next((value for value in values if value is not None), None)
 
 
-def _own_place(pattern: re.Pattern[str], text: str) -> Place:
+def _own_place(pattern: re.Pattern[str], text: str) -> Milestone:
     match = pattern.search(text)
     groups = {name: value for name, value in match.groupdict().items() if value is not None} if match else {}
-    return Place(**{name: _own_amount(value, text) for name, value in groups.items()})
+    return Milestone(**{name: _own_amount(value, text) for name, value in groups.items()})
 
 
 def _own_amount(value: str, text: str) -> int:
@@ -228,7 +229,7 @@ def _named(stop: Stop) -> str:
     return repr(printable(text))
 
 
-def _describe(place: Place, key: str) -> str:
+def _describe(place: Milestone, key: str) -> str:
     told = {"stage": place.stage, key: getattr(place, key, None)}
     return ", ".join(f"{name} {value:,}" for name, value in told.items() if value is not None) or "one name"
 
@@ -313,7 +314,7 @@ def _with_state(stop: Stop) -> Stop:
         return stop
     step, tokens = (_count(state.get(key)) for key in ("global_step", "num_input_tokens_seen"))
     place = stop.place
-    filled = Place(
+    filled = Milestone(
         place.stage,
         step if place.step is None else place.step,
         (tokens or None) if place.tokens is None else place.tokens,

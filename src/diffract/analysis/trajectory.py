@@ -13,19 +13,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import polars as pl
-import torch
 
-from diffract.analysis.facts import Plan
-from diffract.analysis.held import Held
-from diffract.analysis.pairing import pair, scan_tasks
-from diffract.analysis.scan import Options, gather, open_layout, other_digests
+from diffract.analysis.scan import Options, open_layout, other_digests
 from diffract.analysis.tables import Member, assemble, model_numbers, row_warnings
-from diffract.analysis.timeline import Place, Stop, find_series
-from diffract.analysis.work import Outcome, Part, TensorTask, Worker
+from diffract.analysis.timeline import Milestone, Stop, find_series
+from diffract.analysis.work import TensorTask, Worker, run_all, tensor_tasks
 from diffract.checkpoints import Reference
 from diffract.engine import choose_device
 from diffract.errors import CheckpointError, choose, printable
-from diffract.matrices import Layout
+from diffract.matrices import Layout, pair
+from diffract.settings import Progress
 from diffract.store import Cache, cache_folder
 from diffract.tables import AGAINST, LABELS, MODELS, OUTCOME, TIMELINE, Tables
 
@@ -42,7 +39,7 @@ PEAKS_APPEAR = {
 }
 
 
-def place(tables: Tables, order: int, at: Place, against: str | None, change: dict[str, float | None]) -> Tables:
+def place(tables: Tables, order: int, at: Milestone, against: str | None, change: dict[str, float | None]) -> Tables:
     """Return one checkpoint's tables with its place in the series.
 
     Args:
@@ -138,8 +135,6 @@ def _who(names: Sequence[str], count: int) -> str:
 
 
 REFERENCES = ("previous", "first")
-OWN = 1
-"""Number of the checkpoint itself in its tasks; its base is 0, as ``pairing.pair`` has it."""
 
 
 @dataclass(frozen=True)
@@ -157,29 +152,6 @@ class Visit:
     layout: Layout
     base: Layout | None = None
     base_stop: Stop | None = None
-
-
-@dataclass(frozen=True)
-class StepWorker:
-    """Does tasks of one checkpoint, alone and against its base; each tensor is read once for both.
-
-    Attributes:
-        alone: What is computed of one matrix.
-        apart: What is computed of two.
-    """
-
-    alone: Worker
-    apart: Worker
-
-    def __call__(self, task: TensorTask) -> Outcome:
-        """Do one task; only parts of the checkpoint itself come of it."""
-        held = {i: Held(self.alone.checkpoints[i], task.tensor) for i in (task.model, *task.tuned)}
-        digests = {i: one.digest() for i, one in held.items()}
-        own = self.alone.parts(replace(task, model=OWN, tuned=()), held, digests)
-        if task.tuned and self.apart.plan.metrics:
-            changes = (part for part in self.apart.parts(task, held, digests) if part.model == OWN)
-            own = [replace(o, rows=_beside(o.rows, c.rows)) for o, c in zip(own, changes, strict=True)]
-        return Outcome(own, digests)
 
 
 def follow(
@@ -204,7 +176,7 @@ def follow(
     """
     begun = time.monotonic()
     choose("against", against, REFERENCES)
-    plan, device = options.plan(pair=True), choose_device(options.device)
+    plan, device = replace(options.plan(pair=True), apart=True), choose_device(options.device)
     series, warnings = find_series(references, by)
     costs = _survey(series, options, against, allow_unmatched=allow_unmatched)
     found: list[Tables] = []
@@ -212,13 +184,20 @@ def follow(
         cache = stack.enter_context(Cache(cache_folder())) if options.cache else None
         opened = stack.enter_context(closing(visits(series, options, against)))
         for visit in opened:
-            step = _Step(plan, device, cache, _shifted(options, costs, len(found), visit.stop.name))
-            tables = step.run(visit, allow_unmatched=allow_unmatched)
+            layouts, tasks = _tasks(visit, allow_unmatched=allow_unmatched)
+            # An adapter's factors are its change from its own base, which is not what it is compared with here.
+            worker = Worker([replace(layout.checkpoint, factors={}) for layout in layouts], plan, device, cache)
+            progress = _shifted(options.progress, costs, len(found), visit.stop.name)
+            parts, digests = run_all(tasks, worker, progress=progress)
+            own = {(0, name): digest for (i, name), digest in digests.items() if i == len(layouts) - 1}
+            own |= other_digests(layouts[-1:], own, complete=options.select is None)
+            member = Member(visit.stop.name, "checkpoint", layouts[-1])
+            tables = assemble([member], [replace(part, model=0) for part in parts], own, plan, {})
             base = found[0 if against == "first" else -1].metrics if found else None
             change = {} if base is None else model_numbers(base, tables.metrics)
             compared = visit.base_stop.name if visit.base_stop else None
             found.append(place(tables, len(found), visit.stop.place, compared, change))
-            del visit
+            del visit, layouts, tasks, worker, member  # nothing of a checkpoint may live on while the next is opened
     settings = {**options.settings(), "by": by, "against": against, "device": device.type}
     manifest = {"kind": "trajectory", "settings": settings, "seconds": round(time.monotonic() - begun, 3)}
     return join(found, manifest, warnings)
@@ -251,7 +230,7 @@ def _survey(series: Sequence[Stop], options: Options, against: str, *, allow_unm
     with closing(visits(series, options, against, check_ties=False)) as opened:
         for visit in opened:
             _refuse_other_family(visit)
-            tasks = _tasks(visit, allow_unmatched=allow_unmatched)[0]
+            tasks = _tasks(visit, allow_unmatched=allow_unmatched)[1]
             if not tasks:
                 raise CheckpointError(f"{visit.layout.checkpoint.reference} holds no matrix that could be analysed.")
             costs.append(sum(task.cost for task in tasks))
@@ -272,56 +251,17 @@ def _refuse_other_family(visit: Visit) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Step:
-    """How one checkpoint is analysed."""
-
-    plan: Plan
-    device: torch.device
-    cache: Cache | None
-    options: Options
-
-    def run(self, visit: Visit, *, allow_unmatched: bool) -> Tables:
-        tasks, layout = _tasks(visit, allow_unmatched=allow_unmatched)
-        base = visit.base or layout
-        parts, digests = gather(
-            tasks, self._worker(base, layout), self.device, self.options.progress, ["", visit.stop.name], None
-        )
-        own = {(0, name): digest for (i, name), digest in digests.items() if i == OWN}
-        own |= other_digests([layout], own, complete=self.options.select is None)
-        rows = [Part(0, part.matrices, part.rows) for part in parts]
-        return assemble([Member(visit.stop.name, "checkpoint", layout)], rows, own, self.plan, {})
-
-    def _worker(self, base: Layout, layout: Layout) -> StepWorker:
-        checkpoints = [base.checkpoint, layout.checkpoint]
-        # An adapter's factors are its change from its own base, which is not what it is compared with here.
-        merged = [replace(checkpoint, factors={}) for checkpoint in checkpoints]
-        pairs = tuple(m for m in self.plan.metrics if m.pair)
-        alone, apart = replace(self.plan, metrics=self.plan.single), replace(self.plan, metrics=pairs)
-        return StepWorker(
-            Worker(checkpoints, alone, self.device, self.cache), Worker(merged, apart, self.device, self.cache)
-        )
-
-
-def _tasks(visit: Visit, *, allow_unmatched: bool) -> tuple[list[TensorTask], Layout]:
-    """The tasks of a checkpoint, and its layout with what became of each tensor."""
+def _tasks(visit: Visit, *, allow_unmatched: bool) -> tuple[list[Layout], list[TensorTask]]:
+    """Return the layouts of a checkpoint's base and its own, which is the last, and the tasks that concern it."""
     if visit.base is None:
-        return [replace(task, model=OWN) for task in scan_tasks(visit.layout)], visit.layout
-    (_, layout), tasks = pair(visit.base, [visit.layout], allow_unmatched=allow_unmatched)
-    return [task for task in tasks if task.tuned or task.model == OWN], layout
+        return [visit.layout], tensor_tasks([visit.layout])
+    layouts = pair([visit.base, visit.layout], allow_unmatched=allow_unmatched)
+    return layouts, [task for task in tensor_tasks(layouts) if task.tuned or task.model]
 
 
-def _beside(own: pl.DataFrame, change: pl.DataFrame) -> pl.DataFrame:
-    """Rows of a checkpoint with what the pair adds to them."""
-    return own.hstack([column for column in change.get_columns() if column.name not in own.columns])
-
-
-def _shifted(options: Options, costs: Sequence[float], done: int, name: str) -> Options:
-    """Options whose progress is that of the whole series."""
-    progress, before, total = options.progress, sum(costs[:done]), sum(costs)
+def _shifted(progress: Progress | None, costs: Sequence[float], done: int, name: str) -> Progress | None:
+    """Return progress on one checkpoint as that of the whole series."""
+    before, total = sum(costs[:done]), sum(costs)
     if progress is None:
-        return options
-    return replace(
-        options,
-        progress=lambda part, _all, what: progress(min(before + part, total), total, f"{name}: {what}"),
-    )
+        return None
+    return lambda part, _all, what: progress(min(before + part, total), total, f"{name}: {what}")

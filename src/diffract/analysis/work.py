@@ -1,49 +1,67 @@
-"""One task: the matrices of one tensor, alone or in a base and its tuned checkpoints."""
+"""What there is to do, as tasks, and the one worker that does them: for scans, comparisons, series, circuits, heads."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import blake3
 import polars as pl
 import torch
+from torch import Tensor
 
-from diffract.analysis.facts import Found, Plan, bundle, pair_facts, single_facts
+from diffract.analysis.facts import MetricPlan, StackFacts, bundle, pair_facts, single_facts
 from diffract.analysis.held import Held
-from diffract.checkpoints import Checkpoint, Factors, as_bytes
+from diffract.checkpoints import Checkpoint, Factors, TensorInfo, as_bytes
+from diffract.engine import run_tasks
 from diffract.errors import SelectionError, printable
-from diffract.linalg import LowRank, circuit_spectrum
-from diffract.matrices import Layout, Matrix, batches, scan_cost, workspace_bytes
+from diffract.linalg import LowRank, change_grams, circuit_spectrum
+from diffract.matrices import Layout, Matrix, batches, cut, is_paired, scan_cost, workspace_bytes
+from diffract.matrices.layout import KEEP_BYTES, PIECE_BYTES
 from diffract.metrics import GROUPS, Facts, Metric, sources
+from diffract.settings import Progress
 from diffract.store import Cache, cache_key
 
 PAIR_COST = 4
 """Work of comparing two matrices, in scans of one."""
 
+BLOCK_ENTRIES = 1 << 22
+"""Entries read at once of each checkpoint's tensor where only sums over a tensor that is too large to be kept are
+wanted."""
+
+GRAMS = "grams"
+"""The one column of a part that a ``HeadTask`` yields."""
+
+GRAMS_VERSION = 1
+"""Raised when the inner products of changes change."""
+
 
 @dataclass(frozen=True)
 class TensorTask:
-    """The selected matrices of one tensor.
+    """The selected matrices of one tensor, of which metrics are wanted.
 
     Attributes:
-        tensor: Its name.
+        info: The tensor as the first of the checkpoints stores it.
         matrices: What is taken of it.
-        size_bytes: Of the stored tensor.
         model: Which checkpoint is analysed alone, or as base.
         tuned: Which checkpoints are compared with it.
     """
 
-    tensor: str
+    info: TensorInfo
     matrices: tuple[Matrix, ...]
-    size_bytes: int
     model: int
     tuned: tuple[int, ...] = ()
 
     @property
+    def tensor(self) -> str:
+        """What progress calls it."""
+        return self.info.name
+
+    @property
     def workspace_bytes(self) -> int:
         """Memory that it needs at most, about."""
-        return workspace_bytes(self.matrices, self.size_bytes, pair=bool(self.tuned))
+        return workspace_bytes(self.matrices, self.info.size_bytes, pair=bool(self.tuned))
 
     @property
     def cost(self) -> float:
@@ -52,144 +70,19 @@ class TensorTask:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Rows of one model for a run of matrices, and their vectors if these are saved."""
+class HeadTask(TensorTask):
+    """The attention slices of one tensor, of which only the inner products of the changes are wanted."""
 
-    model: int
-    matrices: tuple[Matrix, ...]
-    rows: pl.DataFrame
-    vectors: dict[str, torch.Tensor] = field(default_factory=dict)
+    @property
+    def workspace_bytes(self) -> int:
+        """Memory that it needs at most, about."""
+        piece = min(PIECE_BYTES, 8 * max(m.entries for m in self.matrices))
+        return (1 + len(self.tuned)) * (min(self.info.size_bytes, KEEP_BYTES) + piece)
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a task yields: parts, and the digests of the tensors that it read, by model."""
-
-    parts: list[Part]
-    digests: dict[int, str]
-
-
-@dataclass(frozen=True)
-class Worker:
-    """Does tasks.
-
-    Attributes:
-        checkpoints: Base first, or the only one.
-        plan: What is computed.
-        device: Where.
-        cache: Results that are known already.
-    """
-
-    checkpoints: Sequence[Checkpoint]
-    plan: Plan
-    device: torch.device
-    cache: Cache | None
-
-    def __call__(self, task: TensorTask) -> Outcome:
-        """Do one task; batch by batch, each kept in the cache when it is done."""
-        held = {i: Held(self.checkpoints[i], task.tensor) for i in (task.model, *task.tuned)}
-        digests = {i: one.digest() for i, one in held.items()}
-        return Outcome(self.parts(task, held, digests), digests)
-
-    def parts(self, task: TensorTask, held: dict[int, Held], digests: dict[int, str]) -> list[Part]:
-        """Do one task on tensors that are held already; the parts of a batch follow each other, base first."""
-        parts: list[Part] = []
-        for batch in batches(task.matrices):
-            if task.tuned:
-                parts += self._compare(task, batch, held, digests)
-            else:
-                parts += self._scan(task, batch, held[task.model], digests[task.model])
-        return parts
-
-    def _scan(self, task: TensorTask, batch: tuple[Matrix, ...], held: Held, digest: str) -> list[Part]:
-        def compute() -> list[Found]:
-            return [single_facts(held.stack(batch), self.plan, self.device)]
-
-        return self._known_or_new((task.model,), batch, ["scan", digest], compute)
-
-    def _compare(
-        self, task: TensorTask, batch: tuple[Matrix, ...], held: dict[int, Held], digests: dict[int, str]
-    ) -> list[Part]:
-        parts: list[Part] = []
-        for i in task.tuned:
-            change = self._change(i, task.tensor, batch)
-
-            def compute(i: int = i, change: LowRank | None = change) -> list[Found]:
-                base, tuned = held[task.model].stack(batch), held[i].stack(batch)
-                return list(pair_facts(base, tuned, self.plan, self.device, change))
-
-            content = ["compare", digests[task.model], digests[i], factor_digest(change)]
-            found = self._known_or_new((task.model, i), batch, content, compute)
-            parts += found if not parts else found[1:]
-        return parts
-
-    def _change(self, model: int, tensor: str, batch: tuple[Matrix, ...]) -> LowRank | None:
-        """The factors of an adapter's change, for each matrix of a batch."""
-        if tensor not in self.checkpoints[model].factors:
-            return None
-        return cut_factors(self.checkpoints[model].factors[tensor](), batch)
-
-    def _known_or_new(
-        self,
-        models: tuple[int, ...],
-        batch: tuple[Matrix, ...],
-        content: Sequence[str],
-        compute: Callable[[], list[Found]],
-    ) -> list[Part]:
-        """Return the parts of a batch, from the cache if it holds them all."""
-        slices = [m.slice_key for m in batch]
-        keys = [cache_key(*content, slices, self.plan.key, self.device.type, role) for role in range(len(models))]
-        cache = None if self.plan.vectors else self.cache
-        known = [cache.get(key) for key in keys] if cache else []
-        if known and all(frame is not None for frame in known):
-            return [Part(i, batch, frame) for i, frame in zip(models, known, strict=True) if frame is not None]
-        parts = []
-        for role, (i, found) in enumerate(zip(models, compute(), strict=True)):
-            rows = bundle(found, self.plan.metrics if role else self.plan.single)
-            vectors = {side: found.facts[side] for side in ("U", "Vh")} if self.plan.vectors else {}
-            parts.append(Part(i, batch, rows, vectors))
-        if cache:
-            for key, part in zip(keys, parts, strict=True):
-                cache.put(key, part.rows)
-        return parts
-
-
-def cut_factors(factors: Factors, batch: Sequence[Matrix]) -> LowRank:
-    """Return what a low-rank change of a tensor is of each matrix of a batch."""
-    left, right = [], []
-    for m in batch:
-        B = factors.B[slice(*m.rows)] if m.rows else factors.B
-        A = factors.A[:, slice(*m.cols)] if m.cols else factors.A
-        left.append(A.mT if m.transposed else B)
-        right.append(B.mT if m.transposed else A)
-    return LowRank(torch.stack(left), torch.stack(right))
-
-
-def factor_digest(change: LowRank | Factors | None) -> str:
-    """Different factors may round to the same merged weights."""
-    if change is None:
-        return ""
-    hasher = blake3.blake3()
-    for factor in (change.B, change.A):
-        hasher.update(str(tuple(factor.shape)).encode())
-        hasher.update(as_bytes(factor))
-    return hasher.hexdigest()
-
-
-FACTORS = {"qk": ("q", "k"), "ov": ("o", "v")}
-
-KNOWN = frozenset({"sigmas", "sigma_max", "resolved", "squares", "shape"})
-"""Facts that the spectrum of a product tells."""
-
-MEANINGLESS = ("shape", "random_matrix")
-"""Groups that speak of a matrix of full rank with entries of its own: a circuit has as many sigmas as a head has
-dimensions, the others are zero."""
-
-
-def has_meaning(metric: Metric) -> bool:
-    """Whether a metric can be computed of a circuit and says something about it."""
-    names = {m.name for group in MEANINGLESS for m in GROUPS[group]}
-    return not metric.pair and sources(metric.facts) <= KNOWN and metric.name not in names
+    @property
+    def cost(self) -> float:
+        """Entries that are read."""
+        return float(self.info.entries * (1 + len(self.tuned)))
 
 
 @dataclass(frozen=True)
@@ -224,13 +117,49 @@ class CircuitTask:
         return float(sum(m.entries * min(m.shape) for m in (*self.left, *self.right)))
 
 
-def all_circuits(layouts: Sequence[Layout]) -> list[CircuitTask]:
+AnyTask: TypeAlias = TensorTask | HeadTask | CircuitTask
+
+
+def tensor_tasks(layouts: Sequence[Layout]) -> list[TensorTask]:
+    """Return the tasks of one checkpoint, or of a base and its paired tuned ones, in file order.
+
+    A tensor of the base is compared with every partner at once, so that it is read and decomposed once.
+    """
+    tasks: list[TensorTask] = []
+    for i, layout in enumerate(layouts):
+        for name, entry in layout.entries.items():
+            if not entry.matrices or (i and is_paired(entry)):
+                continue
+            others = enumerate(layouts[1:], start=1) if i == 0 else ()
+            tuned = tuple(k for k, other in others if is_paired(other.entries.get(name)))
+            tasks.append(TensorTask(entry.info, entry.matrices, i, tuned))
+    return tasks
+
+
+CIRCUITS = {"qk": ("q", "k"), "ov": ("o", "v")}
+"""Each circuit and the projections that are its factors."""
+
+KNOWN = frozenset({"sigmas", "sigma_max", "resolved", "squares", "shape"})
+"""Facts that the spectrum of a product tells."""
+
+MEANINGLESS = ("shape", "random_matrix")
+"""Groups that speak of a matrix of full rank with entries of its own: a circuit has as many sigmas as a head has
+dimensions, the others are zero."""
+
+
+def has_meaning(metric: Metric) -> bool:
+    """Whether a metric can be computed of a circuit and says something about it."""
+    names = {m.name for group in MEANINGLESS for m in GROUPS[group]}
+    return not metric.pair and sources(metric.facts) <= KNOWN and metric.name not in names
+
+
+def circuit_tasks(layouts: Sequence[Layout]) -> list[CircuitTask]:
     """Return the circuits of all models.
 
     Raises:
         SelectionError: No attention block has all of its projections cut into heads.
     """
-    tasks = [task for i, layout in enumerate(layouts) for task in circuit_tasks(layout, i)]
+    tasks = [task for i, layout in enumerate(layouts) for task in _circuits_of(layout, i)]
     if not tasks:
         raise SelectionError(
             "circuits need attention blocks with q and k, or o and v, all cut into heads; "
@@ -239,13 +168,13 @@ def all_circuits(layouts: Sequence[Layout]) -> list[CircuitTask]:
     return tasks
 
 
-def circuit_tasks(layout: Layout, model: int) -> Iterator[CircuitTask]:
+def _circuits_of(layout: Layout, model: int) -> Iterator[CircuitTask]:
     """Yield the circuits of every attention block whose projections are all cut into heads."""
     places: dict[tuple[int | None, str | None], dict[str | None, list[Matrix]]] = {}
     for m in layout.matrices:
         places.setdefault((m.layer, m.block), {}).setdefault(m.projection, []).append(m)
     for parts in places.values():
-        for kind, (left, right) in FACTORS.items():
+        for kind, (left, right) in CIRCUITS.items():
             lefts, rights = parts.get(left, []), parts.get(right, [])
             shared = {m.kv_head for m in lefts} == {m.kv_head for m in rights} and None not in {m.head for m in lefts}
             if lefts and rights and shared:
@@ -260,43 +189,158 @@ def _label(kind: str, left: Matrix, right: Matrix) -> Matrix:
 
 
 @dataclass(frozen=True)
-class CircuitWorker:
-    """Does circuit tasks.
+class Part:
+    """Rows of one model for a run of matrices, and their vectors if these are saved."""
+
+    model: int
+    matrices: tuple[Matrix, ...]
+    rows: pl.DataFrame
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a task yields: parts, and the digests of the tensors that it read, by model."""
+
+    parts: list[Part]
+    digests: dict[int, str] = field(default_factory=dict)
+
+
+def run_all(
+    tasks: Sequence[AnyTask],
+    worker: Worker,
+    *,
+    progress: Progress | None = None,
+    keep: Callable[[Part], None] | None = None,
+) -> tuple[list[Part], dict[tuple[int, str], str]]:
+    """Do all tasks.
+
+    Args:
+        tasks: What there is to do.
+        worker: Who does it.
+        progress: What is told of it.
+        keep: Takes each part while it has its vectors; they are let go of then.
+
+    Returns:
+        The parts, and the digests of what was read, by model and tensor.
+    """
+    total, done = sum(task.cost for task in tasks), 0.0
+    parts: list[Part] = []
+    digests: dict[tuple[int, str], str] = {}
+    for task, outcome in run_tasks(tasks, worker, device=worker.device):
+        digests |= {(i, task.tensor): digest for i, digest in outcome.digests.items()}
+        for part in outcome.parts:
+            if keep:
+                keep(part)
+            parts.append(replace(part, vectors={}))
+        done += task.cost
+        if progress:
+            progress(done, total, task.tensor)
+    return parts, digests
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Does tasks of every kind; what was computed of the same bytes in the same way comes from the cache.
 
     Attributes:
-        checkpoints: All that are analysed.
-        plan: What is computed; of it, what a spectrum alone tells.
+        checkpoints: Base first, or the only one. The factors of an adapter among them are its change from that base.
+        plan: What is computed.
         device: Where.
-        cache: Results that are known already.
+        cache: Results that are known already; it holds no vectors, so it must be ``None`` where these are wanted.
     """
 
     checkpoints: Sequence[Checkpoint]
-    plan: Plan
+    plan: MetricPlan
     device: torch.device
     cache: Cache | None
 
-    def __call__(self, task: CircuitTask) -> Outcome:
-        """Do one task."""
+    def __call__(self, task: AnyTask) -> Outcome:
+        """Do one task; matrices batch by batch, each kept in the cache when it is done."""
+        match task:
+            case CircuitTask():
+                return Outcome(self._circuits(task))
+            case HeadTask():
+                return Outcome([self._grams(task)])
+        held = {i: Held(self.checkpoints[i], task.tensor) for i in (task.model, *task.tuned)}
+        do = self._apart if self.plan.apart else self._compare if task.tuned else self._scan
+        digests = {i: one.digest for i, one in held.items()}
+        return Outcome([part for batch in batches(task.matrices) for part in do(task, batch, held)], digests)
+
+    def _scan(self, task: TensorTask, batch: tuple[Matrix, ...], held: Mapping[int, Held]) -> list[Part]:
+        one = held[task.model]
+        keys = self._keys([task.model], batch, "scan", one.digest)
+        return self._known_or_new(keys, batch, lambda: [single_facts(one.stack(batch), self.plan, self.device)])
+
+    def _compare(self, task: TensorTask, batch: tuple[Matrix, ...], held: Mapping[int, Held]) -> list[Part]:
+        """Return the parts of the base, once, and of each tuned checkpoint."""
+        base, parts = held[task.model], []
+        for i in task.tuned:
+            tuned, change = held[i], self._change(i, task.tensor, batch)
+
+            def compute(tuned: Held = tuned, change: LowRank | None = change) -> Sequence[StackFacts]:
+                return pair_facts(base.stack(batch), tuned.stack(batch), self.plan, self.device, change=change)
+
+            keys = self._keys([task.model, i], batch, "compare", base.digest, tuned.digest, factor_digest(change))
+            found = self._known_or_new(keys, batch, compute)
+            parts += found if not parts else found[1:]
+        return parts
+
+    def _apart(self, task: TensorTask, batch: tuple[Matrix, ...], held: Mapping[int, Held]) -> list[Part]:
+        """Return the part of the last checkpoint: its rows as a scan has them, beside them what the pair adds."""
+        last = task.tuned[-1] if task.tuned else task.model
+        alone, between = replace(self, plan=self.plan.alone), replace(self, plan=self.plan.between)
+        (own,) = alone._scan(replace(task, model=last, tuned=()), batch, held)
+        if not task.tuned or not between.plan.metrics:
+            return [own]
+        change = between._compare(task, batch, held)[-1].rows
+        added = [column for column in change.get_columns() if column.name not in own.rows.columns]
+        return [replace(own, rows=own.rows.hstack(added))]
+
+    def _change(self, model: int, tensor: str, batch: tuple[Matrix, ...]) -> LowRank | None:
+        """Return the factors of an adapter's change, for each matrix of a batch."""
+        factors = self.checkpoints[model].factors
+        return cut_factors(factors[tensor](), batch) if tensor in factors else None
+
+    def _keys(self, models: Sequence[int], batch: tuple[Matrix, ...], *content: str) -> dict[int, str]:
+        """Return the keys of a batch's results, one for each model in its role."""
+        rest = [[m.slice_key for m in batch], self.plan.key, self.device.type]
+        return {i: cache_key(*content, *rest, role) for role, i in enumerate(models)}
+
+    def _known_or_new(
+        self, keys: Mapping[int, str], batch: tuple[Matrix, ...], compute: Callable[[], Sequence[StackFacts]]
+    ) -> list[Part]:
+        """Return the parts of a batch, one for each model, from the cache if it holds them all."""
+        known = [self.cache.get(key) for key in keys.values()] if self.cache else []
+        found = [Part(i, batch, rows) for i, rows in zip(keys, known, strict=False) if rows is not None]
+        if len(found) == len(keys):
+            return found
+        parts = []
+        for i, facts in zip(keys, compute(), strict=True):
+            rows = bundle(facts, self.plan.metrics if parts else self.plan.single)
+            vectors = {side: facts.facts[side] for side in ("U", "Vh")} if self.plan.vectors else {}
+            parts.append(Part(i, batch, rows, vectors))
+        if self.cache:
+            for key, part in zip(keys.values(), parts, strict=True):
+                self.cache.put(key, part.rows)
+        return parts
+
+    def _circuits(self, task: CircuitTask) -> list[Part]:
         checkpoint = self.checkpoints[task.model]
         held = {m.tensor: Held(checkpoint, m.tensor) for m in (*task.left, *task.right)}
-        digests = {name: one.digest() for name, one in held.items()}
-        plan = replace(self.plan, metrics=tuple(filter(has_meaning, self.plan.metrics)))
-        content = [[digests[m.tensor], m.slice_key, m.kv_head] for m in (*task.left, *task.right)]
-        key = cache_key("circuit", task.circuits[0].projection, content, plan.key, self.device.type)
-        rows = self.cache.get(key) if self.cache else None
-        if rows is None:
-            rows = bundle(self._find(task, held, plan), plan.metrics)
-            if self.cache:
-                self.cache.put(key, rows)
-        return Outcome([Part(task.model, task.circuits, rows)], {})
+        metrics = tuple(filter(has_meaning, self.plan.metrics))
+        worker = replace(self, plan=replace(self.plan, metrics=metrics, vectors=False))
+        content = [[held[m.tensor].digest, m.slice_key, m.kv_head] for m in (*task.left, *task.right)]
+        key = cache_key("circuit", task.circuits[0].projection, content, worker.plan.key, self.device.type)
+        return worker._known_or_new({task.model: key}, task.circuits, lambda: [self._circuit_facts(task, held)])
 
-    def _find(self, task: CircuitTask, held: Mapping[str, Held], plan: Plan) -> Found:
+    def _circuit_facts(self, task: CircuitTask, held: Mapping[str, Held]) -> StackFacts:
         left, right = (_stack(held, part).to(self.device) for part in (task.left, task.right))
         if task.circuits[0].projection == "ov":
             left = left.mT
         places = {m.kv_head: i for i, m in enumerate(task.right)}
         index = torch.tensor([places[m.kv_head] for m in task.left], device=self.device)
-        found = circuit_spectrum(left, right, right_of_left=index, method=plan.method)
+        found = circuit_spectrum(left, right, right_of_left=index, method=self.plan.method)
         S = found.S
         facts = Facts(
             sigmas=S,
@@ -305,10 +349,99 @@ class CircuitWorker:
             squares=S.square().sum(-1),
             shape=task.circuits[0].shape,
         )
-        return Found(facts, S.isfinite().all(-1), found)
+        return StackFacts(facts, S.isfinite().all(-1), found)
+
+    def _grams(self, task: HeadTask) -> Part:
+        """Return the inner products (k, k) of W0 and of the k - 1 changes, of each slice, as one row of k * k."""
+        base = Held(self.checkpoints[task.model], task.tensor)
+        changed = [self._changed(i, task.tensor) for i in task.tuned]
+        key = self._grams_key(task, base, changed) if self.cache else ""
+        rows = self.cache.get(key) if self.cache else None
+        if rows is None:
+            flat = change_sums(task, base, changed, self.device).flatten(1).cpu().numpy()
+            rows = pl.DataFrame({GRAMS: pl.Series(flat, dtype=pl.Array(pl.Float64, flat.shape[1]))})
+            if self.cache:
+                self.cache.put(key, rows)
+        return Part(task.model, task.matrices, rows)
+
+    def _changed(self, model: int, name: str) -> Held | Factors:
+        """Return a checkpoint's tensor; of an adapter the change as factors, which are never multiplied out."""
+        checkpoint = self.checkpoints[model]
+        return checkpoint.factors[name]() if name in checkpoint.factors else Held(checkpoint, name)
+
+    def _grams_key(self, task: HeadTask, base: Held, changed: Sequence[Held | Factors]) -> str:
+        content = [factor_digest(one) if isinstance(one, Factors) else one.digest for one in changed]
+        slices = [m.slice_key for m in task.matrices]
+        return cache_key("heads", GRAMS_VERSION, base.digest, content, slices, self.device.type)
+
+
+def cut_factors(factors: Factors, batch: Sequence[Matrix]) -> LowRank:
+    """Return what a low-rank change of a tensor is of each matrix of a batch."""
+    left, right = [], []
+    for m in batch:
+        B = factors.B[slice(*m.rows)] if m.rows else factors.B
+        A = factors.A[:, slice(*m.cols)] if m.cols else factors.A
+        left.append(A.mT if m.transposed else B)
+        right.append(B.mT if m.transposed else A)
+    return LowRank(torch.stack(left), torch.stack(right))
+
+
+def factor_digest(change: LowRank | Factors | None) -> str:
+    """Different factors may round to the same merged weights."""
+    if change is None:
+        return ""
+    hasher = blake3.blake3()
+    for factor in (change.B, change.A):
+        hasher.update(str(tuple(factor.shape)).encode())
+        hasher.update(as_bytes(factor))
+    return hasher.hexdigest()
 
 
 def _stack(held: Mapping[str, Held], matrices: Sequence[Matrix]) -> torch.Tensor:
     """Same-shaped matrices as one stack; heads may be tensors of their own."""
     tensors = list(dict.fromkeys(m.tensor for m in matrices))
     return torch.cat([held[name].stack([m for m in matrices if m.tensor == name]).whole() for name in tensors])
+
+
+def change_sums(task: HeadTask, base: Held, changed: Sequence[Held | Factors], device: torch.device) -> Tensor:
+    """Return the inner products (slices, k, k), summed over blocks of rows; each stored row is read once."""
+    size = 1 + len(changed)
+    total = torch.zeros(len(task.matrices), size, size, dtype=torch.float64, device=device)
+    for start, stop in _spans(task.info):
+        rows = base.rows(start, stop).to(device)
+        others = [
+            Factors(one.B[start:stop].to(device), one.A.to(device))
+            if isinstance(one, Factors)
+            else one.rows(start, stop).to(device)
+            for one in changed
+        ]
+        places, parts = _inside(task, start, stop)
+        for batch in batches(parts):
+            here, places = places[: len(batch)], places[len(batch) :]
+            total[here] += change_grams(cut(rows, batch), [_cut(one, batch) for one in others])
+    return total
+
+
+def _spans(info: TensorInfo) -> Iterator[tuple[int, int]]:
+    rows, cols = info.shape
+    step = rows if info.size_bytes <= KEEP_BYTES else max(1, BLOCK_ENTRIES // cols)
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def _inside(task: HeadTask, start: int, stop: int) -> tuple[list[int], list[Matrix]]:
+    """Return which slices reach into a block of stored rows, and what of each is in it, counted from its first row."""
+    places, parts = [], []
+    for place, m in enumerate(task.matrices):
+        first, last = m.rows or (0, task.info.shape[0])
+        first, last = max(first, start) - start, min(last, stop) - start
+        if first < last:
+            width = m.shape[0] if m.transposed else m.shape[1]
+            shape = (width, last - first) if m.transposed else (last - first, width)
+            places.append(place)
+            parts.append(replace(m, rows=(first, last), shape=shape))
+    return places, parts
+
+
+def _cut(one: Tensor | Factors, batch: Sequence[Matrix]) -> Tensor | LowRank:
+    return cut_factors(one, batch) if isinstance(one, Factors) else cut(one, batch)

@@ -2,6 +2,7 @@
 
 from diffract.matrices.layout import Entry, Layout, lay_out, restrict, scan_cost, workspace_bytes
 from diffract.matrices.matrix import Matrix, Selection, batches, cut, parse_selection, select
+from diffract.matrices.pairing import is_paired, merge_strange_adapters, pair
 from diffract.matrices.slicing import slice_tensor
 
 __all__ = [
@@ -11,7 +12,10 @@ __all__ = [
     "Selection",
     "batches",
     "cut",
+    "is_paired",
     "lay_out",
+    "merge_strange_adapters",
+    "pair",
     "parse_selection",
     "restrict",
     "scan_cost",

@@ -6,41 +6,31 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from diffract.analysis.work import TensorTask
 from diffract.errors import CheckpointError, printable
-from diffract.matrices import Entry, Layout
+from diffract.matrices.layout import Entry, Layout
 
 MAY_DIFFER = ("embed", "unembed")
 """Blocks that may be unmatched: a vocabulary grows, a head is tied."""
 
 
-def scan_tasks(layout: Layout) -> list[TensorTask]:
-    """Return the tasks of a scan, in file order."""
-    return [_task(name, entry, 0) for name, entry in layout.entries.items() if entry.matrices]
-
-
-def pair(
-    base: Layout, tuned: Sequence[Layout], *, allow_unmatched: bool = False
-) -> tuple[list[Layout], list[TensorTask]]:
-    """Pair tensors by exact name and shape.
+def pair(layouts: Sequence[Layout], *, allow_unmatched: bool = False) -> list[Layout]:
+    """Pair the tensors of a base and of the checkpoints that descend from it by exact name and shape.
 
     Args:
-        base: The checkpoint that the others descend from.
-        tuned: The others.
+        layouts: The base first.
         allow_unmatched: Whether more than embeddings may be without a partner.
 
     Returns:
-        The layouts, base first, whose entries say what became of each tensor; and the tasks.
+        The layouts; their entries say what became of each tensor.
 
     Raises:
         CheckpointError: More than embeddings are unmatched and that is not allowed, or nothing is paired at all.
     """
+    base, *tuned = layouts
     children = [replace(t, entries={n: _match(e, base.entries.get(n)) for n, e in t.entries.items()}) for t in tuned]
     for child in children:
         _check_matched(base, child, allow_unmatched=allow_unmatched)
-    parent = replace(base, entries={n: _match_any(n, e, children) for n, e in base.entries.items()})
-    layouts = [parent, *children]
-    return layouts, _pair_tasks(layouts)
+    return [replace(base, entries={n: _match_any(n, e, children) for n, e in base.entries.items()}), *children]
 
 
 def is_paired(entry: Entry | None) -> bool:
@@ -101,51 +91,21 @@ def _example(entries: Sequence[Entry], base: Layout, child: Layout) -> str:
     return f", first {printable(name)!r} (base: {shapes[0]}, tuned: {shapes[1]})"
 
 
-def _pair_tasks(layouts: Sequence[Layout]) -> list[TensorTask]:
-    base, tasks = layouts[0], []
-    for name, entry in base.entries.items():
-        partners = tuple(i for i, child in enumerate(layouts) if i and is_paired(child.entries.get(name)))
-        if entry.matrices:
-            tasks.append(replace(_task(name, entry, 0), tuned=partners))
-    for i, child in enumerate(layouts[1:], start=1):
-        alone = ((n, e) for n, e in child.entries.items() if e.matrices and not is_paired(e))
-        tasks += [_task(name, entry, i) for name, entry in alone]
-    return tasks
-
-
-def _task(name: str, entry: Entry, model: int) -> TensorTask:
-    return TensorTask(name, entry.matrices, entry.info.size_bytes, model)
-
-
-def base_adapters(layouts: Sequence[Layout]) -> frozenset[int]:
-    """Return which checkpoints are adapters over the first one itself."""
-    base = layouts[0].checkpoint.reference
-    return frozenset(i for i, layout in enumerate(layouts) if _same(layout.checkpoint.base_reference, base))
-
-
-def adapter_notes(names: Sequence[str], layouts: Sequence[Layout]) -> list[str]:
-    """Say which adapters lie over another base than the one that they are compared with."""
-    own = base_adapters(layouts)
-    strange = (i for i, layout in enumerate(layouts) if i and i not in own and layout.checkpoint.factors)
-    return [f"{names[i]}: {_merged_note(layouts[0], layouts[i])}" for i in strange]
-
-
-def _merged_note(base: Layout, layout: Layout) -> str:
-    return (
-        f"an adapter over {layout.checkpoint.base_reference}, not over {base.checkpoint.reference}: "
-        "its merged weights are compared, rounded to their dtype."
-    )
-
-
 def merge_strange_adapters(layouts: Sequence[Layout]) -> list[Layout]:
-    """Return layouts in which an adapter over another base than the first counts by its merged weights, and says so."""
-    own = base_adapters(layouts)
-    found = list(layouts)
-    for i, layout in enumerate(layouts):
-        if i and i not in own and layout.checkpoint.factors:
-            merged = replace(layout.checkpoint, factors={})
-            found[i] = replace(layout, checkpoint=merged, warnings=(*layout.warnings, _merged_note(layouts[0], layout)))
-    return found
+    """Return layouts in which an adapter over another base than the first counts by its merged weights, and says so.
+
+    The factors of the others stay: they are the change from the first checkpoint itself.
+    """
+    base, *others = layouts
+    return [base, *(_merged(layout, base.checkpoint.reference) for layout in others)]
+
+
+def _merged(layout: Layout, base: str) -> Layout:
+    own = layout.checkpoint.base_reference
+    if not layout.checkpoint.factors or _same(own, base):
+        return layout
+    note = f"an adapter over {own}, not over {base}: its merged weights are compared, rounded to their dtype."
+    return replace(layout, checkpoint=replace(layout.checkpoint, factors={}), warnings=(*layout.warnings, note))
 
 
 def _same(one: str | None, other: str) -> bool:
