@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from diffract.linalg import circuit_spectrum, rotary
+from diffract.linalg import circuit_spectrum
 
 EPSILON = float(torch.finfo(torch.float64).eps)
 
@@ -31,11 +31,10 @@ def with_condition(condition: float, h: int, d: int, *, reverse: bool = False) -
     return (orthogonal(h, h) * sigmas @ orthogonal(d, h, seed=1 + reverse).mT)[None]
 
 
-def reference(left: torch.Tensor, right: torch.Tensor, rotation: np.ndarray | None = None) -> np.ndarray:
+def reference(left: torch.Tensor, right: torch.Tensor) -> np.ndarray:
     """Singular values of the product, multiplied out, by LAPACK's QR iteration."""
     a, b = left.double().numpy(), right.double().numpy()
-    middle = np.eye(len(a)) if rotation is None else rotation
-    return scipy.linalg.svd(a.T @ middle @ b, compute_uv=False, lapack_driver="gesvd")
+    return scipy.linalg.svd(a.T @ b, compute_uv=False, lapack_driver="gesvd")
 
 
 def size(left: torch.Tensor, right: torch.Tensor) -> float:
@@ -118,17 +117,6 @@ def test_query_heads_share_a_key_value_head(method: str) -> None:
     assert np.abs(swapped.S[0].numpy() - reference(left[0], right[1])[:4]).max() <= 1e-10  # well conditioned
 
 
-def test_known_gram_matrices_are_used() -> None:
-    left, right = gaussian(2, 5, 30).float(), gaussian(2, 5, 30, seed=1).float()
-    left_gram, right_gram = left.double() @ left.double().mT, right.double() @ right.double().mT
-    want = circuit_spectrum(left, right)
-    found = circuit_spectrum(left, right, left_gram=left_gram, right_gram=right_gram)
-    assert (found.S - want.S).abs().max() <= 1e-13 * want.S.max()  # the products' rounding
-    # Four times the Gram matrix is twice the factor: proof that it is the one that counts.
-    doubled = circuit_spectrum(left, right, left_gram=4 * left_gram, right_gram=right_gram)
-    assert (doubled.S - 2 * want.S).abs().max() <= 1e-13 * want.S.max()
-
-
 @pytest.mark.parametrize("method", ["gram", "exact"])
 def test_a_change_of_the_heads_basis_changes_nothing(method: str) -> None:
     left, right = gaussian(2, 5, 30), gaussian(2, 5, 30, seed=1)
@@ -152,69 +140,3 @@ def test_degenerate_factors_spare_their_neighbours() -> None:
         assert found.resolved[:2].tolist() == [0.0, 0.0]
         assert bool(found.S[2:4].isnan().all())
         assert torch.equal(found.S[4:], want.S)
-
-
-# Rotary embeddings
-
-
-def explicit_rotation(h: int, distance: float, theta: float) -> np.ndarray:
-    """Pair (i, i + h/2) as a complex number, times exp(i angle); column by column."""
-    columns = []
-    for unit in np.eye(h):
-        pairs = unit[: h // 2] + 1j * unit[h // 2 :]
-        pairs = pairs * np.exp(1j * distance * theta ** (-np.arange(0, h, 2) / h))
-        columns.append(np.concatenate([pairs.real, pairs.imag]))
-    return np.stack(columns, axis=1)
-
-
-@pytest.mark.parametrize("distance", [0, 1, -1, -37, 4000])
-def test_rotation_is_that_of_the_pairs(distance: int) -> None:
-    found = rotary(8, distance, theta=500.0)
-    # Angles of thousands of radians lose eps of themselves.
-    assert np.abs(found.numpy() - explicit_rotation(8, distance, 500.0)).max() <= 1e-11
-    assert (found @ found.mT - torch.eye(8, dtype=torch.float64)).abs().max() <= 1e-15  # cos^2 + sin^2 to rounding
-
-
-def test_rotation_is_the_one_between_a_query_and_a_key() -> None:
-    h, query_at, key_at = 8, 11, 4
-    query, key = gaussian(h), gaussian(h, seed=1)
-
-    def embed(x: torch.Tensor, position: int) -> torch.Tensor:
-        """As models apply it: x cos + rotate_half(x) sin."""
-        angles = position * 10_000.0 ** (-torch.arange(0, h, 2, dtype=torch.float64) / h)
-        angles = torch.cat([angles, angles])
-        turned = torch.cat([-x[h // 2 :], x[: h // 2]])
-        return x * angles.cos() + turned * angles.sin()
-
-    score = embed(query, query_at) @ embed(key, key_at)
-    assert (query @ rotary(h, key_at - query_at) @ key).item() == pytest.approx(score.item(), rel=1e-12)  # rounding
-    assert abs((query @ rotary(h, query_at - key_at) @ key - score).item()) > 1e-3  # and not the other way round
-
-
-@pytest.mark.parametrize("method", ["gram", "exact"])
-@pytest.mark.parametrize("distance", [0, -1, -50])
-def test_rotated_circuit_is_that_of_the_product(distance: int, method: str) -> None:
-    left, right = gaussian(3, 6, 25), gaussian(3, 6, 25, seed=1)
-    found = circuit_spectrum(left, right, rotation=rotary(6, distance), method=method)
-    for i in range(3):
-        want = reference(left[i], right[i], explicit_rotation(6, distance, 10_000.0))[:6]
-        assert np.abs(found.S[i].numpy() - want).max() <= 1e-12 * want[0]  # conditions below 10
-
-
-def test_no_rotation_is_distance_zero() -> None:
-    left, right = gaussian(3, 6, 25), gaussian(3, 6, 25, seed=1)
-    assert torch.equal(circuit_spectrum(left, right).S, circuit_spectrum(left, right, rotation=rotary(6, 0)).S)
-
-
-def test_what_holds_at_every_distance() -> None:
-    left, right = gaussian(2, 6, 25), gaussian(2, 6, 25, seed=1)
-    plain = circuit_spectrum(left, right).S
-    q, k = torch.linalg.svdvals(left), torch.linalg.svdvals(right)
-    room = 1 + 1e-12  # rounding
-    for distance in (-1, -3, -200):
-        S = circuit_spectrum(left, right, rotation=rotary(6, distance)).S
-        assert (S / plain - 1).abs().max() > 1e-3
-        assert (S.log().sum(-1) - plain.log().sum(-1)).abs().max() <= 1e-12  # a sum of six logarithms, a few eps each
-        for one, other in ((q, k), (k, q)):
-            assert bool((other[:, -1:] * one <= S * room).all())
-            assert bool((other[:, :1] * one * room >= S).all())

@@ -1,14 +1,14 @@
 """Which tensor plays which role in a model: one JSON file per model family."""
 
-from diffract.architectures.resolve import Architecture, Place, require_heads, resolve
+from diffract.architectures.resolve import Architecture, TensorPlace, require_heads, resolve
 from diffract.architectures.spec import Dimensions, Role, Spec, builtin_specs, load_spec
 
 __all__ = [
     "Architecture",
     "Dimensions",
-    "Place",
     "Role",
     "Spec",
+    "TensorPlace",
     "builtin_specs",
     "load_spec",
     "require_heads",

@@ -9,12 +9,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from diffract.architectures.spec import Dimensions, Role, Settings, Spec, builtin_specs, load_spec, read_dimensions
+from diffract.architectures.spec import ConfigReader, Dimensions, Role, Spec, builtin_specs, load_spec, read_dimensions
 from diffract.errors import ArchitectureError, printable
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """Where a tensor stands in the model.
 
     Attributes:
@@ -46,21 +46,21 @@ class Architecture:
     spec: Spec | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
 
-    def place(self, name: str) -> Place | None:
+    def place(self, name: str) -> TensorPlace | None:
         """Return what the tensor of this name is, or ``None`` for a name that no template fits."""
         if self.spec is None:
             return None
         for bare in _bare_names(self.spec, name):
             for pattern, role in _patterns(self.spec):
                 if match := pattern.fullmatch(bare):
-                    return Place(role, **{k: int(v) for k, v in match.groupdict().items()})
+                    return TensorPlace(role, **{k: int(v) for k, v in match.groupdict().items()})
         return None
 
     def head_dims(self, role: Role) -> tuple[int | None, ...]:
         """Return the head size of each part of a role."""
         if not role.head_dim or self.spec is None:
             return (self.dimensions.head_dim,) * len(role.part)
-        settings = Settings(self.spec, self.config)
+        settings = ConfigReader(self.spec, self.config)
         return tuple(settings.number(key) for key in role.head_dim)
 
     def tied_to(self, name: str, names: Iterable[str]) -> str | None:

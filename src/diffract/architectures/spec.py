@@ -26,14 +26,14 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Choice(_Strict):
+class ConditionalKey(_Strict):
     """A value that depends on the configuration: used when the config key ``when`` is true."""
 
     when: str
     use: Key
 
 
-Keys = Annotated[tuple[Key | Choice, ...], BeforeValidator(_as_tuple)]
+Keys = Annotated[tuple[Key | ConditionalKey, ...], BeforeValidator(_as_tuple)]
 """Alternatives in order of preference; the first that the configuration answers counts."""
 
 
@@ -156,7 +156,7 @@ class Dimensions:
         return self.heads // self.kv_heads
 
 
-class Settings:
+class ConfigReader:
     """Looks up keys in a configuration, a nested section first, the spec's defaults last."""
 
     def __init__(self, spec: Spec, config: Mapping[str, Any]) -> None:
@@ -178,7 +178,7 @@ class Settings:
     def first(self, keys: Keys) -> int | None:
         """Return the first alternative that has a value."""
         for key in keys:
-            if isinstance(key, Choice):
+            if isinstance(key, ConditionalKey):
                 found = self.number(key.use) if self._lookup(key.when) else None
             else:
                 found = self.number(key)
@@ -203,7 +203,7 @@ def read_dimensions(spec: Spec, config: Mapping[str, Any]) -> Dimensions:
         ArchitectureError: A value is no positive whole number, heads are no multiple of kv heads, or the width
             is no multiple of the heads while no head size is stated.
     """
-    settings = Settings(spec, config)
+    settings = ConfigReader(spec, config)
     keys = spec.config
     heads, width = settings.first(keys.heads), settings.first(keys.width)
     kv_heads = settings.first(keys.kv_heads) or heads

@@ -231,7 +231,7 @@ _SHARD = re.compile(r".*-\d+-of-\d+\.\w+", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundCheckpoints:
     """The checkpoints of a folder.
 
     Attributes:
@@ -243,7 +243,7 @@ class Found:
     left_out: list[str]
 
 
-def find_checkpoints(path: Path) -> Found:
+def find_checkpoints(path: Path) -> FoundCheckpoints:
     """Return the checkpoints that a folder holds: its subfolders with weights, or else each file of weights.
 
     Shards, files that a trainer leaves beside the weights, and links to another of the checkpoints are none.
@@ -255,7 +255,7 @@ def find_checkpoints(path: Path) -> Found:
     files = [name for name in folder.names if _is_weights(name, ALONE, BESIDE)]
     subfolders = [p for p in _children(path) if p.is_dir()]
     if folders := [p for p in subfolders if _holds_weights(p)]:
-        return Found(_distinct(folders), [*files, *(f"{p.name}/" for p in subfolders if p not in folders)])
+        return FoundCheckpoints(_distinct(folders), [*files, *(f"{p.name}/" for p in subfolders if p not in folders)])
     sharded = any(name.endswith(".index.json") for name in folder.names)
     alone = [] if sharded else [name for name in files if not _SHARD.fullmatch(name)]
     if not alone:
@@ -264,7 +264,7 @@ def find_checkpoints(path: Path) -> Found:
             f"files such as step_02000.safetensors, one a checkpoint. Found "
             f"{some([p.name + '/' * p.is_dir() for p in _children(path)])}."
         )
-    return Found(_distinct([path / name for name in alone]), [name for name in files if name not in alone])
+    return FoundCheckpoints(_distinct([path / name for name in alone]), [name for name in files if name not in alone])
 
 
 def trainer_state(path: Path) -> dict[str, Any]:

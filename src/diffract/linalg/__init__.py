@@ -1,6 +1,6 @@
 """Spectra of batches of matrices: float64 accuracy, bounded memory, CPU or CUDA. Sees tensors only."""
 
-from diffract.linalg.circuits import circuit_spectrum, rotary
+from diffract.linalg.circuits import circuit_spectrum
 from diffract.linalg.exact import LowRank, Spectrum, factored_spectrum, lapack, mirrored
 from diffract.linalg.pair import (
     PairSpectrum,
@@ -33,7 +33,6 @@ __all__ = [
     "pair_from_sums",
     "pair_values",
     "replace_pairs",
-    "rotary",
     "spectrum",
     "takes_gram",
     "top_spectrum",

@@ -11,7 +11,7 @@ so the nonzero singular values of L^T R are those of the small C_L^T C_R.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from diffract.linalg.blas import product
@@ -30,9 +30,6 @@ def circuit_spectrum(
     right: Float[Tensor, "g h n"],
     *,
     right_of_left: Int64[Tensor, "b"] | None = None,
-    rotation: Float64[Tensor, "h h"] | None = None,
-    left_gram: Float64[Tensor, "b h h"] | None = None,
-    right_gram: Float64[Tensor, "g h h"] | None = None,
     method: Method = "auto",
 ) -> Spectrum:
     """Return the singular values of L^T R for each head, min(h, m, n) of them: the others are zero.
@@ -45,7 +42,7 @@ def circuit_spectrum(
     2048, Gram matrices given). ``auto`` takes QR factors for float64 weights, as ``spectrum`` does.
 
     **Rotary embeddings.** A query at position p meets a key at position s through W_q^T R(s - p) W_k, with R a rotation
-    of pairs of the head's dimensions (``rotary``); the plain product is the circuit at distance zero. At other
+    of pairs of the head's dimensions (Su et al. 2021, section 3.2); the plain product is the circuit at distance zero. At other
     distances the spectrum differs. Each sigma_i stays between sigma_h(W_k) sigma_i(W_q) and sigma_1(W_k) sigma_i(W_q),
     also with q and k exchanged, and the product of all h of them stays the same.
 
@@ -57,9 +54,6 @@ def circuit_spectrum(
         left: W_q, or W_o^T, of each query head.
         right: W_k, or W_v, of each key-value head.
         right_of_left: For each query head its key-value head, where several share one; by default one each.
-        rotation: Stands between the factors, L^T rotation R; orthogonal.
-        left_gram: L L^T, where it is known; computed otherwise, as far as it is needed.
-        right_gram: R R^T, likewise.
         method: As for ``spectrum``.
 
     Returns:
@@ -68,36 +62,14 @@ def circuit_spectrum(
     """
     heads = torch.arange(len(left), device=left.device) if right_of_left is None else right_of_left
     (left, finite_L), (right, finite_R) = _finite(left), _finite(right)
-    C_L, sound_L = _roots(left, left_gram, method)
-    C_R, sound_R = _roots(right, right_gram, method)
-    turned = C_L if rotation is None else rotation.to(C_L).mT @ C_L
-    core = product(turned.mT.contiguous(), C_R[heads])
+    C_L, sound_L = _roots(left, method)
+    C_R, sound_R = _roots(right, method)
+    core = product(C_L.mT.contiguous(), C_R[heads])
     known = finite_L & finite_R[heads]
     size = torch.linalg.matrix_norm(C_L) * torch.linalg.matrix_norm(C_R)[heads]
     names = ("gram" if sound else "lapack" for sound in (sound_L & sound_R[heads]).tolist())
     S = lapack(core, vectors=False).S.where(known[:, None], torch.nan)
     return Spectrum(S, tuple(names), (left.shape[1] * EPSILON * size).where(known, torch.nan))
-
-
-def rotary(head_dim: int, distance: int, *, theta: float = 10_000.0) -> Float64[Tensor, "h h"]:
-    """Rotation R(distance) between a query and a key, in the layout of Hugging Face's ``rotate_half``.
-
-    Dimensions i and i + h/2 turn together by the angle distance theta^(-2 i / h).
-
-    Args:
-        head_dim: h, even; all of it is rotated.
-        distance: The key's position less the query's, so at most zero under a causal mask.
-        theta: The configuration's ``rope_theta``; frequencies scaled otherwise (Llama 3.1, YaRN) are not covered.
-
-    Source: Su et al. 2021, RoFormer, section 3.2.
-
-    >>> rotary(2, 1)[1].round(decimals=4)
-    tensor([0.8415, 0.5403], dtype=torch.float64)
-    """
-    half = torch.arange(head_dim // 2, dtype=torch.float64)
-    angles = distance * theta ** (-2 * half / head_dim)
-    cos, sin = angles.cos().diag(), angles.sin().diag()
-    return torch.cat([torch.cat([cos, -sin], 1), torch.cat([sin, cos], 1)])
 
 
 def _finite(factors: Float[Tensor, "b h d"]) -> tuple[Tensor, Tensor]:
@@ -106,12 +78,12 @@ def _finite(factors: Float[Tensor, "b h d"]) -> tuple[Tensor, Tensor]:
     return factors if bool(finite.all()) else factors.where(finite[:, None, None], 0.0), finite
 
 
-def _roots(factors: Float[Tensor, "b h d"], gram: Tensor | None, method: Method) -> tuple[Tensor, Tensor]:
+def _roots(factors: Float[Tensor, "b h d"], method: Method) -> tuple[Tensor, Tensor]:
     """Return C (b, h, min(h, d)) with C C^T = L L^T for each factor L, and whether it came from the Gram matrix."""
     if not takes_gram(factors.dtype, method) or factors.shape[1] > factors.shape[2]:
         return _qr_root(factors), torch.zeros(len(factors), dtype=torch.bool, device=factors.device)
-    grams = _gram(factors) if gram is None else gram
-    C, failed = torch.linalg.cholesky_ex(grams)
+    x = factors.double()
+    C, failed = torch.linalg.cholesky_ex(product(x, x.mT))
     one = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
     C = C.where((failed == 0)[:, None, None], torch.nan)
     back = torch.linalg.solve_triangular(C, one.expand_as(C), upper=False)
@@ -123,8 +95,3 @@ def _roots(factors: Float[Tensor, "b h d"], gram: Tensor | None, method: Method)
 def _qr_root(factors: Float[Tensor, "b h d"]) -> Tensor:
     """Return R^T of L^T = Q R."""
     return torch.linalg.qr(factors.double().mT, mode="r").R.mT
-
-
-def _gram(factors: Float[Tensor, "b h d"]) -> Float64[Tensor, "b h h"]:
-    x = factors.double()
-    return product(x, x.mT)

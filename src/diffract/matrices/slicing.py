@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from diffract.architectures import Architecture, Dimensions, Place, require_heads
+from diffract.architectures import Architecture, Dimensions, TensorPlace, require_heads
 from diffract.errors import ArchitectureError, printable
 from diffract.matrices.matrix import Matrix
 
@@ -65,7 +65,7 @@ def _generic(name: str, shape: tuple[int, ...], dtype: str) -> list[Matrix]:
     return []
 
 
-def _cuts(name: str, shape: Range, architecture: Architecture, place: Place, *, heads: bool) -> Iterator[_Cut]:
+def _cuts(name: str, shape: Range, architecture: Architecture, place: TensorPlace, *, heads: bool) -> Iterator[_Cut]:
     role = place.role
     attention = [_is_head_part(part) for part in role.part]
     if role.whole or not any(attention):
@@ -160,7 +160,7 @@ def _join(pieces: list[_Cut]) -> Iterator[_Cut]:
         yield _Cut(part, (spans[0][0], spans[-1][1]), pieces[0].axis)
 
 
-def _matrix(name: str, shape: Range, dtype: str, place: Place, cut: _Cut, index: int | None) -> Matrix:
+def _matrix(name: str, shape: Range, dtype: str, place: TensorPlace, cut: _Cut, index: int | None) -> Matrix:
     out, inner = shape
     along_out = cut.span if cut.axis == "out" else None
     along_in = cut.span if cut.axis == "in" else None
