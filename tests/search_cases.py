@@ -9,7 +9,7 @@ import polars as pl
 import torch
 
 from diffract.evaluate import Task
-from diffract.evaluate.tasks import SCORES
+from diffract.tables import ITEM_SCORES
 
 SAMPLES = Path(__file__).parents[1] / "samples" / "tiny-olmo2"
 BASE, MATH, NATURAL, CODE = (str(SAMPLES / name) for name in ("base", "math", "natural", "code"))
@@ -21,7 +21,7 @@ SELECTION = Task("quality", "bits", "selection", "key of selection", "lower", "b
 def score_frame(task: str, values: Sequence[float], prefix: str = "item", weight: float = 1.0) -> pl.DataFrame:
     """Scores of one task."""
     rows = [(task, f"{prefix}{i}", float(v), weight, None) for i, v in enumerate(values)]
-    return pl.DataFrame(rows, schema=SCORES, orient="row")
+    return pl.DataFrame(rows, schema=ITEM_SCORES, orient="row")
 
 
 class Judge:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import log_ndtr
 
-from diffract.tables import FORMAT, MANIFEST
+from diffract.tables import FORMAT, KINDS, MANIFEST
 
 Array = NDArray[np.float64]
 LAYERS, HEADS, KV_HEADS, WIDTH, HEAD = 4, 6, 2, 48, 8
@@ -279,7 +279,18 @@ def write(frames: dict[str, pl.DataFrame], folder: Path) -> Path:
     """Write frames as a run folder."""
     folder.mkdir(parents=True)
     for name, frame in frames.items():
-        frame.write_parquet(folder / f"{name}.parquet")
+        schema = KINDS[kind_of(frames)].get(name, {})
+        columns = [pl.col(c) if c in frame.columns else pl.lit(None).alias(c) for c in schema]
+        whole = frame.with_columns(c.cast(d) for c, d in zip(columns, schema.values(), strict=True))
+        whole.write_parquet(folder / f"{name}.parquet")
     pl.DataFrame({"model": []}).write_parquet(folder / "tensors.parquet")
-    (folder / "manifest.json").write_text(json.dumps({"format": FORMAT, **{key: {} for key in MANIFEST}}))
+    manifest = {"format": FORMAT, **{key: {} for key in MANIFEST}, "kind": kind_of(frames)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
+
+
+def kind_of(frames: dict[str, pl.DataFrame]) -> str:
+    """The kind of run that such frames make."""
+    if "points" in frames:
+        return "search rewind" if "effects" in frames else "search truncate"
+    return "connect" if "paths" in frames else "compare"

@@ -25,10 +25,12 @@ def saved(family: tuple[Path, Path], tmp_path: Path) -> Path:
 
 
 def test_a_run_folder_comes_back_whole(saved: Path, family: tuple[Path, Path]) -> None:
-    names = list(tables.HeadTables.SCHEMAS)
-    assert sorted(p.name for p in saved.iterdir()) == sorted([*(f"{name}.parquet" for name in names), "manifest.json"])
+    names = list(tables.KINDS["heads"])
+    assert sorted(p.name for p in saved.iterdir()) == sorted(
+        [*(f"{name}.parquet" for name in names), "manifest.json", "report.html"]
+    )
     run, loaded = diffract.heads(family[0], f"a={family[1]}", f"b={family[0]}"), diffract.load_run(saved)
-    assert isinstance(loaded, diffract.HeadsRun)
+    assert isinstance(loaded, diffract.Run)
     for name in names:
         assert_frame_equal(getattr(run, name), getattr(loaded, name), check_exact=True)
     assert loaded.manifest["kind"] == "heads"
@@ -38,8 +40,8 @@ def test_a_run_folder_comes_back_whole(saved: Path, family: tuple[Path, Path]) -
 
 
 def test_columns_are_the_schemas(saved: Path) -> None:
-    found = tables.load(saved, tables.HeadTables)
-    for name, schema in tables.HeadTables.SCHEMAS.items():
+    found = tables.load(saved, "heads")
+    for name, schema in tables.KINDS["heads"].items():
         assert dict(list(getattr(found, name).schema.items())[: len(schema)]) == schema
     assert set(found.models.schema.dtypes()[len(tables.MODELS) :]) == {pl.Float64}
 
@@ -60,20 +62,20 @@ def test_folders_are_written_whole_or_not(saved: Path, family: tuple[Path, Path]
 
 def test_another_kind_of_run_is_told(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(diffract.RunError, match=r"holds a run of `diffract heads`, expected one of scan or compare"):
-        tables.load(saved)
+        tables.load(saved, "scan", "compare")
     diffract.scan({"w": np.eye(2)}, output=tmp_path / "scan")
     with pytest.raises(diffract.RunError, match=r"holds a run of `diffract scan`, expected one of heads"):
-        tables.load(tmp_path / "scan", tables.HeadTables)
+        tables.load(tmp_path / "scan", "heads")
 
 
-@pytest.mark.parametrize("name", tables.HeadTables.SCHEMAS)
+@pytest.mark.parametrize("name", tables.KINDS["heads"])
 def test_a_damaged_table_is_named(saved: Path, name: str) -> None:
     file = saved / f"{name}.parquet"
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])
     with pytest.raises(diffract.RunError, match="damaged"):
         diffract.load_run(saved)
-    column = next(iter(tables.HeadTables.SCHEMAS[name]))
+    column = next(iter(tables.KINDS["heads"][name]))
     getattr(diffract.load_run(_restored(saved, file, content)), name).drop(column).write_parquet(file)
     with pytest.raises(diffract.RunError, match=rf"{name}\.parquet lacks {column}"):
         diffract.load_run(saved)

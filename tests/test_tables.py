@@ -12,7 +12,7 @@ import pytest
 from polars.testing import assert_frame_equal
 
 import diffract
-from diffract import tables
+from diffract import store, tables
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_an_interruption_leaves_nothing(saved: Path) -> None:
     before = sorted(saved.parent.iterdir())
 
     def interrupted() -> None:
-        with tables.whole_folder(saved, force=True) as draft:
+        with store.whole_folder(saved, force=True) as draft:
             (draft / "half").write_text("half")
             raise KeyboardInterrupt
 
@@ -103,9 +103,9 @@ def test_force_clears_what_was_there(saved: Path) -> None:
 
 
 def test_what_may_be_written_to(tmp_path: Path) -> None:
-    tables.refuse_existing(tmp_path / "new", force=False)
+    store.refuse_existing(tmp_path / "new", force=False)
     (tmp_path / "empty").mkdir()
-    tables.refuse_existing(tmp_path / "empty", force=False)
+    store.refuse_existing(tmp_path / "empty", force=False)
     (tmp_path / "file").write_text("x")
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(diffract.RunError):
@@ -115,8 +115,8 @@ def test_what_may_be_written_to(tmp_path: Path) -> None:
 
 def test_a_file_is_whole_or_absent(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
-    tables.write_text(path, "old")
+    store.write_text(path, "old")
     with pytest.raises(UnicodeEncodeError):
-        tables.write_text(path, "\ud800")
+        store.write_text(path, "\ud800")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

@@ -21,29 +21,30 @@ from diffract.errors import (
 )
 
 if TYPE_CHECKING:
-    from diffract.api import HeadsRun, Run, compare, heads, load_run, scan, trajectory
+    from diffract.api import Inspection, compare, heads, inspect, scan, trajectory
+    from diffract.api import evaluate as eval
     from diffract.callback import SpectralCallback
     from diffract.checkpoints import Checkpoint
     from diffract.checkpoints import open_checkpoint as open
     from diffract.edits import LiveModel, Recipe, apply, verify
-    from diffract.inspection import Inspection, inspect
     from diffract.metrics import Metric, metric
     from diffract.plots import plot
+    from diffract.run import Run, load_run
 
 _PLACES = {
     "Checkpoint": ("diffract.checkpoints", "Checkpoint"),
-    "HeadsRun": ("diffract.api", "HeadsRun"),
-    "Inspection": ("diffract.inspection", "Inspection"),
+    "Inspection": ("diffract.api", "Inspection"),
     "LiveModel": ("diffract.edits", "LiveModel"),
     "Metric": ("diffract.metrics", "Metric"),
     "Recipe": ("diffract.edits", "Recipe"),
-    "Run": ("diffract.api", "Run"),
+    "Run": ("diffract.run", "Run"),
     "SpectralCallback": ("diffract.callback", "SpectralCallback"),
     "apply": ("diffract.edits", "apply"),
     "compare": ("diffract.api", "compare"),
+    "eval": ("diffract.api", "evaluate"),
     "heads": ("diffract.api", "heads"),
-    "inspect": ("diffract.inspection", "inspect"),
-    "load_run": ("diffract.api", "load_run"),
+    "inspect": ("diffract.api", "inspect"),
+    "load_run": ("diffract.run", "load_run"),
     "metric": ("diffract.metrics", "metric"),
     "open": ("diffract.checkpoints", "open_checkpoint"),
     "plot": ("diffract.plots", "plot"),
@@ -57,7 +58,6 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "DiffractError",
-    "HeadsRun",
     "Inspection",
     "LiveModel",
     "Metric",
@@ -70,6 +70,7 @@ __all__ = [
     "__version__",
     "apply",
     "compare",
+    "eval",
     "heads",
     "inspect",
     "load_run",

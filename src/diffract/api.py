@@ -1,93 +1,34 @@
-"""The public functions: one for each command, with the same names and defaults."""
+"""The public functions: one for each command, with the same names and defaults.
+
+Nothing heavy is imported before a function is called: commands read their options and help from here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffract import tables
-from diffract.analysis import Options, analyse, follow
-from diffract.checkpoints import Checkpoint, Reference, TensorWriter, open_checkpoint
 from diffract.errors import SelectionError
-from diffract.heterogeneity import HeadsRun, heads
-from diffract.linalg import Method
-from diffract.metrics import Metric
+from diffract.run import VECTORS, Run, load_run, write
 from diffract.settings import Progress
+from diffract.store import refuse_existing, whole_folder
 
 if TYPE_CHECKING:
-    import polars as pl
     from torch import Tensor
 
-VECTORS = "vectors"
-"""Name of the folder within a run that holds singular vectors."""
+    from diffract.analysis import Options
+    from diffract.checkpoints import Reference
+    from diffract.corpora import Split
+    from diffract.linalg import Method
+    from diffract.matrices import Entry, Layout
+    from diffract.metrics import Metric
 
-
-@dataclass(frozen=True)
-class Run:
-    """What a scan or a comparison found.
-
-    Attributes:
-        tables: Its tables and manifest.
-        vectors: Singular vectors by ``model/matrix.U`` and ``model/matrix.Vh``, float32, if they were asked for.
-    """
-
-    tables: tables.Tables
-    vectors: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def metrics(self) -> pl.DataFrame:
-        """One row per model and matrix."""
-        return self.tables.metrics
-
-    @property
-    def spectra(self) -> pl.DataFrame:
-        """One row per model, matrix and quantity along the spectrum; values descend with sigma."""
-        return self.tables.spectra
-
-    @property
-    def models(self) -> pl.DataFrame:
-        """One row per model."""
-        return self.tables.models
-
-    @property
-    def tensors(self) -> pl.DataFrame:
-        """One row per model and stored tensor: what became of it."""
-        return self.tables.tensors
-
-    @property
-    def manifest(self) -> dict[str, Any]:
-        """Version, settings, models with digests, warnings."""
-        return self.tables.manifest
-
-    def save(self, folder: str | Path, *, force: bool = False) -> Path:
-        """Write a run folder with its report; it appears whole or not at all.
-
-        Args:
-            folder: Where; must not exist unless ``force``.
-            force: Replace an existing run folder; any other folder is refused.
-
-        Raises:
-            RunError: The folder exists, is no run folder, or cannot be written.
-        """
-        with tables.whole_folder(folder, force=force) as draft:
-            if self.vectors:
-                with TensorWriter(draft / VECTORS) as writer:
-                    for name, tensor in self.vectors.items():
-                        writer.add(name, tensor)
-            _write(self.tables, draft)
-        return Path(folder)
-
-    def report(self, path: str | Path) -> Path:
-        """Write the report, one HTML file that opens offline.
-
-        Raises:
-            RunError: The file cannot be written.
-        """
-        from diffract import report
-
-        return report.write(self.tables, path)
+SCAN_RATE = 1.2e10
+"""Multiplications per second and core that a scan reaches, as ``scan_cost`` counts them; measured on two cores."""
 
 
 def scan(
@@ -133,31 +74,33 @@ def scan(
         progress: Called with work done, all work, and what was just finished.
 
     Returns:
-        The run.
+        The run: tables ``metrics``, ``spectra``, ``models`` and ``tensors``.
 
     Raises:
         DiffractError: The input is wrong; the message says what, where, and what to do.
 
     >>> import numpy as np
-    >>> scan({"w": np.diag([3.0, 4.0])}, cache=False).metrics["spectral_norm"].to_list()
+    >>> scan({"w": np.diag([3.0, 4.0])}, cache=False)["metrics"]["spectral_norm"].to_list()
     [4.0]
     """
+    from diffract.analysis import Options
+
     options = Options(
-        metrics,
-        select,
-        heads,
-        circuits,
-        vectors,
-        architecture,
-        adapter_base,
-        download,
-        method,
-        device,
-        engine,
-        cache,
-        progress,
+        metrics=metrics,
+        select=select,
+        heads=heads,
+        circuits=circuits,
+        vectors=vectors,
+        architecture=architecture,
+        adapter_base=adapter_base,
+        download=download,
+        method=method,
+        device=device,
+        engine=engine,
+        cache=cache,
+        progress=progress,
     )
-    return _run([ref], options, output, force=force)
+    return _analysed([ref], options, output, force=force)
 
 
 def compare(
@@ -185,24 +128,26 @@ def compare(
     Tensors are paired by exact name and shape.
 
     Args:
-        base: As ``ref`` of ``scan``.
-        tuned: One or more; ``"math=PATH"`` names one in the tables.
-        metrics: As of ``scan``; metrics of pairs too.
-        select: As of ``scan``.
-        heads: As of ``scan``.
-        circuits: As of ``scan``; of every model by itself.
-        vectors: As of ``scan``.
-        architecture: As of ``scan``.
+        base: What the others descend from: a file, a folder, ``org/name@revision``, a mapping of arrays, an
+            ``nn.Module``, or an open checkpoint. Text may begin with ``name=``.
+        tuned: One or more, given like the base; ``"math=PATH"`` names one in the tables.
+        metrics: Names of metrics or groups of the catalog (as a list, or separated by commas), or metrics of one's own,
+            of pairs too. By default norms, ranks, shape, change and agreement; ``"all"`` is everything but p-values.
+        select: Which matrices, such as ``"layers 0-7, attn.q, attn.o"``; all by default.
+        heads: Cut attention projections into heads.
+        circuits: Analyse the qk and ov circuits of each head too, of every model by itself.
+        vectors: Keep singular vectors too.
+        architecture: A JSON file that describes the model; by default its config.json's ``model_type`` decides.
         adapter_base: The base of adapters among them, where their config does not name one that can be opened.
         allow_unmatched: Go on when more than embeddings have no partner.
-        download: As of ``scan``.
-        method: As of ``scan``.
-        device: As of ``scan``.
-        engine: As of ``scan``.
-        cache: As of ``scan``.
-        output: As of ``scan``.
-        force: As of ``scan``.
-        progress: As of ``scan``.
+        download: Fetch hub references whole instead of reading byte ranges.
+        method: ``auto``, or ``exact`` for LAPACK throughout.
+        device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
+        engine: ``local``.
+        cache: Use results that are known from earlier, and keep new ones.
+        output: Write a run folder here; vectors then go straight to disk.
+        force: Replace an existing run folder.
+        progress: Called with work done, all work, and what was just finished.
 
     Returns:
         The run: single metrics on rows of every model, pair metrics on those of the tuned ones.
@@ -210,24 +155,26 @@ def compare(
     Raises:
         DiffractError: The input is wrong; the message says what, where, and what to do.
     """
+    from diffract.analysis import Options
+
     if not tuned:
         raise SelectionError("compare needs a base and at least one tuned checkpoint. Use scan for one alone.")
     options = Options(
-        metrics,
-        select,
-        heads,
-        circuits,
-        vectors,
-        architecture,
-        adapter_base,
-        download,
-        method,
-        device,
-        engine,
-        cache,
-        progress,
+        metrics=metrics,
+        select=select,
+        heads=heads,
+        circuits=circuits,
+        vectors=vectors,
+        architecture=architecture,
+        adapter_base=adapter_base,
+        download=download,
+        method=method,
+        device=device,
+        engine=engine,
+        cache=cache,
+        progress=progress,
     )
-    return _run([base, *tuned], options, output, force=force, allow_unmatched=allow_unmatched)
+    return _analysed([base, *tuned], options, output, force=force, allow_unmatched=allow_unmatched)
 
 
 def trajectory(
@@ -252,26 +199,27 @@ def trajectory(
     """Follow a training run: scan every checkpoint, and compare each with the one before. Two are open at a time.
 
     Args:
-        refs: The checkpoints in any order, each as ``ref`` of ``scan``; or one folder of checkpoint folders or files.
-            ``"step500=PATH"`` gives one a name, and a step that its own name does not tell.
+        refs: The checkpoints in any order, or one folder of checkpoint folders or files. ``"step500=PATH"`` gives one a
+            name, and a step that its own name does not tell.
         by: What orders them: ``step`` (by stage and step, read from revisions, names and ``trainer_state.json``),
             ``tokens``, ``name``, ``given`` (as they are given), or a regular expression with a group ``step`` or
             ``tokens``, and ``stage`` where steps begin anew.
         against: What each is compared with: ``previous`` or ``first``.
-        metrics: As of ``compare``.
-        select: As of ``scan``.
-        heads: As of ``scan``.
-        architecture: As of ``scan``.
-        adapter_base: As of ``compare``.
-        allow_unmatched: As of ``compare``.
-        download: As of ``scan``.
-        method: As of ``scan``.
-        device: As of ``scan``.
-        engine: As of ``scan``.
-        cache: As of ``scan``.
-        output: As of ``scan``.
-        force: As of ``scan``.
-        progress: As of ``scan``.
+        metrics: Names of metrics or groups of the catalog (as a list, or separated by commas), or metrics of one's own,
+            of pairs too. By default norms, ranks, shape, change and agreement; ``"all"`` is everything but p-values.
+        select: Which matrices, such as ``"layers 0-7, attn.q, attn.o"``; all by default.
+        heads: Cut attention projections into heads.
+        architecture: A JSON file that describes the model; by default its config.json's ``model_type`` decides.
+        adapter_base: The base of adapters among them, where their config does not name one that can be opened.
+        allow_unmatched: Go on when more than embeddings have no partner.
+        download: Fetch hub references whole instead of reading byte ranges.
+        method: ``auto``, or ``exact`` for LAPACK throughout.
+        device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
+        engine: ``local``.
+        cache: Use results that are known from earlier, and keep new ones.
+        output: Write a run folder here.
+        force: Replace an existing run folder.
+        progress: Called with work done, all work, and what was just finished.
 
     Returns:
         The run: one model per checkpoint, with ``order``, ``stage``, ``step`` and ``tokens`` in metrics and models.
@@ -281,48 +229,147 @@ def trajectory(
 
     >>> import numpy as np
     >>> series = [{"w": scale * np.eye(2)} for scale in (1.0, 2.0, 3.0)]
-    >>> trajectory(*series, by="given", cache=False).models["delta_relative"].to_list()
+    >>> trajectory(*series, by="given", cache=False)["models"]["delta_relative"].to_list()
     [None, 1.0, 0.5]
     """
+    from diffract.analysis import Options, follow
+
     options = Options(
-        metrics,
-        select,
-        heads,
-        False,
-        False,
-        architecture,
-        adapter_base,
-        download,
-        method,
-        device,
-        engine,
-        cache,
-        progress,
+        metrics=metrics,
+        select=select,
+        heads=heads,
+        architecture=architecture,
+        adapter_base=adapter_base,
+        download=download,
+        method=method,
+        device=device,
+        engine=engine,
+        cache=cache,
+        progress=progress,
     )
-    how = {"by": by, "against": against}
-    if output is None:
-        return Run(follow(refs, options, **how, allow_unmatched=allow_unmatched))
-    with tables.whole_folder(output, force=force) as draft:
-        found = follow(refs, options, **how, allow_unmatched=allow_unmatched)
-        _write(found, draft)
+    with _output(output, force=force) as draft:
+        found = follow(refs, options, by=by, against=against, allow_unmatched=allow_unmatched)
+        if draft is not None:
+            write(found, draft)
     return Run(found)
 
 
-def load_run(folder: str | Path) -> Run | HeadsRun:
-    """Read a run folder, of whichever command.
+def heads(
+    base: Reference,
+    *tuned: Reference,
+    projections: Sequence[str] = ("q", "k", "v", "o"),
+    architecture: str | Path | None = None,
+    adapter_base: Reference | None = None,
+    allow_unmatched: bool = False,
+    download: bool = False,
+    device: str = "auto",
+    engine: str = "local",
+    cache: bool = True,
+    output: str | Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Run:
+    """Find out which attention heads change, in one domain or in all.
+
+    One pass over the attention tensors; entries only, no spectra. A head's change D is that of its slices together;
+    several query heads that share a key-value head each count its slices.
+
+    Args:
+        base: What the others descend from: a file, a folder, ``org/name@revision``, a mapping of arrays, an
+            ``nn.Module``, or an open checkpoint. Text may begin with ``name=``.
+        tuned: One or more, one for each domain; ``"math=PATH"`` names one. Numbers between domains need two.
+        projections: Which slices of a head count, of q, k, v and o.
+        architecture: A JSON file that describes the model; by default its config.json's ``model_type`` decides.
+        adapter_base: The base of adapters among them, where their config does not name one that can be opened.
+        allow_unmatched: Go on when attention tensors have no partner; their heads get a status and no numbers.
+        download: Fetch hub references whole instead of reading byte ranges.
+        device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
+        engine: ``local``.
+        cache: Use results that are known from earlier, and keep new ones.
+        output: Write a run folder here.
+        force: Replace an existing run folder.
+        progress: Called with work done, all work, and what was just finished.
+
+    Returns:
+        The run: tables of heads, of pairs of domains, of reference-domain scores.
 
     Raises:
-        RunError: It is no run folder, or damaged.
+        DiffractError: The input is wrong; the message says what, where, and what to do.
     """
-    if tables.read_manifest(folder)["kind"] in tables.HeadTables.KINDS:
-        return HeadsRun(tables.load(folder, tables.HeadTables))
-    return _load(folder)
+    from diffract.analysis import Options, analyse_heads
+
+    if not tuned:
+        raise SelectionError("heads needs a base and at least one tuned checkpoint.")
+    options = Options(
+        architecture=architecture,
+        adapter_base=adapter_base,
+        download=download,
+        device=device,
+        engine=engine,
+        cache=cache,
+        progress=progress,
+    )
+    with _output(output, force=force) as draft:
+        found = analyse_heads([base, *tuned], options, projections=projections, allow_unmatched=allow_unmatched)
+        if draft is not None:
+            write(found, draft)
+    return Run(found)
 
 
-def _load(folder: str | Path) -> Run:
-    found = tables.load(folder)
-    saved = Path(folder) / VECTORS
-    return Run(found, open_checkpoint(saved) if saved.is_dir() else {})
+def evaluate(
+    ref: str | Path | Any,
+    tasks: str | Sequence[str] = "math,code,text",
+    *,
+    split: Split = "held-out",
+    data: str | Path | None = None,
+    limit: int | None = None,
+    shots: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    tokenizer: Any = None,
+    batch_tokens: int = 16_384,
+    cache: bool = True,
+    output: str | Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Run:
+    """Evaluate a model: scores of every item, and the quality in each task with its interval.
+
+    Args:
+        ref: A folder with a model of transformers, ``org/name@revision`` on the hub, an adapter, or a loaded model.
+        tasks: Names of tasks, as a list or separated by commas; see ``diffract.evaluate.load_tasks``.
+        split: ``held-out`` to report, ``selection`` to choose by.
+        data: A folder with a folder of files for each domain.
+        limit: Items of each task at most.
+        shots: Solved examples before each question.
+        device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``, see ``diffract.evaluate.load_subject``.
+        tokenizer: A reference, or a loaded tokenizer, where none is beside the model.
+        batch_tokens: Tokens that are computed at once, padding included.
+        cache: Use scores that are known from earlier, and keep new ones.
+        output: Write a run folder here.
+        force: Replace an existing run folder.
+        progress: Called with items done, all items, and the task.
+
+    Returns:
+        The run: tables ``items`` and ``summary``.
+
+    Raises:
+        DiffractError: The input is wrong; the message says what, where, and what to do.
+    """
+    from diffract.evaluate import load_subject, load_tasks
+    from diffract.evaluate.run import own_device, place, score
+
+    if output is not None:
+        refuse_existing(output, force=force)
+    chosen = load_tasks(tasks, split=split, data=data, limit=limit, shots=shots)
+    given = own_device()
+    subject = load_subject(ref, device=device if given is None else str(given), dtype=dtype, tokenizer=tokenizer)
+    settings = {"split": split, "limit": limit, "shots": shots, "data": str(data) if data else None}
+    found = Run(score(subject, chosen, settings, cache=cache, batch_tokens=batch_tokens, progress=progress))
+    if output is not None and place().rank == 0:
+        found.save(output, force=force)
+    return found
 
 
 class _Collected(dict[str, "Tensor"]):
@@ -332,7 +379,7 @@ class _Collected(dict[str, "Tensor"]):
         self[name] = tensor
 
 
-def _run(
+def _analysed(
     references: Sequence[Reference],
     options: Options,
     output: str | Path | None,
@@ -340,24 +387,150 @@ def _run(
     force: bool,
     allow_unmatched: bool = False,
 ) -> Run:
-    if output is None:
-        collected = _Collected()
-        return Run(analyse(references, options, allow_unmatched=allow_unmatched, vectors_to=collected), collected)
-    with tables.whole_folder(output, force=force) as draft:
+    """Scan or compare; singular vectors, which may exceed memory, go straight to disk where there is an output."""
+    from diffract.analysis import analyse
+    from diffract.checkpoints import TensorWriter
+
+    with _output(output, force=force) as draft:
+        if draft is None:
+            collected = _Collected()
+            return Run(analyse(references, options, allow_unmatched=allow_unmatched, vectors_to=collected), collected)
         if options.vectors:
             with TensorWriter(draft / VECTORS) as writer:
                 found = analyse(references, options, allow_unmatched=allow_unmatched, vectors_to=writer)
         else:
             found = analyse(references, options, allow_unmatched=allow_unmatched)
-        _write(found, draft)
-    return _load(output) if options.vectors else Run(found)
+        write(found, draft)
+    return load_run(str(output)) if options.vectors else Run(found)
 
 
-def _write(found: tables.Tables, draft: Path) -> None:
-    from diffract import report
+@contextmanager
+def _output(folder: str | Path | None, *, force: bool) -> Iterator[Path | None]:
+    """Yield a draft of the folder, which takes its name when it is whole; nothing where nothing is to be written."""
+    if folder is None:
+        yield None
+        return
+    with whole_folder(folder, force=force) as draft:
+        yield draft
 
-    tables.write(found, draft)
-    report.write(found, draft / "report.html")
+
+@dataclass(frozen=True)
+class MatrixKind:
+    """Matrices of one part and shape.
+
+    Attributes:
+        part: ``attn.q``, ``mlp.gate``, ...
+        shape: Of each matrix, (out, in).
+        dtype: Stored dtype.
+        count: How many.
+    """
+
+    part: str
+    shape: tuple[int, int]
+    dtype: str
+    count: int
 
 
-__all__ = ["Checkpoint", "HeadsRun", "Run", "compare", "heads", "load_run", "scan", "trajectory"]
+@dataclass(frozen=True)
+class Inspection:
+    """What the headers of a checkpoint tell.
+
+    Attributes:
+        reference: What was opened.
+        family: The architecture, ``generic`` if nothing describes it.
+        dimensions: Layers, width, heads, kv_heads, head_dim, as far as the configuration tells.
+        parameters: Entries of all tensors.
+        size_bytes: Of all tensors.
+        tensors: Number of stored tensors.
+        matrices: Number of matrices that a scan takes.
+        kinds: The matrices, by part and shape.
+        left_out: Tensors that are not analysed: outcome to number.
+        multiplications: What a scan costs, about.
+        seconds_per_core: The same in seconds, about.
+        peak_bytes: Workspace of the largest matrix, about.
+        warnings: What to know.
+    """
+
+    reference: str
+    family: str
+    dimensions: dict[str, int | None]
+    parameters: int
+    size_bytes: int
+    tensors: int
+    matrices: int
+    kinds: tuple[MatrixKind, ...]
+    left_out: dict[str, int]
+    multiplications: float
+    seconds_per_core: float
+    peak_bytes: int
+    warnings: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it."""
+        return asdict(self)
+
+
+def inspect(
+    ref: Reference,
+    *,
+    select: str | None = None,
+    heads: bool = True,
+    architecture: str | Path | None = None,
+    adapter_base: Reference | None = None,
+    download: bool = False,
+) -> Inspection:
+    """Look at a checkpoint without reading its weights.
+
+    Args:
+        ref: A file, a folder, ``org/name@revision``, a mapping of arrays, an ``nn.Module``, or an open checkpoint.
+        select: Which matrices, such as ``"layers 0-7, attn.q, attn.o"``; all by default.
+        heads: Cut attention projections into heads.
+        architecture: A JSON file that describes the model; by default its config.json's ``model_type`` decides.
+        adapter_base: The base of an adapter, where its config does not name one that can be opened.
+        download: Fetch a hub reference whole instead of reading byte ranges.
+
+    Raises:
+        DiffractError: The checkpoint cannot be opened or contradicts its configuration.
+    """
+    from diffract.checkpoints import open_checkpoint
+    from diffract.matrices import lay_out
+
+    checkpoint = open_checkpoint(ref, base=adapter_base, download=download)
+    try:
+        layout = lay_out(checkpoint, select_text=select, heads=heads, spec_file=architecture, check_ties=False)
+        return _summarise(layout)
+    finally:
+        if checkpoint is not ref:
+            checkpoint.close()
+
+
+def _summarise(layout: Layout) -> Inspection:
+    from diffract.matrices import scan_cost, workspace_bytes
+
+    entries = list(layout.entries.values())
+    analysed = [entry for entry in entries if entry.matrices]
+    work = sum(scan_cost(entry.matrices) for entry in analysed)
+    return Inspection(
+        reference=layout.checkpoint.reference,
+        family=layout.architecture.family,
+        dimensions=asdict(layout.architecture.dimensions),
+        parameters=sum(entry.info.entries for entry in entries),
+        size_bytes=sum(entry.info.size_bytes for entry in entries),
+        tensors=len(entries),
+        matrices=sum(len(entry.matrices) for entry in analysed),
+        kinds=_kinds(analysed),
+        left_out=dict(Counter(entry.outcome for entry in entries if not entry.matrices)),
+        multiplications=work,
+        seconds_per_core=work / SCAN_RATE,
+        peak_bytes=max((workspace_bytes(e.matrices, e.info.size_bytes) for e in analysed), default=0),
+        warnings=layout.warnings,
+    )
+
+
+def _kinds(entries: list[Entry]) -> tuple[MatrixKind, ...]:
+    counted = Counter(
+        (".".join(dict.fromkeys(p for p in (m.block, m.projection) if p)) or "other", m.shape, m.dtype)
+        for entry in entries
+        for m in entry.matrices
+    )
+    return tuple(MatrixKind(*key, count) for key, count in counted.items())

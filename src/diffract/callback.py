@@ -21,6 +21,7 @@ from diffract.checkpoints import Checkpoint, Reference, TensorWriter, open_check
 from diffract.errors import CheckpointError, DiffractError, RunError, SelectionError
 from diffract.matrices import parse_selection
 from diffract.metrics import Metric, choose_metrics
+from diffract.store import whole_file, whole_folder
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -69,7 +70,7 @@ def placed(found: pl.DataFrame, step: int, tokens: int | None, order: int) -> pl
 
 def keep(model: nn.Module, folder: Path) -> None:
     """Write a model's tensors, each once, and its configuration."""
-    with tables.whole_folder(folder, force=True) as draft, open_checkpoint(model) as found:
+    with whole_folder(folder, force=True) as draft, open_checkpoint(model) as found:
         manifest = {"format": tables.FORMAT, "kind": START, "diffract": __version__}
         (draft / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
         (draft / "config.json").write_text(json.dumps(dict(found.config), default=str), encoding="utf-8")
@@ -319,7 +320,7 @@ class SpectralCallback(TrainerCallback):
         order, tokens = self._rows["step"].n_unique(), state.num_input_tokens_seen or None
         rows = placed(found, state.global_step, tokens, order)
         self._rows = pl.concat([self._rows, rows], how="diagonal")
-        with tables.whole_file(self._table(args)) as draft:
+        with whole_file(self._table(args)) as draft:
             self._rows.write_parquet(draft, compression="zstd")
         seconds = time.perf_counter() - begun
         log({**medians(rows), "spectral/seconds": seconds}, args, state, control)

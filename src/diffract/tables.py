@@ -1,11 +1,11 @@
-"""Schemas of the tables, and run folders: a run is a few Parquet tables and one manifest that names its kind.
+"""Tables: the schemas of every kind of run, their files, and the manifest that names the kind.
 
-Every kind has
+Every kind of run over checkpoints has
 
 ``models``    one row per model: what it is, and model-level numbers
 ``tensors``   one row per model and stored tensor: what became of it (analysed, tied, unmatched, ...)
 
-A scan or a comparison
+A scan, a comparison or a trajectory
 
 ``metrics``   one row per model and matrix: labels, how it was computed, then one column per metric
 ``spectra``   one row per model, matrix and quantity (``sigma``, ``delta_sigma``, ``left_agreement``, ...): a list
@@ -17,46 +17,42 @@ The heads of several domains
 ``head_cosines``  one row per pair of domains and head
 ``scores``        one row per domain, reference domain and head
 ``lorenz``        the points of each domain's Lorenz curve
+
+An evaluation
+
+``items``     one row per task and item
+``summary``   one row per task: quality and its interval
+
+A search of heads or directions
+
+``points``   one row per point of a curve, split and task: quality, and the paired difference to the tuned model
+``choice``   what was chosen on the selection split, and what the held-out split says of it
+``items``    one row per state, split, task and item: what all else is computed from
+``effects``  of heads: one row per head, what rewinding it alone gains, and what the cheaper orders go by
+``orders``   of heads: one row per order, how well its scores rank heads as measured effects do
+
+A search between models has ``paths``, ``pairs``, ``simplex`` and ``items``; a study ``findings`` and ``numbers``.
+
+In searches the same model is one ``state``, a number, wherever it is met; state 0 is the tuned model itself. ``low``
+and ``high`` are the ends of an interval; a ``gain`` is a difference with the sign that makes better positive.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any
 
 import polars as pl
 
+from diffract._version import __version__
 from diffract.errors import RunError
-from diffract.store import refuse_existing, whole_file, whole_folder, write_text
-
-__all__ = [
-    "DOMAINS",
-    "FORMAT",
-    "HEADS",
-    "HEAD_COSINES",
-    "LABELS",
-    "LORENZ",
-    "MANIFEST",
-    "MODELS",
-    "OUTCOME",
-    "SCORES",
-    "SPECTRA",
-    "TENSORS",
-    "HeadTables",
-    "RunTables",
-    "Tables",
-    "frame",
-    "load",
-    "read_manifest",
-    "refuse_existing",
-    "whole_file",
-    "whole_folder",
-    "write",
-    "write_text",
-]
+from diffract.store import whole_folder
 
 FORMAT = 1
 """Number of the run-folder layout; a reader refuses a newer one."""
@@ -184,7 +180,7 @@ HEAD_COSINES: dict[str, Any] = {
 }
 """Columns of ``head_cosines``: the same of each head's change alone."""
 
-SCORES: dict[str, Any] = {
+REFERENCE_SCORES: dict[str, Any] = {
     "domain": pl.String,
     "reference": pl.String,
     "layer": pl.Int32,
@@ -197,83 +193,261 @@ SCORES: dict[str, Any] = {
 LORENZ: dict[str, Any] = {"model": pl.String, "heads_share": pl.Float64, "change_share": pl.Float64}
 """Columns of ``lorenz``: what the least changed ``heads_share`` of heads have of the sum of ||D||_F^2."""
 
+ITEM_SCORES: dict[str, Any] = {
+    "task": pl.String,
+    "item": pl.String,
+    "value": pl.Float64,
+    "weight": pl.Float64,
+    "output": pl.String,
+}
+"""Columns of a table of scores; ``(task, item)`` is unique.
+
+The quality of a task is sum(``value``) / sum(``weight``). Of bits per byte ``value`` is the bits that the model needs
+for the item's text, ``weight`` its UTF-8 bytes; elsewhere ``value`` is 0 or 1 (of lm-evaluation-harness its metric)
+and ``weight`` 1. ``output`` is what the model answered, where it answers.
+"""
+
+SUMMARY: dict[str, Any] = {
+    "task": pl.String,
+    "quality": pl.Float64,
+    "low": pl.Float64,
+    "high": pl.Float64,
+    "items": pl.Int64,
+    "unit": pl.String,
+    "better": pl.String,
+    "chance": pl.Float64,
+}
+"""Columns of ``summary``; ``low`` and ``high`` are the interval's ends, ``chance`` the quality of guessing."""
+
+QUALITY: dict[str, Any] = {
+    "state": pl.Int32,
+    "split": pl.String,
+    "task": pl.String,
+    "quality": pl.Float64,
+    "low": pl.Float64,
+    "high": pl.Float64,
+    "items": pl.Int64,
+    "difference": pl.Float64,
+    "diff_low": pl.Float64,
+    "diff_high": pl.Float64,
+    "gain": pl.Float64,
+    "gain_low": pl.Float64,
+    "gain_high": pl.Float64,
+    "p": pl.Float64,
+}
+"""Columns of ``points`` after those that say which: quality and its interval over ``items`` items; against the tuned
+model the ``difference``, the ``gain``, their paired intervals, and the two-sided p-value.
+"""
+
+ON_CURVE: dict[str, Any] = {
+    "order": pl.String,
+    "seed": pl.Int32,
+    "reverse": pl.Boolean,
+    "fraction": pl.Float64,
+    "count": pl.Int32,
+    "heads": pl.List(pl.String),
+}
+"""Columns of ``points`` and ``choice`` of a rewind search: the first ``count`` heads in an order were rewound, a
+``fraction`` of all. Rows with order ``base`` are the base model, for comparison; they have no heads.
+"""
+
+EFFECTS: dict[str, Any] = {
+    "name": pl.String,
+    "layer": pl.Int32,
+    "block": pl.String,
+    "head": pl.Int32,
+    "state": pl.Int32,
+    "task": pl.String,
+    "effect": pl.Float64,
+    "low": pl.Float64,
+    "high": pl.Float64,
+    "p": pl.Float64,
+    "p_holm": pl.Float64,
+    "magnitude": pl.Float64,
+    "reference": pl.Float64,
+    "first_order": pl.Float64,
+    "activation": pl.Float64,
+}
+"""Columns of ``effects``: ``effect`` is the gain of rewinding this head alone on the selection split, with its paired
+interval; ``p`` is two-sided, ``p_holm`` the same for all heads together (Holm). Null where it was not measured. What
+cheaper orders go by: ``magnitude`` is ||W1 - W0||_F of the head, ``reference`` the reference-domain score,
+``first_order`` the gain that the slope of the loss promises, ``activation`` the root mean square of D x. Effects on
+further tasks follow as ``effect_TASK``.
+"""
+
+ORDER_ROWS: dict[str, Any] = {"order": pl.String, "spearman": pl.Float64, "heads": pl.Int32}
+"""Columns of ``orders``: rank correlation with ``effect`` over heads, signed so that 1 is the order of greedy."""
+
+_CHOSEN: dict[str, Any] = {
+    "which": pl.String,
+    "control": pl.Boolean,
+    "state": pl.Int32,
+    "task": pl.String,
+    **{
+        f"{split}_{name}": pl.Float64
+        for split in ("selection", "held_out")
+        for name in ("quality", "low", "high", "gain", "gain_low", "gain_high", "p")
+    },
+}
+
+CHOICE: dict[str, Any] = ON_CURVE | _CHOSEN
+"""Columns of ``choice``: ``which`` is ``best`` (the highest gain on the selection split) or ``without-loss`` (the
+furthest point without loss there); ``control`` tells curves that stand for comparison; then what each split says.
+"""
+
+ITEMS: dict[str, Any] = {"state": pl.Int32, "split": pl.String, **ITEM_SCORES}
+"""Columns of ``items``: quality of a task is sum(``value``) / sum(``weight``)."""
+
+
+ON_TRUNCATION: dict[str, Any] = {
+    "rule": pl.String,
+    "seed": pl.Int32,
+    "fraction": pl.Float64,
+    "directions": pl.Int64,
+    "energy": pl.Float64,
+    "bytes": pl.Float64,
+    "drop": pl.Float64,
+}
+"""Columns of ``points`` and ``choice`` of a truncation search: ``fraction`` of directions that the curve drops (of rule
+``energy``: of the energy), or of those of the curve ``drop`` that a control is matched to. Of the change D = W1 - W0 of
+all matrices what is kept: how many singular ``directions``, of DARE none; the share of ``energy``, sum ||D||_F^2; the
+share of ``bytes`` (see ``change.py``). ``drop`` is DARE's probability. Rows with rule ``base`` are the base model.
+"""
+
+TRUNCATION_CHOICE: dict[str, Any] = ON_TRUNCATION | _CHOSEN
+
+
+PATHS: dict[str, Any] = {
+    "a": pl.String,
+    "b": pl.String,
+    "at": pl.Float64,
+    "state": pl.Int32,
+    "task": pl.String,
+    "quality": pl.Float64,
+    "low": pl.Float64,
+    "high": pl.Float64,
+    "linear": pl.Float64,
+    "gap": pl.Float64,
+    "gap_low": pl.Float64,
+    "gap_high": pl.Float64,
+}
+"""Columns of ``paths``: quality of (1 - at) a + at b on the held-out split; ``linear`` is the line between the ends'
+qualities there, and ``gap`` how much worse than it the model is, positive is worse.
+"""
+
+PAIRS: dict[str, Any] = {
+    "a": pl.String,
+    "b": pl.String,
+    "task": pl.String,
+    "counts": pl.Boolean,
+    "quality_a": pl.Float64,
+    "quality_b": pl.Float64,
+    "barrier": pl.Float64,
+    "low": pl.Float64,
+    "high": pl.Float64,
+    "at": pl.Float64,
+    "connected": pl.Boolean,
+    "pair_connected": pl.Boolean,
+}
+"""Columns of ``pairs``: ``barrier`` is the largest ``gap`` on the path, both ends included, so at least 0, and ``at``
+where it is. ``connected``: the interval's upper end is below the tolerance; ``pair_connected``: in every task that
+``counts``.
+"""
+
+SIMPLEX: dict[str, Any] = {
+    "models": pl.List(pl.String),
+    "weights": pl.List(pl.Float64),
+    "state": pl.Int32,
+    "task": pl.String,
+    "quality": pl.Float64,
+    "low": pl.Float64,
+    "high": pl.Float64,
+}
+"""Columns of ``simplex``: held-out quality of base + scale * sum of ``weights`` times (``models`` - base)."""
+
+
+FINDINGS: dict[str, Any] = {"finding": pl.String, "verdict": pl.String}
+
+NUMBERS: dict[str, Any] = {
+    "finding": pl.String,
+    "name": pl.String,
+    "value": pl.Float64,
+    "low": pl.Float64,
+    "high": pl.Float64,
+    "unit": pl.String,
+    "chance": pl.Float64,
+}
+"""Columns of a study's ``numbers``: what each verdict rests on, its 95% interval, and what the control gives."""
+
+STUDY_NUMBERS = "numbers.json"
+"""File of a study's folder with all verdicts and numbers."""
+
 MANIFEST = ("diffract", "kind", "created", "seconds", "settings", "models", "metrics", "warnings")
-"""What a manifest holds besides the layout's number."""
+"""What every manifest holds besides the layout's number."""
 
+_UNTOLD: dict[str, Any] = {"seconds": None, "settings": {}, "metrics": {}, "warnings": []}
 
-class RunTables:
-    """The tables of a run and its manifest; what a run folder holds. Subclasses are frozen dataclasses of frames.
+Schemas = Mapping[str, Mapping[str, Any]]
 
-    Attributes:
-        KINDS: The kinds of run that consist of these tables.
-        SCHEMAS: The first columns of each table, by its name.
-        manifest: Version, kind, settings, models, warnings.
-    """
+_OF_MATRICES: Schemas = {"metrics": LABELS | OUTCOME, "spectra": SPECTRA, "models": MODELS, "tensors": TENSORS}
 
-    KINDS: ClassVar[tuple[str, ...]]
-    SCHEMAS: ClassVar[dict[str, dict[str, Any]]]
-    manifest: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Tables(RunTables):
-    """The four tables of a scan, a comparison or a trajectory.
-
-    Attributes:
-        metrics: One row per model and matrix.
-        spectra: One row per model, matrix and quantity.
-        models: One row per model.
-        tensors: One row per model and stored tensor.
-        manifest: Version, command, settings, models with digests, warnings.
-    """
-
-    KINDS = ("scan", "compare", "trajectory")
-    SCHEMAS = {"metrics": LABELS | OUTCOME, "spectra": SPECTRA, "models": MODELS, "tensors": TENSORS}  # noqa: RUF012
-
-    metrics: pl.DataFrame
-    spectra: pl.DataFrame
-    models: pl.DataFrame
-    tensors: pl.DataFrame
-    manifest: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class HeadTables(RunTables):
-    """The tables of a run over heads and domains.
-
-    Attributes:
-        heads: One row per domain and head.
-        domains: One row per pair of domains.
-        head_cosines: One row per pair of domains and head.
-        scores: One row per domain, reference and head.
-        lorenz: One row per domain and point.
-        models: One row per model.
-        tensors: One row per model and stored tensor.
-        manifest: Version, settings, models, warnings.
-    """
-
-    KINDS = ("heads",)
-    SCHEMAS = {  # noqa: RUF012
+KINDS: dict[str, Schemas] = {
+    "scan": _OF_MATRICES,
+    "compare": _OF_MATRICES,
+    "trajectory": _OF_MATRICES,
+    "heads": {
         "heads": HEADS,
         "domains": DOMAINS,
         "head_cosines": HEAD_COSINES,
-        "scores": SCORES,
+        "scores": REFERENCE_SCORES,
         "lorenz": LORENZ,
         "models": MODELS,
         "tensors": TENSORS,
-    }
+    },
+    "eval": {"items": ITEM_SCORES, "summary": SUMMARY},
+    "search rewind": {
+        "points": ON_CURVE | QUALITY,
+        "effects": EFFECTS,
+        "orders": ORDER_ROWS,
+        "choice": CHOICE,
+        "items": ITEMS,
+    },
+    "search truncate": {"points": ON_TRUNCATION | QUALITY, "choice": TRUNCATION_CHOICE, "items": ITEMS},
+    "connect": {"paths": PATHS, "pairs": PAIRS, "simplex": SIMPLEX, "items": ITEMS},
+    "study": {"findings": FINDINGS, "numbers": NUMBERS},
+}
+"""The tables of each kind of run, the main one first, and the columns that each begins with."""
 
-    heads: pl.DataFrame
-    domains: pl.DataFrame
-    head_cosines: pl.DataFrame
-    scores: pl.DataFrame
-    lorenz: pl.DataFrame
-    models: pl.DataFrame
-    tensors: pl.DataFrame
-    manifest: dict[str, Any] = field(default_factory=dict)
 
+@dataclass(frozen=True)
+class Tables:
+    """The tables of a run by name, each an item and an attribute, and its manifest.
 
-T = TypeVar("T", bound=RunTables)
+    Attributes:
+        manifest: Version, kind, settings, models with digests, warnings.
+        frames: The tables.
+    """
+
+    manifest: dict[str, Any]
+    frames: dict[str, pl.DataFrame] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """The kind of run that they belong to, a name of ``KINDS``."""
+        return self.manifest["kind"]
+
+    def __getitem__(self, name: str) -> pl.DataFrame:
+        return self.frames[name]
+
+    def __getattr__(self, name: str) -> pl.DataFrame:
+        # While a copy is made there are no frames yet, and asking for them would ask for ever.
+        frames = self.__dict__.get("frames", {})
+        if name not in frames:
+            raise AttributeError(f"this run has no table {name!r}; it has {', '.join(frames)}")
+        return frames[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.frames
 
 
 def frame(rows: list[dict[str, Any]], schema: dict[str, Any]) -> pl.DataFrame:
@@ -283,34 +457,68 @@ def frame(rows: list[dict[str, Any]], schema: dict[str, Any]) -> pl.DataFrame:
     return pl.DataFrame(rows, schema={**schema, **floats}, orient="row")
 
 
-def write(tables: RunTables, folder: Path) -> None:
+def new_manifest(kind: str, *, models: Sequence[Mapping[str, Any]], **more: Any) -> dict[str, Any]:
+    """Return the manifest of a run that has just been made.
+
+    Args:
+        kind: A name of ``KINDS``.
+        models: What is known of each model.
+        more: Settings, seconds, metrics, warnings, and what else a kind tells of itself.
+    """
+    return {
+        "diffract": __version__,
+        "kind": kind,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
+        **_UNTOLD,
+        "models": list(models),
+        **more,
+    }
+
+
+def write(tables: Tables, folder: Path) -> None:
     """Write the files of a run into a folder; within ``whole_folder``, so that they appear together."""
-    for name in tables.SCHEMAS:
-        getattr(tables, name).write_parquet(folder / f"{name}.parquet", compression="zstd")
+    for name, table in tables.frames.items():
+        table.write_parquet(folder / f"{name}.parquet", compression="zstd")
     manifest = json.dumps({"format": FORMAT, **tables.manifest}, indent=2)
     (folder / "manifest.json").write_text(manifest + "\n", encoding="utf-8")
 
 
-def load(folder: str | Path, shape: type[T] = Tables) -> T:
-    """Read a run folder.
+def save(tables: Tables, folder: str | Path, *, force: bool) -> None:
+    """Write a run folder that holds the tables alone; it appears whole or not at all.
+
+    Raises:
+        RunError: The folder exists, is no run folder, or cannot be written.
+    """
+    with whole_folder(folder, force=force) as draft:
+        write(tables, draft)
+
+
+def load(folder: str | Path, *kinds: str, only: Sequence[str] | None = None) -> Tables:
+    """Read the tables of a run folder.
 
     Args:
-        folder: Where it is.
-        shape: Which tables are expected.
+        folder: Where the run is.
+        kinds: Which kinds of run may be there; any by default.
+        only: Names of tables, of which those are read that are there; by default all that the kind has.
 
     Raises:
         RunError: A file is missing or unreadable, the folder was written by a newer layout, or holds another kind.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    if manifest["kind"] not in shape.KINDS:
+    if manifest["kind"] not in (expected := kinds or tuple(KINDS)):
         raise RunError(
             f"run folder {str(folder)!r} holds a run of `diffract {manifest['kind']}`, "
-            f"expected one of {' or '.join(shape.KINDS)}."
+            f"expected one of {' or '.join(expected)}."
         )
-    _require(folder, [f"{name}.parquet" for name in shape.SCHEMAS])
-    make = cast("Callable[..., T]", shape)
-    return make(**{name: _read(folder, name, schema) for name, schema in shape.SCHEMAS.items()}, manifest=manifest)
+    if manifest["kind"] == "study":
+        return Tables(manifest, _read_study(folder))
+    schemas = KINDS[manifest["kind"]]
+    if only is None:
+        _require(folder, [f"{name}.parquet" for name in schemas])
+    names = schemas if only is None else [name for name in only if (folder / f"{name}.parquet").is_file()]
+    return Tables(manifest, {name: _read(folder, name, schemas.get(name, {})) for name in names})
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -331,6 +539,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             f"run folder {str(folder)!r} has layout {found!r}, this version reads {FORMAT}. "
             "Use the version of diffract that wrote it."
         )
+    if manifest.get("kind") == "study":  # a study says who it is before anything of it is known
+        manifest = {"created": None, **_UNTOLD, "models": [], **manifest}
     if lost := [key for key in MANIFEST if key not in manifest]:
         raise _damaged(folder, f"manifest.json lacks {', '.join(lost)}")
     return manifest
@@ -344,7 +554,7 @@ def _require(folder: Path, names: list[str]) -> None:
         )
 
 
-def _read(folder: Path, name: str, schema: dict[str, Any]) -> pl.DataFrame:
+def _read(folder: Path, name: str, schema: Mapping[str, Any]) -> pl.DataFrame:
     try:
         table = pl.read_parquet(folder / f"{name}.parquet")
     except (OSError, ValueError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
@@ -352,6 +562,18 @@ def _read(folder: Path, name: str, schema: dict[str, Any]) -> pl.DataFrame:
     if lost := [column for column, dtype in schema.items() if table.schema.get(column) != _dtype(dtype)]:
         raise _damaged(folder, f"{name}.parquet lacks {', '.join(lost)}")
     return table
+
+
+def _read_study(folder: Path) -> dict[str, pl.DataFrame]:
+    """A study keeps its numbers as JSON, so that two runs of it can be compared byte for byte."""
+    _require(folder, [STUDY_NUMBERS])
+    try:
+        found = json.loads((folder / STUDY_NUMBERS).read_text(encoding="utf-8"))
+        findings = [{"finding": name, "verdict": own["verdict"]} for name, own in found.items()]
+        numbers = [{"finding": name, **number} for name, own in found.items() for number in own["numbers"]]
+        return {"findings": frame(findings, FINDINGS), "numbers": frame(numbers, NUMBERS)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pl.exceptions.PolarsError) as error:
+        raise _damaged(folder, str(error)) from error
 
 
 def _damaged(folder: Path, why: str) -> RunError:

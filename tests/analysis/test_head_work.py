@@ -24,7 +24,7 @@ GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_head": 4, "num_key_value_heads": 
 TABLES = ("heads", "domains", "head_cosines", "scores", "lorenz", "models")
 
 
-def same(one: diffract.HeadsRun, other: diffract.HeadsRun, **tolerance: float) -> None:
+def same(one: diffract.Run, other: diffract.Run, **tolerance: float) -> None:
     for name in TABLES:
         frames = getattr(one, name), getattr(other, name)
         assert_frame_equal(*frames, **(tolerance or {"check_exact": True}))

@@ -64,7 +64,7 @@ def domains(write_model: Callable[..., Path]) -> list[str]:
     return [str(write_model("base", base)), *(f"{name}={folder}" for name, folder in made.items())]
 
 
-def of(run: diffract.HeadsRun, model: str) -> pl.DataFrame:
+def of(run: diffract.Run, model: str) -> pl.DataFrame:
     return run.heads.filter(model=model).sort("layer", "head")
 
 
@@ -208,10 +208,10 @@ def test_changes_and_concentration_are_those_of_compare(family: tuple[Path, Path
 
 
 @pytest.fixture
-def unrelated(write_model: Callable[..., Path]) -> Callable[[float], diffract.HeadsRun]:
+def unrelated(write_model: Callable[..., Path]) -> Callable[[float], diffract.Run]:
     """A run over two domains with random changes of a random base, all of it scaled."""
 
-    def run(scale: float = 1.0) -> diffract.HeadsRun:
+    def run(scale: float = 1.0) -> diffract.Run:
         base = llama_tensors(0)
         scaled = [{n: scale * v for n, v in t.items()} for t in (base, llama_tensors(1, base), llama_tensors(2, base))]
         return diffract.heads(write_model(f"base-{scale}", scaled[0]), *scaled[1:])
@@ -219,7 +219,7 @@ def unrelated(write_model: Callable[..., Path]) -> Callable[[float], diffract.He
     return run
 
 
-def test_scale_does_not_matter(unrelated: Callable[[float], diffract.HeadsRun]) -> None:
+def test_scale_does_not_matter(unrelated: Callable[[float], diffract.Run]) -> None:
     one, other = unrelated(1.0), unrelated(4.0)
     # powers of two change no rounding
     assert (other.heads["head_delta"] / one.heads["head_delta"]).to_list() == [4.0] * 16
@@ -245,7 +245,7 @@ def test_the_same_change_twice_is_shared_wholly(family: tuple[Path, Path]) -> No
     assert set(run.scores["score"]) == {0.0}
 
 
-def test_unrelated_changes_share_nothing_but_chance(unrelated: Callable[[], diffract.HeadsRun]) -> None:
+def test_unrelated_changes_share_nothing_but_chance(unrelated: Callable[[], diffract.Run]) -> None:
     run = unrelated()
     row = run.domains.row(0, named=True)
     assert abs(row["cosine"]) < 5 * row["cosine_chance"]
@@ -259,7 +259,7 @@ def test_one_domain_has_no_pairs(domains: list[str]) -> None:
     for name in ("domains", "head_cosines", "scores"):
         table = getattr(run, name)
         assert table.height == 0
-        assert dict(table.schema) == tables.HeadTables.SCHEMAS[name]
+        assert dict(table.schema) == tables.KINDS["heads"][name]
     for column in ("shared_cosine", "shared_share", "specific_delta", "agnostic_share"):
         assert run.heads[column].null_count() == 8
 

@@ -109,7 +109,7 @@ def test_tables_tell_the_place(series: Path) -> None:
 def test_order_does_not_depend_on_how_checkpoints_are_named(series: Path) -> None:
     parts = [series / f"checkpoint-{step}" for step in (100, 3, 20)]
     one, other = diffract.trajectory(series), diffract.trajectory(*parts)
-    for name in tables.Tables.SCHEMAS:
+    for name in tables.KINDS["trajectory"]:
         assert_frame_equal(getattr(one, name), getattr(other, name), **EXACT)
     backwards = diffract.trajectory(*parts, by="given", select="layers 0, attn.q")
     assert backwards.models["step"].to_list() == [100, 3, 20]
@@ -119,7 +119,7 @@ def test_order_does_not_depend_on_how_checkpoints_are_named(series: Path) -> Non
 def test_a_run_folder_comes_back_whole(series: Path, tmp_path: Path) -> None:
     run = diffract.trajectory(series, output=tmp_path / "run", against="first")
     loaded = diffract.load_run(tmp_path / "run")
-    for name in tables.Tables.SCHEMAS:
+    for name in tables.KINDS["trajectory"]:
         assert_frame_equal(getattr(run, name), getattr(loaded, name), **EXACT)
     assert loaded.manifest["kind"] == "trajectory"
     assert {k: loaded.manifest["settings"][k] for k in ("by", "against", "heads")} == {
@@ -343,7 +343,7 @@ def test_an_interrupted_run_continues_to_the_same_result(
     calls = interrupt_after(10**6, monkeypatch)
     run = diffract.trajectory(series, output=tmp_path / "run")
     assert len(calls) == 2 * 16 - 20  # two pairs of 16 tensors
-    for name in tables.Tables.SCHEMAS:
+    for name in tables.KINDS["trajectory"]:
         assert_frame_equal(getattr(run, name), getattr(undisturbed, name), **EXACT)
 
 

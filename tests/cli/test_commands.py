@@ -13,9 +13,9 @@ import typer
 from typer.testing import CliRunner
 
 import diffract
+from diffract.api import evaluate
 from diffract.checkpoints import Checkpoint
 from diffract.cli.main import app
-from diffract.evaluate import evaluate
 from diffract.metrics import CATALOG, FACTS
 from tiny_llama import llama_tensors
 

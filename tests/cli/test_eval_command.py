@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from diffract import load_run
+from diffract.api import evaluate
 from diffract.cli.main import app
-from diffract.evaluate import evaluate, load_evaluation
+from diffract.evaluate import compare_scores
 from tiny_language_model import write_language_model
 
 run = CliRunner()
@@ -24,7 +26,7 @@ def models(tmp_path: Path) -> list[str]:
 def test_eval_says_what_it_found_and_writes_it(models: list[str], tmp_path: Path) -> None:
     done = run.invoke(app, ["eval", models[0], *COMMON, "-o", str(tmp_path / "run")])
     assert done.exit_code == 0, done.output
-    row = load_evaluation(tmp_path / "run").summary.row(0, named=True)
+    row = load_run(tmp_path / "run").summary.row(0, named=True)
     assert f"math {row['quality']:.4g} {row['low']:.4g} to {row['high']:.4g} 6 bits per byte lower" in [
         " ".join(line.split()) for line in done.stdout.splitlines()
     ]
@@ -40,13 +42,13 @@ def test_eval_against_a_model_and_against_its_run(models: list[str], tmp_path: P
     ]
     a, b = (evaluate(m, "math,gsm:1", limit=6, device="cpu") for m in models)
     for summary in found:
-        assert summary["differences"] == b.against(a).to_dicts()
+        assert summary["differences"] == compare_scores(a.tables, b.tables).to_dicts()
         assert summary["summary"] == b.summary.to_dicts()
         assert summary["against"]["models"] == a.manifest["models"]
         assert summary["run"] is None
     shown = run.invoke(app, ["eval", models[1], *COMMON, "--against", models[0]])
     assert f"Against {models[0]}, item by item:" in shown.stdout
-    row = b.against(a).row(0, named=True)
+    row = compare_scores(a.tables, b.tables).row(0, named=True)
     assert f"{row['difference']:+.3g}" in shown.stdout
     assert ("better" if row["gain"] > 0 else "worse") in shown.stdout
 

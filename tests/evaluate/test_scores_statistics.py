@@ -14,7 +14,7 @@ from scipy.stats import binom, binomtest
 from diffract.errors import RunError
 from diffract.evaluate import Task, holm, paired, summarise
 from diffract.evaluate.statistics import bootstrap, mcnemar, sign_flip
-from diffract.evaluate.tasks import SCORES
+from diffract.tables import ITEM_SCORES
 
 BITS = Task("text", "bits", "held-out", "k", "lower", "bits per byte")
 GSM = Task("gsm", "exact", "held-out", "k", "higher", "accuracy")
@@ -23,7 +23,7 @@ GSM = Task("gsm", "exact", "held-out", "k", "higher", "accuracy")
 def table(name: str, values: list[float], weights: list[float] | None = None) -> pl.DataFrame:
     weights = weights or [1.0] * len(values)
     rows = [(name, str(i), v, w, None) for i, (v, w) in enumerate(zip(values, weights, strict=True))]
-    return pl.DataFrame(rows, schema=SCORES, orient="row")
+    return pl.DataFrame(rows, schema=ITEM_SCORES, orient="row")
 
 
 def test_summary_by_hand() -> None:

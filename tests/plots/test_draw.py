@@ -16,6 +16,7 @@ import synthetic
 from diffract import plots
 from diffract.errors import RunError, SelectionError
 from diffract.plots.catalog import KINDS
+from diffract.tables import Tables
 
 HOSTILE = "<script>alert(1)</script>" + "<img src=x onerror=alert(2)>" * 20
 NAMED = ("model", "name", "projection", "task", "order", "rule", "a", "b")
@@ -23,11 +24,9 @@ NAMED = ("model", "name", "projection", "task", "order", "rule", "a", "b")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-class Held:
-    """A run in memory: tables as attributes."""
-
-    def __init__(self, frames: dict[str, pl.DataFrame]) -> None:
-        self.__dict__ |= frames
+def held(frames: dict[str, pl.DataFrame]) -> diffract.Run:
+    """A run in memory."""
+    return diffract.Run(Tables({"kind": synthetic.kind_of(frames)}, frames))
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +37,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_every_kind_is_drawn_from_a_run(kind: str, tmp_path: Path) -> None:
     frames = synthetic.frames_of(kind)
-    held = diffract.plot(kind, Held(frames))
-    assert isinstance(held, go.Figure)
-    assert any(t["a" if t.type == "scatterternary" else "y"] is not None for t in held.data)
-    assert diffract.plot(kind, synthetic.write(frames, tmp_path / "run")) == held
+    drawn = diffract.plot(kind, held(frames))
+    assert isinstance(drawn, go.Figure)
+    assert any(t["a" if t.type == "scatterternary" else "y"] is not None for t in drawn.data)
+    assert diffract.plot(kind, synthetic.write(frames, tmp_path / "run")) == drawn
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -54,7 +53,7 @@ def test_hostile_names_stay_text(kind: str) -> None:
         hostile[table] = frame.with_columns(**{name: pl.lit(HOSTILE) + pl.col(name) for name in known}).with_columns(
             lists
         )
-    text = diffract.plot(kind, Held(hostile)).to_json()
+    text = diffract.plot(kind, held(hostile)).to_json()
     assert text is not None
     assert "<script" not in text.replace("\\u003c", "<")
     assert "<img" not in text.replace("\\u003c", "<")
@@ -65,7 +64,7 @@ def test_hostile_names_stay_text(kind: str) -> None:
 def test_tables_without_rows_are_told_or_drawn_empty(kind: str) -> None:
     empty = {name: frame.clear() for name, frame in synthetic.frames_of(kind).items()}
     try:
-        assert isinstance(diffract.plot(kind, Held(empty)), go.Figure)
+        assert isinstance(diffract.plot(kind, held(empty)), go.Figure)
     except diffract.DiffractError as error:
         assert "the run" in str(error)  # noqa: PT017 (either is right, and nothing else)
 
@@ -73,34 +72,34 @@ def test_tables_without_rows_are_told_or_drawn_empty(kind: str) -> None:
 def test_the_largest_matrix_that_changed_most_is_drawn() -> None:
     frames = synthetic.compared()
     rows = frames["metrics"].filter(model="math", block="mlp").sort("delta_relative", descending=True)
-    figure = diffract.plot("agreement", Held(frames))
+    figure = diffract.plot("agreement", held(frames))
     assert figure.layout.title.text == f"{rows['name'][0]}, math"
     scan = frames | {"models": frames["models"].with_columns(role=pl.lit("model"))}
-    assert diffract.plot("density", Held(scan)).layout.title.text == "L0.mlp.gate, base"  # nothing changed: the first
+    assert diffract.plot("density", held(scan)).layout.title.text == "L0.mlp.gate, base"  # nothing changed: the first
 
 
 def test_a_trajectory_shows_its_last_checkpoint_against_its_own_base() -> None:
     frames = synthetic.trajectory()
     names = frames["models"]["model"].to_list()
     models = pl.DataFrame({"model": names, "role": ["checkpoint"] * len(names), "against": [None, *names[:-1]]})
-    figure = diffract.plot("spectrum", Held(frames | {"models": models}), matrix="L1.mlp.gate")
+    figure = diffract.plot("spectrum", held(frames | {"models": models}), matrix="L1.mlp.gate")
     curves = {
         model: frames["spectra"].filter(model=model, name="L1.mlp.gate", quantity="sigma")["values"][0].to_list()
         for model in names
     }
     assert [list(t.y) for t in figure.data[:2]] == [curves[names[-2]], curves[names[-1]]]
-    first = diffract.plot("spectrum", Held(frames | {"models": models}), matrix="L1.mlp.gate", model=names[0])
+    first = diffract.plot("spectrum", held(frames | {"models": models}), matrix="L1.mlp.gate", model=names[0])
     assert [list(t.y) for t in first.data] == [curves[names[0]]]
 
 
 def test_options_choose() -> None:
-    held = Held(synthetic.compared())
-    assert len(diffract.plot("heads", held, model="code").data) == 1
-    assert len(diffract.plot("scores", held, model="code", reference="math").data) == 1
-    assert diffract.plot("head_heatmap", held, projection="k", metric="pl_alpha").layout.title.text == "attn.k, math"
-    shown = diffract.plot("violins", held, projection="mlp.down", model="code")
+    run = held(synthetic.compared())
+    assert len(diffract.plot("heads", run, model="code").data) == 1
+    assert len(diffract.plot("scores", run, model="code", reference="math").data) == 1
+    assert diffract.plot("head_heatmap", run, projection="k", metric="pl_alpha").layout.title.text == "attn.k, math"
+    shown = diffract.plot("violins", run, projection="mlp.down", model="code")
     assert (len(shown.data[1].y), shown.layout.title.text) == (4, "mlp.down, code")
-    series = Held(synthetic.trajectory())
+    series = held(synthetic.trajectory())
     assert len(diffract.plot("evolution", series, projection="q").data) == 2
     assert diffract.plot("ridge", series, layer=1, projection="q").layout.title.text == "layer 1, q"
 
@@ -134,7 +133,7 @@ def test_options_choose() -> None:
 )
 def test_unknown_names_get_one_clear_error(kind: str, options: dict[str, Any], text: str) -> None:
     with pytest.raises(SelectionError) as error:
-        diffract.plot(kind, Held(synthetic.frames_of(kind)), **options)
+        diffract.plot(kind, held(synthetic.frames_of(kind)), **options)
     assert text in str(error.value)
 
 
@@ -159,7 +158,7 @@ def test_what_a_run_lacks_is_told_with_the_command_that_makes_it(kind: str, text
         "models": frames["models"].filter(model="base"),
     }
     with pytest.raises(RunError) as error:
-        diffract.plot(kind, Held(plain))
+        diffract.plot(kind, held(plain))
     assert text in str(error.value)
     assert f"`{KINDS[kind].make}`" in str(error.value)
 
@@ -167,7 +166,7 @@ def test_what_a_run_lacks_is_told_with_the_command_that_makes_it(kind: str, text
 def test_one_domain_has_no_scores() -> None:
     frames = synthetic.compared()
     with pytest.raises(SelectionError, match="two tuned models"):
-        diffract.plot("scores", Held({"heads": frames["heads"].filter(model="math")}))
+        diffract.plot("scores", held({"heads": frames["heads"].filter(model="math")}))
 
 
 def test_folders_that_are_no_runs(folder: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import diffract
-from diffract import plots, report, tables
+from diffract import plots, report
 from diffract.cli.main import app
 from diffract.report.payload import domain_part
 from tiny_llama import llama_tensors
@@ -131,4 +131,4 @@ def test_a_run_over_heads_of_one_domain(domains: list[str]) -> None:
     assert 'id="head-maps"' in body
     assert 'id="score"' not in body
     assert HOSTILE not in body
-    assert isinstance(run.tables, tables.HeadTables)
+    assert run.kind == "heads"

@@ -11,10 +11,11 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
+from diffract.api import evaluate
 from diffract.errors import CheckpointError, SelectionError
-from diffract.evaluate import evaluate
-from diffract.search import ConnectTables, Estimate, connect
-from diffract.tables import load
+from diffract.run import Run
+from diffract.search import Estimate, connect
+from diffract.tables import KINDS, load
 from search_cases import BASE, CODE, MATH, NATURAL
 
 TASKS = "math,easy=word-problems:1"
@@ -23,17 +24,17 @@ MODELS = (f"math={MATH}", f"text={NATURAL}", f"code={CODE}")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[ConnectTables, Path]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
     folder = tmp_path_factory.mktemp("connect")
     found = connect(BASE, *MODELS, output=folder / "run", **FAST)
-    assert isinstance(found, ConnectTables)
+    assert isinstance(found, Run)
     return found, folder
 
 
-def test_the_run_folder_is_whole(finished: tuple[ConnectTables, Path]) -> None:
+def test_the_run_folder_is_whole(finished: tuple[Run, Path]) -> None:
     found, folder = finished
-    again = load(folder / "run", ConnectTables)
-    for name in ConnectTables.SCHEMAS:
+    again = load(folder / "run")
+    for name in KINDS["connect"]:
         assert_frame_equal(getattr(again, name), getattr(found, name))
     assert [m["model"] for m in again.manifest["models"]] == ["base", "math", "text", "code"]
     assert found.paths.height == 6 * 3 * 2
@@ -43,7 +44,7 @@ def test_the_run_folder_is_whole(finished: tuple[ConnectTables, Path]) -> None:
     assert found.manifest["evaluations"] == 4 + 6
 
 
-def test_ends_are_the_models_alone(finished: tuple[ConnectTables, Path]) -> None:
+def test_ends_are_the_models_alone(finished: tuple[Run, Path]) -> None:
     for name, reference in (("math", MATH), ("code", CODE)):
         alone = evaluate(reference, TASKS, limit=3, cache=False).summary
         for task, quality in alone.select("task", "quality").rows():
@@ -55,7 +56,7 @@ def test_ends_are_the_models_alone(finished: tuple[ConnectTables, Path]) -> None
             assert (ends["quality"] - quality).abs().max() < 1e-9  # batches of another size
 
 
-def test_gaps_and_barriers_follow_from_qualities(finished: tuple[ConnectTables, Path]) -> None:
+def test_gaps_and_barriers_follow_from_qualities(finished: tuple[Run, Path]) -> None:
     found = finished[0]
     gap = found.paths["quality"] - found.paths["linear"]  # of bits, more is worse
     assert (gap - found.paths["gap"]).abs().max() < 1e-12
@@ -69,7 +70,7 @@ def test_gaps_and_barriers_follow_from_qualities(finished: tuple[ConnectTables, 
         assert row["pair_connected"] == own.all()
 
 
-def test_items_give_the_qualities(finished: tuple[ConnectTables, Path]) -> None:
+def test_items_give_the_qualities(finished: tuple[Run, Path]) -> None:
     found = finished[0]
     sums = found.items.group_by("state", "task").agg(q=pl.col("value").sum() / pl.col("weight").sum())
     for table in (found.paths, found.simplex):
@@ -80,7 +81,7 @@ def test_items_give_the_qualities(finished: tuple[ConnectTables, Path]) -> None:
 
 def test_two_models_have_no_simplex_and_a_budget_leaves_out(tmp_path: Path) -> None:
     found = connect(BASE, *MODELS[:2], eval="math", limit=2, steps=5, budget=5, output=tmp_path / "run")
-    assert isinstance(found, ConnectTables)
+    assert isinstance(found, Run)
     assert found.simplex.is_empty()
     assert found.manifest["evaluations"] <= 5
     assert found.manifest["left_out"] == ["7 points of paths on the held-out split"]

@@ -12,13 +12,15 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
+from diffract.api import evaluate
 from diffract.edits import LiveModel, Rewind
 from diffract.edits.steps import plan_step
 from diffract.errors import CheckpointError, CorpusError, RunError, SelectionError
-from diffract.evaluate import Evaluator, evaluate, holm, load_subject, load_tasks, paired
-from diffract.search import Estimate, RewindTables, search_rewind
+from diffract.evaluate import Evaluator, holm, load_subject, load_tasks, paired
+from diffract.run import Run
+from diffract.search import Estimate, search_rewind
 from diffract.search.scorer import refuse_overlap
-from diffract.tables import load
+from diffract.tables import KINDS, load
 from search_cases import BASE, MATH, NATURAL, score_frame
 
 TASKS = "math,easy=word-problems:1"
@@ -26,18 +28,18 @@ FAST: dict[str, Any] = {"eval": TASKS, "limit": 3, "fractions": "0:1:0.25", "see
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[RewindTables, Path]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
     """One search, of all orders, which also wrote what it chose."""
     folder = tmp_path_factory.mktemp("search")
     found = search_rewind(BASE, MATH, reference=NATURAL, output=folder / "run", write=folder / "out", **FAST)
-    assert isinstance(found, RewindTables)
+    assert isinstance(found, Run)
     return found, folder
 
 
-def test_the_run_folder_is_whole(finished: tuple[RewindTables, Path]) -> None:
+def test_the_run_folder_is_whole(finished: tuple[Run, Path]) -> None:
     found, folder = finished
-    again = load(folder / "run", RewindTables)
-    for name in RewindTables.SCHEMAS:
+    again = load(folder / "run")
+    for name in KINDS["search rewind"]:
         assert_frame_equal(getattr(again, name), getattr(found, name))
     assert again.manifest["kind"] == "search rewind"
     assert not (folder / "run.work").exists()
@@ -46,7 +48,7 @@ def test_the_run_folder_is_whole(finished: tuple[RewindTables, Path]) -> None:
     assert len({m["digest"] for m in again.manifest["models"]}) == 2
 
 
-def test_quality_is_that_of_the_items(finished: tuple[RewindTables, Path]) -> None:
+def test_quality_is_that_of_the_items(finished: tuple[Run, Path]) -> None:
     points, items = finished[0].points, finished[0].items
     sums = items.group_by("state", "split", "task").agg(q=pl.col("value").sum() / pl.col("weight").sum())
     both = points.join(sums, on=["state", "split", "task"], how="left")
@@ -58,7 +60,7 @@ def test_quality_is_that_of_the_items(finished: tuple[RewindTables, Path]) -> No
     assert (points["gain"] <= points["gain_high"] + 1e-12).all()
 
 
-def test_ends_are_the_models_themselves(finished: tuple[RewindTables, Path]) -> None:
+def test_ends_are_the_models_themselves(finished: tuple[Run, Path]) -> None:
     points = finished[0].points
     for reference, rows in ((MATH, points.filter(pl.col("fraction") == 0)), (BASE, points.filter(order="base"))):
         alone = evaluate(reference, TASKS, limit=3, cache=False).summary
@@ -68,7 +70,7 @@ def test_ends_are_the_models_themselves(finished: tuple[RewindTables, Path]) -> 
             assert (own - quality).abs().max() < 1e-9  # batches of another size
 
 
-def test_every_curve_begins_and_ends_alike(finished: tuple[RewindTables, Path]) -> None:
+def test_every_curve_begins_and_ends_alike(finished: tuple[Run, Path]) -> None:
     curves = finished[0].points.filter(pl.col("order") != "base")
     assert curves.select("order", "seed", "reverse").unique().height == 6 + 5
     for at in (0.0, 1.0):
@@ -76,7 +78,7 @@ def test_every_curve_begins_and_ends_alike(finished: tuple[RewindTables, Path]) 
     assert curves.group_by("order", "seed", "reverse", "split", "task").len()["len"].unique().to_list() == [5]
 
 
-def test_effects_are_those_of_single_heads(finished: tuple[RewindTables, Path]) -> None:
+def test_effects_are_those_of_single_heads(finished: tuple[Run, Path]) -> None:
     effects = finished[0].effects
     assert effects.height == 32
     subject, base = load_subject(MATH), load_subject(BASE, device="cpu").model
@@ -93,7 +95,7 @@ def test_effects_are_those_of_single_heads(finished: tuple[RewindTables, Path]) 
     assert effects["p_holm"].to_list() == holm(effects["p"].to_list())
 
 
-def test_rewind_takes_the_greedy_order_of_the_run(finished: tuple[RewindTables, Path]) -> None:
+def test_rewind_takes_the_greedy_order_of_the_run(finished: tuple[Run, Path]) -> None:
     found, folder = finished
     live = LiveModel(load_subject(MATH).model)
     step = Rewind(to=BASE, fraction=0.25, order="greedy", scores=str(folder / "run" / "effects.parquet"))
@@ -102,7 +104,7 @@ def test_rewind_takes_the_greedy_order_of_the_run(finished: tuple[RewindTables, 
     assert rows["heads"].to_list() == [names] * rows.height
 
 
-def test_what_is_chosen_is_chosen_on_selection_and_reported_on_held_out(finished: tuple[RewindTables, Path]) -> None:
+def test_what_is_chosen_is_chosen_on_selection_and_reported_on_held_out(finished: tuple[Run, Path]) -> None:
     found = finished[0]
     assert found.choice.height == 2 * 11
     for row in found.choice.iter_rows(named=True):
@@ -120,7 +122,7 @@ def test_what_is_chosen_is_chosen_on_selection_and_reported_on_held_out(finished
     assert found.manifest["chosen"]["selection_gain"] == best
 
 
-def test_the_first_order_ranks_heads_as_effects_do(finished: tuple[RewindTables, Path]) -> None:
+def test_the_first_order_ranks_heads_as_effects_do(finished: tuple[Run, Path]) -> None:
     rho = dict(finished[0].orders.select("order", "spearman").rows())
     assert set(rho) == {"reference", "magnitude", "first-order", "activation"}
     assert rho["first-order"] > 0.6  # 0.9 with more items
@@ -130,7 +132,7 @@ def test_the_first_order_ranks_heads_as_effects_do(finished: tuple[RewindTables,
     )
 
 
-def test_the_written_checkpoint_scores_as_the_live_model_did(finished: tuple[RewindTables, Path]) -> None:
+def test_the_written_checkpoint_scores_as_the_live_model_did(finished: tuple[Run, Path]) -> None:
     found, folder = finished
     written = found.manifest["written"]
     assert written["same_scores"] is True
@@ -147,7 +149,7 @@ class KilledError(Exception):
 
 
 def test_a_search_that_was_stopped_goes_on(
-    finished: tuple[RewindTables, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Run, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, computed = Evaluator._part_scores, []
 
@@ -166,10 +168,10 @@ def test_a_search_that_was_stopped_goes_on(
     assert not (tmp_path / "run").exists()
     before, stop = len(set(computed)) - 1, -1
     found = search_rewind(BASE, MATH, reference=NATURAL, output=tmp_path / "run", **FAST)
-    assert isinstance(found, RewindTables)
+    assert isinstance(found, Run)
     assert len(computed) == len(set(computed)) + 1  # only the one that was interrupted was begun twice
     assert len(set(computed)) > before
-    for name in RewindTables.SCHEMAS:
+    for name in KINDS["search rewind"]:
         assert_frame_equal(getattr(found, name), getattr(finished[0], name))
     assert not (tmp_path / "run.work").exists()
 
@@ -192,11 +194,11 @@ def test_a_killed_process_is_continued(tmp_path: Path) -> None:
     assert process.wait() == -signal.SIGKILL
     assert (tmp_path / "run.work").is_dir()
     subprocess.run(command, check=True, capture_output=True)
-    assert load(tmp_path / "run", RewindTables).effects["effect"].null_count() == 0
+    assert load(tmp_path / "run").effects["effect"].null_count() == 0
 
 
 def test_another_search_into_the_folder_goes_on_from_its_scores(
-    finished: tuple[RewindTables, Path], monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Run, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, folder = finished
     with pytest.raises(RunError, match="exists"):
@@ -207,13 +209,11 @@ def test_another_search_into_the_folder_goes_on_from_its_scores(
 
     monkeypatch.setattr("diffract.evaluate.run.SCORERS", {"bits": refuse})
     found = search_rewind(BASE, MATH, order="greedy", output=folder / "run", force=True, **FAST)
-    assert isinstance(found, RewindTables)
+    assert isinstance(found, Run)
     assert found.orders.is_empty()
 
 
-def test_a_dry_run_writes_nothing_and_counts_at_most_what_is_done(
-    finished: tuple[RewindTables, Path], tmp_path: Path
-) -> None:
+def test_a_dry_run_writes_nothing_and_counts_at_most_what_is_done(finished: tuple[Run, Path], tmp_path: Path) -> None:
     found = search_rewind(BASE, MATH, reference=NATURAL, output=tmp_path / "run", dry_run=True, **FAST)
     assert isinstance(found, Estimate)
     assert list(tmp_path.iterdir()) == []
@@ -225,7 +225,7 @@ def test_a_dry_run_writes_nothing_and_counts_at_most_what_is_done(
 
 def test_a_budget_leaves_out_and_says_so() -> None:
     found = search_rewind(BASE, MATH, order="greedy,magnitude", budget=20, eval="math", limit=2, fractions="0:1:0.25")
-    assert isinstance(found, RewindTables)
+    assert isinstance(found, Run)
     assert found.manifest["evaluations"] <= 20
     assert found.manifest["left_out"][0] == "effects of 32 single heads, and what needs them"
     assert found.effects["effect"].null_count() == 32
@@ -238,7 +238,7 @@ def test_nothing_gained_is_the_tuned_model(tmp_path: Path) -> None:
     """Where nothing helps, what is written is the tuned model, tensor for tensor."""
     fast: dict[str, Any] = {"order": "magnitude", "eval": "math=word-problems:1", "limit": 3, "fractions": "0,1"}
     found = search_rewind(BASE, MATH, write=tmp_path / "out", **fast)
-    assert isinstance(found, RewindTables)
+    assert isinstance(found, Run)
     assert found.manifest["chosen"]["fraction"] == 0
     assert found.manifest["written"]["same_scores"] is True
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (Path(MATH) / "model.safetensors").read_bytes()
@@ -265,7 +265,7 @@ def test_what_cannot_be_written_is_said_before_anything_is_evaluated(
 def test_a_budget_for_controls_alone_writes_nothing(tmp_path: Path) -> None:
     fast: dict[str, Any] = {"eval": "math", "limit": 2, "fractions": "0,0.5,1", "write": tmp_path / "out"}
     found = search_rewind(BASE, MATH, order="greedy,random", seeds=1, budget=12, **fast)
-    assert isinstance(found, RewindTables)
+    assert isinstance(found, Run)
     assert found.manifest["chosen"] is None
     assert found.manifest["written"] is None
     assert "is not written: the budget sufficed for controls alone" in found.manifest["warnings"][-1]

@@ -9,36 +9,38 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
+from diffract.api import evaluate
 from diffract.edits import LiveModel, Truncate
 from diffract.errors import SelectionError
-from diffract.evaluate import Evaluator, evaluate, load_subject, load_tasks
-from diffract.search import Estimate, TruncateTables, search_truncate
-from diffract.tables import load
+from diffract.evaluate import Evaluator, load_subject, load_tasks
+from diffract.run import Run
+from diffract.search import Estimate, search_truncate
+from diffract.tables import KINDS, load
 from search_cases import BASE, MATH
 
 FAST: dict[str, Any] = {"eval": "math", "limit": 3, "fractions": "0,0.5,0.9,1", "seeds": 2}
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[TruncateTables, Path]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
     folder = tmp_path_factory.mktemp("search")
     found = search_truncate(
         BASE, MATH, output=folder / "run", write=folder / "out", tolerance=0.05, choose_by="without-loss", **FAST
     )
-    assert isinstance(found, TruncateTables)
+    assert isinstance(found, Run)
     return found, folder
 
 
-def test_the_run_folder_is_whole(finished: tuple[TruncateTables, Path]) -> None:
+def test_the_run_folder_is_whole(finished: tuple[Run, Path]) -> None:
     found, folder = finished
-    again = load(folder / "run", TruncateTables)
-    for name in TruncateTables.SCHEMAS:
+    again = load(folder / "run")
+    for name in KINDS["search truncate"]:
         assert_frame_equal(getattr(again, name), getattr(found, name))
     curves = found.points.filter(pl.col("rule") != "base").select("rule", "seed").unique()
     assert curves.height == 5 + 4 * 2
 
 
-def test_quality_is_that_of_the_edit(finished: tuple[TruncateTables, Path]) -> None:
+def test_quality_is_that_of_the_edit(finished: tuple[Run, Path]) -> None:
     subject, base = load_subject(MATH), load_subject(BASE, device="cpu").model
     judge = Evaluator(subject, load_tasks("math", limit=3))
     for rule, at, step in (
@@ -57,7 +59,7 @@ def test_quality_is_that_of_the_edit(finished: tuple[TruncateTables, Path]) -> N
         assert rows["quality"].item() == pytest.approx(scores["value"].sum() / scores["weight"].sum(), rel=1e-9)
 
 
-def test_fewer_directions_mean_fewer_bytes_and_less_energy(finished: tuple[TruncateTables, Path]) -> None:
+def test_fewer_directions_mean_fewer_bytes_and_less_energy(finished: tuple[Run, Path]) -> None:
     drop = finished[0].points.filter(rule="drop", split="held-out")
     for column in ("directions", "energy", "bytes"):
         assert drop[column].is_sorted(descending=True)
@@ -65,7 +67,7 @@ def test_fewer_directions_mean_fewer_bytes_and_less_energy(finished: tuple[Trunc
     assert drop.filter(fraction=1)["energy"].item() == 0
 
 
-def test_what_is_chosen_takes_the_fewest_bytes_without_loss(finished: tuple[TruncateTables, Path]) -> None:
+def test_what_is_chosen_takes_the_fewest_bytes_without_loss(finished: tuple[Run, Path]) -> None:
     found = finished[0]
     rows = found.choice.filter(pl.col("which") == "without-loss", ~pl.col("control"))
     assert found.manifest["chosen"]["bytes"] == rows["bytes"].min()
@@ -73,7 +75,7 @@ def test_what_is_chosen_takes_the_fewest_bytes_without_loss(finished: tuple[Trun
     assert 0 < found.manifest["chosen"]["bytes"] < 1
 
 
-def test_the_written_checkpoint_is_said_to_be_rounded(finished: tuple[TruncateTables, Path]) -> None:
+def test_the_written_checkpoint_is_said_to_be_rounded(finished: tuple[Run, Path]) -> None:
     found, folder = finished
     written = found.manifest["written"]
     alone = evaluate(str(folder / "out"), "math", limit=3, cache=False).summary["quality"].item()
@@ -89,7 +91,7 @@ def test_single_rules_alone_and_dry(tmp_path: Path) -> None:
     assert isinstance(dry, Estimate)
     assert dry.evaluations == {"selection": 4 + 2, "held-out": 4 + 2 + 2}
     found = search_truncate(BASE, MATH, rules="mp-edge", eval="math", limit=2)
-    assert isinstance(found, TruncateTables)
+    assert isinstance(found, Run)
     assert found.points.filter(pl.col("rule") == "mp-edge").height == 2 * 2
     with pytest.raises(SelectionError, match="unknown rule 'mp'"):
         search_truncate(BASE, MATH, rules="mp", **FAST)

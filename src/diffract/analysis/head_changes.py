@@ -45,7 +45,7 @@ from diffract.metrics.concentration import (
 )
 from diffract.metrics.pair import cosine_chance
 from diffract.store import Cache, cache_folder
-from diffract.tables import MODELS, HeadTables, frame
+from diffract.tables import MODELS, Tables, frame
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def score_table(names: Sequence[str], places: pl.DataFrame, heads: Grams) -> pl.
         )
         for a, b in permutations(range(len(names)), 2)
     ]
-    return _shaped(frames, tables.SCORES)
+    return _shaped(frames, tables.REFERENCE_SCORES)
 
 
 def lorenz_table(names: Sequence[str], heads: Grams) -> pl.DataFrame:
@@ -341,7 +341,7 @@ def analyse_heads(
     *,
     projections: Sequence[str] = PROJECTIONS,
     allow_unmatched: bool = False,
-) -> HeadTables:
+) -> Tables:
     """Find out which heads change between a base and its tuned checkpoints.
 
     Args:
@@ -406,7 +406,7 @@ def _labels(matrices: Sequence[Matrix]) -> pl.DataFrame:
     return pl.DataFrame(rows, schema={**schema, "entries": pl.Int64}, orient="row")
 
 
-def _assemble(members: Sequence[Member], slices: Slices, manifest: dict[str, Any], notes: Sequence[str]) -> HeadTables:
+def _assemble(members: Sequence[Member], slices: Slices, manifest: dict[str, Any], notes: Sequence[str]) -> Tables:
     names = [member.name for member in members[1:]]
     places, heads, single = slices.heads, head_grams(slices), slice_grams(slices)
     rows = [model_row(m, len(slices.labels) if i == 0 else int((~slices.absent[:, i - 1]).sum()))
@@ -414,16 +414,17 @@ def _assemble(members: Sequence[Member], slices: Slices, manifest: dict[str, Any
     numbers = domain_numbers(heads, single)
     models = frame([rows[0], *(row | own for row, own in zip(rows[1:], numbers, strict=True))], MODELS)
     table = head_table(names, places, heads)
-    return HeadTables(
-        heads=table,
-        domains=domain_table(names, heads, single),
-        head_cosines=cosine_table(names, places, heads),
-        scores=score_table(names, places, heads),
-        lorenz=lorenz_table(names, heads),
-        models=models,
-        tensors=tensor_table(members),
-        manifest=describe(members, models, manifest, GLOSSARY, [*notes, *_row_warnings(table)]),
-    )
+    described = describe(members, models, manifest, glossary=GLOSSARY, warnings=[*notes, *_row_warnings(table)])
+    frames = {
+        "heads": table,
+        "domains": domain_table(names, heads, single),
+        "head_cosines": cosine_table(names, places, heads),
+        "scores": score_table(names, places, heads),
+        "lorenz": lorenz_table(names, heads),
+        "models": models,
+        "tensors": tensor_table(members),
+    }
+    return Tables(described, frames)
 
 
 def _row_warnings(heads: pl.DataFrame) -> list[str]:

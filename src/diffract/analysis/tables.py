@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import blake3
@@ -16,7 +13,6 @@ import polars as pl
 import torch
 
 from diffract import tables
-from diffract._version import __version__
 from diffract.analysis.facts import CURVE, MetricPlan
 from diffract.analysis.work import CIRCUITS, Part
 from diffract.matrices import Layout
@@ -235,35 +231,34 @@ def assemble(
     }
     if POOLED in metrics.columns:
         glossary[POOLED] = MEANING
-    described = describe(members, models, manifest, glossary, row_warnings(metrics))
-    return tables.Tables(metrics, spectra, models, tensor_table(members), described)
+    described = describe(members, models, manifest, glossary=glossary, warnings=row_warnings(metrics))
+    frames = {"metrics": metrics, "spectra": spectra, "models": models, "tensors": tensor_table(members)}
+    return tables.Tables(described, frames)
 
 
 def describe(
     members: Sequence[Member],
     models: pl.DataFrame,
-    manifest: Mapping[str, Any],
+    known: Mapping[str, Any],
+    *,
     glossary: Mapping[str, Any],
     warnings: Sequence[str],
 ) -> dict[str, Any]:
-    """Return the manifest of a run of any kind.
+    """Return the manifest of a run over checkpoints.
 
     Args:
         members: The models.
         models: The table of them.
-        manifest: What the caller knows: kind, settings, seconds.
+        known: What the caller knows: kind, settings, seconds.
         glossary: What the numbers mean.
         warnings: What the numbers gave rise to; those of the models stand before them.
     """
-    return {
-        "diffract": __version__,
-        **manifest,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"system": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
-        "models": [_describe(m, row) for m, row in zip(members, models.iter_rows(named=True), strict=True)],
-        "metrics": dict(glossary),
-        "warnings": [f"{m.name}: {w}" for m in members for w in m.layout.warnings] + list(warnings),
-    }
+    return tables.new_manifest(
+        **known,
+        models=[_describe(m, row) for m, row in zip(members, models.iter_rows(named=True), strict=True)],
+        metrics=dict(glossary),
+        warnings=[f"{m.name}: {w}" for m in members for w in m.layout.warnings] + list(warnings),
+    )
 
 
 def _in_order(members: Sequence[Member], parts: Sequence[Part]) -> list[Part]:

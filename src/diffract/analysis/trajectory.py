@@ -54,7 +54,7 @@ def place(tables: Tables, order: int, at: Milestone, against: str | None, change
     numbers = [pl.lit(value, pl.Float64).alias(name) for name, value in (change | _middles(tables.metrics)).items()]
     models = tables.models.with_columns(*columns, pl.lit(against, pl.String).alias(*AGAINST), *numbers)
     manifest = {**tables.manifest, "models": [{**m, **where, "against": against} for m in tables.manifest["models"]]}
-    return Tables(tables.metrics.with_columns(*columns), tables.spectra, models, tables.tensors, manifest)
+    return Tables(manifest, tables.frames | {"metrics": tables.metrics.with_columns(*columns), "models": models})
 
 
 def join(found: Sequence[Tables], manifest: dict[str, Any], warnings: Sequence[str]) -> Tables:
@@ -82,7 +82,8 @@ def join(found: Sequence[Tables], manifest: dict[str, Any], warnings: Sequence[s
         "metrics": described,
         "warnings": [*warnings, *_warnings(found), *row_warnings(metrics)],
     }
-    return Tables(metrics, pl.concat([t.spectra for t in found]), models, pl.concat([t.tensors for t in found]), joined)
+    spectra, tensors = (pl.concat([t[name] for t in found]) for name in ("spectra", "tensors"))
+    return Tables(joined, {"metrics": metrics, "spectra": spectra, "models": models, "tensors": tensors})
 
 
 def peaks_appear(metrics: pl.DataFrame) -> pl.DataFrame:
@@ -192,7 +193,7 @@ def follow(
             own = {(0, name): digest for (i, name), digest in digests.items() if i == len(layouts) - 1}
             own |= other_digests(layouts[-1:], own, complete=options.select is None)
             member = Member(visit.stop.name, "checkpoint", layouts[-1])
-            tables = assemble([member], [replace(part, model=0) for part in parts], own, plan, {})
+            tables = assemble([member], [replace(part, model=0) for part in parts], own, plan, {"kind": "trajectory"})
             base = found[0 if against == "first" else -1].metrics if found else None
             change = {} if base is None else model_numbers(base, tables.metrics)
             compared = visit.base_stop.name if visit.base_stop else None

@@ -12,7 +12,7 @@ from diffract.cli.console import explained, number, progress, say, say_json, war
 from diffract.settings import size_text
 
 if TYPE_CHECKING:
-    from diffract.api import Run
+    from diffract.run import Run
 
 
 def scan(
@@ -114,7 +114,7 @@ def compare(
 def check_output(output: Path | None, *, force: bool, vectors: bool) -> None:
     """Say what is wrong with the output before hours of work, not after."""
     from diffract.errors import RunError
-    from diffract.tables import refuse_existing
+    from diffract.store import refuse_existing
 
     if output is not None:
         refuse_existing(output, force=force)

@@ -13,7 +13,7 @@ from diffract.cli.console import explained, number, progress, say, say_json, say
 if TYPE_CHECKING:
     import polars as pl
 
-    from diffract.evaluate import Evaluation
+    from diffract.run import Run
 
 
 def evaluate(
@@ -51,7 +51,8 @@ def evaluate(
 ) -> None:
     """How good a model is at text, questions and choices, with intervals; and against another one."""
     with explained(debug=debug):
-        from diffract.evaluate import evaluate as run_evaluate
+        from diffract.api import evaluate as run_evaluate
+        from diffract.evaluate import compare_scores
         from diffract.evaluate.run import place
 
         first = place().rank == 0
@@ -62,27 +63,25 @@ def evaluate(
         with progress("eval", quiet=quiet or json or not first, unit="items") as update:
             found = run_evaluate(model, **common, output=output, force=force, progress=update)
         other = _other(against, common, quiet=quiet or json or not first) if against else None
-        differences = found.against(other) if other else None
+        differences = compare_scores(other.tables, found.tables) if other else None
     if first and json:
         say_json(_summary(found, other, differences, output))
     elif first and not quiet:
         _show(found, other, differences, output)
 
 
-def _other(against: str, common: dict[str, Any], *, quiet: bool) -> Evaluation:
+def _other(against: str, common: dict[str, Any], *, quiet: bool) -> Run:
     """Read what is compared with from its run folder, or evaluate it in the same way."""
-    from diffract.evaluate import evaluate as run_evaluate
-    from diffract.evaluate import load_evaluation
+    from diffract.api import evaluate as run_evaluate
+    from diffract.run import load_run
 
     if (Path(against) / "items.parquet").is_file():
-        return load_evaluation(against)
+        return load_run(against)
     with progress("eval, the other", quiet=quiet, unit="items") as update:
         return run_evaluate(against, **common, progress=update)
 
 
-def _summary(
-    found: Evaluation, other: Evaluation | None, differences: pl.DataFrame | None, output: Path | None
-) -> dict[str, Any]:
+def _summary(found: Run, other: Run | None, differences: pl.DataFrame | None, output: Path | None) -> dict[str, Any]:
     kept = ("kind", "seconds", "settings", "models", "tasks", "warnings")
     against = {"models": other.manifest["models"], "summary": other.summary.to_dicts()} if other else None
     return {
@@ -94,7 +93,7 @@ def _summary(
     }
 
 
-def _show(found: Evaluation, other: Evaluation | None, differences: pl.DataFrame | None, output: Path | None) -> None:
+def _show(found: Run, other: Run | None, differences: pl.DataFrame | None, output: Path | None) -> None:
     warn(found.manifest["warnings"], quiet=False)
     rows = [_row(row) for row in found.summary.iter_rows(named=True)]
     say_table(["task", "quality", "95% interval", "items", "unit", "better"], rows)

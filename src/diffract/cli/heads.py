@@ -14,7 +14,7 @@ from diffract.cli.console import explained, number, progress, say, say_json, say
 if TYPE_CHECKING:
     import polars as pl
 
-    from diffract.heterogeneity import HeadsRun
+    from diffract.run import Run
 
 SHOWN = 5
 """Heads of each domain that are shown."""
@@ -43,7 +43,7 @@ def heads(
 ) -> None:
     """Which attention heads change, in one domain or in all."""
     with explained(debug=debug):
-        from diffract.heterogeneity import heads as run_heads
+        from diffract.api import heads as run_heads
         from diffract.metrics import split_names
 
         with progress("heads", quiet=quiet or json) as update:
@@ -68,7 +68,7 @@ def heads(
         _show(run, output)
 
 
-def _summary(run: HeadsRun, output: Path | None) -> dict[str, Any]:
+def _summary(run: Run, output: Path | None) -> dict[str, Any]:
     kept = ("kind", "seconds", "settings", "warnings")
     return {
         **{k: run.manifest[k] for k in kept},
@@ -80,7 +80,7 @@ def _summary(run: HeadsRun, output: Path | None) -> dict[str, Any]:
     }
 
 
-def _show(run: HeadsRun, output: Path | None) -> None:
+def _show(run: Run, output: Path | None) -> None:
     warn(run.manifest["warnings"], quiet=False)
     domains = run.models.filter(role="tuned")
     count = run.heads.height // domains.height
@@ -109,14 +109,14 @@ def _sentence(row: dict[str, Any], count: int) -> str:
     return f"{row['model']}: " + "; ".join(parts)
 
 
-def _most_changed(run: HeadsRun) -> dict[str, pl.DataFrame]:
+def _most_changed(run: Run) -> dict[str, pl.DataFrame]:
     """The heads of each domain whose change is the largest."""
     known = run.heads.filter(run.heads["rank"].is_not_null())
     kept = ["layer", "block", "head", "head_delta", "head_delta_relative", "shared_share"]
     return {name: known.filter(model=name).sort("rank").select(kept).head(SHOWN) for name in _names(run)}
 
 
-def _most_specific(run: HeadsRun) -> dict[str, pl.DataFrame]:
+def _most_specific(run: Run) -> dict[str, pl.DataFrame]:
     """The heads of each domain whose lowest score against any other is the highest."""
     scores = run.scores.filter(run.scores["score"].is_not_null()).drop("reference")
     lowest = scores.group_by("domain", "layer", "block", "head", maintain_order=True).min()
@@ -124,7 +124,7 @@ def _most_specific(run: HeadsRun) -> dict[str, pl.DataFrame]:
     return {name: ordered.filter(domain=name).drop("domain").head(SHOWN) for name in _names(run)}
 
 
-def _names(run: HeadsRun) -> list[str]:
+def _names(run: Run) -> list[str]:
     return run.models.filter(role="tuned")["model"].to_list()
 
 
@@ -140,7 +140,7 @@ def _named(row: dict[str, Any], value: float) -> str:
     return f"{block}L{row['layer']} h{row['head']}  {number(value)}"
 
 
-def _matrix(run: HeadsRun) -> list[list[str]]:
+def _matrix(run: Run) -> list[list[str]]:
     """Spearman's correlation above the diagonal, cosine below it."""
     names = _names(run)
     found = {(row["a"], row["b"]): row for row in run.domains.iter_rows(named=True)}

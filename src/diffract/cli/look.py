@@ -12,7 +12,7 @@ from diffract.errors import printable
 from diffract.settings import size_text
 
 if TYPE_CHECKING:
-    from diffract.inspection import Inspection
+    from diffract.api import Inspection
 
 
 def inspect(
@@ -28,7 +28,7 @@ def inspect(
 ) -> None:
     """What is in a checkpoint, how it will be sliced, and what a scan will cost. Reads headers only."""
     with explained(debug=debug):
-        from diffract.inspection import inspect as look
+        from diffract.api import inspect as look
 
         found = look(
             model,

@@ -15,7 +15,7 @@ from diffract.errors import RunError
 if TYPE_CHECKING:
     import polars as pl
 
-    from diffract.search import ConnectTables, RewindTables, TruncateTables
+    from diffract.run import Run
     from diffract.search.plan import Estimate
 
 app = typer.Typer(help="Search by measured quality: which heads, how many directions.", no_args_is_help=True)
@@ -96,10 +96,11 @@ def rewind(
     """Which heads can go back to the base: curves of several orders, and the best point."""
     given = dict(locals())
     with explained(debug=debug):
-        from diffract.search import RewindTables, search_rewind
+        from diffract.run import Run
+        from diffract.search import search_rewind
 
         found = _run(search_rewind, [given.pop("base"), given.pop("tuned")], given)
-        if isinstance(found, RewindTables):
+        if isinstance(found, Run):
             tables = {"choice": found.choice, "orders": found.orders, "effects": found.effects}
             _end(found.manifest, tables, given, lambda: _show_rewind(found))
 
@@ -140,10 +141,11 @@ def truncate(
     """How much of the change is needed: curves of several rules, against controls of equal energy and bytes."""
     given = dict(locals())
     with explained(debug=debug):
-        from diffract.search import TruncateTables, search_truncate
+        from diffract.run import Run
+        from diffract.search import search_truncate
 
         found = _run(search_truncate, [given.pop("base"), given.pop("tuned")], given)
-        if isinstance(found, TruncateTables):
+        if isinstance(found, Run):
             _end(found.manifest, {"choice": found.choice}, given, lambda: _show_truncate(found))
 
 
@@ -177,11 +179,11 @@ def connect(
     """Are models of several domains connected: quality on the lines between them, and barriers."""
     given = dict(locals())
     with explained(debug=debug):
-        from diffract.search import ConnectTables
+        from diffract.run import Run
         from diffract.search import connect as run_connect
 
         found = _run(run_connect, [given.pop("base"), *given.pop("models")], given)
-        if isinstance(found, ConnectTables):
+        if isinstance(found, Run):
             _end(found.manifest, {"pairs": found.pairs}, given, lambda: _show_connect(found))
 
 
@@ -229,7 +231,7 @@ def _summary(manifest: Mapping[str, Any], tables: Mapping[str, pl.DataFrame], ou
     return {**found, **{name: table.to_dicts() for name, table in tables.items()}, "run": str(output)}
 
 
-def _show_rewind(found: RewindTables) -> None:
+def _show_rewind(found: Run) -> None:
     _say_task(found.manifest)
     pairs = _pairs(found.choice)
     say_table(["order", *CHOSEN], [[_order(best), *_chosen(best, far, "fraction")] for best, far in pairs])
@@ -239,7 +241,7 @@ def _show_rewind(found: RewindTables) -> None:
     _say_written(found.manifest)
 
 
-def _show_truncate(found: TruncateTables) -> None:
+def _show_truncate(found: Run) -> None:
     _say_task(found.manifest)
     pairs = _pairs(found.choice)
     rows = [[_numbered(best["rule"], best["seed"]), *_chosen(best, far, "bytes")] for best, far in pairs]
@@ -248,7 +250,7 @@ def _show_truncate(found: TruncateTables) -> None:
     _say_written(found.manifest)
 
 
-def _show_connect(found: ConnectTables) -> None:
+def _show_connect(found: Run) -> None:
     tolerance = found.manifest["settings"]["tolerance"]
     say(f"barriers on the held-out split, in the tasks' units; connected below {tolerance:g}")
     rows = [

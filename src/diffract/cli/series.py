@@ -12,7 +12,7 @@ from diffract.cli.analyse import check_output, summary
 from diffract.cli.console import explained, progress, say, say_json, say_table, warn
 
 if TYPE_CHECKING:
-    from diffract.api import Run
+    from diffract.run import Run
 
 NUMBERS = {
     "delta_relative": "change",

@@ -27,11 +27,9 @@ def report(
     """Redraw report.html from a saved run. Needs no weights and no torch."""
     with explained(debug=debug):
         from diffract import report as drawing
-        from diffract import tables
+        from diffract.tables import load
 
-        kind = tables.read_manifest(run)["kind"]
-        shape = tables.HeadTables if kind in tables.HeadTables.KINDS else tables.Tables
-        path = drawing.write(tables.load(run, shape), output or run / "report.html")
+        path = drawing.write(load(run), output or run / "report.html")
     say(f"report: {path}", quiet=quiet)
 
 

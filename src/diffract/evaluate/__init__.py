@@ -9,18 +9,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffract.evaluate.catalog import load_tasks
     from diffract.evaluate.model import Subject, load_subject
-    from diffract.evaluate.run import Evaluation, Evaluator, evaluate, load_evaluation
+    from diffract.evaluate.run import Evaluator, compare_scores
     from diffract.evaluate.statistics import holm, paired, summarise
     from diffract.evaluate.tasks import Task
 
 _PLACES = {
-    "Evaluation": "run",
     "Evaluator": "run",
     "Subject": "model",
     "Task": "tasks",
-    "evaluate": "run",
+    "compare_scores": "run",
     "holm": "statistics",
-    "load_evaluation": "run",
     "load_subject": "model",
     "load_tasks": "catalog",
     "paired": "statistics",
@@ -28,13 +26,11 @@ _PLACES = {
 }
 
 __all__ = [
-    "Evaluation",
     "Evaluator",
     "Subject",
     "Task",
-    "evaluate",
+    "compare_scores",
     "holm",
-    "load_evaluation",
     "load_subject",
     "load_tasks",
     "paired",

@@ -4,147 +4,83 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
 import torch
 
-from diffract._version import __version__
-from diffract.corpora import Split
 from diffract.errors import CheckpointError, RunError, printable
-from diffract.evaluate.catalog import load_tasks
 from diffract.evaluate.harness import score_harness
 from diffract.evaluate.model import Subject, has_adapters, model_digest, tokenizer_digest
 from diffract.evaluate.scoring import Budget, chunks, score_choices, score_questions, score_texts
-from diffract.evaluate.statistics import SUMMARY, holm, paired, summarise
-from diffract.evaluate.tasks import SCORES, VERSION, Item, Score, Task, score_table
+from diffract.evaluate.statistics import holm, paired, summarise
+from diffract.evaluate.tasks import VERSION, Item, Score, Task, score_table
 from diffract.settings import Progress
 from diffract.store import Cache, cache_folder, cache_key
-from diffract.tables import RunTables, load, refuse_existing, whole_folder, write
+from diffract.tables import ITEM_SCORES, Tables, new_manifest
 
 
-@dataclass(frozen=True)
-class Evaluation(RunTables):
-    """The tables of an evaluation.
-
-    Attributes:
-        items: One row per task and item.
-        summary: One row per task: quality and its interval.
-        manifest: Version, model, tasks, settings, warnings.
-    """
-
-    KINDS = ("eval",)
-    SCHEMAS = {"items": SCORES, "summary": SUMMARY}  # noqa: RUF012
-
-    items: pl.DataFrame
-    summary: pl.DataFrame
-    manifest: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def tasks(self) -> list[Task]:
-        """What was evaluated, without the items themselves."""
-        return [_task(row) for row in self.manifest["tasks"]]
-
-    def against(self, other: Evaluation) -> pl.DataFrame:
-        """Return ``paired`` of another evaluation and this one, and the p-values adjusted for the number of tasks.
-
-        ``difference`` is this one's quality less the other's; ``p_holm`` are Holm's p-values over the tasks.
-
-        Raises:
-            RunError: The tasks or their items are not the same.
-        """
-        keys = {task.name: task.key for task in other.tasks}
-        if strange := [task.name for task in self.tasks if keys.get(task.name) != task.key]:
-            raise RunError(
-                f"{printable(', '.join(strange))}: not the same items in both evaluations. Evaluate both with the same "
-                "tasks, split, limit, shots and data."
-            )
-        table = paired(other.items, self.items, self.tasks)
-        return table.with_columns(pl.Series("p_holm", holm(table["p"].to_list()), dtype=pl.Float64))
-
-    def save(self, folder: str | Path, *, force: bool = False) -> None:
-        """Write a run folder.
-
-        Raises:
-            RunError: Something else is there, or it cannot be written.
-        """
-        with whole_folder(folder, force=force) as draft:
-            write(self, draft)
-
-
-def evaluate(
-    ref: str | Path | Any,
-    tasks: str | Sequence[str] = "math,code,text",
-    *,
-    split: Split = "held-out",
-    data: str | Path | None = None,
-    limit: int | None = None,
-    shots: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    tokenizer: Any = None,
-    batch_tokens: int = 16_384,
-    cache: bool = True,
-    output: str | Path | None = None,
-    force: bool = False,
-    progress: Progress | None = None,
-) -> Evaluation:
-    """Evaluate a model.
+def compare_scores(before: Tables, after: Tables) -> pl.DataFrame:
+    """Return ``paired`` of two evaluations, and Holm's p-values over the tasks as ``p_holm``.
 
     Args:
-        ref: A folder with a model of transformers, ``org/name@revision`` on the hub, an adapter, or a loaded model.
-        tasks: Names, see ``load_tasks``.
-        split: ``held-out`` to report, ``selection`` to choose by.
-        data: A folder with a folder of files for each domain.
-        limit: Items of each task at most.
-        shots: Solved examples before each question.
-        device: ``auto`` is CUDA where there is one.
-        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``, see ``load_subject``.
-        tokenizer: A reference, or a loaded one, where it is not beside the model.
-        batch_tokens: At once, padding included.
+        before: The tables of an evaluation.
+        after: Those of another one on the same items; ``difference`` is its quality less the first one's.
+
+    Raises:
+        RunError: The tasks or their items are not the same.
+    """
+    tasks = [_task(row) for row in after.manifest["tasks"]]
+    keys = {task.name: task.key for task in map(_task, before.manifest["tasks"])}
+    if strange := [task.name for task in tasks if keys.get(task.name) != task.key]:
+        raise RunError(
+            f"{printable(', '.join(strange))}: not the same items in both evaluations. Evaluate both with the same "
+            "tasks, split, limit, shots and data."
+        )
+    table = paired(before["items"], after["items"], tasks)
+    return table.with_columns(pl.Series("p_holm", holm(table["p"].to_list()), dtype=pl.Float64))
+
+
+def score(
+    subject: Subject,
+    tasks: Sequence[Task],
+    settings: Mapping[str, Any],
+    *,
+    cache: bool = True,
+    batch_tokens: int = 16_384,
+    progress: Progress | None = None,
+) -> Tables:
+    """Score a model on tasks: the tables of an evaluation.
+
+    Args:
+        subject: The model.
+        tasks: What it is scored on.
+        settings: How tasks were chosen, for the manifest.
         cache: Use and keep scores.
-        output: Write a run folder.
-        force: Replace an existing run folder.
+        batch_tokens: Tokens that are computed at once, padding included.
         progress: Takes how far work has come.
 
     Raises:
-        DiffractError: The input is wrong; the message says what, where, and what to do.
+        CheckpointError: The model cannot be evaluated.
     """
-    from diffract.evaluate.model import load_subject
-    from diffract.evaluate.run import Evaluator, own_device, place
-
     begun = time.monotonic()
-    if output is not None:
-        refuse_existing(output, force=force)
-    chosen = load_tasks(tasks, split=split, data=data, limit=limit, shots=shots)
-    given = own_device()
-    subject = load_subject(ref, device=device if given is None else str(given), dtype=dtype, tokenizer=tokenizer)
-    notes: list[str] = [note for task in chosen for note in task.notes]
+    notes: list[str] = [note for task in tasks for note in task.notes]
     with Cache(cache_folder()) if cache else nullcontext() as store:
-        run = Evaluator(subject, chosen, cache=store, batch_tokens=batch_tokens, notes=notes.append, progress=progress)
+        run = Evaluator(subject, tasks, cache=store, batch_tokens=batch_tokens, notes=notes.append, progress=progress)
         items = run.scores()
-    notes += _unasked(items, chosen)
-    settings = {"split": split, "limit": limit, "shots": shots, "data": str(data) if data else None}
-    model = _described(subject, run.digests)
-    manifest = _manifest(model, chosen, settings, list(dict.fromkeys(notes)), time.monotonic() - begun)
-    found = Evaluation(items, summarise(items, chosen), manifest)
-    if output is not None and place().rank == 0:
-        found.save(output, force=force)
-    return found
-
-
-def load_evaluation(folder: str | Path) -> Evaluation:
-    """Read an evaluation's run folder.
-
-    Raises:
-        RunError: A file is missing or unreadable, or the folder holds another kind of run.
-    """
-    return load(folder, Evaluation)
+    notes += _unasked(items, tasks)
+    manifest = new_manifest(
+        "eval",
+        models=[_described(subject, run.digests)],
+        settings=dict(settings),
+        seconds=round(time.monotonic() - begun, 3),
+        tasks=[task.settings() for task in tasks],
+        warnings=list(dict.fromkeys(notes)),
+    )
+    return Tables(manifest, {"items": items, "summary": summarise(items, tasks)})
 
 
 def _described(subject: Subject, digests: tuple[str, str]) -> dict[str, Any]:
@@ -155,22 +91,6 @@ def _described(subject: Subject, digests: tuple[str, str]) -> dict[str, Any]:
         "context": subject.context,
         "device": subject.device.type,
         "dtype": str(next(iter(subject.model.parameters())).dtype).removeprefix("torch."),
-    }
-
-
-def _manifest(
-    model: dict[str, Any], tasks: Sequence[Task], settings: dict[str, Any], notes: Sequence[str], seconds: float
-) -> dict[str, Any]:
-    return {
-        "diffract": __version__,
-        "kind": "eval",
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": round(seconds, 3),
-        "settings": settings,
-        "models": [model],
-        "metrics": {},
-        "tasks": [task.settings() for task in tasks],
-        "warnings": list(notes),
     }
 
 
@@ -293,7 +213,7 @@ class Evaluator:
             model = self._model_key()
             self._done = 0
             tables = [self._task_scores(task, model) for task in self.tasks]
-            return pl.concat([pl.DataFrame(schema=SCORES), *tables])
+            return pl.concat([pl.DataFrame(schema=ITEM_SCORES), *tables])
         finally:
             self.subject.model.train(training)
 

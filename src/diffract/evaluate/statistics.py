@@ -16,23 +16,12 @@ from scipy.stats import binom
 
 from diffract.errors import RunError, printable
 from diffract.evaluate.tasks import Task
+from diffract.tables import SUMMARY
 
 Floats = NDArray[np.float64]
 
 DRAWS_AT_ONCE = 1 << 22
 """Numbers that are held at a time."""
-
-SUMMARY: dict[str, Any] = {
-    "task": pl.String,
-    "quality": pl.Float64,
-    "low": pl.Float64,
-    "high": pl.Float64,
-    "items": pl.Int64,
-    "unit": pl.String,
-    "better": pl.String,
-    "chance": pl.Float64,
-}
-"""Columns of ``summarise``; ``low`` and ``high`` are the interval's ends, ``chance`` the quality of guessing."""
 
 PAIRED: dict[str, Any] = {
     "task": pl.String,

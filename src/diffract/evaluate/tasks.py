@@ -10,25 +10,12 @@ import polars as pl
 
 from diffract.corpora import Split
 from diffract.store import cache_key
+from diffract.tables import ITEM_SCORES
 
 VERSION = 1
 """Raised when the same items would get other scores; part of every key."""
 
 Kind = Literal["bits", "exact", "choice", "lm-eval"]
-
-SCORES: dict[str, Any] = {
-    "task": pl.String,
-    "item": pl.String,
-    "value": pl.Float64,
-    "weight": pl.Float64,
-    "output": pl.String,
-}
-"""Columns of a table of scores; ``(task, item)`` is unique.
-
-The quality of a task is sum(``value``) / sum(``weight``). Of bits per byte ``value`` is the bits that the model needs
-for the item's text, ``weight`` its UTF-8 bytes; elsewhere ``value`` is 0 or 1 (of lm-evaluation-harness its metric)
-and ``weight`` 1. ``output`` is what the model answered, where it answers.
-"""
 
 
 @dataclass(frozen=True)
@@ -96,7 +83,7 @@ Item = Piece | Question | Choice | Harness
 
 @dataclass(frozen=True)
 class Score:
-    """What one item got: a row of ``SCORES``."""
+    """What one item got: a row of ``ITEM_SCORES``."""
 
     item: str
     value: float
@@ -155,7 +142,7 @@ def make_task(
 
 def score_table(name: str, scores: Sequence[Score]) -> pl.DataFrame:
     """Return scores of a task as a table."""
-    return pl.DataFrame([(name, s.item, s.value, s.weight, s.output) for s in scores], schema=SCORES, orient="row")
+    return pl.DataFrame([(name, s.item, s.value, s.weight, s.output) for s in scores], schema=ITEM_SCORES, orient="row")
 
 
 T = TypeVar("T")

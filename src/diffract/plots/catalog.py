@@ -46,6 +46,7 @@ from diffract.plots.spectra import AXES as DENSITY_AXES
 from diffract.plots.spectra import density, ks_scan, spectrum
 from diffract.plots.training import AXES as EVOLUTION_AXES
 from diffract.plots.training import OVER, evolution, ridge
+from diffract.tables import Tables
 
 COMPARE = "diffract compare BASE TUNED -o RUN"
 SCAN_ALL = "diffract scan MODEL --metrics all -o RUN` or `diffract compare BASE TUNED --metrics all -o RUN"
@@ -378,7 +379,7 @@ KINDS: dict[str, Kind] = {
 
 def plot(
     kind: str,
-    run: str | Path | Tabled,
+    run: str | Path | Tabled | Tables,
     *,
     matrix: str | None = None,
     model: str | None = None,

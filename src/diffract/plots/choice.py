@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 import polars as pl
 
-from diffract.errors import RunError, SelectionError, choose, printable
-from diffract.tables import read_manifest
+from diffract.errors import SelectionError, choose, printable
+from diffract.tables import Tables, load
 
 
 def curve(spectra: pl.DataFrame, model: str, name: str, quantity: str) -> list[float]:
@@ -35,30 +35,23 @@ Frames = Mapping[str, pl.DataFrame]
 
 
 class Tabled(Protocol):
-    """A run in memory: ``diffract.Run``, or another with tables as attributes."""
+    """A run in memory."""
 
     @property
-    def models(self) -> pl.DataFrame:
-        """One row per model."""
+    def tables(self) -> Tables:
+        """Its tables by name."""
         ...
 
 
-def read_frames(run: str | Path | Tabled, names: Sequence[str]) -> dict[str, pl.DataFrame]:
-    """Return those of the named tables that the run has.
+def read_frames(run: str | Path | Tabled | Tables, names: Sequence[str]) -> Frames:
+    """Return the tables of a run, of a folder only those of the named ones that are there.
 
     Raises:
-        RunError: It is no run folder, of another layout, or damaged.
+        RunError: The folder is no run folder, of another layout, or damaged.
     """
-    if not isinstance(run, str | Path):
-        held = {name: getattr(run, name, None) for name in names}
-        return {name: frame for name, frame in held.items() if isinstance(frame, pl.DataFrame)}
-    folder = Path(run)
-    read_manifest(folder)
-    try:
-        files = {name: folder / f"{name}.parquet" for name in names}
-        return {name: pl.read_parquet(file) for name, file in files.items() if file.is_file()}
-    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
-        raise RunError(f"run folder {str(folder)!r} is damaged: {error}. Make it again.") from error
+    if isinstance(run, str | Path):
+        return load(run, only=names).frames
+    return (run if isinstance(run, Tables) else run.tables).frames
 
 
 NO_METRICS = ("resolved",)

@@ -8,7 +8,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from diffract.errors import RunError, SelectionError, printable
-from diffract.tables import whole_file
+from diffract.store import whole_file
 
 FORMATS = (".html", ".png", ".svg", ".pdf")
 WIDTH = 900

@@ -11,23 +11,29 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from diffract.errors import printable
+from diffract.errors import RunError, printable
 from diffract.report.payload import embed, payload
 from diffract.report.words import Headline, concentration, headlines
 from diffract.settings import size_text
-from diffract.tables import HeadTables, Tables, write_text
+from diffract.store import write_text
+from diffract.tables import Tables
+
+PAGES = ("scan", "compare", "trajectory", "heads")
+"""Kinds of run that have a page."""
 
 
-def write(tables: Tables | HeadTables, path: str | Path) -> Path:
+def write(tables: Tables, path: str | Path) -> Path:
     """Write the report of a run; it appears whole or not at all.
 
     Raises:
-        RunError: The file cannot be written.
+        RunError: Such a run has no report, or the file cannot be written.
     """
+    if tables.kind not in PAGES:
+        raise RunError(f"a run of `diffract {tables.kind}` has no report; one of {', '.join(PAGES)} has.")
     return write_text(path, render(tables))
 
 
-def render(tables: Tables | HeadTables) -> str:
+def render(tables: Tables) -> str:
     """Return the report of a run as HTML that needs nothing else, no network either."""
     data = payload(tables)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -59,7 +65,7 @@ def _by_group(glossary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [(g.replace("_", " "), {k: m for k, m in glossary.items() if m.get("group", "") == g}) for g in groups]
 
 
-def _described(tables: Tables | HeadTables) -> list[dict[str, Any]]:
+def _described(tables: Tables) -> list[dict[str, Any]]:
     """Models with their architecture in words."""
     rows = []
     for row in tables.manifest.get("models", []):

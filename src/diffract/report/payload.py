@@ -23,7 +23,7 @@ from diffract.plots.heads import Grid, HeadGrids, scale01
 from diffract.plots.spectra import AXIS_TITLES
 from diffract.plots.style import DIVERGING
 from diffract.plots.training import places_of, quartiles, time_column
-from diffract.tables import LABELS, OUTCOME, TIMELINE, HeadTables, Tables
+from diffract.tables import LABELS, OUTCOME, TIMELINE, Tables
 
 FITTED = {
     "mp_variance": 1.0,
@@ -159,9 +159,9 @@ CURVE_POINTS = 257
 """On each Lorenz curve."""
 
 
-def domain_part(tables: Tables | HeadTables) -> dict[str, Any] | None:
+def domain_part(tables: Tables) -> dict[str, Any] | None:
     """Return figures of heads and domains; ``None`` where the run compares nothing, or has no heads."""
-    if isinstance(tables, HeadTables):
+    if tables.kind == "heads":
         return _part(tables.heads, tables.domains)
     if tables.manifest["kind"] != "compare":
         return None
@@ -253,7 +253,7 @@ DRAWN = (
 PLAIN = ("model", "name", "part", "layer", "head", "kv_head", "expert", "rows", "cols", "status", "method", "warning")
 
 
-def payload(tables: Tables | HeadTables) -> dict[str, Any]:
+def payload(tables: Tables) -> dict[str, Any]:
     """Return everything that the script needs."""
     common = {
         "kind": tables.manifest["kind"],
@@ -262,7 +262,7 @@ def payload(tables: Tables | HeadTables) -> dict[str, Any]:
         ).to_dicts(),
         "domains": domain_part(tables),
     }
-    return common | (_without_matrices(tables) if isinstance(tables, HeadTables) else _of_matrices(tables))
+    return common | (_without_matrices(tables) if tables.kind == "heads" else _of_matrices(tables))
 
 
 def on_page(tables: Tables) -> Tables:
@@ -275,8 +275,9 @@ def on_page(tables: Tables) -> Tables:
         return tables
     kept = max(2, ROW_BUDGET * count // rows)
     names = tables.models["model"].gather(np.linspace(0, count - 1, kept).round().astype(int)).to_list()
-    own = {name: getattr(tables, name).filter(pl.col("model").is_in(names)) for name in Tables.SCHEMAS}
-    return Tables(**own, manifest=tables.manifest)
+    return Tables(
+        tables.manifest, {name: table.filter(pl.col("model").is_in(names)) for name, table in tables.frames.items()}
+    )
 
 
 def points_per_curve(spectra: pl.DataFrame) -> int | None:
@@ -307,7 +308,7 @@ def _of_matrices(tables: Tables) -> dict[str, Any]:
     }
 
 
-def _without_matrices(tables: HeadTables) -> dict[str, Any]:
+def _without_matrices(tables: Tables) -> dict[str, Any]:
     """A page that shows heads only."""
     return {
         "models": tables.models.select("model", "role", base=pl.lit(None, pl.String)).to_dicts(),

@@ -8,7 +8,7 @@ from typing import Any
 import polars as pl
 
 from diffract.errors import printable
-from diffract.tables import HeadTables, Tables
+from diffract.tables import Tables
 
 LONG_TAIL = 50
 """Eigenvalues from which on a fitted tail is called long; below it, exponents scatter widely."""
@@ -34,13 +34,13 @@ class Headline:
     minor: bool = False
 
 
-def headlines(tables: Tables | HeadTables) -> list[Headline]:
+def headlines(tables: Tables) -> list[Headline]:
     """Return the headlines of a run; of a scan, those of its only model; of a trajectory, those of the series."""
     models = tables.models
     if models["role"][0] == "checkpoint":
         return _of_trajectory(models)
     tuned = models.filter(pl.col("role") == "tuned")
-    if isinstance(tables, HeadTables):
+    if tables.kind == "heads":
         return [headline for row in tuned.iter_rows(named=True) for headline in _of_domain(row)]
     if not len(tuned):
         return _of_scan(models, tables.metrics) + _of_spectra(models["model"][0], tables)

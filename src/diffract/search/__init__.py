@@ -10,24 +10,17 @@ if TYPE_CHECKING:
     from diffract.search.connectivity import connect
     from diffract.search.plan import Estimate
     from diffract.search.rewind import search_rewind
-    from diffract.search.tables import ConnectTables, RewindTables, TruncateTables
     from diffract.search.truncate import search_truncate
 
 _PLACES = {
-    "ConnectTables": "tables",
     "Estimate": "plan",
-    "RewindTables": "tables",
-    "TruncateTables": "tables",
     "connect": "connectivity",
     "search_rewind": "rewind",
     "search_truncate": "truncate",
 }
 
 __all__ = [
-    "ConnectTables",
     "Estimate",
-    "RewindTables",
-    "TruncateTables",
     "connect",
     "search_rewind",
     "search_truncate",

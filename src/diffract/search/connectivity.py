@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from diffract.edits.settings import Interpolate, Merge
 from diffract.errors import RunError, SelectionError, printable
 from diffract.evaluate import Task, summarise
+from diffract.run import Run
 from diffract.search.plan import Estimate, Plan, Sketch, State, parse_budget
 from diffract.search.scorer import RESAMPLES, TUNED, Scorer
 from diffract.search.stage import (
@@ -33,9 +34,8 @@ from diffract.search.stage import (
     set_up,
     working,
 )
-from diffract.search.tables import ITEMS, PAIRS, PATHS, SIMPLEX, ConnectTables
 from diffract.settings import Progress
-from diffract.tables import frame
+from diffract.tables import ITEMS, PAIRS, PATHS, SIMPLEX, Tables, frame
 
 Floats = NDArray[np.float64]
 
@@ -219,7 +219,7 @@ def connect(
     architecture: str | Path | None = None,
     force: bool = False,
     progress: Progress | None = None,
-) -> ConnectTables | Estimate:
+) -> Run | Estimate:
     """Measure quality on the lines between models, and on the simplex of three; nothing is chosen.
 
     Args:
@@ -245,7 +245,7 @@ def connect(
         progress: Called with evaluations done, all of them, and what is done now.
 
     Returns:
-        The tables of the run; of a dry run the estimate.
+        The run; of a dry run the estimate.
 
     Raises:
         DiffractError: The input is wrong; the message says what, where, and what to do.
@@ -269,22 +269,21 @@ def connect(
         described_models = [described(BASE, "base", base, stage.subject.model)]
         described_models += [described(name, "tuned", named[name], mixer.models[name]) for name in named]
         scorer = stage.scorer(cache, progress)
-        tables = search.run(scorer, plan)
+        frames = search.run(scorer, plan)
         settings = how.settings() | {"steps": steps, "grid": grid, "scale": scale, "tolerance": tolerance}
-        tables.manifest.update(
-            manifest(
-                "connect",
-                stage,
-                described_models,
-                settings | {"budget": budget},
-                evaluations=scorer.done,
-                left_out=list(plan.left_out),
-                seconds=round(time.monotonic() - begun, 3),
-            )
+        told = manifest(
+            "connect",
+            stage,
+            described_models,
+            settings | {"budget": budget},
+            evaluations=scorer.done,
+            left_out=list(plan.left_out),
+            seconds=round(time.monotonic() - begun, 3),
         )
+        tables = Tables(told, frames)
         if output is not None:
             finish(tables, output, cache, force=force)
-    return tables
+    return Run(tables)
 
 
 def named_models(models: Sequence[str | tuple[str, Model]]) -> dict[str, Model]:
@@ -351,7 +350,7 @@ class ConnectSearch:
         simplex = Sketch({"simplex": True}, tuple(map(float, range(count + 2))), group="points of the simplex")
         return [*lines, simplex] if count else lines
 
-    def run(self, scorer: Scorer, plan: Plan) -> ConnectTables:
+    def run(self, scorer: Scorer, plan: Plan) -> dict[str, pl.DataFrame]:
         """Measure what is planned, and find barriers."""
         scorer.total = plan.evaluations
         for state in (TUNED, *map(self.mixer.alone, self.mixer.models)):
@@ -366,12 +365,12 @@ class ConnectSearch:
             pairs += one_pair
         chosen = plan.points.get(("held-out", len(self.mixer.pairs())), ())
         simplex = [row for i in chosen for row in self._mixture(scorer, self.mixtures[i - 1])]
-        return ConnectTables(
-            frame(paths, PATHS),
-            frame(pairs, PAIRS),
-            frame(simplex, SIMPLEX),
-            scorer.items().select(*ITEMS),
-        )
+        return {
+            "paths": frame(paths, PATHS),
+            "pairs": frame(pairs, PAIRS),
+            "simplex": frame(simplex, SIMPLEX),
+            "items": scorer.items().select(*ITEMS),
+        }
 
     def _path(self, scorer: Scorer, a: str, b: str, places: Sequence[float]) -> tuple[Rows, Rows]:
         """Return the rows of one path, and of its barriers."""

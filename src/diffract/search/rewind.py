@@ -20,14 +20,14 @@ from diffract.edits.settings import Interpolate, Rewind, Shared
 from diffract.errors import SelectionError, choose
 from diffract.evaluate import Task, holm, load_tasks
 from diffract.metrics.concentration import spearman
+from diffract.run import Run
 from diffract.search.plan import SPLITS, Estimate, Plan, Point, Sketch, State, parse_fractions
 from diffract.search.predictions import Sample, activation_changes, first_order_gains, take_sample, task_texts
 from diffract.search.run import Asked, Found, run_search
 from diffract.search.scorer import RESAMPLES, TUNED, Scorer, Which, difference_rows
 from diffract.search.stage import How, Model, Rows, Stage, build, in_memory, measure
-from diffract.search.tables import CHOICE, EFFECTS, ITEMS, ON_CURVE, ORDER_ROWS, QUALITY, RewindTables
 from diffract.settings import Progress
-from diffract.tables import frame
+from diffract.tables import CHOICE, EFFECTS, ITEMS, ON_CURVE, ORDER_ROWS, QUALITY, frame
 
 HeadOrder = Literal["greedy", "reference", "magnitude", "random", "first-order", "activation"]
 ORDERS: tuple[HeadOrder, ...] = get_args(HeadOrder)
@@ -325,7 +325,7 @@ def search_rewind(
     architecture: str | Path | None = None,
     force: bool = False,
     progress: Progress | None = None,
-) -> RewindTables | Estimate:
+) -> Run | Estimate:
     """Rewind heads in several orders, and measure what that does to quality.
 
     Everything is chosen on the selection split: the effect of each head alone, the greedy order by it (the best first;
@@ -427,7 +427,7 @@ class RewindSearch:
         """Say how far a chosen point goes."""
         return row["fraction"]
 
-    def run(self, scorer: Scorer, plan: Plan, tolerance: float | None) -> Found[RewindTables]:
+    def run(self, scorer: Scorer, plan: Plan, tolerance: float | None) -> Found:
         """Measure single heads, find all orders, measure curves, and choose."""
         effects = None
         if plan.effects:
@@ -435,14 +435,14 @@ class RewindSearch:
         sources = Sources(self.stage, self.other, self.units, self.reference, self.text)
         scores = head_scores(sources, self.orders) | ({"greedy": effects.gains()} if effects else {})
         points, chosen = self._curves(scorer, plan, scores, tolerance)
-        tables = RewindTables(
-            points=frame(points, ON_CURVE | QUALITY),
-            effects=effect_table(self.units, effects, scores, self.stage.tasks["selection"]),
-            orders=order_table(scores),
-            choice=frame(chosen, CHOICE),
-            items=scorer.items().select(*ITEMS),
-        )
-        return Found(tables, chosen)
+        frames = {
+            "points": frame(points, ON_CURVE | QUALITY),
+            "effects": effect_table(self.units, effects, scores, self.stage.tasks["selection"]),
+            "orders": order_table(scores),
+            "choice": frame(chosen, CHOICE),
+            "items": scorer.items().select(*ITEMS),
+        }
+        return Found(frames, chosen)
 
     def _curves(
         self, scorer: Scorer, plan: Plan, scores: Mapping[str, Scores], tolerance: float | None

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar, get_args
+from typing import Any, Protocol, get_args
 
 import polars as pl
 import torch
@@ -15,6 +15,7 @@ from diffract.edits.settings import Settings
 from diffract.edits.to_files import apply
 from diffract.errors import SelectionError, choose
 from diffract.evaluate import Evaluator, load_subject, summarise
+from diffract.run import Run
 from diffract.search.plan import SPLITS, Estimate, Plan, Sketch, State, parse_budget
 from diffract.search.scorer import TUNED, Scorer, Which, winner
 from diffract.search.stage import (
@@ -31,7 +32,8 @@ from diffract.search.stage import (
     working,
 )
 from diffract.settings import Progress
-from diffract.tables import RunTables, refuse_existing
+from diffract.store import refuse_existing
+from diffract.tables import Tables
 
 PER_ITEM = 1e-9
 """Relative difference of a value that still counts as the same: sums in another order, no other weights."""
@@ -80,10 +82,6 @@ def _architecture(stage: Stage) -> dict[str, str]:
     return {} if stage.how.architecture is None else {"architecture": str(stage.how.architecture)}
 
 
-T = TypeVar("T", bound=RunTables)
-T_co = TypeVar("T_co", bound=RunTables, covariant=True)
-
-
 @dataclass(frozen=True)
 class Asked:
     """What is asked of every search.
@@ -127,19 +125,19 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Found(Generic[T_co]):
+class Found:
     """What a search has found.
 
     Attributes:
-        tables: Its tables; their manifest is empty yet.
+        frames: Its tables by name.
         chosen: Rows of what was chosen.
     """
 
-    tables: T_co
+    frames: dict[str, pl.DataFrame]
     chosen: Rows
 
 
-class Search(Protocol[T_co]):
+class Search(Protocol):
     """A search over states of a model.
 
     Attributes:
@@ -164,7 +162,7 @@ class Search(Protocol[T_co]):
         """Return its settings as a manifest keeps them."""
         ...
 
-    def run(self, scorer: Scorer, plan: Plan, tolerance: float | None) -> Found[T_co]:
+    def run(self, scorer: Scorer, plan: Plan, tolerance: float | None) -> Found:
         """Measure and choose."""
         ...
 
@@ -174,8 +172,8 @@ class Search(Protocol[T_co]):
 
 
 def run_search(
-    base: Model, tuned: Model, how: How, asked: Asked, make: Callable[[Stage, torch.nn.Module], Search[T]]
-) -> T | Estimate:
+    base: Model, tuned: Model, how: How, asked: Asked, make: Callable[[Stage, torch.nn.Module], Search]
+) -> Run | Estimate:
     """Search, and write what was found.
 
     Args:
@@ -216,15 +214,14 @@ def run_search(
         notes = {"chosen": best, "written": written, "left_out": list(plan.left_out)}
         settings = how.settings() | search.settings() | asked.settings()
         seconds = round(time.monotonic() - begun, 3)
-        found.tables.manifest.update(
-            manifest(search.kind, stage, models, settings, seconds=seconds, evaluations=scorer.done, **notes)
-        )
+        told = manifest(search.kind, stage, models, settings, seconds=seconds, evaluations=scorer.done, **notes)
+        tables = Tables(told, found.frames)
         if asked.output is not None:
-            finish(found.tables, asked.output, cache, force=asked.force)
-    return found.tables
+            finish(tables, asked.output, cache, force=asked.force)
+    return Run(tables)
 
 
-def _measured(search: Search[T], scorer: Scorer, plan: Plan, tolerance: float | None) -> Found[T]:
+def _measured(search: Search, scorer: Scorer, plan: Plan, tolerance: float | None) -> Found:
     """Score both ends of all curves, the tuned model first, and search."""
     scorer.total = plan.evaluations
     for state in (TUNED, *search.ends):

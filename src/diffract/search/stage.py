@@ -6,13 +6,11 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffract._version import __version__
 from diffract.corpora import Split
 from diffract.edits.live import LiveModel
 from diffract.errors import CheckpointError, RunError, printable
@@ -21,8 +19,8 @@ from diffract.evaluate.model import model_digest, tokenizer_digest
 from diffract.search.plan import SPLITS, Budget, Curve, Estimate, Plan, Point, Sketch, cost, make_plan
 from diffract.search.scorer import Scorer, chosen_points, seconds_of
 from diffract.settings import Progress
-from diffract.store import Cache, held
-from diffract.tables import RunTables, refuse_existing, whole_folder, write
+from diffract.store import Cache, held, refuse_existing, whole_folder
+from diffract.tables import Tables, new_manifest, write
 
 Model = str | Path | torch.nn.Module
 """A folder with a model of transformers, ``org/name@revision`` on the hub, or a loaded model."""
@@ -169,18 +167,15 @@ def manifest(
     kind: str, stage: Stage, models: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], **found: Any
 ) -> dict[str, Any]:
     """Return the manifest of a search."""
-    return {
-        "diffract": __version__,
-        "kind": kind,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "tokenizer": tokenizer_digest(stage.subject.tokenizer),
-        "tasks": {split: [task.settings() for task in tasks] for split, tasks in stage.tasks.items()},
-        "metrics": {},
-        "models": list(models),
-        "settings": dict(settings),
+    return new_manifest(
+        kind,
+        models=models,
+        settings=dict(settings),
+        tokenizer=tokenizer_digest(stage.subject.tokenizer),
+        tasks={split: [task.settings() for task in tasks] for split, tasks in stage.tasks.items()},
+        warnings=list(dict.fromkeys(stage.notes)),
         **found,
-        "warnings": list(dict.fromkeys(stage.notes)),
-    }
+    )
 
 
 KEPT = "cache"
@@ -217,7 +212,7 @@ def work_folder(output: str | Path) -> Path:
     return Path(output).with_name(Path(output).name + ".work")
 
 
-def finish(tables: RunTables, output: str | Path, cache: Cache | None, *, force: bool) -> None:
+def finish(tables: Tables, output: str | Path, cache: Cache | None, *, force: bool) -> None:
     """Write the run folder, with the scores in it, and remove the one for work."""
     with whole_folder(output, force=force) as draft:
         write(tables, draft)

@@ -20,13 +20,13 @@ from diffract.edits.planning import flat
 from diffract.edits.settings import Interpolate, Merge, Settings, Truncate
 from diffract.engine import single_threaded
 from diffract.errors import SelectionError, choose
+from diffract.run import Run
 from diffract.search.plan import SPLITS, Estimate, Plan, Point, Sketch, State, parse_fractions
 from diffract.search.run import Asked, Found, run_search
 from diffract.search.scorer import TUNED, Scorer, Which
 from diffract.search.stage import How, Model, Stage, build, measure
-from diffract.search.tables import ITEMS, ON_TRUNCATION, QUALITY, TRUNCATION_CHOICE, TruncateTables
 from diffract.settings import Progress
-from diffract.tables import frame
+from diffract.tables import ITEMS, ON_TRUNCATION, QUALITY, TRUNCATION_CHOICE, frame
 
 PLACE_BYTES = 4
 """Where a single entry is in its matrix."""
@@ -268,7 +268,7 @@ def search_truncate(
     architecture: str | Path | None = None,
     force: bool = False,
     progress: Progress | None = None,
-) -> TruncateTables | Estimate:
+) -> Run | Estimate:
     """Drop singular directions of the change by several rules, and measure what that does to quality.
 
     What is chosen is chosen on the selection split; the held-out split reports.
@@ -356,14 +356,14 @@ class TruncateSearch:
         """Say how far a chosen point goes: how few bytes it takes."""
         return -row["bytes"]
 
-    def run(self, scorer: Scorer, plan: Plan, tolerance: float | None) -> Found[TruncateTables]:
+    def run(self, scorer: Scorer, plan: Plan, tolerance: float | None) -> Found:
         """Measure curves, and choose."""
         curves = build(self.sketches, plan, self.truncater.point)
         points, chosen = measure(scorer, self.sketches, curves, plan, tolerance)
         base = [{"rule": "base", **row} for split in SPLITS for row in scorer.rows(split, self.truncater.whole())]
-        tables = TruncateTables(
-            points=frame(points + base, ON_TRUNCATION | QUALITY),
-            choice=frame(chosen, TRUNCATION_CHOICE),
-            items=scorer.items().select(*ITEMS),
-        )
-        return Found(tables, chosen)
+        frames = {
+            "points": frame(points + base, ON_TRUNCATION | QUALITY),
+            "choice": frame(chosen, TRUNCATION_CHOICE),
+            "items": scorer.items().select(*ITEMS),
+        }
+        return Found(frames, chosen)

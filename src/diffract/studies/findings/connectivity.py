@@ -6,8 +6,8 @@ import numpy as np
 import polars as pl
 
 from diffract.plots.searches import connectivity_matrix, curves, model_paths
+from diffract.run import Run
 from diffract.search import connect
-from diffract.search.tables import ConnectTables
 from diffract.studies.finding import Finding, Number, Verdict, rank_correlation, shown
 from diffract.studies.study import Study
 
@@ -45,7 +45,7 @@ def connectivity(study: Study) -> Finding:
     )
 
 
-def _paths(study: Study, tokens: int) -> ConnectTables:
+def _paths(study: Study, tokens: int) -> Run:
     study.say(f"paths between domains from {tokens:,} tokens")
     asked, tuned = study.recipe.search.paths, study.family.tuned[tokens]
     run = connect(
@@ -59,7 +59,7 @@ def _paths(study: Study, tokens: int) -> ConnectTables:
         limit=asked.limit,
         force=True,
     )
-    assert isinstance(run, ConnectTables), "only a dry run gives something else"
+    assert isinstance(run, Run), "only a dry run gives something else"
     return run
 
 

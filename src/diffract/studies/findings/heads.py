@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 from scipy import stats
 
-from diffract.heterogeneity import heads as measure
+from diffract.api import heads as measure
 from diffract.plots.heads import head_maps, lorenz
 from diffract.studies.finding import RESAMPLES, Finding, Number, better
 from diffract.studies.study import NOISE, Study

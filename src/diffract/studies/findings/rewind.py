@@ -8,8 +8,8 @@ import polars as pl
 
 from diffract.plots.heads import head_effects
 from diffract.plots.searches import rewind_curves
+from diffract.run import Run
 from diffract.search import search_rewind
-from diffract.search.tables import RewindTables
 from diffract.studies.finding import Finding, Number, better
 from diffract.studies.study import Study
 
@@ -56,7 +56,7 @@ def rewind(study: Study) -> Finding:
     )
 
 
-def _search(study: Study) -> RewindTables:
+def _search(study: Study) -> Run:
     asked = study.recipe.search
     study.say(f"rewinding heads of {study.recipe.target}: {', '.join(asked.orders)}")
     run = search_rewind(
@@ -71,7 +71,7 @@ def _search(study: Study) -> RewindTables:
         force=True,
         **study.searching(),
     )
-    assert isinstance(run, RewindTables), "only a dry run gives something else"
+    assert isinstance(run, Run), "only a dry run gives something else"
     return run
 
 
@@ -100,7 +100,7 @@ def _furthest(chosen: pl.DataFrame) -> str:
     return f"The largest fraction without loss, on the same items: {row['fraction']:.3g} (order {row['order']})."
 
 
-def _of_heads(run: RewindTables) -> list[Number]:
+def _of_heads(run: Run) -> list[Number]:
     """How many heads matter alone, and how well each cheaper order ranks them."""
     known = run.effects.filter(pl.col("effect").is_not_null())
     sure = known.filter(pl.col("p_holm") < LEVEL)

@@ -7,8 +7,8 @@ from typing import Any
 import polars as pl
 
 from diffract.plots.searches import truncation_curves
+from diffract.run import Run
 from diffract.search import search_truncate
-from diffract.search.tables import TruncateTables
 from diffract.studies.finding import Finding, Number, better
 from diffract.studies.study import Study
 
@@ -45,7 +45,7 @@ def truncation(study: Study) -> Finding:
     )
 
 
-def _search(study: Study) -> TruncateTables:
+def _search(study: Study) -> Run:
     study.say(f"truncating the change of {study.recipe.target}")
     run = search_truncate(
         study.base,
@@ -57,7 +57,7 @@ def _search(study: Study) -> TruncateTables:
         force=True,
         **study.searching(),
     )
-    assert isinstance(run, TruncateTables), "only a dry run gives something else"
+    assert isinstance(run, Run), "only a dry run gives something else"
     return run
 
 
