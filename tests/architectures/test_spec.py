@@ -28,7 +28,9 @@ def test_all_families_are_there() -> None:
     assert len(types) == len(set(types))
 
 
-@pytest.mark.parametrize("model", [spec_module.Spec, spec_module.Role, spec_module.ConfigKeys, spec_module.Choice])
+@pytest.mark.parametrize(
+    "model", [spec_module.Spec, spec_module.Role, spec_module.ConfigKeys, spec_module.ConditionalKey]
+)
 def test_every_key_is_read_by_code(model: type) -> None:
     code = "".join(p.read_text() for p in (ROOT / "src/diffract").rglob("*.py") if p.name != "spec.py")
     for key in model.model_fields:

@@ -10,7 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from diffract.checkpoints import Checkpoint, open_checkpoint, row_blocks, tensor_digest
-from diffract.checkpoints.header import HEADER_LIMIT, TORCH_DTYPES, TensorInfo
+from diffract.checkpoints.dtypes import TORCH_DTYPES
+from diffract.checkpoints.header import HEADER_LIMIT, TensorInfo
 from diffract.checkpoints.sources import LocalFile, LocalFolder
 from diffract.errors import CheckpointError
 

@@ -9,16 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from diffract.checkpoints.header import (
-    DTYPE_NAMES,
-    FLOATS,
-    HEADER_LIMIT,
-    ITEMSIZES,
-    TORCH_DTYPES,
-    TensorInfo,
-    encode_header,
-    read_header,
-)
+from diffract.checkpoints.dtypes import DTYPE_NAMES, TORCH_DTYPES
+from diffract.checkpoints.header import FLOATS, HEADER_LIMIT, ITEMSIZES, TensorInfo, encode_header, read_header
 from diffract.errors import CheckpointError
 
 F32 = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from diffract.checkpoints import FLOATS, TensorInfo, open_checkpoint
-from diffract.checkpoints.header import ITEMSIZES, TORCH_DTYPES
+from diffract.checkpoints.dtypes import TORCH_DTYPES
+from diffract.checkpoints.header import ITEMSIZES
 from diffract.errors import CheckpointError
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffract.checkpoints import TensorInfo, open_checkpoint
-from diffract.checkpoints.header import DTYPE_NAMES
+from diffract.checkpoints.dtypes import DTYPE_NAMES
 from diffract.checkpoints.writer import ShardedWriter
 
 Same = Callable[[torch.Tensor, torch.Tensor], bool]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffract.checkpoints import Checkpoint, tensor_digest
-from diffract.checkpoints.header import TORCH_DTYPES
+from diffract.checkpoints.dtypes import TORCH_DTYPES
 from diffract.matrices import Matrix, cut
 from diffract.matrices.layout import KEEP_BYTES
 

@@ -185,7 +185,7 @@ def row_blocks(info: TensorInfo, block_bytes: int = BLOCK_BYTES) -> Iterator[Ran
 
 def from_bytes(buffer: torch.Tensor, info: TensorInfo, rows: Range | None) -> torch.Tensor:
     """Return raw bytes (uint8, 1-D) as a tensor of the stored dtype and shape, without a copy."""
-    from diffract.checkpoints.header import TORCH_DTYPES
+    from diffract.checkpoints.dtypes import TORCH_DTYPES
 
     if info.dtype not in TORCH_DTYPES:
         raise CheckpointError(f"tensor {printable(info.name)!r}: this torch has no {info.dtype}. Update torch.")

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import torch
-
 from diffract.errors import CheckpointError, printable
 
 ITEMSIZES: dict[str, int] = {
@@ -61,33 +59,6 @@ class TensorInfo:
     def is_float(self) -> bool:
         """Whether the tensor can be analysed."""
         return self.dtype in FLOATS
-
-
-TORCH_DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-if hasattr(torch, "float8_e8m0fnu"):  # from torch 2.7 on; scales of block formats
-    TORCH_DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
-
-DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 HEADER_LIMIT = 100_000_000

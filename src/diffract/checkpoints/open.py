@@ -107,7 +107,7 @@ def _open(reference: Reference, how: _How) -> Checkpoint:
 def _open_memory(reference: Any) -> Checkpoint:
     import torch
 
-    from diffract.checkpoints.sources import open_mapping, open_module
+    from diffract.checkpoints.arrays import open_mapping, open_module
 
     if isinstance(reference, torch.nn.Module):
         return open_module(reference)
@@ -135,11 +135,11 @@ def _open_file(path: Path) -> Checkpoint:
     folder = LocalFolder(path.parent)
     config, companions = read_config(folder), find_companions(folder)
     if path.suffix == ".npz":
-        from diffract.checkpoints.sources import open_npz
+        from diffract.checkpoints.arrays import open_npz
 
         return replace(open_npz(path), config=config, companions=companions)
     if path.suffix in TORCH_SUFFIXES:
-        from diffract.checkpoints.sources import open_pickle
+        from diffract.checkpoints.arrays import open_pickle
 
         return replace(open_pickle(path), config=config, companions=companions)
     if path.suffix == ".safetensors":
@@ -167,7 +167,7 @@ def _open_folder(path: Path, how: _How) -> Checkpoint:
         return replace(open_shards(folder, shards), config=config, companions=companions)
     pickles = find_shards(folder, TORCH, TORCH_SUFFIXES)
     if pickles.files:
-        from diffract.checkpoints.sources import open_pickles
+        from diffract.checkpoints.arrays import open_pickles
 
         return replace(open_pickles(folder, pickles), config=config, companions=companions)
     raise CheckpointError(

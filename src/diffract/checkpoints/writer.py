@@ -132,7 +132,7 @@ class TensorWriter:
 
     def _check(self, name: str, tensor: torch.Tensor) -> str:
         """Return the name of a tensor's dtype, or raise."""
-        from diffract.checkpoints.header import DTYPE_NAMES
+        from diffract.checkpoints.dtypes import DTYPE_NAMES
 
         if name in self._places or name == "__metadata__":
             raise CheckpointError(f"{self._where}: the name {printable(name)!r} is taken. Choose another one.")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffract.checkpoints import TensorInfo
-from diffract.checkpoints.header import TORCH_DTYPES
+from diffract.checkpoints.dtypes import TORCH_DTYPES
 from diffract.edits.bench import Bench
 from diffract.edits.draft import Draft, Place, everything, overlap
 from diffract.edits.settings import Settings

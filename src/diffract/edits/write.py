@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffract.checkpoints import TensorInfo, as_bytes
 from diffract.checkpoints.checkpoint import digest_as_read, start_digest
-from diffract.checkpoints.header import DTYPE_NAMES, TORCH_DTYPES
+from diffract.checkpoints.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from diffract.checkpoints.writer import ShardedWriter
 from diffract.edits.draft import Draft
 from diffract.edits.output import Output

@@ -42,9 +42,9 @@ def circuit_spectrum(
     2048, Gram matrices given). ``auto`` takes QR factors for float64 weights, as ``spectrum`` does.
 
     **Rotary embeddings.** A query at position p meets a key at position s through W_q^T R(s - p) W_k, with R a rotation
-    of pairs of the head's dimensions (Su et al. 2021, section 3.2); the plain product is the circuit at distance zero. At other
-    distances the spectrum differs. Each sigma_i stays between sigma_h(W_k) sigma_i(W_q) and sigma_1(W_k) sigma_i(W_q),
-    also with q and k exchanged, and the product of all h of them stays the same.
+    of pairs of the head's dimensions (Su et al. 2021, section 3.2); the plain product is the circuit at distance zero.
+    At other distances the spectrum differs. Each sigma_i stays between sigma_h(W_k) sigma_i(W_q) and sigma_1(W_k)
+    sigma_i(W_q), also with q and k exchanged, and the product of all h of them stays the same.
 
     **Norms of q and k** (OLMo-2 over all heads, Qwen3 per head) stand between the two factors: they divide by a number
     that each token has of its own, so the circuit's scale, unlike its shape, is not what the model sees. Their gains

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffract.checkpoints import open_checkpoint
-from diffract.checkpoints.header import TORCH_DTYPES
+from diffract.checkpoints.dtypes import TORCH_DTYPES
 from diffract.errors import RecipeError, printable, suggest
 from diffract.train.recipe import TrainRecipe, hub_parts
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from diffract.checkpoints import TensorWriter, tensor_digest
 from diffract.checkpoints.adapter import CONFIG, WEIGHTS
-from diffract.checkpoints.header import DTYPE_NAMES, TensorInfo
+from diffract.checkpoints.dtypes import DTYPE_NAMES
+from diffract.checkpoints.header import TensorInfo
 from diffract.edits.bench import Bench
 from diffract.errors import SelectionError, printable
 from diffract.matrices import Entry, Matrix, parse_selection

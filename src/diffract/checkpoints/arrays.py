@@ -1,0 +1,247 @@
+"""Tensors that torch holds, as a checkpoint: mappings of arrays, modules, ``.npz`` archives, PyTorch files.
+
+Headers are read without this module, since loading torch takes seconds.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from diffract.checkpoints.checkpoint import Checkpoint, Range, Source
+from diffract.checkpoints.dtypes import DTYPE_NAMES
+from diffract.checkpoints.header import TensorInfo
+from diffract.checkpoints.sources import LocalFolder, Shards, check_promised, join
+from diffract.errors import CheckpointError, printable
+
+Array = torch.Tensor | np.ndarray
+
+BIT_TYPES: dict[str, tuple[type[np.generic], torch.dtype]] = {
+    "bfloat16": (np.uint16, torch.bfloat16),
+    "float8_e4m3fn": (np.uint8, torch.float8_e4m3fn),
+    "float8_e5m2": (np.uint8, torch.float8_e5m2),
+}
+"""ml_dtypes' names: NumPy holds the bits, torch knows the type."""
+
+
+class Memory:
+    """One array that already lies in memory, or is mapped into it; only what is read is converted."""
+
+    def __init__(self, array: Array) -> None:
+        self.array = array
+
+    def read(self, info: TensorInfo, rows: Range | None) -> torch.Tensor:
+        """Return entries ``rows`` of the leading axis, on the CPU."""
+        return _to_tensor(self.array if rows is None else self.array[rows[0] : rows[1]])
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def open_mapping(
+    arrays: Mapping[str, Any], *, reference: str = "<memory>", config: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """Return an in-memory mapping as a checkpoint; arrays that share their memory are recognised as tied.
+
+    Args:
+        arrays: Names to arrays: torch, NumPy, or anything with ``__dlpack__`` or ``__array__``; nested
+            mappings (JAX/Flax parameters) are flattened with dots.
+        reference: What to call it.
+        config: The model's configuration.
+
+    Raises:
+        CheckpointError: A value is no array of a known dtype, or two values get the same name.
+    """
+    return open_pairs(flatten(arrays), reference=reference, config=config)
+
+
+def open_pairs(
+    pairs: Iterable[tuple[str, Any]], *, reference: str, config: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """Return names and arrays as a checkpoint; as ``open_mapping``, with nothing left to flatten."""
+    found: dict[str, Array] = {}
+    for name, value in pairs:
+        if name in found:
+            raise CheckpointError(f"{reference}: two values are called {printable(name)!r}. Rename one of them.")
+        found[name] = _as_array(value, f"{reference}, {printable(name)!r}")
+    infos = {name: _describe(name, array, reference) for name, array in found.items()}
+    sources: dict[str, Source] = {name: Memory(array) for name, array in found.items()}
+    return Checkpoint(reference, infos, sources, config or {}, _ties(found))
+
+
+def open_module(module: torch.nn.Module, *, reference: str = "<module>") -> Checkpoint:
+    """Return a module's tensors as a checkpoint; a ``config`` with ``to_dict`` (transformers) is its config.
+
+    Args:
+        module: The model. What of its state is no tensor is left out.
+        reference: What to call it.
+    """
+    config = getattr(module, "config", None)
+    found = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+    state = module.state_dict(keep_vars=True)
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    return open_mapping(tensors, reference=reference, config=found)
+
+
+def open_npz(path: Path) -> Checkpoint:
+    """Open a NumPy archive. It is read whole, as it cannot be read in part; pickled objects are refused.
+
+    Raises:
+        CheckpointError: It is no archive of plain arrays.
+    """
+    where = printable(path, 1000)
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except Exception as error:  # a damaged archive can make zipfile, zlib or NumPy raise almost anything
+        raise CheckpointError(
+            f"cannot read {where!r} as .npz of plain arrays: {printable(error)}. Save it with numpy.savez."
+        ) from error
+    return open_mapping(arrays, reference=where)
+
+
+def flatten(arrays: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested mappings, names joined with dots."""
+    for key, value in arrays.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _as_array(value: Any, where: str) -> Array:
+    """Return a value as a dense array that holds data, without a copy."""
+    try:
+        array = _plain(value)
+        if isinstance(array, torch.Tensor) and (array.is_meta or array.is_quantized or array.layout != torch.strided):
+            raise TypeError(f"a {array.layout} tensor of {array.dtype} on {array.device} holds no plain entries")
+        return array
+    except (TypeError, ValueError, RuntimeError, BufferError) as error:
+        raise CheckpointError(
+            f"{where}: expected an array, got {type(value).__name__} ({printable(error)}). Pass dense arrays."
+        ) from error
+
+
+def _plain(value: Any) -> Array:
+    if isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, np.ndarray):
+        return np.asarray(value)
+    if hasattr(value, "__dlpack__"):
+        try:
+            return torch.from_dlpack(value)
+        except (TypeError, RuntimeError, BufferError):
+            if not hasattr(value, "__array__"):
+                raise
+    if hasattr(value, "__array__"):
+        return np.asarray(value)
+    raise TypeError("it has neither __dlpack__ nor __array__")
+
+
+def _describe(name: str, array: Array, reference: str) -> TensorInfo:
+    where = f"{reference}, tensor {printable(name)!r}"
+    try:
+        dtype = _to_tensor(array[:0] if array.ndim else array).dtype
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{where}: dtype {array.dtype} has no counterpart ({printable(error)}). Convert it."
+        ) from error
+    if dtype not in DTYPE_NAMES:
+        raise CheckpointError(
+            f"{where}: unknown dtype {dtype}, expected one of {', '.join(DTYPE_NAMES.values())}. Convert it."
+        )
+    return TensorInfo(name, tuple(array.shape), DTYPE_NAMES[dtype], reference)
+
+
+def _to_tensor(array: Array) -> torch.Tensor:
+    if isinstance(array, torch.Tensor):
+        return array.detach().cpu()
+    bits = BIT_TYPES.get(array.dtype.name)
+    plain = array.view(bits[0]) if bits else array
+    # what torch cannot take as it lies is copied: read-only, swapped bytes, backwards or between entries
+    whole_steps = all(step >= 0 and step % plain.itemsize == 0 for step in plain.strides)
+    if not (plain.flags.writeable and plain.dtype.isnative and whole_steps):
+        plain = plain.astype(plain.dtype.newbyteorder("="), order="C")
+    tensor = torch.from_numpy(plain)
+    return tensor.view(bits[1]) if bits else tensor
+
+
+def _ties(arrays: Mapping[str, Array]) -> dict[str, str]:
+    """Map each name whose array is the very memory of an earlier one to that one."""
+    first: dict[tuple[Any, ...], str] = {}
+    places = {name: _place(array) for name, array in arrays.items() if 0 not in array.shape}
+    return {name: first[place] for name, place in places.items() if first.setdefault(place, name) != name}
+
+
+def _place(array: Array) -> tuple[Any, ...]:
+    shape, dtype = tuple(array.shape), array.dtype
+    if isinstance(array, torch.Tensor):
+        return array.device, array.data_ptr(), shape, array.stride(), dtype
+    return "numpy", array.__array_interface__["data"][0], shape, array.strides, dtype
+
+
+WRAPPERS = ("state_dict", "model")
+"""Keys under which training code puts the weights."""
+
+
+def open_pickles(folder: LocalFolder, shards: Shards) -> Checkpoint:
+    """Open PyTorch files as one checkpoint.
+
+    Raises:
+        CheckpointError: A file is damaged or refused, or a tensor is in two of them or in none.
+    """
+    joined = join((open_pickle(folder.path / name) for name in shards.files), folder.where)
+    check_promised(joined.infos, shards, folder.where)
+    return joined
+
+
+def open_pickle(path: Path) -> Checkpoint:
+    """Open one PyTorch file; tensors that share their memory are recognised as tied.
+
+    Only weights are loaded: a pickle that holds anything else is refused, and none of its code runs.
+    ``{"state_dict": ...}`` and ``{"model": ...}`` wrappers are taken off. The file must stay as it is.
+
+    Raises:
+        CheckpointError: The file is damaged, holds more than weights, or holds no named tensors.
+    """
+    where = printable(path, 1000)
+    try:
+        loaded = _unwrap(_load(path))
+        leaves = list(flatten(loaded)) if isinstance(loaded, Mapping) else []
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{where!r} is refused: it is damaged, or its pickle holds more than weights and would run code "
+            f"({printable(_first_line(error))}). Save it as safetensors where you trust it."
+        ) from error
+    except Exception as error:  # a damaged pickle or zip can make torch raise almost anything
+        reason = printable(_first_line(error))
+        raise CheckpointError(f"cannot read {where!r} as a PyTorch file: {reason}. Fetch it again.") from error
+    tensors = [(name, value) for name, value in leaves if isinstance(value, torch.Tensor)]
+    if not tensors:
+        raise CheckpointError(f"{where!r} holds no named tensors, expected a state dict. Is this the right file?")
+    return open_pairs(tensors, reference=where)
+
+
+def _load(path: Path) -> Any:
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"PK"
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+
+
+def _unwrap(loaded: Any) -> Any:
+    """Take off wrappers, at most as many as there are kinds; tensors beside one show that it is none."""
+    for _ in WRAPPERS:
+        if not isinstance(loaded, Mapping) or any(isinstance(v, torch.Tensor) for v in loaded.values()):
+            break
+        inner = next((loaded[k] for k in WRAPPERS if isinstance(loaded.get(k), Mapping)), None)
+        loaded = loaded if inner is None else cast("Mapping[str, Any]", inner)
+    return loaded
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
