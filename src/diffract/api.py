@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffract.errors import SelectionError
-from diffract.run import VECTORS, Run, load_run, write
-from diffract.settings import Progress
-from diffract.store import refuse_existing, whole_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +23,8 @@ if TYPE_CHECKING:
     from diffract.linalg import Method
     from diffract.matrices import Entry, Layout
     from diffract.metrics import Metric
+    from diffract.run import Run
+    from diffract.settings import Progress
 
 SCAN_RATE = 1.2e10
 """Multiplications per second and core that a scan reaches, as ``scan_cost`` counts them; measured on two cores."""
@@ -233,6 +232,7 @@ def trajectory(
     [None, 1.0, 0.5]
     """
     from diffract.analysis import Options, follow
+    from diffract.run import Run, write
 
     options = Options(
         metrics=metrics,
@@ -297,6 +297,7 @@ def heads(
         DiffractError: The input is wrong; the message says what, where, and what to do.
     """
     from diffract.analysis import Options, analyse_heads
+    from diffract.run import Run, write
 
     if not tuned:
         raise SelectionError("heads needs a base and at least one tuned checkpoint.")
@@ -359,6 +360,8 @@ def evaluate(
     """
     from diffract.evaluate import load_subject, load_tasks
     from diffract.evaluate.run import own_device, place, score
+    from diffract.run import Run
+    from diffract.store import refuse_existing
 
     if output is not None:
         refuse_existing(output, force=force)
@@ -390,6 +393,7 @@ def _analysed(
     """Scan or compare; singular vectors, which may exceed memory, go straight to disk where there is an output."""
     from diffract.analysis import analyse
     from diffract.checkpoints import TensorWriter
+    from diffract.run import VECTORS, Run, load_run, write
 
     with _output(output, force=force) as draft:
         if draft is None:
@@ -407,6 +411,8 @@ def _analysed(
 @contextmanager
 def _output(folder: str | Path | None, *, force: bool) -> Iterator[Path | None]:
     """Yield a draft of the folder, which takes its name when it is whole; nothing where nothing is to be written."""
+    from diffract.store import whole_folder
+
     if folder is None:
         yield None
         return
