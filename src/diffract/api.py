@@ -46,6 +46,11 @@ class Run:
         return self.tables.spectra
 
     @property
+    def heads(self) -> pl.DataFrame:
+        """One row per tuned model and attention head: how much it changed; empty where nothing is compared."""
+        return self.tables.heads
+
+    @property
     def models(self) -> pl.DataFrame:
         """One row per model."""
         return self.tables.models

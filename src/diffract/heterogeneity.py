@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from diffract import tables
 from diffract.analysis import Options, Progress
 from diffract.analysis.head_changes import analyse_heads
-from diffract.analysis.tables import PROJECTIONS
+from diffract.attention import PROJECTIONS
 from diffract.checkpoints import Reference
 from diffract.errors import SelectionError
 
@@ -37,11 +37,6 @@ class HeadsRun:
     def domains(self) -> pl.DataFrame:
         """One row per pair of domains: rank correlation of the heads' changes, cosine of the changes, its chance."""
         return self.tables.domains
-
-    @property
-    def head_cosines(self) -> pl.DataFrame:
-        """One row per pair of domains and head: cosine of the changes, its chance."""
-        return self.tables.head_cosines
 
     @property
     def scores(self) -> pl.DataFrame:

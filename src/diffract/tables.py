@@ -9,14 +9,14 @@ A scan or a comparison
 
 ``metrics``   one row per model and matrix: labels, how it was computed, then one column per metric
 ``spectra``   one row per model, matrix and quantity (``sigma``, ``delta_sigma``, ``left_agreement``, ...): a list
+``heads``     of a comparison: one row per tuned model and head
 
 The heads of several domains
 
-``heads``         one row per domain and head: how much it changed, and what of that other domains share
-``domains``       one row per pair of domains
-``head_cosines``  one row per pair of domains and head
-``scores``        one row per domain, reference domain and head
-``lorenz``        the points of each domain's Lorenz curve
+``heads``     one row per domain and head: how much it changed, and what of that other domains share
+``domains``   one row per pair of domains
+``scores``    one row per domain, reference domain and head
+``lorenz``    the points of each domain's Lorenz curve
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from typing import Any, ClassVar, TypeVar, cast
 
 import polars as pl
 
+from diffract.attention import HEADS, compared_heads
 from diffract.errors import RunError
 from diffract.store import refuse_existing, whole_file, whole_folder, write_text
 
@@ -36,7 +37,6 @@ __all__ = [
     "DOMAINS",
     "FORMAT",
     "HEADS",
-    "HEAD_COSINES",
     "LABELS",
     "LORENZ",
     "MANIFEST",
@@ -131,34 +131,6 @@ empty.
 analysed alone.
 """
 
-HEADS: dict[str, Any] = {
-    "model": pl.String,
-    "layer": pl.Int32,
-    "block": pl.String,
-    "head": pl.Int32,
-    "kv_head": pl.Int32,
-    "status": pl.String,
-    "entries": pl.Int64,
-    "head_delta": pl.Float64,
-    "head_delta_relative": pl.Float64,
-    "rank": pl.Int32,
-    "change_share": pl.Float64,
-    "shared_cosine": pl.Float64,
-    "shared_share": pl.Float64,
-    "specific_delta": pl.Float64,
-    "agnostic_share": pl.Float64,
-}
-"""Columns of ``heads``; ``(model, layer, block, head)`` is unique, ``model`` is the tuned model (the domain).
-
-``status`` is ok | non_finite | unpaired; numbers of other than ok rows are null. D is the change of the head's slices,
-``entries`` their number of entries; a shared key-value slice counts for each of its query heads.
-``head_delta`` is ||D||_F, ``head_delta_relative`` ||D||_F / ||W0||_F, ``rank`` 1 for the domain's most changed head,
-``change_share`` the head's part of the sum of ||D||_F^2 over heads. ``shared_cosine`` is that of D and the mean D of
-the other domains, ``shared_share`` its square: the domain-agnostic part of ||D||_F^2, 1 / ``entries`` by chance;
-``specific_delta`` is the norm of the rest. ``agnostic_share`` speaks of the head in all domains together, and is the
-same on the row of each: the mean of <D_a, D_b> over a != b by the mean of ||D_a||_F^2; 0 by chance.
-"""
-
 DOMAINS: dict[str, Any] = {
     "a": pl.String,
     "b": pl.String,
@@ -173,17 +145,6 @@ DOMAINS: dict[str, Any] = {
 themselves over ``entries`` entries, every slice once. The cosine of random directions has mean 0, standard deviation
 ``cosine_chance`` = 1 / sqrt(entries) and mean absolute value ``cosine_chance_abs``, about sqrt(2 / (pi entries))."""
 
-HEAD_COSINES: dict[str, Any] = {
-    "a": pl.String,
-    "b": pl.String,
-    "layer": pl.Int32,
-    "block": pl.String,
-    "head": pl.Int32,
-    "cosine": pl.Float64,
-    "cosine_chance": pl.Float64,
-}
-"""Columns of ``head_cosines``: the same of each head's change alone."""
-
 SCORES: dict[str, Any] = {
     "domain": pl.String,
     "reference": pl.String,
@@ -196,6 +157,9 @@ SCORES: dict[str, Any] = {
 
 LORENZ: dict[str, Any] = {"model": pl.String, "heads_share": pl.Float64, "change_share": pl.Float64}
 """Columns of ``lorenz``: what the least changed ``heads_share`` of heads have of the sum of ||D||_F^2."""
+
+COMPARE = "compare"
+"""Kind of the runs that write ``heads`` beside the tables of a scan."""
 
 MANIFEST = ("diffract", "kind", "created", "seconds", "settings", "models", "metrics", "warnings")
 """What a manifest holds besides the layout's number."""
@@ -225,6 +189,7 @@ class Tables(RunTables):
         models: One row per model.
         tensors: One row per model and stored tensor.
         manifest: Version, command, settings, models with digests, warnings.
+        heads: One row per tuned model and head; empty where nothing is compared, or nothing is cut into heads.
     """
 
     KINDS = ("scan", "compare", "trajectory")
@@ -235,6 +200,7 @@ class Tables(RunTables):
     models: pl.DataFrame
     tensors: pl.DataFrame
     manifest: dict[str, Any] = field(default_factory=dict)
+    heads: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=HEADS))
 
 
 @dataclass(frozen=True)
@@ -244,7 +210,6 @@ class HeadTables(RunTables):
     Attributes:
         heads: One row per domain and head.
         domains: One row per pair of domains.
-        head_cosines: One row per pair of domains and head.
         scores: One row per domain, reference and head.
         lorenz: One row per domain and point.
         models: One row per model.
@@ -256,7 +221,6 @@ class HeadTables(RunTables):
     SCHEMAS = {  # noqa: RUF012
         "heads": HEADS,
         "domains": DOMAINS,
-        "head_cosines": HEAD_COSINES,
         "scores": SCORES,
         "lorenz": LORENZ,
         "models": MODELS,
@@ -265,7 +229,6 @@ class HeadTables(RunTables):
 
     heads: pl.DataFrame
     domains: pl.DataFrame
-    head_cosines: pl.DataFrame
     scores: pl.DataFrame
     lorenz: pl.DataFrame
     models: pl.DataFrame
@@ -285,7 +248,8 @@ def frame(rows: list[dict[str, Any]], schema: dict[str, Any]) -> pl.DataFrame:
 
 def write(tables: RunTables, folder: Path) -> None:
     """Write the files of a run into a folder; within ``whole_folder``, so that they appear together."""
-    for name in tables.SCHEMAS:
+    compared = ["heads"] if tables.manifest["kind"] == COMPARE else []
+    for name in [*tables.SCHEMAS, *compared]:
         getattr(tables, name).write_parquet(folder / f"{name}.parquet", compression="zstd")
     manifest = json.dumps({"format": FORMAT, **tables.manifest}, indent=2)
     (folder / "manifest.json").write_text(manifest + "\n", encoding="utf-8")
@@ -310,7 +274,21 @@ def load(folder: str | Path, shape: type[T] = Tables) -> T:
         )
     _require(folder, [f"{name}.parquet" for name in shape.SCHEMAS])
     make = cast("Callable[..., T]", shape)
-    return make(**{name: _read(folder, name, schema) for name, schema in shape.SCHEMAS.items()}, manifest=manifest)
+    found = {name: _read(folder, name, schema) for name, schema in shape.SCHEMAS.items()}
+    if manifest["kind"] == COMPARE:
+        found["heads"] = read_compared_heads(folder, found["metrics"])
+    return make(**found, manifest=manifest)
+
+
+def read_compared_heads(folder: Path, metrics: pl.DataFrame) -> pl.DataFrame:
+    """Return the ``heads`` table of a comparison's folder; of one that was written before there was one, from metrics.
+
+    Args:
+        folder: Where it is.
+        metrics: Its metrics table.
+    """
+    kept = (folder / "heads.parquet").is_file()
+    return _read(folder, "heads", HEADS) if kept else compared_heads(metrics)
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from diffract.analysis.scan import Options, choose, choose_device, gather, open_
 from diffract.analysis.tables import Member, assemble, model_numbers, row_warnings
 from diffract.analysis.timeline import Place, Stop, find_series
 from diffract.analysis.work import Outcome, Part, TensorTask, Worker
+from diffract.attention import changed_heads
 from diffract.checkpoints import Reference
 from diffract.errors import CheckpointError, printable
 from diffract.matrices import Layout
@@ -214,7 +215,8 @@ def follow(
             step = _Step(plan, device, cache, _shifted(options, costs, len(found), visit.stop.name))
             tables = step.run(visit, allow_unmatched=allow_unmatched)
             base = found[0 if against == "first" else -1].metrics if found else None
-            change = {} if base is None else model_numbers(base, tables.metrics)
+            own = tables.metrics
+            change = {} if base is None else model_numbers(base, own, changed_heads(base, own))
             compared = visit.base_stop.name if visit.base_stop else None
             found.append(place(tables, len(found), visit.stop.place, compared, change))
             del visit

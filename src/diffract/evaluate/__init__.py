@@ -10,21 +10,22 @@ if TYPE_CHECKING:
     from diffract.evaluate.catalog import load_tasks
     from diffract.evaluate.model import Subject, load_subject
     from diffract.evaluate.run import Evaluation, Evaluator, evaluate, load_evaluation
-    from diffract.evaluate.statistics import holm, paired, summarise
+    from diffract.evaluate.statistics import paired, summarise
     from diffract.evaluate.tasks import Task
+    from diffract.stats import holm
 
 _PLACES = {
-    "Evaluation": "run",
-    "Evaluator": "run",
-    "Subject": "model",
-    "Task": "tasks",
-    "evaluate": "run",
-    "holm": "statistics",
-    "load_evaluation": "run",
-    "load_subject": "model",
-    "load_tasks": "catalog",
-    "paired": "statistics",
-    "summarise": "statistics",
+    "Evaluation": "evaluate.run",
+    "Evaluator": "evaluate.run",
+    "Subject": "evaluate.model",
+    "Task": "evaluate.tasks",
+    "evaluate": "evaluate.run",
+    "holm": "stats",
+    "load_evaluation": "evaluate.run",
+    "load_subject": "evaluate.model",
+    "load_tasks": "evaluate.catalog",
+    "paired": "evaluate.statistics",
+    "summarise": "evaluate.statistics",
 }
 
 __all__ = [
@@ -46,4 +47,4 @@ def __getattr__(name: str) -> Any:
     """Import a public name from where it lives."""
     if name not in _PLACES:
         raise AttributeError(f"module 'diffract.evaluate' has no attribute {name!r}")
-    return getattr(import_module(f"diffract.evaluate.{_PLACES[name]}"), name)
+    return getattr(import_module(f"diffract.{_PLACES[name]}"), name)

@@ -21,8 +21,9 @@ from diffract.evaluate.catalog import load_tasks
 from diffract.evaluate.harness import score_harness
 from diffract.evaluate.model import Subject, has_adapters, model_digest, tokenizer_digest
 from diffract.evaluate.scoring import Budget, chunks, score_choices, score_questions, score_texts
-from diffract.evaluate.statistics import SUMMARY, holm, paired, summarise
+from diffract.evaluate.statistics import SUMMARY, paired, summarise
 from diffract.evaluate.tasks import SCORES, VERSION, Item, Score, Task, score_table
+from diffract.stats import holm
 from diffract.store import Cache, cache_folder, cache_key
 from diffract.tables import RunTables, load, refuse_existing, whole_folder, write
 

@@ -1,8 +1,12 @@
-"""Size and ranks of the change D = W1 - W0."""
+"""What tells a matrix from its base: the change D = W1 - W0, how vectors agree, what changes of several have in common.
+
+The last part takes NumPy Gram matrices <D_a, D_b> of a few domains; the deltas themselves are not needed.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -284,3 +288,72 @@ def principal_angle_chance(dimension: int, k: int, *, seed: int = 0) -> tuple[fl
     cosines = np.linalg.svd(np.linalg.qr(rows).Q[:, :free], compute_uv=False)
     angles = np.arccos(cosines.clip(max=1.0))
     return float(angles[:, -1].mean()), float(angles.sum(-1).mean() / k)
+
+
+DomainGrams = Float64[np.ndarray, "*heads domains domains"]
+
+
+@dataclass(frozen=True)
+class DomainSplit:
+    """What the deltas of several domains share, and the specific rest.
+
+    Attributes:
+        mean_squares: (*heads,), ||mean_a D_a||^2; with D domains of unrelated deltas 1/D of their mean square, not 0.
+        shared_squares: (*heads,), mean of <D_a, D_b> over a != b: the squared norm of a part common to all domains,
+            clear of what is specific; 0 by chance, and it may be negative.
+        cosine: (*heads, D), of D_a and the mean of the others; its sign tells along from against.
+        share: (*heads, D), cosine^2: of ||D_a||^2 what projection on the mean of the others explains.
+        specific_squares: (*heads, D), (1 - share) ||D_a||^2.
+    """
+
+    mean_squares: np.ndarray
+    shared_squares: np.ndarray
+    cosine: np.ndarray
+    share: np.ndarray
+    specific_squares: np.ndarray
+
+
+def delta_cosine(gram: DomainGrams) -> np.ndarray:
+    """Cosines <D_a, D_b> / (||D_a|| ||D_b||) of domains' deltas, (*heads, D, D). NaN for a domain that did not change.
+
+    Beside it stands ``delta_cosine_chance``.
+    """
+    size = np.sqrt(np.diagonal(gram, axis1=-2, axis2=-1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return gram / size[..., :, None] / size[..., None, :]
+
+
+def delta_cosine_chance(entries: int) -> float:
+    """Root mean square of the cosine of random directions: 1 / sqrt(entries)."""
+    return 1 / math.sqrt(entries)
+
+
+def split_domains(gram: DomainGrams) -> DomainSplit:
+    """Split the deltas of D domains into the domain-agnostic part, their mean direction, and the specific rest.
+
+    A domain is projected on the mean of the others, so that its own noise does not count as shared. If D_a = S + N_a,
+    the N_a orthogonal to S and each other with squared norm v, and s = ||S||^2, then ``shared_squares`` is s, and
+
+        cosine^2 = s / (s + v) * s / (s + v / (D - 1))
+
+    which is below the true share s / (s + v) as the others' mean is noisy too; with many domains the difference goes.
+    Chance gives a share of 1 / entries, a cosine of 1 / sqrt(entries) in the root mean square.
+
+    Args:
+        gram: Inner products <D_a, D_b>; a head's over its slices together.
+
+    Returns:
+        NaN for a domain that did not change or whose others did not, and for a single domain.
+    """
+    squares = np.diagonal(gram, axis1=-2, axis2=-1)
+    count = gram.shape[-1]
+    others = 1.0 - np.eye(count)
+    along = (gram * others).sum(-1)
+    # Summed over the others alone; the whole sum less the domain's own would cancel where its delta is the largest.
+    others_squares = np.einsum("ab,...bc,ac->...a", others, gram, others)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cosine = along / np.sqrt(squares * others_squares)
+        shared = along.sum(-1) / np.float64(count * (count - 1))
+    share = cosine**2
+    mean = np.asarray(gram.sum((-2, -1)) / count**2)  # of a single Gram matrix NumPy makes scalars
+    return DomainSplit(mean, np.asarray(shared), cosine, share, (1 - share) * squares)

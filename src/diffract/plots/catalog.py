@@ -118,7 +118,7 @@ def _heads(frames: Frames, choice: Choice) -> go.Figure:
 
 
 def _lorenz(frames: Frames, choice: Choice) -> go.Figure:
-    return lorenz(_domains(frames, choice.model))
+    return lorenz(_domains(frames, choice.model, "lorenz"), frames["models"])
 
 
 def _scores(frames: Frames, choice: Choice) -> go.Figure:
@@ -209,8 +209,8 @@ def _task(table: pl.DataFrame, wanted: str | None) -> str:
     return pick("task", wanted, table["task"].unique(maintain_order=True).to_list())
 
 
-def _domains(frames: Frames, wanted: str | None) -> pl.DataFrame:
-    heads = frames["heads"]
+def _domains(frames: Frames, wanted: str | None, table: str = "heads") -> pl.DataFrame:
+    heads = frames[table]
     if wanted is None:
         return heads
     return heads.filter(pl.col("model") == pick("model", wanted, heads["model"].unique(maintain_order=True).to_list()))
@@ -277,9 +277,8 @@ KINDS: dict[str, Kind] = {
         _lorenz,
         "how unevenly each domain's change is spread over heads",
         HEADS,
-        ("heads",),
-        columns=("head_delta",),
-        further=(),
+        ("lorenz",),
+        columns=("change_share",),
         options=("model",),
     ),
     "scores": Kind(

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 
 import polars as pl
 
+from diffract.attention import lorenz_of
 from diffract.errors import RunError, SelectionError, printable, suggest
-from diffract.tables import read_manifest
+from diffract.tables import COMPARE, read_compared_heads, read_manifest
 
 
 def curve(spectra: pl.DataFrame, model: str, name: str, quantity: str) -> list[float]:
@@ -50,15 +51,30 @@ def read_frames(run: str | Path | Tabled, names: Sequence[str]) -> dict[str, pl.
         RunError: It is no run folder, of another layout, or damaged.
     """
     if not isinstance(run, str | Path):
-        held = {name: getattr(run, name, None) for name in names}
-        return {name: frame for name, frame in held.items() if isinstance(frame, pl.DataFrame)}
+        held = {name: getattr(run, name, None) for name in (*names, *_behind(names))}
+        return _with_lorenz(names, {k: frame for k, frame in held.items() if isinstance(frame, pl.DataFrame)})
     folder = Path(run)
-    read_manifest(folder)
+    kind = read_manifest(folder)["kind"]
     try:
-        files = {name: folder / f"{name}.parquet" for name in names}
-        return {name: pl.read_parquet(file) for name, file in files.items() if file.is_file()}
+        files = {name: folder / f"{name}.parquet" for name in (*names, *_behind(names))}
+        found = {name: pl.read_parquet(file) for name, file in files.items() if file.is_file()}
+        if kind == COMPARE and "heads" in files:
+            found["heads"] = read_compared_heads(folder, pl.read_parquet(folder / "metrics.parquet"))
+        return _with_lorenz(names, found)
     except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise RunError(f"run folder {str(folder)!r} is damaged: {error}. Make it again.") from error
+
+
+def _behind(names: Sequence[str]) -> tuple[str, ...]:
+    return ("heads",) if "lorenz" in names else ()
+
+
+def _with_lorenz(names: Sequence[str], found: dict[str, pl.DataFrame]) -> dict[str, pl.DataFrame]:
+    """A comparison has no points of Lorenz curves; they follow from its heads."""
+    found = {name: frame for name, frame in found.items() if name != "heads" or len(frame)}
+    if "lorenz" in names and "lorenz" not in found and "heads" in found:
+        found["lorenz"] = lorenz_of(found["heads"])
+    return found
 
 
 NO_METRICS = ("resolved",)

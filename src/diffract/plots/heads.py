@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 import polars as pl
 
+from diffract.attention import by_model
 from diffract.plots.style import CHANCE, COLOURS, DIVERGING, SCALE, caption, figure, label, line, panels
+from diffract.stats import reference_score
 
 
 def head_heatmap(
@@ -53,61 +54,7 @@ def heatmap(*, z: list[Any], x: list[str], y: list[str], title: str, metric: str
     )
 
 
-PER_QUERY_HEAD, PER_KV_HEAD = ("q", "o"), ("k", "v")
-PLACE = ("model", "layer", "block")
-HEADS_SCHEMA = {
-    "model": pl.String,
-    "layer": pl.Int32,
-    "block": pl.String,
-    "head": pl.Int32,
-    "head_delta": pl.Float64,
-}
 MEANINGS = {"spearman": "Spearman's ρ of the heads' changes", "cosine": "Cosine of the changes"}
-
-
-def heads_of(metrics: pl.DataFrame) -> pl.DataFrame:
-    """Return how much each query head changed over its q, k, v and o slices, in every model that was compared.
-
-    Several query heads share one key-value head under grouped-query attention: its slices count for each of them.
-
-    Args:
-        metrics: The metrics table of a comparison.
-
-    Returns:
-        Columns model, layer, block, head, ``head_delta``; null where a slice has no number. Empty if nothing was
-        compared, or nothing is cut into heads.
-    """
-    if "delta_frobenius" not in metrics.columns:
-        return pl.DataFrame(schema=HEADS_SCHEMA)
-    compared = metrics.filter(pl.col("delta_frobenius").is_not_null())["model"].unique(maintain_order=True)
-    squares = (pl.col("delta_frobenius") ** 2).fill_null(float("nan"))
-    slices = metrics.filter(pl.col("model").is_in(compared.implode())).with_columns(squares=squares)
-    own = slices.filter(pl.col("projection").is_in(PER_QUERY_HEAD), pl.col("head").is_not_null())
-    shared = slices.filter(pl.col("projection").is_in(PER_KV_HEAD), pl.col("kv_head").is_not_null())
-    heads = own.group_by(*PLACE, "head", maintain_order=True).agg(pl.col("kv_head").first(), pl.col("squares").sum())
-    groups = shared.group_by(*PLACE, "kv_head").agg(of_group=pl.col("squares").sum())
-    joined = heads.join(groups, on=[*PLACE, "kv_head"], how="left", nulls_equal=True, maintain_order="left")
-    delta = (pl.col("squares") + pl.col("of_group").fill_null(0)).sqrt().fill_nan(None)
-    return joined.select(*PLACE, "head", head_delta=delta)
-
-
-def domains_of(heads: pl.DataFrame) -> pl.DataFrame:
-    """Return Spearman's correlation of ``head_delta`` between models, over the heads that are known in both.
-
-    Args:
-        heads: model, layer, block, head, ``head_delta``.
-
-    Returns:
-        Columns a, b, spearman, one row per pair; null where one of both does not vary.
-    """
-    by_model = {name: heads.filter(pl.col("model") == name) for name in heads["model"].unique(maintain_order=True)}
-    rows = []
-    for a, b in combinations(by_model, 2):
-        both = by_model[a].join(by_model[b], on=["layer", "block", "head"], nulls_equal=True)
-        known = both.drop_nulls(["head_delta", "head_delta_right"])
-        rho = known.select(pl.corr("head_delta", "head_delta_right", method="spearman").fill_nan(None))
-        rows.append({"a": a, "b": b, "spearman": rho.item() if len(known) > 1 else None})
-    return pl.DataFrame(rows, schema={"a": pl.String, "b": pl.String, "spearman": pl.Float64})
 
 
 def domain_matrix(domains: pl.DataFrame, column: str = "spearman") -> go.Figure:
@@ -316,27 +263,27 @@ def _apart(x: Sequence[float]) -> list[float]:
     return shifted
 
 
-def lorenz(heads: pl.DataFrame) -> go.Figure:
+def lorenz(points: pl.DataFrame, models: pl.DataFrame) -> go.Figure:
     """Draw, for each domain, what share of the squared change the least changed heads have together.
 
     Args:
-        heads: The heads table: model and ``head_delta``.
+        points: The lorenz table. Of a domain without any change there is no curve.
+        models: The models table, for ``head_gini``.
     """
-    known = heads.filter(pl.col("head_delta").is_not_null())
-    names = known["model"].unique(maintain_order=True)
-    return lorenz_lines({name: known.filter(pl.col("model") == name)["head_delta"].to_list() for name in names})
-
-
-def lorenz_lines(deltas: Mapping[str, Sequence[float]]) -> go.Figure:
-    """Draw Lorenz curves of the squares of values; names are untrusted. Without any change there is no curve."""
+    ginis = dict(models.select("model", "head_gini").iter_rows()) if "head_gini" in models.columns else {}
     traces = [go.Scatter(x=[0, 1], y=[0, 1], name="all heads alike", mode="lines", line=CHANCE, hoverinfo="skip")]
-    for index, (name, values) in enumerate(deltas.items()):
-        x, y = lorenz_curve(np.square(np.asarray(values, float)))
-        gini = 1 - 2 * float(np.trapezoid(y, x)) if len(x) else float("nan")
-        shown = label(name)
-        hover = f"%{{x:.1%}} of heads: %{{y:.1%}} of the change<extra>{shown}</extra>"
+    for index, (name, rows) in enumerate(by_model(points).items()):
+        known = rows.drop_nulls("change_share")
+        shown, gini = label(name), ginis.get(name)
         traces.append(
-            go.Scatter(x=x, y=y, name=f"{shown} (Gini {gini:.2f})", mode="lines", line=line(index), hovertemplate=hover)
+            go.Scatter(
+                x=known["heads_share"].to_list(),
+                y=known["change_share"].to_list(),
+                name=shown if gini is None else f"{shown} (Gini {gini:.2f})",
+                mode="lines",
+                line=line(index),
+                hovertemplate=f"%{{x:.1%}} of heads: %{{y:.1%}} of the change<extra>{shown}</extra>",
+            )
         )
     y = "share of the squared change"
     inside = {"orientation": "v", "x": 0.02, "xanchor": "left", "y": 0.98, "yanchor": "top"}
@@ -344,19 +291,6 @@ def lorenz_lines(deltas: Mapping[str, Sequence[float]]) -> go.Figure:
     percent = {"tickformat": ".0%", "dtick": 0.2, "ticklen": 4, "tickcolor": "rgba(0,0,0,0)"}
     made.update_layout(margin={"r": 28}).update_xaxes(**percent, range=[0, 1], constrain="domain")
     return made.update_yaxes(**percent, range=[0, 1.005], scaleanchor="x", constrain="domain")
-
-
-def lorenz_curve(values: np.ndarray) -> tuple[list[float], list[float]]:
-    """Return shares of count and shares of the sum, from (0, 0) to (1, 1); empty where the sum is zero.
-
-    >>> lorenz_curve(np.array([3.0, 1.0]))
-    ([0.0, 0.5, 1.0], [0.0, 0.25, 1.0])
-    """
-    total = values.sum()
-    if not total > 0:
-        return [], []
-    sums = np.concatenate([[0.0], np.cumsum(np.sort(values))]) / total
-    return np.linspace(0, 1, len(sums)).tolist(), sums.tolist()
 
 
 SIGNED = {
@@ -391,26 +325,18 @@ def reference_scores(heads: pl.DataFrame, reference: str) -> go.Figure:
         reference: A model of it.
     """
     found = head_grids(heads, "head_delta")
-    against = found.grids[reference]
-    grids = {name: score(grid, against) for name, grid in found.grids.items() if name != reference}
+    against = as_array(found.grids[reference])
+    scores = {name: reference_score(as_array(grid), against) for name, grid in found.grids.items() if name != reference}
+    grids = {name: as_grid(score) for name, score in scores.items()}
     title = f"scaled change minus that of {label(reference)}"
     return heat_panels(grids, found.layers, found.heads, scale="score", colours=DIVERGING, title=title, centred=True)
 
 
-def score(domain: Grid, reference: Grid) -> Grid:
-    """Return scale01(domain) - scale01(reference), in [-1, 1]; high where a head is specific to the domain.
-
-    >>> score([[0.0, 2.0]], [[3.0, 1.0]])
-    [[-1.0, 1.0]]
-    """
-    pairs = zip(scale01(domain), scale01(reference), strict=True)
-    return [[None if a is None or b is None else a - b for a, b in zip(*rows, strict=True)] for rows in pairs]
+def as_array(grid: Grid) -> np.ndarray:
+    """Return a grid as an array, with NaN for what is not known."""
+    return np.array(grid, dtype=float)
 
 
-def scale01(grid: Grid) -> Grid:
-    """(X - min X) / (max X - min X) over all cells; ``None`` throughout where all are equal."""
-    known = [v for row in grid for v in row if v is not None and math.isfinite(v)]
-    low, spread = min(known, default=0.0), max(known, default=0.0) - min(known, default=0.0)
-    return [
-        [None if v is None or not math.isfinite(v) or not spread else (v - low) / spread for v in row] for row in grid
-    ]
+def as_grid(values: np.ndarray) -> Grid:
+    """Return an array as a grid, with ``None`` for NaN."""
+    return [[None if math.isnan(v) else v for v in row] for row in values.tolist()]

@@ -139,12 +139,13 @@ def _bulk(values: Array, shape: tuple[int, int], row: Row, points: int) -> Curve
     variance = row.get("mp_variance")
     if variance is None or not variance > 0 or not len(values):
         return None
-    low, high = laws.marchenko_pastur_edges(variance, *shape)
+    gamma = laws.aspect(*shape)
+    low, high = laws.marchenko_pastur_edges(variance, gamma)
     low = max(low, float(min(values[values > 0], default=high)) / 2)
     # An angle makes points dense at both edges, where the curve is steep.
     x = low + (high - low) * (1 - np.cos(np.linspace(0, math.pi, points)[1:-1])) / 2
     share = 1 - (row.get("mp_spikes") or 0) / len(values)
-    return x, share * laws.marchenko_pastur(x, variance, *shape)
+    return x, share * laws.marchenko_pastur(x, variance, gamma)
 
 
 def _tail(values: Array, row: Row, prefix: str, points: int) -> Curve | None:

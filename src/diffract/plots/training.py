@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import polars as pl
 from numpy.typing import NDArray
 from plotly.colors import sample_colorscale
 
+from diffract.densities import kernel_density
 from diffract.plots.choice import part
 from diffract.plots.style import COLOURS, LOG, figure, label, panels
 
@@ -197,17 +197,6 @@ def ridge_lines(samples: Sequence[Sequence[float]], times: Sequence[str], *, wha
     made = figure(traces, x="singular value", y=what, title=title, height=140 + 22 * max(8, len(kept)))
     ticks = {"tickvals": list(range(len(kept))), "ticktext": [time for time, _ in kept], "showgrid": False}
     return made.update_xaxes(**LOG).update_yaxes(**ticks, range=[-0.4, len(kept) - 1 + OVERLAP + 0.2])
-
-
-def kernel_density(values: NDArray[np.float64], grid: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Density of values by Gaussian kernels of Scott's bandwidth, n^(-1/5) times their standard deviation (n - 1).
-
-    Values that are all equal get a bandwidth of one step of the grid.
-    """
-    spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
-    width = max(spread * len(values) ** -0.2, float(grid[1] - grid[0]))
-    z = (grid[:, None] - values[None, :]) / width
-    return np.exp(-0.5 * z * z).sum(axis=1) / (len(values) * width * math.sqrt(2 * math.pi))
 
 
 def _grid(samples: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:

@@ -16,13 +16,15 @@ import polars as pl
 
 from diffract import densities as laws
 from diffract import plots
+from diffract.attention import lorenz_of, pairs_of
 from diffract.plots import spectra as parts_of
 from diffract.plots.agreement import peak_runs, peak_shape
 from diffract.plots.choice import part
-from diffract.plots.heads import Grid, HeadGrids, scale01
+from diffract.plots.heads import Grid, HeadGrids, as_array
 from diffract.plots.spectra import AXIS_TITLES
 from diffract.plots.style import DIVERGING
 from diffract.plots.training import places_of, quartiles, time_column
+from diffract.stats import scale01
 from diffract.tables import LABELS, OUTCOME, TIMELINE, HeadTables, Tables
 
 FITTED = {
@@ -161,31 +163,29 @@ CURVE_POINTS = 257
 
 def domain_part(tables: Tables | HeadTables) -> dict[str, Any] | None:
     """Return figures of heads and domains; ``None`` where the run compares nothing, or has no heads."""
+    heads = tables.heads
     if isinstance(tables, HeadTables):
-        return _part(tables.heads, tables.domains)
-    if tables.manifest["kind"] != "compare":
+        domains, points = tables.domains, tables.lorenz
+    elif len(heads):
+        domains, points = pairs_of(heads), lorenz_of(heads)
+    else:
         return None
-    heads = plots.heads_of(tables.metrics)
-    return _part(heads, plots.domains_of(heads)) if len(heads) else None
-
-
-def _part(heads: pl.DataFrame, domains: pl.DataFrame) -> dict[str, Any]:
     found = plots.head_grids(heads, "head_delta")
-    figures = {"maps": plots.head_maps(heads), "lorenz": _lorenz(heads)}
+    figures = {"maps": plots.head_maps(heads), "lorenz": _lorenz(points, tables.models)}
     if len(domains):
         figures |= {c: plots.domain_matrix(domains, c) for c in ("spearman", "cosine") if c in domains.columns}
     return {
         "figures": {name: json.loads(str(made.to_json())) for name, made in figures.items()},
         "names": list(found.grids),
         "score": json.loads(str(_empty_score(found).to_json())),
-        "scaled": [[[short(v) for v in row] for row in scale01(grid)] for grid in found.grids.values()],
+        "scaled": [[[short(v) for v in row] for row in scale01(as_array(g)).tolist()] for g in found.grids.values()],
         "chance": _chance(domains),
     }
 
 
-def _lorenz(heads: pl.DataFrame) -> go.Figure:
+def _lorenz(points: pl.DataFrame, models: pl.DataFrame) -> go.Figure:
     """As wide as its place, and with no more points than can be seen."""
-    made = plots.lorenz(heads)
+    made = plots.lorenz(points, models)
     made.for_each_trace(lambda t: t.update(x=thin(t["x"], CURVE_POINTS), y=thin(t["y"], CURVE_POINTS)))
     made.update_xaxes(constrain=None).update_yaxes(scaleanchor=None, constrain=None)
     return made.update_layout(width=None, height=340, title_text="How concentrated the change is")

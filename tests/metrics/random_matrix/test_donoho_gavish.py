@@ -9,7 +9,6 @@ from scipy.optimize import brentq
 
 from diffract.metrics.random_matrix import (
     hard_threshold,
-    hard_threshold_known_noise,
     known_noise_factor,
     unknown_noise_factor,
 )
@@ -53,7 +52,7 @@ def test_both_forms_keep_the_planted_directions(shape: tuple[int, int]) -> None:
     noise = torch.tensor(rng.standard_normal((20, *shape)))
     U, V = (torch.linalg.qr(torch.tensor(rng.standard_normal((20, d, 3)))).Q for d in shape)
     sigmas = torch.linalg.svdvals(0.1 * noise + 0.5 * math.sqrt(max(shape)) * U @ V.mT)
-    known = hard_threshold_known_noise(torch.full((20,), 0.1).double(), shape)
+    known = torch.full((20,), 0.1 * known_noise_factor(min(shape) / max(shape)) * math.sqrt(max(shape))).double()
     unknown = hard_threshold(sigmas, shape)
     for threshold in (known, unknown):
         assert ((sigmas > threshold[:, None]).sum(-1) == 3).all()
@@ -65,4 +64,3 @@ def test_degenerate_input() -> None:
     rows = torch.tensor([[0.0, 0, 0], [5, 0, 0], [math.nan] * 3, [2, 2, 2]]).double()
     want = [0, 0, math.nan, 2 * unknown_noise_factor(3 / 4)]
     np.testing.assert_allclose(hard_threshold(rows, (3, 4)), want)
-    assert hard_threshold_known_noise(torch.zeros(1).double(), (3, 4)).item() == 0
