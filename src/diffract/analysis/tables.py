@@ -177,7 +177,7 @@ def assemble(
     if POOLED in metrics.columns:
         glossary[POOLED] = MEANING
     described = describe(members, models, manifest, glossary, row_warnings(metrics))
-    return tables.Tables(metrics, spectra, models, tensor_table(members), described, heads)
+    return tables.Tables(metrics, spectra, models, tensor_table(members), manifest=described, heads=heads)
 
 
 def describe(

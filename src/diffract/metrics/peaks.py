@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 
 import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from diffract.densities import BLOCK, kernel_sums, scott_bandwidth
+from diffract.metrics.facts import built_in
 
 Sigmas = Float64[Tensor, "b M"]
 PerMatrix = Float64[Tensor, "b"]
@@ -65,6 +67,16 @@ class Peaks:
     widths: Tensor
     prominences: Tensor
     membership: Tensor
+
+
+PEAK_COUNT = built_in(
+    "peaks in the density of ln sigma, prominence 5% of the highest",
+    unit="count",
+    range="[1, M]",
+    source="Scott 1992, 6.3",
+    name="peak_count",
+    facts=("peaks",),
+)(attrgetter("count"))
 
 
 def log_density(sigmas: Sigmas, *, bandwidth: float | None = None, points: int = POINTS) -> Density:

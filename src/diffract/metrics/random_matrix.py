@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from operator import attrgetter
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -19,6 +21,7 @@ from diffract.densities import (
     marchenko_pastur_edges,
     marchenko_pastur_quantile,
 )
+from diffract.metrics.facts import OF_THE_ORDER, Metric, built_in
 
 QUANTILE_99 = 2.02344928138
 """99% quantile of the Tracy-Widom law F_1, which the largest eigenvalue of noise follows once it is standardised."""
@@ -77,6 +80,11 @@ def wasserstein(a: Eigenvalues, b: Eigenvalues) -> PerMatrix:
     return (a.sort(-1).values - b.sort(-1).values).abs().mean(-1)
 
 
+@built_in(
+    "Wasserstein-1 distance of the eigenvalues from those of the permuted entries, over mean lambda",
+    range="[0, 2)",
+    invariant=OF_THE_ORDER,
+)
 def null_w1(eigenvalues: Eigenvalues, null_eigenvalues: Eigenvalues) -> PerMatrix:
     """Wasserstein-1 distance of a spectrum from that of its permuted matrix, over the mean eigenvalue.
 
@@ -85,6 +93,14 @@ def null_w1(eigenvalues: Eigenvalues, null_eigenvalues: Eigenvalues) -> PerMatri
     matrix.
     """
     return wasserstein(eigenvalues, null_eigenvalues) / eigenvalues.mean(-1)
+
+
+@built_in(
+    "sigma_1 of the same entries in a random order", unit="weight", range="[0, inf)", degree=1, invariant=OF_THE_ORDER
+)
+def null_spectral_norm(null_sigmas: Float64[Tensor, "b M"]) -> PerMatrix:
+    """The largest singular value that these entries have without their order."""
+    return null_sigmas[:, 0]
 
 
 RESOLVED = 32 * float(torch.finfo(torch.float64).eps)
@@ -114,6 +130,42 @@ class Bulk:
     spikes_tw: PerMatrix
     soft_rank: PerMatrix
     bulk_share: PerMatrix
+
+
+def _of_bulk(name: str, summary: str, **words: Any) -> Metric:
+    return built_in(summary, name=f"mp_{name}", facts=("bulk",), **words)(attrgetter(name))
+
+
+BULK = (
+    _of_bulk(
+        "variance",
+        "v of the noise: mean lambda of what remains after spikes are removed",
+        unit="weight^2",
+        range="[0, inf)",
+        source="Marchenko & Pastur 1967",
+        degree=2,
+    ),
+    _of_bulk(
+        "edge",
+        "l+ = v (1 + sqrt(M / N))^2, where the noise ends",
+        unit="weight^2",
+        range="[0, inf)",
+        source="Marchenko & Pastur 1967",
+        degree=2,
+    ),
+    _of_bulk("ks", "Kolmogorov-Smirnov distance of the eigenvalues up to l+ from the law", range="[0, 1]"),
+    _of_bulk("spikes", "eigenvalues above l+", unit="count", range="[0, M]", source="Martin & Mahoney 2021"),
+    _of_bulk(
+        "spikes_tw",
+        "eigenvalues above the 99% Tracy-Widom edge: noise has one in 1% of matrices",
+        unit="count",
+        range="[0, M]",
+        source="Johnstone 2001",
+    ),
+    _of_bulk("soft_rank", "l+ / lambda_1: about 1 for noise", range="[0, 4]", source="Martin & Mahoney 2021"),
+    _of_bulk("bulk_share", "what eigenvalues up to l+ hold of sum lambda", range="[0, 1]"),
+)
+"""The fields of ``Bulk`` as metrics."""
 
 
 def fit_bulk(eigenvalues: Eigenvalues, shape: tuple[int, int]) -> Bulk:
@@ -224,23 +276,31 @@ def unknown_noise_factor(beta: float) -> float:
     return known_noise_factor(beta) / math.sqrt(median.item())
 
 
-def hard_threshold(sigmas: Sigmas, shape: tuple[int, int]) -> PerMatrix:
+@built_in(
+    "omega(M / N) median sigma: below it a singular value is better dropped",
+    unit="weight",
+    range="[0, inf)",
+    source="Gavish & Donoho 2014",
+    degree=1,
+)
+def donoho_gavish_threshold(resolved_sigmas: Sigmas, shape: tuple[int, int]) -> PerMatrix:
     """omega(beta) times the median singular value: the threshold where the noise level is not known.
 
     Args:
-        sigmas: Singular values, descending, all M of them.
+        resolved_sigmas: Singular values, descending, all M of them.
         shape: (m, n) of the matrices.
 
     Returns:
         In the unit of the sigmas. Zero where half of them are zero, as for a rank-one matrix: all others are kept.
         NaN where the median is NaN.
     """
-    last = sigmas.shape[-1] - 1
-    median = (sigmas[:, last // 2] + sigmas[:, last - last // 2]) / 2
-    return unknown_noise_factor(min(shape) / max(shape)) * median
+    last = resolved_sigmas.shape[-1] - 1
+    median = (resolved_sigmas[:, last // 2] + resolved_sigmas[:, last - last // 2]) / 2
+    return unknown_noise_factor(aspect(*shape)) * median
 
 
-def rank_above_threshold(sigmas: Sigmas, shape: tuple[int, int]) -> PerMatrix:
-    """Number of singular values above ``hard_threshold``. NaN where that is."""
-    threshold = hard_threshold(sigmas, shape)
-    return (sigmas > threshold[:, None]).sum(-1).double().where(threshold.isfinite(), torch.nan)
+@built_in("singular values above donoho_gavish_threshold", unit="count", range="[0, M]", source="Gavish & Donoho 2014")
+def donoho_gavish_rank(resolved_sigmas: Sigmas, shape: tuple[int, int]) -> PerMatrix:
+    """Number of singular values above ``donoho_gavish_threshold``. NaN where that is."""
+    threshold = donoho_gavish_threshold(resolved_sigmas, shape)
+    return (resolved_sigmas > threshold[:, None]).sum(-1).double().where(threshold.isfinite(), torch.nan)
