@@ -1,7 +1,7 @@
 """Figures from tables, one per file; no weights, no torch."""
 
 from diffract.plots.agreement import agreement, agreement_lines
-from diffract.plots.catalog import KINDS, Kind, plot
+from diffract.plots.catalog import KINDS, FigureKind, plot
 from diffract.plots.heads import (
     coloured_boxes,
     domain_matrix,
@@ -23,7 +23,7 @@ from diffract.plots.training import band_lines, evolution, evolution_line, ridge
 
 __all__ = [
     "KINDS",
-    "Kind",
+    "FigureKind",
     "agreement",
     "agreement_lines",
     "band_lines",

@@ -1,4 +1,4 @@
-"""A metric over layers and heads."""
+"""Figures of heads: maps over layers and heads, how the change is spread over them, domains against each other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,23 @@ import plotly.graph_objects as go
 import polars as pl
 
 from diffract.attention import by_model
-from diffract.plots.style import CHANCE, COLOURS, DIVERGING, SCALE, caption, figure, label, line, panels
+from diffract.errors import SelectionError
+from diffract.plots.choice import SCAN_OR_COMPARE, Frames, kind, pick, pick_metric, rows_of_model
+from diffract.plots.style import (
+    CHANCE,
+    COLOURS,
+    DIVERGING,
+    ROUNDED,
+    SCALE,
+    between_pairs,
+    caption,
+    colour_bar,
+    figure,
+    label,
+    line,
+    name_both_axes,
+    panels,
+)
 from diffract.stats import reference_score
 
 
@@ -44,7 +60,7 @@ def head_heatmap(
 
 def heatmap(*, z: list[Any], x: list[str], y: list[str], title: str, metric: str, across: str = "head") -> go.Figure:
     """Draw a grid of values with a colour bar."""
-    bar = {"title": {"text": label(metric), "side": "right"}, "thickness": 10, "outlinewidth": 0, "tickformat": ".3~g"}
+    bar = colour_bar(label(metric), **ROUNDED)
     hover = f"layer %{{y}}, {across} %{{x}}<br>{label(metric)} %{{z:.4g}}<extra></extra>"
     trace = go.Heatmap(z=z, x=x, y=y, colorscale=SCALE, colorbar=bar, hovertemplate=hover, xgap=1, ygap=1)
     made = figure([trace], x=across, y="layer", title=title, height=260)
@@ -68,26 +84,12 @@ def domain_matrix(domains: pl.DataFrame, column: str = "spearman") -> go.Figure:
     known = {(a, b): value for a, b, value in domains.select("a", "b", column).iter_rows()}
     grid = [[None if a == b else known.get((a, b), known.get((b, a))) for b in names] for a in names]
     shown = [label(name) for name in names]
-    # Numbers as labels: names may be equal once they are made safe.
-    places = list(range(len(names)))
-    trace = go.Heatmap(
-        z=grid,
-        x=places,
-        y=places,
-        zmin=-1,
-        zmax=1,
-        colorscale=DIVERGING,
-        showscale=False,
-        text=[["" if v is None else f"{v:.2f}" for v in row] for row in grid],
-        texttemplate="%{text}",
-        customdata=[[f"{a}, {b}" for b in shown] for a in shown],
-        hovertemplate="%{customdata}: %{z:.4g}<extra></extra>",
-        xgap=2,
-        ygap=2,
-    )
+    texts = [["" if v is None else f"{v:.2f}" for v in row] for row in grid]
+    look: dict[str, Any] = {"zmin": -1, "zmax": 1, "colorscale": DIVERGING, "showscale": False}
+    look["customdata"] = [[f"{a}, {b}" for b in shown] for a in shown]
+    trace = between_pairs(names, grid, texts, **look, hovertemplate="%{customdata}: %{z:.4g}<extra></extra>")
     made = figure([trace], x="", y="", title=MEANINGS.get(column, label(column)), height=340)
-    axis = {"tickvals": places, "ticktext": shown, "showgrid": False, "ticks": "", "constrain": "domain"}
-    return made.update_xaxes(**axis).update_yaxes(**axis, autorange="reversed", scaleanchor="x")
+    return name_both_axes(made, names, constrain="domain").update_yaxes(scaleanchor="x")
 
 
 Grid = list[list[float | None]]
@@ -159,20 +161,19 @@ def heat_panels(
         title: Made safe already.
         centred: Put zero in its middle.
     """
-    contents = [[_map(grid, layers, heads, name)] for name, grid in grids.items()]
+    look: dict[str, Any] = {"x": list(heads), "y": list(layers), "coloraxis": "coloraxis", "xgap": 1, "ygap": 1}
+    hover = "layer %{y}, head %{x}: %{z:.4g}<extra>"
+    contents = [
+        [go.Heatmap(z=grid, **look, hovertemplate=f"{hover}{label(name)}</extra>")] for name, grid in grids.items()
+    ]
     height = min(420, max(150, 14 * len(layers)))
     made = panels([label(name) for name in grids], contents, x="head", y="layer", title=title, height=height)
     known = [abs(v) for grid in grids.values() for row in grid for v in row if v is not None]
     limits = {"cmin": -max(known), "cmax": max(known)} if centred and known else {}
-    bar = {"title": {"text": scale, "side": "right"}, "thickness": 10, "outlinewidth": 0, "tickformat": ".3~g"}
+    bar = colour_bar(scale, **ROUNDED)
     made.update_layout(coloraxis={"colorscale": colours, "colorbar": bar, **limits}, margin={"r": 90})
     made.update_xaxes(type="category", showgrid=False, ticks="")
     return made.update_yaxes(type="category", autorange="reversed", showgrid=False, ticks="")
-
-
-def _map(grid: Grid, layers: Sequence[str], heads: Sequence[str], name: str) -> go.Heatmap:
-    hover: dict[str, Any] = {"hovertemplate": f"layer %{{y}}, head %{{x}}: %{{z:.4g}}<extra>{label(name)}</extra>"}
-    return go.Heatmap(z=grid, x=list(heads), y=list(layers), coloraxis="coloraxis", xgap=1, ygap=1, **hover)
 
 
 PLACES = 7
@@ -227,7 +228,7 @@ def coloured_boxes(
     place = {layer: float(i) for i, layer in enumerate(ticks)}
     x = [place[layer] for layer in layers]
     points = list(zip(_apart(x), values, names, shades, strict=True))
-    bar = {"title": {"text": label(colour), "side": "right"}, "thickness": 10, "outlinewidth": 0}
+    bar = colour_bar(label(colour))
     look = {"size": 5.5, "colorscale": SCALE, "colorbar": bar, "line": {"width": 0.5, "color": "white"}}
     known = [point for point in points if point[3] is not None]
     unknown = [point for point in points if point[3] is None]
@@ -340,3 +341,101 @@ def as_array(grid: Grid) -> np.ndarray:
 def as_grid(values: np.ndarray) -> Grid:
     """Return an array as a grid, with ``None`` for NaN."""
     return [[None if math.isnan(v) else v for v in row] for row in values.tolist()]
+
+
+HEADS_RUN = "diffract heads BASE TUNED -o RUN"
+CHANGE_FIRST = ("delta_relative", "effective_rank", "stable_rank")
+SHADE = "left_agreement_mean"
+
+
+@kind(
+    "change of every head, a map for each domain, the same colours in all",
+    make=HEADS_RUN,
+    tables=("heads",),
+    columns=tuple(SCALES),
+    further=(),
+)
+def heads_of_run(frames: Frames, *, model: str | None = None, metric: str | None = None) -> go.Figure:
+    """Draw ``head_maps`` of a run."""
+    chosen = pick("metric", metric, [m for m in SCALES if m in frames["heads"].columns])
+    return head_maps(_of_domain(frames["heads"], model), metric=chosen)
+
+
+@kind(
+    "how unevenly each domain's change is spread over heads",
+    make=HEADS_RUN,
+    tables=("lorenz",),
+    columns=("change_share",),
+)
+def lorenz_of_run(frames: Frames, *, model: str | None = None) -> go.Figure:
+    """Draw ``lorenz`` of a run."""
+    return lorenz(_of_domain(frames["lorenz"], model), frames["models"])
+
+
+@kind(
+    "which heads a domain changed more than a reference domain did",
+    make="diffract heads BASE TUNED1 TUNED2 -o RUN",
+    tables=("heads",),
+    columns=("head_delta",),
+    further=(),
+)
+def scores_of_run(frames: Frames, *, model: str | None = None, reference: str | None = None) -> go.Figure:
+    """Draw ``reference_scores`` of a run."""
+    names = frames["heads"]["model"].unique(maintain_order=True).to_list()
+    if len(names) < 2:
+        raise SelectionError(
+            "scores hold domains against each other: the run needs two tuned models. Make one with "
+            "`diffract heads BASE TUNED1 TUNED2 -o RUN`."
+        )
+    against = pick("reference", reference, names)
+    others = [name for name in names if name != against]
+    shown = others if model is None else [pick("model", model, others)]
+    return reference_scores(frames["heads"].filter(pl.col("model").is_in([*shown, against])), against)
+
+
+@kind(
+    "spread of a metric within each layer, coloured by how far singular vectors agree",
+    make=SCAN_OR_COMPARE,
+    tables=("metrics",),
+)
+def violins_of_run(
+    frames: Frames, *, metric: str | None = None, model: str | None = None, projection: str | None = None
+) -> go.Figure:
+    """Draw ``layer_violins`` of a run."""
+    rows = rows_of_model(frames, model, projection)
+    chosen = pick_metric(rows, metric, CHANGE_FIRST)
+    shaded = SHADE in rows.columns and chosen != SHADE and rows[SHADE].count() > 0
+    title = ", ".join(filter(None, [projection, rows["model"][0]]))
+    return layer_violins(rows, chosen, colour=SHADE if shaded else None, title=title)
+
+
+@kind("a metric over the layers and heads of one projection", make=SCAN_OR_COMPARE, tables=("metrics",))
+def head_heatmap_of_run(
+    frames: Frames, *, metric: str | None = None, model: str | None = None, projection: str | None = None
+) -> go.Figure:
+    """Draw ``head_heatmap`` of a run."""
+    rows = rows_of_model(frames, model, None)
+    chosen = pick_metric(rows, metric, CHANGE_FIRST)
+    cut = rows.filter(pl.coalesce("head", "kv_head").is_not_null())["projection"].unique(maintain_order=True).to_list()
+    return head_heatmap(rows, chosen, pick("projection", projection, cut, "q"), model=rows["model"][0])
+
+
+@kind(
+    "what rewinding each head alone gains, or what cheaper orders go by",
+    make="diffract search rewind BASE TUNED -o RUN",
+    tables=("effects",),
+    columns=("effect",),
+    further=(),
+)
+def effects_of_run(frames: Frames, *, metric: str | None = None) -> go.Figure:
+    """Draw ``head_effects`` of a run."""
+    effects = frames["effects"]
+    known = [name for name in (SIGNED | SIZES) if effects[name].count() > 0]
+    return head_effects(effects, metric=pick("metric", metric, known))
+
+
+def _of_domain(table: pl.DataFrame, wanted: str | None) -> pl.DataFrame:
+    if wanted is None:
+        return table
+    names = table["model"].unique(maintain_order=True).to_list()
+    return table.filter(pl.col("model") == pick("model", wanted, names))

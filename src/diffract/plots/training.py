@@ -1,4 +1,4 @@
-"""A metric along training."""
+"""Figures over training: a metric of all matrices or of one, and spectra."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from plotly.colors import sample_colorscale
 
 from diffract.densities import kernel_density
-from diffract.plots.choice import part
+from diffract.errors import SelectionError
+from diffract.plots.choice import Frames, kind, of_projection, part, pick, pick_matrix, pick_metric, pick_model
 from diffract.plots.style import COLOURS, LOG, figure, label, panels
 
 AXES = ("lin-lin", "lin-log", "log-lin", "log-log")
@@ -76,12 +77,12 @@ def time_column(metrics: pl.DataFrame) -> str:
 
     Steps do not where a training run begins to count anew.
     """
-    return next((c for c in OVER if c in metrics.columns and _grows(metrics, c)), "order")
-
-
-def _grows(metrics: pl.DataFrame, column: str) -> bool:
-    times = metrics.select("order", time=pl.col(column)).unique().sort("order")["time"]
-    return times.null_count() == 0 and bool((times.diff().drop_nulls() > 0).all())
+    for column in OVER:
+        if column in metrics.columns:
+            times = metrics.select("order", time=pl.col(column)).unique().sort("order")["time"]
+            if times.null_count() == 0 and bool((times.diff().drop_nulls() > 0).all()):
+                return column
+    return "order"
 
 
 def quartiles(metrics: pl.DataFrame, metric: str, over: str) -> pl.DataFrame:
@@ -233,3 +234,65 @@ def _count(value: float) -> str:
         if value >= scale:
             return f"{value / scale:.3g}{unit}"
     return f"{value:g}"
+
+
+TRAJECTORY = "diffract trajectory MODEL... -o RUN"
+
+
+@kind(
+    "a metric over training: median and quartiles of each projection, or one matrix",
+    make=TRAJECTORY,
+    tables=("metrics",),
+    columns=("order",),
+)
+def evolution_of_run(
+    frames: Frames,
+    *,
+    metric: str | None = None,
+    matrix: str | None = None,
+    projection: str | None = None,
+    over: str | None = None,
+    axes: str | None = None,
+) -> go.Figure:
+    """Draw ``evolution`` of a run."""
+    metrics = of_projection(frames["metrics"], projection)
+    chosen = pick_metric(metrics, metric, ("effective_rank", "stable_rank"))
+    names = metrics["name"].unique(maintain_order=True).to_list()
+    one = None if matrix is None else pick("matrix", matrix, names)
+    scales = pick("axes", axes, AXES)
+    return evolution(metrics, chosen, over=_time_axis(metrics, over), matrix=one, axes=scales)
+
+
+@kind(
+    "spectra over training, of one matrix or pooled over a layer or projection",
+    make=TRAJECTORY,
+    tables=("metrics", "spectra"),
+    quantities=("sigma",),
+    columns=("order",),
+)
+def ridge_of_run(
+    frames: Frames,
+    *,
+    matrix: str | None = None,
+    layer: int | None = None,
+    projection: str | None = None,
+    over: str | None = None,
+) -> go.Figure:
+    """Draw ``ridge`` of a run."""
+    metrics, time = frames["metrics"], _time_axis(frames["metrics"], over)
+    if layer is None and projection is None:
+        names = [pick_matrix(frames, matrix, pick_model(frames, None), "sigma")]
+        return ridge(frames["spectra"], metrics, names, over=time)
+    if matrix is not None:
+        raise SelectionError(
+            "ridge draws one matrix, or pools those of a layer or projection. Leave out one of the two."
+        )
+    rows = of_projection(metrics, projection, layer)
+    where = "all layers" if layer is None else f"layer {layer}"
+    title = f"{where}, {projection or 'all matrices'}"
+    return ridge(frames["spectra"], metrics, rows["name"].unique(maintain_order=True).to_list(), title=title, over=time)
+
+
+def _time_axis(metrics: pl.DataFrame, wanted: str | None) -> str | None:
+    known = [c for c in OVER if c in metrics.columns and metrics[c].count() > 0]
+    return None if wanted is None else pick("time axis", wanted, known)

@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 
 from diffract.errors import printable
 from diffract.report.payload import embed, payload
-from diffract.report.words import Headline, concentration, headlines
+from diffract.report.words import concentration, headlines
 from diffract.tables import HeadTables, Tables, write_text
 
 
@@ -28,7 +28,7 @@ def write(tables: Tables | HeadTables, path: str | Path) -> Path:
 
 def render(tables: Tables | HeadTables) -> str:
     """Return the report of a run as HTML that needs nothing else, no network either."""
-    data = payload(tables)
+    data, found = payload(tables), headlines(tables)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["size"] = size
     environment.filters["printable"] = printable
@@ -36,7 +36,7 @@ def render(tables: Tables | HeadTables) -> str:
         manifest=tables.manifest,
         kind=data["kind"],
         models=_described(tables),
-        headlines=_grouped(headlines(tables)),
+        headlines=[(name, [h for h in found if h.model == name]) for name in dict.fromkeys(h.model for h in found)],
         concentration=concentration(tables.models),
         glossary=_by_group(tables.manifest["metrics"]),
         page=data,
@@ -53,11 +53,6 @@ def size(count: float) -> str:
         if count >= scale:
             return f"{count / scale:.3g} {unit}"
     return f"{count:g} B"
-
-
-def _grouped(found: list[Headline]) -> list[tuple[str, list[Headline]]]:
-    """Headlines by model, in the run's order."""
-    return [(name, [h for h in found if h.model == name]) for name in dict.fromkeys(h.model for h in found)]
 
 
 def _by_group(glossary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
