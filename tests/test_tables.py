@@ -120,3 +120,18 @@ def test_a_file_is_whole_or_absent(tmp_path: Path) -> None:
         store.write_text(path, "\ud800")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_comparison_of_before_gets_its_heads_when_it_is_read(family: tuple[Path, Path], tmp_path: Path) -> None:
+    run = diffract.compare(*family, output=tmp_path / "run")
+    kept = pl.read_parquet(tmp_path / "run" / "heads.parquet")
+    assert dict(kept.schema) == tables.HEADS
+    assert_frame_equal(kept, run.heads)
+    drawn = [diffract.plot(kind, tmp_path / "run").to_json() for kind in ("heads", "lorenz")]
+    (tmp_path / "run" / "heads.parquet").unlink()
+    assert_frame_equal(tables.load(tmp_path / "run").heads, kept, check_exact=True)
+    assert [diffract.plot(kind, tmp_path / "run").to_json() for kind in ("heads", "lorenz")] == drawn
+    assert diffract.plot("lorenz", run).to_json() == drawn[1]
+    assert not (diffract.scan(family[0]).save(tmp_path / "scan") / "heads.parquet").exists()
+    with pytest.raises(diffract.RunError, match="heads needs heads"):
+        diffract.plot("heads", tmp_path / "scan")

@@ -9,14 +9,14 @@ A scan, a comparison or a trajectory
 
 ``metrics``   one row per model and matrix: labels, how it was computed, then one column per metric
 ``spectra``   one row per model, matrix and quantity (``sigma``, ``delta_sigma``, ``left_agreement``, ...): a list
+``heads``     of a comparison: one row per tuned model and head
 
 The heads of several domains
 
-``heads``         one row per domain and head: how much it changed, and what of that other domains share
-``domains``       one row per pair of domains
-``head_cosines``  one row per pair of domains and head
-``scores``        one row per domain, reference domain and head
-``lorenz``        the points of each domain's Lorenz curve
+``heads``     one row per domain and head: how much it changed, and what of that other domains share
+``domains``   one row per pair of domains
+``scores``    one row per domain, reference domain and head
+``lorenz``    the points of each domain's Lorenz curve
 
 An evaluation
 
@@ -51,6 +51,7 @@ from typing import Any
 import polars as pl
 
 from diffract._version import __version__
+from diffract.attention import HEADS, compared_heads
 from diffract.errors import RunError
 from diffract.store import whole_folder
 
@@ -127,34 +128,6 @@ empty.
 analysed alone.
 """
 
-HEADS: dict[str, Any] = {
-    "model": pl.String,
-    "layer": pl.Int32,
-    "block": pl.String,
-    "head": pl.Int32,
-    "kv_head": pl.Int32,
-    "status": pl.String,
-    "entries": pl.Int64,
-    "head_delta": pl.Float64,
-    "head_delta_relative": pl.Float64,
-    "rank": pl.Int32,
-    "change_share": pl.Float64,
-    "shared_cosine": pl.Float64,
-    "shared_share": pl.Float64,
-    "specific_delta": pl.Float64,
-    "agnostic_share": pl.Float64,
-}
-"""Columns of ``heads``; ``(model, layer, block, head)`` is unique, ``model`` is the tuned model (the domain).
-
-``status`` is ok | non_finite | unpaired; numbers of other than ok rows are null. D is the change of the head's slices,
-``entries`` their number of entries; a shared key-value slice counts for each of its query heads.
-``head_delta`` is ||D||_F, ``head_delta_relative`` ||D||_F / ||W0||_F, ``rank`` 1 for the domain's most changed head,
-``change_share`` the head's part of the sum of ||D||_F^2 over heads. ``shared_cosine`` is that of D and the mean D of
-the other domains, ``shared_share`` its square: the domain-agnostic part of ||D||_F^2, 1 / ``entries`` by chance;
-``specific_delta`` is the norm of the rest. ``agnostic_share`` speaks of the head in all domains together, and is the
-same on the row of each: the mean of <D_a, D_b> over a != b by the mean of ||D_a||_F^2; 0 by chance.
-"""
-
 DOMAINS: dict[str, Any] = {
     "a": pl.String,
     "b": pl.String,
@@ -168,17 +141,6 @@ DOMAINS: dict[str, Any] = {
 """Columns of ``domains``: Spearman's correlation of ``head_delta`` over ``heads`` heads, and the cosine of the changes
 themselves over ``entries`` entries, every slice once. The cosine of random directions has mean 0, standard deviation
 ``cosine_chance`` = 1 / sqrt(entries) and mean absolute value ``cosine_chance_abs``, about sqrt(2 / (pi entries))."""
-
-HEAD_COSINES: dict[str, Any] = {
-    "a": pl.String,
-    "b": pl.String,
-    "layer": pl.Int32,
-    "block": pl.String,
-    "head": pl.Int32,
-    "cosine": pl.Float64,
-    "cosine_chance": pl.Float64,
-}
-"""Columns of ``head_cosines``: the same of each head's change alone."""
 
 REFERENCE_SCORES: dict[str, Any] = {
     "domain": pl.String,
@@ -393,12 +355,11 @@ _OF_MATRICES: Schemas = {"metrics": LABELS | OUTCOME, "spectra": SPECTRA, "model
 
 KINDS: dict[str, Schemas] = {
     "scan": _OF_MATRICES,
-    "compare": _OF_MATRICES,
+    "compare": {**_OF_MATRICES, "heads": HEADS},
     "trajectory": _OF_MATRICES,
     "heads": {
         "heads": HEADS,
         "domains": DOMAINS,
-        "head_cosines": HEAD_COSINES,
         "scores": REFERENCE_SCORES,
         "lorenz": LORENZ,
         "models": MODELS,
@@ -515,10 +476,16 @@ def load(folder: str | Path, *kinds: str, only: Sequence[str] | None = None) -> 
     if manifest["kind"] == "study":
         return Tables(manifest, _read_study(folder))
     schemas = KINDS[manifest["kind"]]
+    # A comparison of before there was a table of heads: its metrics say what stood in it.
+    derived = manifest["kind"] == "compare" and not (folder / "heads.parquet").is_file()
+    there = [name for name in schemas if not (derived and name == "heads")]
     if only is None:
-        _require(folder, [f"{name}.parquet" for name in schemas])
-    names = schemas if only is None else [name for name in only if (folder / f"{name}.parquet").is_file()]
-    return Tables(manifest, {name: _read(folder, name, schemas.get(name, {})) for name in names})
+        _require(folder, [f"{name}.parquet" for name in there])
+    names = there if only is None else [name for name in only if (folder / f"{name}.parquet").is_file()]
+    found = {name: _read(folder, name, schemas.get(name, {})) for name in names}
+    if derived and (only is None or "heads" in only):
+        found["heads"] = compared_heads(found["metrics"] if "metrics" in found else _read(folder, "metrics", {}))
+    return Tables(manifest, found)
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:

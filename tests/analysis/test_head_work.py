@@ -21,7 +21,7 @@ from tiny_llama import llama_tensors
 
 ATTENTION = "model.layers.{}.self_attn.{}_proj"
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_head": 4, "num_key_value_heads": 4, "n_layer": 1}
-TABLES = ("heads", "domains", "head_cosines", "scores", "lorenz", "models")
+TABLES = ("heads", "domains", "scores", "lorenz", "models")
 
 
 def same(one: diffract.Run, other: diffract.Run, **tolerance: float) -> None:

@@ -15,7 +15,6 @@ from polars.testing import assert_frame_equal
 
 import diffract
 from diffract import tables
-from diffract.analysis.tables import head_deltas
 from tiny_llama import llama_tensors
 
 ATTENTION = "model.layers.{}.self_attn.{}_proj.weight"
@@ -130,12 +129,18 @@ def test_domains_by_hand(domains: list[str]) -> None:
         assert row["cosine_chance"] == pytest.approx(1 / math.sqrt(entries), rel=1e-14)
         # the exact mean of |cos| is 1 + 1 / (4 n) times the known approximation
         assert row["cosine_chance_abs"] == pytest.approx(math.sqrt(2 / (math.pi * entries)), rel=1 / entries)
-    heads = {(r["a"], r["b"], r["layer"], r["head"]): r for r in run.head_cosines.iter_rows(named=True)}
-    assert len(heads) == 3 * 8
-    assert heads["math", "text", 0, 0]["cosine"] == pytest.approx(1.0, rel=1e-15)
-    assert heads["math", "code", 1, 2]["cosine"] == pytest.approx(math.sqrt(0.5), rel=1e-15)
-    assert heads["math", "text", 1, 2]["cosine"] is None
-    assert heads["math", "text", 0, 0]["cosine_chance"] == pytest.approx(1 / 32, rel=1e-15)
+
+
+def test_of_two_domains_the_shared_cosine_is_that_of_their_changes(domains: list[str]) -> None:
+    """Every head of it by hand, as of the pairs of domains above."""
+    base, *tuned = domains
+    math_text, math_code = (
+        of(diffract.heads(base, tuned[0], other), "math").rows_by_key(["layer", "head"], named=True, unique=True)
+        for other in tuned[1:]
+    )
+    assert math_text[0, 0]["shared_cosine"] == pytest.approx(1.0, rel=1e-15)
+    assert math_code[1, 2]["shared_cosine"] == pytest.approx(math.sqrt(0.5), rel=1e-15)
+    assert math_text[1, 2]["shared_cosine"] is None
 
 
 def test_what_all_domains_share_by_hand(domains: list[str]) -> None:
@@ -200,9 +205,12 @@ def test_projections_can_be_chosen(
 
 def test_changes_and_concentration_are_those_of_compare(family: tuple[Path, Path]) -> None:
     run, compared = diffract.heads(*family), diffract.compare(*family)
-    want = head_deltas(compared.metrics.filter(model="tuned"))
+    want = compared.heads
+    known = ["model", "layer", "block", "head", "kv_head", "status", "entries", "rank"]
+    assert_frame_equal(run.heads.select(known), want.select(known))
     # sums of 1024 squares in another order
-    assert run.heads["head_delta"].to_list() == pytest.approx(want["head_delta"].to_list(), rel=1e-12)
+    for name in ("head_delta", "head_delta_relative", "change_share"):
+        assert run.heads[name].to_list() == pytest.approx(want[name].to_list(), rel=1e-12)
     for name in ("head_gini", "head_top10_share", "head_top10_share_chance"):
         assert run.models[name][1] == pytest.approx(compared.models[name][1], rel=1e-12)
 
@@ -249,14 +257,14 @@ def test_unrelated_changes_share_nothing_but_chance(unrelated: Callable[[], diff
     run = unrelated()
     row = run.domains.row(0, named=True)
     assert abs(row["cosine"]) < 5 * row["cosine_chance"]
-    cosines = run.head_cosines
-    assert (cosines["cosine"].abs() < 5 * cosines["cosine_chance"]).all()
+    # 32 cosines of directions in at least 1,000 dimensions, by chance 1 / sqrt(entries)
+    assert (run.heads["shared_cosine"].abs() < 5 / run.heads["entries"].sqrt()).all()
 
 
 def test_one_domain_has_no_pairs(domains: list[str]) -> None:
     run = diffract.heads(*domains[:2])
     assert of(run, "math")["head_delta"].to_list() == pytest.approx(DELTAS["math"], rel=1e-15)
-    for name in ("domains", "head_cosines", "scores"):
+    for name in ("domains", "scores"):
         table = getattr(run, name)
         assert table.height == 0
         assert dict(table.schema) == tables.KINDS["heads"][name]

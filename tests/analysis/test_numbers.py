@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import polars as pl
 import pytest
 
-from diffract.analysis.tables import head_deltas, model_numbers
-from diffract.metrics.concentration import gini, top_share
+from diffract.analysis.tables import model_numbers
+from diffract.attention import changed_heads, compared_heads
 
 SCHEMA = {
-    "name": pl.String, "status": pl.String, "layer": pl.Int32, "block": pl.String, "projection": pl.String,
+    "model": pl.String, "name": pl.String, "status": pl.String, "layer": pl.Int32, "block": pl.String,
+    "projection": pl.String,
     "head": pl.Int32, "kv_head": pl.Int32, "rows": pl.Int64, "cols": pl.Int64,
     "frobenius_norm": pl.Float64, "delta_frobenius": pl.Float64, "delta_changed_share": pl.Float64,
     "value_share": pl.Float64,
@@ -31,24 +31,72 @@ ROWS = [
 
 
 def table() -> pl.DataFrame:
-    return pl.DataFrame(ROWS, schema=SCHEMA, orient="row")
+    return pl.DataFrame([("m", *row) for row in ROWS], schema=SCHEMA, orient="row")
+
+
+def heads(tuned: pl.DataFrame) -> pl.DataFrame:
+    return changed_heads(table(), tuned)
 
 
 def test_shared_kv_heads_count_for_each_query_head() -> None:
-    found = head_deltas(table())
+    found = heads(table())
     assert found["head"].to_list() == [0, 1]
     # head 0: q 1, o 4, k 4; head 1: q 4, o 16, k 4
     assert found["head_delta"].to_list() == pytest.approx([3.0, math.sqrt(24.0)], rel=1e-15)
 
 
 def test_heads_without_kv_slices() -> None:
-    found = head_deltas(table().filter(pl.col("projection") != "k"))
+    without = table().filter(pl.col("projection") != "k")
+    found = changed_heads(without, without)
     assert found["head_delta"].to_list() == pytest.approx([math.sqrt(5), math.sqrt(20)], rel=1e-15)
-    assert head_deltas(table().filter(block="mlp")).height == 0
+    mlp = table().filter(block="mlp")
+    assert changed_heads(mlp, mlp).height == 0
+
+
+def test_the_row_of_a_head_by_hand() -> None:
+    first, second = heads(table()).rows(named=True)
+    assert (first["model"], first["status"], first["entries"]) == ("m", "ok", 3 * 4)
+    assert (first["rank"], second["rank"]) == (2, 1)
+    assert first["change_share"] == pytest.approx(9 / 33, rel=1e-15)
+    assert first["head_delta_relative"] == pytest.approx(math.sqrt(9 / 27), rel=1e-15)
+    assert first["shared_cosine"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "status"),
+    [
+        ("q0", None, "non_finite"),
+        ("o0", "gone", "unpaired"),
+        ("k0", None, "non_finite"),
+        ("k0", "unpaired", "unpaired"),
+    ],
+)
+def test_a_head_with_a_missing_slice_is_null(name: str, change: str | None, status: str) -> None:
+    here = pl.col("name") == name
+    bad = table().with_columns(pl.when(here).then(None).otherwise("delta_frobenius").alias("delta_frobenius"))
+    if change == "gone":
+        bad = bad.filter(~here)
+    if change == "unpaired":
+        bad = bad.with_columns(pl.when(here).then(pl.lit("unpaired")).otherwise("status").alias("status"))
+    found = heads(bad)
+    lost = [True, name == "k0"]  # the key-value head is that of both
+    assert found["status"].to_list() == [status if gone else "ok" for gone in lost]
+    assert found["head_delta"].is_null().to_list() == found["change_share"].is_null().to_list() == lost
+    numbers = model_numbers(table(), bad, found)
+    assert (numbers["head_gini"] is None) == (name == "k0")
+    assert numbers["head_top10_share"] == (None if name == "k0" else 1.0)
+
+
+def test_heads_of_a_comparison_are_those_of_each_tuned_model() -> None:
+    metrics = pl.concat([table().with_columns(model=pl.lit(name)) for name in ("base", "a", "b")])
+    found = compared_heads(metrics)
+    assert found["model"].to_list() == ["a", "a", "b", "b"]
+    assert compared_heads(metrics.filter(model="base")).is_empty()
+    assert compared_heads(metrics.drop("delta_frobenius")).is_empty()
 
 
 def test_model_numbers_by_hand() -> None:
-    found = model_numbers(table(), table())
+    found = model_numbers(table(), table(), heads(table()))
     d2 = 1 + 4 + 4 + 16 + 4 + 25
     # the base's norm is that of the matrices whose change is known: five of norm 3, one of norm 10
     assert found["delta_relative"] == pytest.approx(math.sqrt(d2 / 145), rel=1e-15)
@@ -64,26 +112,7 @@ def test_model_numbers_by_hand() -> None:
 
 def test_unknown_numbers_are_none() -> None:
     bare = table().drop("delta_frobenius", "frobenius_norm", "delta_changed_share")
-    assert model_numbers(bare, bare) == {"changed_share": None}
-    assert model_numbers(table().drop("frobenius_norm"), table())["delta_relative"] is None
-
-
-def test_gini() -> None:
-    assert gini(np.array([1.0, 3.0])) == pytest.approx(0.25, rel=1e-15)
-    assert gini(np.array([3.0, 1.0])) == gini(np.array([1.0, 3.0]))
-    assert gini(np.full(7, 2.0)) == pytest.approx(0.0, abs=1e-15)
-    assert gini(np.eye(10)[3]) == pytest.approx(0.9, rel=1e-12)
-    values = np.random.default_rng(0).random(20)
-    pairs = np.abs(values[:, None] - values).sum() / (2 * 20 * values.sum())
-    assert gini(values) == pytest.approx(pairs, rel=1e-12)
-    assert math.isnan(gini(np.zeros(3)))
-    assert math.isnan(gini(np.array([])))
-
-
-def test_top_share() -> None:
-    values = np.array([1.0, 2.0, 3.0, 4.0])
-    assert top_share(values, 0.5) == (0.7, 0.5)
-    assert top_share(values, 0.1) == (0.4, 0.25)  # one, as it is rounded up
-    assert top_share(values, 1.0) == (1.0, 1.0)
-    assert all(map(math.isnan, top_share(np.zeros(4))))
-    assert top_share(np.ones(30))[1] == pytest.approx(0.1)
+    assert model_numbers(bare, bare, changed_heads(bare, bare)) == {"changed_share": None}
+    without = table().drop("frobenius_norm")
+    assert model_numbers(without, table(), heads(table()))["delta_relative"] is None
+    assert changed_heads(without, table())["head_delta_relative"].null_count() == 2

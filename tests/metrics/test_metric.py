@@ -7,7 +7,7 @@ import torch
 
 from diffract.errors import SelectionError
 from diffract.metrics import CATALOG, FACTS, NEEDS, Facts, Metric, catalog, choose_metrics, metric, sources
-from diffract.metrics.catalog import DEFAULT, GROUPS, LEFT_OUT
+from diffract.metrics.catalog import DEFAULT, DERIVED, GROUPS, LEFT_OUT
 from diffract.metrics.facts import INVARIANCES
 
 
@@ -164,9 +164,10 @@ def test_pair_facts() -> None:
 
 def test_derived_facts_cost_what_they_come_from_and_are_computed_once() -> None:
     for fact in FACTS.values():
-        if fact.function is not None:
+        if fact.sources:
             assert fact.need == max((FACTS[s].need for s in fact.sources), key=NEEDS.index)
             assert fact.pair == any(FACTS[s].pair for s in fact.sources)
+    assert set(DERIVED) == {name for name, fact in FACTS.items() if fact.sources}
     assert sources(["left_agreement_window"]) == {"left_cosines", "base_sigmas", "sigmas"}
     facts = Facts(left_overlap=torch.rand(2, 3, 3).double())
     assert facts["left_agreement"] is facts["left_agreement"]

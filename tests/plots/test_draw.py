@@ -144,7 +144,7 @@ def test_unknown_names_get_one_clear_error(kind: str, options: dict[str, Any], t
         ("ks", "pl_ks_scan in spectra.parquet"),
         ("agreement", "left_agreement in spectra.parquet"),
         ("heads", "heads.parquet, which the run does not have. Make one with `diffract heads BASE TUNED -o RUN`"),
-        ("lorenz", "heads.parquet"),
+        ("lorenz", "lorenz.parquet"),
         ("scores", "heads.parquet"),
         ("evolution", "order in metrics.parquet, which the run does not have. Make one with `diffract trajectory"),
         ("ridge", "order in metrics.parquet"),

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import synthetic
 from diffract import plots
-from diffract.plots.heads import lorenz_curve, scale01, score
+from diffract.attention import by_model, concentration, head_squares, lorenz_of
 
 HEADS = synthetic.compared()["heads"]
 METRICS = synthetic.compared()["metrics"]
-numbers = st.lists(st.floats(0, 1e6), min_size=1, max_size=30)
 
 
 def cells(trace) -> dict[tuple[str, str], float]:
@@ -61,41 +56,22 @@ def test_scores_are_the_difference_of_scaled_changes() -> None:
     assert figure.layout.coloraxis.cmin == -figure.layout.coloraxis.cmax
 
 
-@given(numbers)
-def test_a_scaled_map_reaches_both_ends(values: list[float]) -> None:
-    scaled = [v for v in scale01([values])[0] if v is not None]
-    if max(values) == min(values):
-        assert scaled == []
-    else:
-        assert (min(scaled), max(scaled)) == (0, 1)
-        assert score([values], [values]) == [[0.0] * len(values)]
-
-
 def test_unknown_heads_have_no_score() -> None:
-    assert score([[None, 0.0, 2.0]], [[1.0, 3.0, math.nan]]) == [[None, -1.0, None]]
-
-
-@given(numbers)
-def test_lorenz_curves_rise_below_the_diagonal(values: list[float]) -> None:
-    x, y = lorenz_curve(np.asarray(values))
-    if not sum(values):
-        assert (x, y) == ([], [])
-        return
-    rounding = 1e-12
-    assert (x[0], y[0], x[-1]) == (0, 0, 1)
-    assert y[-1] == pytest.approx(1, abs=rounding)
-    assert all(b <= a + rounding for a, b in zip(x, y, strict=True))
-    assert np.all(np.diff(y) >= 0)
-    assert np.all(np.diff(y, 2) >= -rounding)
+    rows = [("a", None), ("a", 0.0), ("a", 2.0), ("b", 1.0), ("b", 3.0), ("b", None)]
+    heads = pl.DataFrame(rows, schema=["model", "head_delta"], orient="row")
+    heads = heads.with_columns(layer=0, block=pl.lit("attn"), head=pl.int_range(6) % 3)
+    assert [list(row) for row in plots.reference_scores(heads, "b").data[0].z] == [[None, -1.0, None]]
 
 
 def test_lorenz_draws_squares_and_their_gini() -> None:
     heads = pl.DataFrame({"model": ["a", "a", "<b>"], "head_delta": [1.0, 2.0, 0.0]})
-    figure = plots.lorenz(heads)
+    ginis = {name: concentration(head_squares(rows))["head_gini"] for name, rows in by_model(heads).items()}
+    models = pl.DataFrame({"model": list(ginis), "head_gini": list(ginis.values())}).fill_nan(None)
+    figure = plots.lorenz(lorenz_of(heads), models)
     assert list(figure.data[1].y) == [0, 0.2, 1]
     assert figure.data[1].name == "a (Gini 0.30)"  # 2 (1 * 1 + 2 * 4) / (2 * 5) - 3 / 2
     assert list(figure.data[2].x) == []
-    assert figure.data[2].name.startswith("&lt;b&gt;")
+    assert figure.data[2].name == "&lt;b&gt;"
     assert figure.data[1].line.dash != figure.data[2].line.dash
 
 

@@ -11,7 +11,7 @@ from scipy.stats import gaussian_kde
 
 import synthetic
 from diffract import plots
-from diffract.plots.training import MOST, OVERLAP, kernel_density, time_column
+from diffract.plots.training import MOST, OVERLAP, time_column
 
 RUN = synthetic.trajectory()
 METRICS, SPECTRA = RUN["metrics"], RUN["spectra"]
@@ -64,13 +64,6 @@ def test_time_is_what_grows() -> None:
     assert time_column(frame.with_columns(step=pl.col("order") + 1)) == "step"
     assert time_column(frame.with_columns(tokens=pl.col("order") + 1)) == "tokens"
     assert time_column(frame.select("order")) == "order"
-
-
-def test_kernel_density_is_scotts() -> None:
-    values = np.random.default_rng(0).standard_normal(50)
-    grid = np.linspace(-5, 5, 101)
-    np.testing.assert_allclose(kernel_density(values, grid), gaussian_kde(values, "scott")(grid), rtol=1e-10)
-    assert np.trapezoid(kernel_density(np.ones(3), grid), grid) == pytest.approx(1, abs=1e-6)  # width of a step
 
 
 def test_ridges_stand_in_order_and_keep_their_proportions() -> None:

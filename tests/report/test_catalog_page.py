@@ -14,7 +14,7 @@ import diffract
 from diffract import plots, report
 from diffract.plots.choice import curve, facts
 from diffract.report import payload as densities
-from diffract.report.payload import pack, payload, short, thin
+from diffract.report.payload import POINTS, pack, payload, short, thin
 from diffract.report.words import headlines
 from tiny_llama import llama_tensors
 
@@ -62,7 +62,7 @@ def test_densities_are_those_of_python(full: diffract.Run, page: Any, tmp_path: 
             row,
             null=eigenvalues(full, "null_sigma"),
             axes=axes,
-            points=densities.POINTS,
+            points=POINTS,
         )
         found = drawn(page, "density")
         assert list(found) == [trace.meta for trace in figure.data]

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import diffract
 from diffract import plots, report
+from diffract.attention import lorenz_of, pairs_of
 from diffract.cli.main import app
 from diffract.report.payload import domain_part
 from tiny_llama import llama_tensors
@@ -33,15 +34,15 @@ def domains(write_model: Callable[..., Path]) -> list[str]:
 
 def test_heads_of_the_metrics_are_those_of_the_command() -> None:
     refs = [f"{name}={SAMPLES / name}" for name in ("base", "math", "code")]
-    heads = plots.heads_of(diffract.compare(*refs, metrics=["delta_frobenius"]).metrics)
+    heads = diffract.compare(*refs, metrics=["delta_frobenius"]).heads
     expected = diffract.heads(*refs)
     same_as(heads, expected.heads)
-    rho = plots.domains_of(heads)
+    rho = pairs_of(heads)
     assert rho["spearman"].to_list() == pytest.approx(expected.domains["spearman"].to_list(), rel=1e-9)
 
 
 def test_shared_slices_count_for_each_head_of_a_group(domains: list[str]) -> None:
-    same_as(plots.heads_of(diffract.compare(*domains).metrics), diffract.heads(*domains).heads)
+    same_as(diffract.compare(*domains).heads, diffract.heads(*domains).heads)
 
 
 def same_as(heads: pl.DataFrame, expected: pl.DataFrame) -> None:
@@ -55,7 +56,7 @@ def test_a_head_with_a_bad_slice_is_not_known(write_model: Callable[..., Path]) 
     tuned = llama_tensors(1, base)
     tuned["model.layers.0.self_attn.v_proj.weight"][0, 0] = torch.nan  # kv head 0, of query heads 0 and 1
     run = diffract.compare(write_model("base", base), write_model("tuned", tuned))
-    heads = plots.heads_of(run.metrics)
+    heads = run.heads
     assert heads.filter(pl.col("head_delta").is_null()).select("layer", "head").rows() == [(0, 0), (0, 1)]
     assert "<h2>Which heads change</h2>" in report.render(run.tables)
 
@@ -72,7 +73,7 @@ def test_domains_need_a_comparison_of_heads(family: tuple[Path, Path]) -> None:
 def test_rank_correlation_of_domains_that_do_not_vary_is_null() -> None:
     rows = [(m, 0, "attn", h, 1.0 if m == "a" else float(h)) for m in "ab" for h in range(3)]
     heads = pl.DataFrame(rows, schema=[*PLACE, "head_delta"], orient="row")
-    found = plots.domains_of(heads)
+    found = pairs_of(heads)
     assert found["spearman"].to_list() == [None]
     assert plots.domain_matrix(found).data[0].text[0][1] == ""
 
@@ -81,7 +82,7 @@ def test_rank_correlation_of_domains_that_do_not_vary_is_null() -> None:
 def test_the_page_shows_domains(domains: list[str], page: Any, tmp_path: Path) -> None:
     run = diffract.compare(*domains)
     page.goto(f"file://{run.report(tmp_path / 'r.html')}")
-    shows_domains(page, plots.heads_of(run.metrics))
+    shows_domains(page, run.heads, lorenz_of(run.heads), run.models)
     assert page.locator("#cosine").count() == 0
 
 
@@ -91,7 +92,7 @@ def test_a_run_over_heads_has_a_page(domains: list[str], page: Any, tmp_path: Pa
     result = CliRunner().invoke(app, ["report", str(tmp_path / "run")])
     assert result.exit_code == 0, result.output
     page.goto(f"file://{tmp_path / 'run' / 'report.html'}")
-    shows_domains(page, run.heads)
+    shows_domains(page, run.heads, run.lorenz, run.models)
     cosines = page.evaluate("document.getElementById('cosine').data[0].z")
     assert cosines[0][1] == pytest.approx(run.domains["cosine"][0], rel=1e-9)
     chance = run.domains["cosine_chance"][0]
@@ -101,7 +102,7 @@ def test_a_run_over_heads_has_a_page(domains: list[str], page: Any, tmp_path: Pa
     assert page.locator("#tensors-table thead th").count() > 0
 
 
-def shows_domains(page: Any, heads: pl.DataFrame) -> None:
+def shows_domains(page: Any, heads: pl.DataFrame, points: pl.DataFrame, models: pl.DataFrame) -> None:
     page.wait_for_selector("#head-maps .heatmaplayer")
     found = plots.head_grids(heads, "head_delta")
     for k, grid in enumerate(found.grids.values()):
@@ -114,13 +115,11 @@ def shows_domains(page: Any, heads: pl.DataFrame) -> None:
     # Scaled values have six digits in the page.
     assert [v for row in drawn for v in row] == pytest.approx([v for row in expected for v in row], abs=2e-6)
     lorenz = page.evaluate("document.getElementById('lorenz').data.map((t) => [t.x, t.y])")
-    for (x, y), trace in zip(lorenz, plots.lorenz(heads).data, strict=True):
+    for (x, y), trace in zip(lorenz, plots.lorenz(points, models).data, strict=True):
         assert x == pytest.approx(list(trace.x))
         assert y == pytest.approx(list(trace.y))
     spearman = page.evaluate("document.getElementById('spearman').data[0].z")
-    assert [spearman[0][1], spearman[0][2], spearman[1][2]] == pytest.approx(
-        plots.domains_of(heads)["spearman"].to_list()
-    )
+    assert [spearman[0][1], spearman[0][2], spearman[1][2]] == pytest.approx(pairs_of(heads)["spearman"].to_list())
     assert page.problems == []
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from diffract.studies.finding import Number, better, median, rank_correlation, rank_pvalue
+from diffract.stats import spearman_pvalue
+from diffract.studies.finding import Number, better, median, rank_correlation
 
 
 @pytest.mark.parametrize(
@@ -52,7 +53,7 @@ def test_a_rank_correlation_covers_its_true_value() -> None:
 def test_p_values_of_rank_correlations_are_uniform_without_correlation() -> None:
     """A tenth of 500 is below 0.1: 50 with a standard deviation of 6.7, and four of them are allowed."""
     draw = np.random.default_rng(1)
-    ps = [rank_pvalue(float(np.asarray(stats.spearmanr(*draw.normal(size=(2, 20))))[0]), 20) for _ in range(500)]
+    ps = [spearman_pvalue(float(np.asarray(stats.spearmanr(*draw.normal(size=(2, 20))))[0]), 20) for _ in range(500)]
     assert abs(sum(p < 0.1 for p in ps) - 50) < 27
 
 

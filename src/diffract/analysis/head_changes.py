@@ -16,34 +16,25 @@ import polars as pl
 from diffract import tables
 from diffract.analysis.facts import MetricPlan
 from diffract.analysis.scan import Options, open_all
-from diffract.analysis.tables import (
+from diffract.analysis.tables import Member, describe, model_row, status_warnings, tensor_table
+from diffract.analysis.work import GRAMS, HeadTask, Part, Worker, run_all, tensor_tasks
+from diffract.attention import (
     PER_KV_HEAD,
     PER_QUERY_HEAD,
     PROJECTIONS,
-    Member,
-    describe,
+    as_heads,
+    concentration,
+    head_numbers,
     head_sums,
-    model_row,
+    lorenz_rows,
     query_heads,
-    status_warnings,
-    tensor_table,
 )
-from diffract.analysis.work import GRAMS, HeadTask, Part, Worker, run_all, tensor_tasks
 from diffract.checkpoints import Reference
 from diffract.engine import ENGINES, choose_device
 from diffract.errors import CheckpointError, SelectionError, choose, printable
 from diffract.matrices import Layout, Matrix, merge_strange_adapters, pair, restrict
-from diffract.metrics.concentration import (
-    delta_cosine,
-    delta_cosine_chance,
-    gini,
-    lorenz,
-    reference_score,
-    spearman,
-    split_domains,
-    top_share,
-)
-from diffract.metrics.pair import cosine_chance
+from diffract.metrics.pair import cosine_chance, delta_cosine, delta_cosine_chance, split_domains
+from diffract.stats import reference_score, spearman
 from diffract.store import Cache, cache_folder
 from diffract.tables import MODELS, Tables, frame
 
@@ -172,27 +163,20 @@ def uncut_notes(base: Layout, wanted: Sequence[str]) -> list[str]:
 
 def head_table(names: Sequence[str], places: pl.DataFrame, heads: Grams) -> pl.DataFrame:
     """Return one row per domain and head; ``tables.HEADS`` says what the columns mean."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        relative = np.sqrt(heads.squares / heads.base[:, None])
     split = split_domains(heads.changes)
     agnostic = _agnostic_share(heads.changes)
     frames = []
     for i, name in enumerate(names):
-        squares = heads.squares[:, i]
-        numbers = {
-            "status": _status(squares, heads.absent[:, i]),
+        own = head_numbers(heads.squares[:, i], heads.base, absent=heads.absent[:, i])
+        between = {
             "entries": heads.entries,
-            "head_delta": np.sqrt(squares),
-            "head_delta_relative": np.where(np.isfinite(relative[:, i]), relative[:, i], np.nan),
-            "rank": _ranks(squares),
-            "change_share": _shares(squares),
             "shared_cosine": split.cosine[:, i],
             "shared_share": split.share[:, i],
             "specific_delta": np.sqrt(np.maximum(split.specific_squares[:, i], 0.0)),
             "agnostic_share": agnostic,
         }
-        frames.append(places.with_columns(model=pl.lit(name), **{k: pl.Series(v) for k, v in numbers.items()}))
-    return _shaped(frames, tables.HEADS)
+        frames.append(places.with_columns(model=pl.lit(name), **own, **{k: pl.Series(v) for k, v in between.items()}))
+    return as_heads(frames)
 
 
 def domain_table(names: Sequence[str], heads: Grams, slices: Grams) -> pl.DataFrame:
@@ -208,28 +192,12 @@ def domain_table(names: Sequence[str], heads: Grams, slices: Grams) -> pl.DataFr
             "b": names[b],
             "heads": int(both.sum()),
             "entries": entries,
-            "spearman": spearman(heads.squares[both, a], heads.squares[both, b]),
+            "spearman": float(spearman(heads.squares[both, a], heads.squares[both, b])),
             "cosine": float(delta_cosine(total)[0, 1]),
             "cosine_chance": delta_cosine_chance(entries) if entries else math.nan,
             "cosine_chance_abs": cosine_chance(entries) if entries else math.nan,
         })  # fmt: skip
     return _without_nan(pl.DataFrame(rows, schema=tables.DOMAINS, orient="row"))
-
-
-def cosine_table(names: Sequence[str], places: pl.DataFrame, heads: Grams) -> pl.DataFrame:
-    """Return one row per pair of domains and head."""
-    cosines = delta_cosine(heads.changes)
-    chance = [delta_cosine_chance(int(n)) if n else math.nan for n in heads.entries]
-    frames = [
-        places.with_columns(
-            a=pl.lit(names[a]),
-            b=pl.lit(names[b]),
-            cosine=pl.Series(cosines[:, a, b]),
-            cosine_chance=pl.Series(chance, dtype=pl.Float64),
-        )
-        for a, b in combinations(range(len(names)), 2)
-    ]
-    return _shaped(frames, tables.HEAD_COSINES)
 
 
 def score_table(names: Sequence[str], places: pl.DataFrame, heads: Grams) -> pl.DataFrame:
@@ -248,10 +216,7 @@ def score_table(names: Sequence[str], places: pl.DataFrame, heads: Grams) -> pl.
 
 def lorenz_table(names: Sequence[str], heads: Grams) -> pl.DataFrame:
     """Return the points of each domain's Lorenz curve of ||D||_F^2 over heads."""
-    frames = []
-    for i, name in enumerate(names):
-        x, y = lorenz(_known(heads.squares[:, i]))
-        frames.append(pl.DataFrame({"heads_share": x, "change_share": y}).with_columns(model=pl.lit(name)))
+    frames = [lorenz_rows(name, _known(heads.squares[:, i])) for i, name in enumerate(names)]
     return _shaped(frames, tables.LORENZ)
 
 
@@ -264,14 +229,10 @@ def domain_numbers(heads: Grams, slices: Grams) -> list[dict[str, float | None]]
     for i in range(len(whole)):
         known = np.isfinite(slices.squares[:, i])
         moved, before = slices.squares[known, i].sum(), slices.base[known].sum()
-        squares = _known(heads.squares[:, i])
-        share, chance = top_share(squares)
         numbers = {
             "attention_delta": math.sqrt(moved) if known.any() else math.nan,
             "attention_delta_relative": math.sqrt(moved / before) if before else math.nan,
-            "head_top10_share": share,
-            "head_top10_share_chance": chance,
-            "head_gini": gini(squares),
+            **concentration(_known(heads.squares[:, i])),
             "shared_cosine": float(split.cosine[i]),
             "shared_share": float(split.share[i]),
             "agnostic_share": float(_agnostic_share(whole)),
@@ -288,22 +249,6 @@ def _agnostic_share(changes: np.ndarray) -> np.ndarray:
 
 def _known(values: np.ndarray) -> np.ndarray:
     return values[np.isfinite(values)]
-
-
-def _status(squares: np.ndarray, absent: np.ndarray) -> list[str]:
-    return [
-        "unpaired" if a else "ok" if math.isfinite(s) else "non_finite" for s, a in zip(squares, absent, strict=True)
-    ]
-
-
-def _ranks(squares: np.ndarray) -> pl.Series:
-    """1 for the largest; equal values share the better rank."""
-    return pl.Series(squares).fill_nan(None).rank("min", descending=True)
-
-
-def _shares(squares: np.ndarray) -> np.ndarray:
-    total = _known(squares).sum()
-    return squares / total if total else np.full_like(squares, np.nan)
 
 
 def _shaped(frames: Sequence[pl.DataFrame], schema: dict[str, Any]) -> pl.DataFrame:
@@ -418,7 +363,6 @@ def _assemble(members: Sequence[Member], slices: Slices, manifest: dict[str, Any
     frames = {
         "heads": table,
         "domains": domain_table(names, heads, single),
-        "head_cosines": cosine_table(names, places, heads),
         "scores": score_table(names, places, heads),
         "lorenz": lorenz_table(names, heads),
         "models": models,

@@ -1,4 +1,4 @@
-"""How a change is spread over attention heads."""
+"""The tables of a run, assembled from what the workers found."""
 
 from __future__ import annotations
 
@@ -15,62 +15,10 @@ import torch
 from diffract import tables
 from diffract.analysis.facts import CURVE, MetricPlan
 from diffract.analysis.work import CIRCUITS, Part
+from diffract.attention import compared_heads, concentration, head_squares
 from diffract.matrices import Layout
 from diffract.metrics.catalog import GROUPS
-from diffract.metrics.concentration import gini, top_share
 from diffract.metrics.peaks import peak_count
-
-PER_QUERY_HEAD = ("q", "o")
-PER_KV_HEAD = ("k", "v")
-PROJECTIONS = ("q", "k", "v", "o")
-"""What a head consists of."""
-
-PLACE = ("layer", "block")
-
-
-def head_deltas(metrics: pl.DataFrame) -> pl.DataFrame:
-    """Return the change of every query head over its q, k, v and o slices.
-
-    Args:
-        metrics: Rows of one tuned model, with ``delta_frobenius``.
-
-    Returns:
-        Columns layer, block, head, ``head_delta`` (Frobenius norm); empty if no projection is cut into heads.
-    """
-    squares = metrics.filter(pl.col("delta_frobenius").is_not_null()).with_columns(d2=pl.col("delta_frobenius") ** 2)
-    sums = head_sums(query_heads(squares), squares, ["d2"])
-    return sums.select(*PLACE, "head", head_delta=pl.col("d2").sqrt())
-
-
-def query_heads(slices: pl.DataFrame) -> pl.DataFrame:
-    """Return the query heads that slices of q or o belong to: columns layer, block, head, kv_head."""
-    own = slices.filter(pl.col("projection").is_in(PER_QUERY_HEAD), pl.col("head").is_not_null())
-    return own.group_by(*PLACE, "head").agg(pl.col("kv_head").first()).sort(*PLACE, "head")
-
-
-def head_sums(heads: pl.DataFrame, slices: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
-    """Sum columns over the slices of every query head.
-
-    Several query heads share one key-value head under grouped-query attention: its slices count for each of them.
-
-    Args:
-        heads: As of ``query_heads``.
-        slices: One row per slice: labels, and what is to be summed.
-        columns: Which columns are summed; NaN makes the sum NaN.
-
-    Returns:
-        The heads, with the sums; 0 for a head without slices.
-    """
-    own = slices.filter(pl.col("projection").is_in(PER_QUERY_HEAD), pl.col("head").is_not_null())
-    shared = slices.filter(pl.col("projection").is_in(PER_KV_HEAD), pl.col("kv_head").is_not_null())
-    joined = heads
-    for rows, key, suffix in ((own, "head", ".own"), (shared, "kv_head", ".shared")):
-        sums = rows.group_by(*PLACE, key).agg(pl.col(column).sum().alias(column + suffix) for column in columns)
-        joined = joined.join(sums, on=[*PLACE, key], how="left", nulls_equal=True)
-    parts = ((pl.col(c + ".own").fill_null(0), pl.col(c + ".shared").fill_null(0)) for c in columns)
-    total = {column: one + other for column, (one, other) in zip(columns, parts, strict=True)}
-    return joined.sort(*PLACE, "head").select(*heads.columns, **total)
-
 
 POOLED = "pooled_peak_count"
 
@@ -112,7 +60,7 @@ def _pool(place: tuple[Any, ...], group: pl.DataFrame) -> dict[str, Any]:
     return dict(zip(POOL_PLACE, place, strict=True)) | {POOLED: None if np.isnan(count) else count}
 
 
-def model_numbers(base: pl.DataFrame, tuned: pl.DataFrame) -> dict[str, float | None]:
+def model_numbers(base: pl.DataFrame, tuned: pl.DataFrame, heads: pl.DataFrame) -> dict[str, float | None]:
     """Return the numbers of one tuned model; ``None`` for what the computed metrics do not give.
 
     Shares are means over matrices weighted by ||D||_F^2, that is, shares of the whole model's change; heads are
@@ -121,6 +69,7 @@ def model_numbers(base: pl.DataFrame, tuned: pl.DataFrame) -> dict[str, float | 
     Args:
         base: The base's metric rows.
         tuned: The tuned model's metric rows.
+        heads: Its rows of the ``heads`` table.
     """
     pairs = tuned.filter(pl.col("status") != "unpaired").join(
         base.select("name", base_squares=pl.col("frobenius_norm") ** 2)
@@ -137,7 +86,7 @@ def model_numbers(base: pl.DataFrame, tuned: pl.DataFrame) -> dict[str, float | 
     numbers["delta_relative"] = math.sqrt(float(pairs["d2"].sum()) / before) if before else math.nan
     for name in ("value_share", "value_share_chance", "spectral_shift_share"):
         numbers[name] = _mean(pairs, name, pl.col("d2"))
-    return _plain(numbers | _head_numbers(pairs))
+    return _plain(numbers | concentration(head_squares(heads)))
 
 
 SUMMARISED = ("pl_alpha", "alpha_hat", "log10_alpha_norm")
@@ -156,16 +105,6 @@ def tail_summaries(own: pl.DataFrame) -> dict[str, float | None]:
             known = matrices[name].drop_nulls().to_numpy()
             found |= {f"{name}_mean": float(known.mean()) if len(known) else None, f"{name}_count": float(len(known))}
     return found
-
-
-def _head_numbers(pairs: pl.DataFrame) -> dict[str, float]:
-    squares = head_deltas(pairs)["head_delta"].to_numpy() ** 2
-    share, chance = top_share(squares)
-    return {
-        "head_top10_share": share,
-        "head_top10_share_chance": chance,
-        "head_gini": gini(squares),
-    }
 
 
 def _mean(rows: pl.DataFrame, column: str, weight: pl.Expr) -> float:
@@ -215,7 +154,8 @@ def assemble(
     rows, spectra = _metrics(members, parts), _spectra(members, parts)
     names = [m.name for m in plan.metrics]
     metrics = rows.select(*tables.LABELS, *tables.OUTCOME, *(n for n in names if n in rows.columns))
-    models = _models(members, metrics, digests)
+    heads = compared_heads(metrics)
+    models = _models(members, metrics, heads, digests)
     metrics = pooled_peaks(metrics, spectra)
     groups = {m.name: group for group, members in GROUPS.items() for m in members}
     glossary = {
@@ -233,7 +173,7 @@ def assemble(
         glossary[POOLED] = MEANING
     described = describe(members, models, manifest, glossary=glossary, warnings=row_warnings(metrics))
     frames = {"metrics": metrics, "spectra": spectra, "models": models, "tensors": tensor_table(members)}
-    return tables.Tables(described, frames)
+    return tables.Tables(described, frames | ({"heads": heads} if manifest["kind"] == "compare" else {}))
 
 
 def describe(
@@ -315,13 +255,16 @@ def _spectra(members: Sequence[Member], parts: Sequence[Part]) -> pl.DataFrame:
     return pl.concat(frames)
 
 
-def _models(members: Sequence[Member], metrics: pl.DataFrame, digests: Mapping[tuple[int, str], str]) -> pl.DataFrame:
+def _models(
+    members: Sequence[Member], metrics: pl.DataFrame, heads: pl.DataFrame, digests: Mapping[tuple[int, str], str]
+) -> pl.DataFrame:
     base = metrics.filter(pl.col("model") == members[0].name)
     rows = []
     for i, member in enumerate(members):
         own = metrics.filter(pl.col("model") == member.name)
         row = model_row(member, len(own), _model_digest(i, member, digests))
-        numbers = model_numbers(base, own) if member.role == "tuned" else {}
+        tuned = member.role == "tuned"
+        numbers = model_numbers(base, own, heads.filter(pl.col("model") == member.name)) if tuned else {}
         rows.append(row | numbers | tail_summaries(own))
     return tables.frame(rows, tables.MODELS)
 

@@ -18,6 +18,7 @@ from diffract.analysis.scan import Options, open_layout, other_digests
 from diffract.analysis.tables import Member, assemble, model_numbers, row_warnings
 from diffract.analysis.timeline import Milestone, Stop, find_series
 from diffract.analysis.work import TensorTask, Worker, run_all, tensor_tasks
+from diffract.attention import changed_heads
 from diffract.checkpoints import Reference
 from diffract.engine import choose_device
 from diffract.errors import CheckpointError, choose, printable
@@ -195,7 +196,8 @@ def follow(
             member = Member(visit.stop.name, "checkpoint", layouts[-1])
             tables = assemble([member], [replace(part, model=0) for part in parts], own, plan, {"kind": "trajectory"})
             base = found[0 if against == "first" else -1].metrics if found else None
-            change = {} if base is None else model_numbers(base, tables.metrics)
+            own = tables.metrics
+            change = {} if base is None else model_numbers(base, own, changed_heads(base, own))
             compared = visit.base_stop.name if visit.base_stop else None
             found.append(place(tables, len(found), visit.stop.place, compared, change))
             del visit, layouts, tasks, worker, member  # nothing of a checkpoint may live on while the next is opened

@@ -19,7 +19,7 @@ from diffract.edits.parts import Part, Units, head_name
 from diffract.edits.planning import both
 from diffract.engine import one_torch_thread
 from diffract.errors import SelectionError, printable, suggest
-from diffract.metrics.concentration import reference_score
+from diffract.stats import reference_score
 
 Blocks = Callable[[str], Iterable[tuple[Range | None, Tensor]]]
 """A tensor's blocks of rows by its name."""

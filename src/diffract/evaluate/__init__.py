@@ -10,19 +10,20 @@ if TYPE_CHECKING:
     from diffract.evaluate.catalog import load_tasks
     from diffract.evaluate.model import Subject, load_subject
     from diffract.evaluate.run import Evaluator, compare_scores
-    from diffract.evaluate.statistics import holm, paired, summarise
+    from diffract.evaluate.statistics import paired, summarise
     from diffract.evaluate.tasks import Task
+    from diffract.stats import holm
 
 _PLACES = {
-    "Evaluator": "run",
-    "Subject": "model",
-    "Task": "tasks",
-    "compare_scores": "run",
-    "holm": "statistics",
-    "load_subject": "model",
-    "load_tasks": "catalog",
-    "paired": "statistics",
-    "summarise": "statistics",
+    "Evaluator": "evaluate.run",
+    "Subject": "evaluate.model",
+    "Task": "evaluate.tasks",
+    "compare_scores": "evaluate.run",
+    "holm": "stats",
+    "load_subject": "evaluate.model",
+    "load_tasks": "evaluate.catalog",
+    "paired": "evaluate.statistics",
+    "summarise": "evaluate.statistics",
 }
 
 __all__ = [
@@ -42,4 +43,4 @@ def __getattr__(name: str) -> Any:
     """Import a public name from where it lives."""
     if name not in _PLACES:
         raise AttributeError(f"module 'diffract.evaluate' has no attribute {name!r}")
-    return getattr(import_module(f"diffract.evaluate.{_PLACES[name]}"), name)
+    return getattr(import_module(f"diffract.{_PLACES[name]}"), name)

@@ -16,9 +16,10 @@ from diffract.errors import CheckpointError, RunError, printable
 from diffract.evaluate.harness import score_harness
 from diffract.evaluate.model import Subject, has_adapters, model_digest, tokenizer_digest
 from diffract.evaluate.scoring import Budget, chunks, score_choices, score_questions, score_texts
-from diffract.evaluate.statistics import holm, paired, summarise
+from diffract.evaluate.statistics import paired, summarise
 from diffract.evaluate.tasks import VERSION, Item, Score, Task, score_table
 from diffract.settings import Progress
+from diffract.stats import holm
 from diffract.store import Cache, cache_folder, cache_key
 from diffract.tables import ITEM_SCORES, Tables, new_manifest
 

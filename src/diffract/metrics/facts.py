@@ -1,7 +1,8 @@
-"""What a metric can be computed from: facts about b matrices at once.
+"""What a metric is, and what it can be computed from: facts about b matrices at once.
 
 Some facts are found out by looking at weights; derived ones follow from others, are computed when they are first asked
-for, and are then kept, so that all columns of one fit share it.
+for, and are then kept, so that all columns of one fit share it. Facts are words here; which function derives one stands
+in ``catalog``, as those functions declare metrics with this file.
 """
 
 from __future__ import annotations
@@ -9,21 +10,14 @@ from __future__ import annotations
 import hashlib
 import inspect
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from operator import attrgetter
-from typing import Any, TypeVar, overload
+from typing import Any, overload
 
 from torch import Tensor
 
 from diffract.errors import SelectionError, suggest
-from diffract.metrics import heavy_tails, peaks, random_matrix
-from diffract.metrics import pair as agreement
-from diffract.metrics.heavy_tails.fit import Candidates, fit_candidates, order, scan_distances, search
-from diffract.metrics.heavy_tails.significance import LAWS
-
-Record = TypeVar("Record", heavy_tails.TruncatedPowerLaw, heavy_tails.Exponential, heavy_tails.LogNormal)
 
 NEEDS = ("shape", "entries", "sigma_max", "sigmas", "null", "vectors", "matrix")
 """What finding out a fact costs, cheapest first."""
@@ -37,14 +31,12 @@ class Fact:
         summary: Shape and meaning; M = min(m, n), all float64.
         need: The dearest thing that it takes, of ``NEEDS``.
         pair: Whether only a comparison knows it.
-        function: What derives it, from ``sources`` in order; ``None`` if looking at weights tells it.
-        sources: Names of other facts.
+        sources: Names of the facts that it is derived from, in order; none if looking at weights tells it.
     """
 
     summary: str
     need: str
     pair: bool = False
-    function: Callable[..., Any] | None = None
     sources: tuple[str, ...] = ()
 
 
@@ -75,78 +67,53 @@ FACTS: dict[str, Fact] = {
 """Facts by name. Derived ones are added below, in order of what they come from."""
 
 
-def _derive(name: str, summary: str, function: Callable[..., Any], *sources: str) -> None:
+def _derive(name: str, summary: str, *sources: str) -> None:
     known = [FACTS[source] for source in sources]
     need = max((fact.need for fact in known), key=NEEDS.index)
-    FACTS[name] = Fact(summary, need, any(fact.pair for fact in known), function, sources)
+    FACTS[name] = Fact(summary, need, any(fact.pair for fact in known), sources)
 
 
-def eigenvalues(sigmas: Tensor, shape: tuple[int, int]) -> Tensor:
-    """lambda_i = sigma_i^2 / N, N = max(m, n) (Martin & Mahoney 2021)."""
-    return sigmas.square() / max(shape)
+TAIL_LAWS = ("power_law", "exponential", "log_normal", "truncated_power_law")
+"""Tail laws, in the order in which comparisons take them."""
 
-
-def _resolved_sigmas(sigmas: Tensor, resolved: Tensor) -> Tensor:
-    """Singular values; those that the method cannot tell from zero are zero."""
-    return sigmas.where(sigmas > resolved[:, None], 0.0)
-
-
-def _tail_warnings(found: heavy_tails.PowerLaw, values: Tensor) -> tuple[str, ...]:
-    return heavy_tails.describe_warning(heavy_tails.tail_warning(found, values), found)
-
-
-def _searched(record: type[Record], candidates: Candidates) -> Record:
-    return record.of(search(candidates))
-
-
-def _scanned(candidates: Candidates, scan: Tensor) -> heavy_tails.PowerLaw:
-    """The power law whose distance is the least of the scan."""
-    return heavy_tails.PowerLaw.of(candidates.nearest(scan[candidates.tails.row, candidates.tails.last]))
-
-
-def _compare_tails(values: Tensor, tail: heavy_tails.PowerLaw, *laws: Candidates) -> heavy_tails.Comparisons:
-    return heavy_tails.compare_laws(values, tail.xmin, *(law.parameters_at(tail.tail_count) for law in laws))
-
-
-def _in_peak(found: peaks.Peaks) -> Tensor:
-    return found.membership >= 0
-
-
-_derive("eigenvalues", "(b, M), lambda = sigma^2 / N, N = max(m, n)", eigenvalues, "sigmas", "shape")
-_derive("null_eigenvalues", "(b, M), those of the permuted matrix", eigenvalues, "null_sigmas", "shape")
-_derive("bulk", "the Marchenko-Pastur law of the noise, random_matrix.Bulk", random_matrix.fit_bulk,
-        "eigenvalues", "shape")  # fmt: skip
-_derive("resolved_sigmas", "(b, M), sigmas, zero where not resolved", _resolved_sigmas, "sigmas", "resolved")
-_derive("tail_eigenvalues", "(b, M), eigenvalues, zero where not resolved", eigenvalues, "resolved_sigmas", "shape")
-_derive("ordered_tails", "eigenvalues in order with sums over their tails, heavy_tails.order.Ordered", order,
-        "tail_eigenvalues")  # fmt: skip
-for _law in LAWS:
-    _derive(f"{_law}_candidates", "fit to every tail that may be the one, heavy_tails.search.Candidates",
-            partial(fit_candidates, law=LAWS[_law]), "ordered_tails")  # fmt: skip
-_derive("power_law_scan", "(b, M), distance of the power law with xmin at each eigenvalue", scan_distances,
-        "power_law_candidates")  # fmt: skip
-_derive("power_law", "fitted tail, heavy_tails.PowerLaw", _scanned, "power_law_candidates", "power_law_scan")
-_derive("truncated_power_law", "likewise", partial(_searched, heavy_tails.TruncatedPowerLaw),
-        "truncated_power_law_candidates")  # fmt: skip
-_derive("exponential", "likewise", partial(_searched, heavy_tails.Exponential), "exponential_candidates")
-_derive("log_normal", "likewise", partial(_searched, heavy_tails.LogNormal), "log_normal_candidates")
-_derive("tail_comparisons", "power law against the others, heavy_tails.Comparisons", _compare_tails,
-        "tail_eigenvalues", "power_law", *(f"{_law}_candidates" for _law in LAWS))  # fmt: skip
-_derive("tail_warnings", "what speaks against the power law, one text a matrix", _tail_warnings,
-        "power_law", "tail_eigenvalues")  # fmt: skip
-_derive("peaks", "peaks in the density of ln sigma, peaks.Peaks", peaks.spectral_peaks, "resolved_sigmas")
-_derive("base_resolved_sigmas", "(b, M), likewise of W0", _resolved_sigmas, "base_sigmas", "base_resolved")
-_derive("base_peaks", "peaks of W0", peaks.spectral_peaks, "base_resolved_sigmas")
-_derive("in_base_peak", "(b, M), whether base sigma i lies in a peak", _in_peak, "base_peaks")
-_derive("window", "(b, M, M), whether base sigma i is within 5% of tuned sigma j", agreement.window,
-        "base_sigmas", "sigmas")  # fmt: skip
+_derive("eigenvalues", "(b, M), lambda = sigma^2 / N, N = max(m, n)", "sigmas", "shape")
+_derive("null_eigenvalues", "(b, M), those of the permuted matrix", "null_sigmas", "shape")
+_derive("bulk", "the Marchenko-Pastur law of the noise, random_matrix.Bulk", "eigenvalues", "shape")
+_derive("resolved_sigmas", "(b, M), sigmas, zero where not resolved", "sigmas", "resolved")
+_derive("tail_eigenvalues", "(b, M), eigenvalues, zero where not resolved", "resolved_sigmas", "shape")
+_derive(
+    "ordered_tails", "eigenvalues in order with sums over their tails, heavy_tails.order.Ordered", "tail_eigenvalues"
+)
+for _law in TAIL_LAWS:
+    _derive(
+        f"{_law}_candidates", "fit to every tail that may be the one, heavy_tails.search.Candidates", "ordered_tails"
+    )
+_derive("power_law_scan", "(b, M), distance of the power law with xmin at each eigenvalue", "power_law_candidates")
+_derive("power_law", "fitted tail, heavy_tails.PowerLaw", "power_law_candidates", "power_law_scan")
+_derive("truncated_power_law", "likewise", "truncated_power_law_candidates")
+_derive("exponential", "likewise", "exponential_candidates")
+_derive("log_normal", "likewise", "log_normal_candidates")
+_derive(
+    "tail_comparisons",
+    "power law against the others, heavy_tails.Comparisons",
+    *("tail_eigenvalues", "power_law", *(f"{_law}_candidates" for _law in TAIL_LAWS)),
+)
+_derive("tail_warnings", "what speaks against the power law, one text a matrix", "power_law", "tail_eigenvalues")
+_derive("peaks", "peaks in the density of ln sigma, peaks.Peaks", "resolved_sigmas")
+_derive("base_resolved_sigmas", "(b, M), likewise of W0", "base_sigmas", "base_resolved")
+_derive("base_peaks", "peaks of W0", "base_resolved_sigmas")
+_derive("in_base_peak", "(b, M), whether base sigma i lies in a peak", "base_peaks")
+_derive("window", "(b, M, M), whether base sigma i is within 5% of tuned sigma j", "base_sigmas", "sigmas")
 for _side, _u in (("left", "u"), ("right", "v")):
     _overlap = f"{_side}_overlap"
-    _derive(_overlap, f"(b, M, M), |{_u}0_i . {_u}1_j|", agreement.overlap, f"{_side}_cosines")
-    _derive(f"{_side}_agreement", f"(b, M), |{_u}0_i . {_u}1_i|", agreement.agreement, _overlap)
-    _derive(f"{_side}_best_match", f"(b, M), max_j |{_u}0_i . {_u}1_j|", agreement.best_match, _overlap)
-    _derive(f"{_side}_agreement_window", f"(b, M), norm of {_u}1_i projected on its window of base vectors",
-            agreement.agreement_window, _overlap, "window")  # fmt: skip
+    _derive(_overlap, f"(b, M, M), |{_u}0_i . {_u}1_j|", f"{_side}_cosines")
+    _derive(f"{_side}_agreement", f"(b, M), |{_u}0_i . {_u}1_i|", _overlap)
+    _derive(f"{_side}_best_match", f"(b, M), max_j |{_u}0_i . {_u}1_j|", _overlap)
+    _derive(
+        f"{_side}_agreement_window",
+        f"(b, M), norm of {_u}1_i projected on its window of base vectors",
+        *(_overlap, "window"),
+    )
 
 
 def sources(names: Iterable[str]) -> frozenset[str]:
@@ -154,23 +121,12 @@ def sources(names: Iterable[str]) -> frozenset[str]:
     found: set[str] = set()
     for name in names:
         fact = FACTS[name]
-        found |= sources(fact.sources) if fact.function else {name}
+        found |= sources(fact.sources) if fact.sources else {name}
     return frozenset(found)
 
 
-class Facts(dict[str, Any]):
-    """Facts by name; a derived one is computed when it is first asked for."""
-
-    def __missing__(self, name: str) -> Any:
-        fact = FACTS[name]
-        if fact.function is None:
-            raise KeyError(name)
-        self[name] = value = fact.function(*(self[source] for source in fact.sources))
-        return value
-
-
 @dataclass(frozen=True)
-class Curve:
+class Quantity:
     """A row of ``CURVES``.
 
     Attributes:
@@ -187,40 +143,49 @@ class Curve:
     function: Callable[[Any], Tensor] | None = None
     ragged: bool = False
 
-    def wanted(self, facts: Facts) -> bool:
+    def wanted(self, facts: Mapping[str, Any]) -> bool:
         """Whether what it comes from was found out."""
         return (self.when or self.fact) in facts
 
-    def values(self, facts: Facts) -> Tensor:
+    def values(self, facts: Mapping[str, Any]) -> Tensor:
         """Return (b, k)."""
         value = facts[self.fact]
         return self.function(value) if self.function else value
 
 
-CURVES: dict[str, Curve] = {
-    "sigma": Curve("sigmas", "singular values, descending; what follows runs along them unless it says otherwise"),
-    "null_sigma": Curve("null_sigmas", "singular values of the same entries in a random order"),
-    "pl_ks_scan": Curve("power_law_scan", "distance of the power law whose xmin is that sigma^2 / N", "power_law"),
-    "peak": Curve("peaks", "number of the peak that a sigma belongs to, from 0; -1 for none",
-                  function=lambda found: found.membership.double()),
-    "peak_position": Curve("peaks", "one a peak: ln sigma of its top", function=attrgetter("positions"), ragged=True),
-    "peak_width": Curve("peaks", "one a peak: its width in ln sigma", function=attrgetter("widths"), ragged=True),
-    "delta_sigma": Curve("delta_sigmas", "singular values of D"),
-    "delta_energy": Curve("delta_energy", "||u0_i^T D||^2"),
-}  # fmt: skip
+CURVES: dict[str, Quantity] = {
+    "sigma": Quantity("sigmas", "singular values, descending; what follows runs along them unless it says otherwise"),
+    "null_sigma": Quantity("null_sigmas", "singular values of the same entries in a random order"),
+    "pl_ks_scan": Quantity("power_law_scan", "distance of the power law whose xmin is that sigma^2 / N", "power_law"),
+    "peak": Quantity(
+        "peaks",
+        "number of the peak that a sigma belongs to, from 0; -1 for none",
+        function=lambda found: found.membership.double(),
+    ),
+    "peak_position": Quantity(
+        "peaks", "one a peak: ln sigma of its top", function=attrgetter("positions"), ragged=True
+    ),
+    "peak_width": Quantity("peaks", "one a peak: its width in ln sigma", function=attrgetter("widths"), ragged=True),
+    "delta_sigma": Quantity("delta_sigmas", "singular values of D"),
+    "delta_energy": Quantity("delta_energy", "||u0_i^T D||^2"),
+}
 """Quantities by name. Those of overlaps are kept whenever overlaps were computed, whatever asked for them."""
 
 for _side, _u in (("left", "u"), ("right", "v")):
     CURVES |= {
-        f"{_side}_agreement": Curve(f"{_side}_agreement", f"|{_u}0_i . {_u}1_i|", f"{_side}_cosines"),
-        f"{_side}_best_match": Curve(f"{_side}_best_match", f"max_j |{_u}0_i . {_u}1_j|", f"{_side}_cosines"),
-        f"{_side}_agreement_window": Curve(
+        f"{_side}_agreement": Quantity(f"{_side}_agreement", f"|{_u}0_i . {_u}1_i|", f"{_side}_cosines"),
+        f"{_side}_best_match": Quantity(f"{_side}_best_match", f"max_j |{_u}0_i . {_u}1_j|", f"{_side}_cosines"),
+        f"{_side}_agreement_window": Quantity(
             f"{_side}_agreement_window", f"norm of {_u}1_i in the span of its window", f"{_side}_cosines"
         ),
     }
 
 
 INVARIANCES = frozenset({"rotation", "transpose", "permutation"})
+OF_ENTRIES = frozenset({"transpose", "permutation"})
+OF_VECTORS = frozenset({"rotation", "permutation"})
+OF_THE_ORDER = frozenset[str]()
+"""What leaves a metric as it is that looks at entries, at one side's singular vectors, at where each entry stands."""
 
 
 @dataclass(frozen=True)
@@ -314,26 +279,67 @@ def metric(
     >>> sigma_gap.needs
     'sigmas'
     """
-    if function is None:
-        return lambda f: _user_metric(f, name, summary, unit, range, version)
-    return _user_metric(function, name, summary, unit, range, version)
+
+    def declare(function: Callable[..., Tensor]) -> Metric:
+        called, facts = name or function.__name__, tuple(inspect.signature(function).parameters)
+        for fact in facts:
+            if fact not in FACTS:
+                near = suggest(fact, FACTS)
+                raise SelectionError(
+                    f"metric {called!r}: parameter {fact!r} is no fact.{near} Known: {', '.join(FACTS)}."
+                )
+        words: dict[str, Any] = {"unit": unit, "range": range, "source": "user", "version": version}
+        told = summary or (inspect.getdoc(function) or "").strip().partition("\n")[0]
+        # The text is part of what the numbers are kept under: nobody raises a version in a notebook.
+        code = f"/{_digest(function)}"
+        return Metric(name=called, function=function, facts=facts, summary=told, **words, code=code)
+
+    return declare if function is None else declare(function)
 
 
-def _user_metric(
-    function: Callable[..., Tensor], name: str, summary: str, unit: str, value_range: str, version: int
-) -> Metric:
-    facts = tuple(inspect.signature(function).parameters)
-    for fact in facts:
-        if fact not in FACTS:
-            raise SelectionError(
-                f"metric {name or function.__name__!r}: parameter {fact!r} is no fact."
-                f"{suggest(fact, FACTS)} Known: {', '.join(FACTS)}."
-            )
-    doc = (inspect.getdoc(function) or "").strip().partition("\n")[0]
-    return Metric(
-        name or function.__name__, function, facts, summary or doc, unit, value_range, "user", version=version,
-        code=f"/{_digest(function)}",
-    )  # fmt: skip
+def built_in(
+    summary: str,
+    *,
+    range: str,
+    unit: str = "1",
+    source: str = "",
+    degree: int | None = 0,
+    invariant: frozenset[str] = INVARIANCES,
+    version: int = 1,
+    name: str = "",
+    facts: tuple[str, ...] = (),
+) -> Callable[[Callable[..., Any]], Metric]:
+    """Declare a metric of the catalog where it is computed; a decorator that registers nothing.
+
+    Its results are kept under name and version alone: raise the version when its numbers change.
+
+    Args:
+        summary: One line; the formula.
+        range: In which values lie.
+        unit: Of the value.
+        source: Where the definition stands.
+        degree: Power of a that scaling all matrices by a > 0 multiplies it with; ``None`` if there is none.
+        invariant: Which of ``INVARIANCES`` leave it unchanged.
+        version: Of its numbers.
+        name: Column name; the function's name by default.
+        facts: What it takes; by default the function's parameters name them.
+    """
+
+    def declare(function: Callable[..., Any]) -> Metric:
+        return Metric(
+            name=name or function.__name__,
+            function=function,
+            facts=facts or tuple(inspect.signature(function).parameters),
+            summary=summary,
+            unit=unit,
+            range=range,
+            source=source,
+            degree=degree,
+            invariant=invariant,
+            version=version,
+        )
+
+    return declare
 
 
 def _digest(function: Callable[..., Tensor]) -> str:

@@ -1,50 +1,71 @@
-"""Size and ranks of the change D = W1 - W0."""
+"""What tells a matrix from its base: the change D = W1 - W0, how vectors agree, what changes of several have in common.
+
+The last part takes NumPy Gram matrices <D_a, D_b> of a few domains; the deltas themselves are not needed.
+"""
 
 from __future__ import annotations
 
 import math
-from functools import cache
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float64
 from torch import Tensor
 
-from diffract.metrics.single import effective_rank, stable_rank_of_sigmas
+from diffract.metrics.facts import OF_ENTRIES, OF_VECTORS, Metric, built_in
+from diffract.metrics.single import effective_rank
 
 PerMatrix = Float64[Tensor, "b"]
 
 
+@built_in("||D||_F, D = W1 - W0", unit="weight", range="[0, inf)", degree=1)
 def delta_frobenius(delta_squares: PerMatrix) -> PerMatrix:
     """||D||_F."""
     return delta_squares.sqrt()
 
 
+@built_in("||D||_F / ||W0||_F", range="[0, inf)")
 def delta_relative(delta_squares: PerMatrix, base_squares: PerMatrix) -> PerMatrix:
     """||D||_F / ||W0||_F. NaN for a zero base."""
     return torch.where(base_squares > 0, delta_squares / base_squares, torch.nan).sqrt()
 
 
+@built_in("||D||_2", unit="weight", range="[0, inf)", degree=1)
 def delta_spectral(delta_sigmas: Float64[Tensor, "b M"]) -> PerMatrix:
     """||D||_2."""
     return delta_sigmas[:, 0]
 
 
+@built_in("||D||_F^2 / ||D||_2^2", range="[1, M]", source="Rudelson & Vershynin 2007")
 def delta_stable_rank(delta_sigmas: Float64[Tensor, "b M"]) -> PerMatrix:
     """||D||_F^2 / ||D||_2^2. NaN when nothing changed."""
-    return stable_rank_of_sigmas(delta_sigmas)
+    return delta_sigmas.square().sum(-1) / delta_sigmas[:, 0].square()
 
 
+@built_in("exp of the entropy (nats) of D's sigma / sum sigma", range="[1, M]", source="Roy & Vetterli 2007")
 def delta_effective_rank(delta_sigmas: Float64[Tensor, "b M"]) -> PerMatrix:
     """Exp of the entropy (nats) of D's normalised singular values. NaN when nothing changed."""
     return effective_rank(delta_sigmas)
 
 
+@built_in("share of entries that differ", range="[0, 1]", invariant=OF_ENTRIES)
 def delta_changed_share(changed: PerMatrix, shape: tuple[int, int]) -> PerMatrix:
     """Share of the entries that differ."""
     return changed / (shape[0] * shape[1])
 
 
+@built_in(
+    "norm that rounding W1 to its dtype alone causes: sqrt(sum ulp^2 / 12)",
+    unit="weight",
+    range="[0, inf)",
+    source="Higham 2002, 2.1",
+    degree=None,
+    invariant=OF_ENTRIES,
+)
 def delta_rounding_floor(rounding_squares: PerMatrix) -> PerMatrix:
     """Norm that rounding W1 to its stored dtype alone causes: sqrt(sum ulp_ij^2 / 12).
 
@@ -96,11 +117,6 @@ def agreement_window_chance(window: Bool[Tensor, "b M M"], dimension: int) -> Pe
     return (window.sum(-2).double() / dimension).sqrt().mean(-1)
 
 
-def mean(values: Sigmas) -> PerMatrix:
-    """Mean along the spectrum."""
-    return values.mean(-1)
-
-
 def subspace(overlap: Overlap, k: int) -> PerMatrix:
     """||U0_k^T U1_k||_F^2 / k: the share that the top k subspaces have in common. NaN for k > M."""
     if k > overlap.shape[-1]:
@@ -108,6 +124,13 @@ def subspace(overlap: Overlap, k: int) -> PerMatrix:
     return overlap[:, :k, :k].square().sum((-2, -1)) / k
 
 
+@built_in(
+    "top 10 left vectors of W1 whose best match in W0 is below 0.5",
+    unit="count",
+    range="[0, 10]",
+    source="Shuttleworth et al. 2024",
+    invariant=OF_VECTORS,
+)
 def intruders(left_overlap: Overlap) -> PerMatrix:
     """How many of the top 10 left vectors of W1 have a best match below 0.5 in W0 (Shuttleworth et al. 2024).
 
@@ -135,11 +158,19 @@ def best_match_chance(dimension: int, count: int) -> float:
     return min(1.0, max(cosine_chance(dimension), math.sqrt(2 * math.log(count) / dimension)))
 
 
+@built_in("sum C_ii^2 / ||D||_F^2, C = U0^T D V0: what of the change lies in singular values", range="[0, 1]")
 def value_share(diagonal: Sigmas, delta_squares: PerMatrix) -> PerMatrix:
     """sum_i C_ii^2 / ||D||_F^2 with C = U0^T D V0, in [0, 1]; chance level 1 / max(m, n). NaN when nothing changed."""
     return diagonal.square().sum(-1) / delta_squares
 
 
+@built_in("chance level of value_share: 1 / max(m, n)", range="(0, 1]")
+def value_share_chance(shape: tuple[int, int], delta_squares: PerMatrix) -> PerMatrix:
+    """Return what a small change in no particular direction has in singular values, the same for every pair."""
+    return torch.full_like(delta_squares, 1 / max(shape))
+
+
+@built_in("sum (sigma_i(W1) - sigma_i(W0))^2 / ||D||_F^2", range="[0, 1]", source="Mirsky 1960")
 def spectral_shift_share(base_sigmas: Sigmas, sigmas: Sigmas, delta_squares: PerMatrix) -> PerMatrix:
     """sum_i (sigma_i(W1) - sigma_i(W0))^2 / ||D||_F^2, in [0, 1] (Mirsky 1960). NaN when nothing changed."""
     return (sigmas - base_sigmas).square().sum(-1) / delta_squares
@@ -153,20 +184,21 @@ TIE = 1e-12
 """Share of the whole energy within which two sums are equal: the same terms, added in another order."""
 
 
-def peak_enrichment(energy: Energies, in_peak: InPeak) -> PerMatrix:
+@built_in("mean ||u0_i^T D||^2 inside the base's spectral peaks over outside", range="[0, inf)", invariant=OF_VECTORS)
+def peak_enrichment(delta_energy: Energies, in_base_peak: InPeak) -> PerMatrix:
     """Mean of e_i inside spectral peaks over its mean outside.
 
     Args:
-        energy: e_i for each base singular direction.
-        in_peak: Whether sigma_i lies in a peak (``find_peaks(...).membership >= 0``).
+        delta_energy: e_i for each base singular direction.
+        in_base_peak: Whether sigma_i lies in a peak (``find_peaks(...).membership >= 0``).
 
     Returns:
         In [0, inf], 1 by chance. Infinite where all energy is inside. NaN where all or no sigmas are inside, and where
         nothing changed.
     """
-    count = in_peak.sum(-1)
-    outside = energy.where(~in_peak, 0.0).sum(-1) / (in_peak.shape[-1] - count)
-    return energy.where(in_peak, 0.0).sum(-1) / count / outside
+    count = in_base_peak.sum(-1)
+    outside = delta_energy.where(~in_base_peak, 0.0).sum(-1) / (in_base_peak.shape[-1] - count)
+    return delta_energy.where(in_base_peak, 0.0).sum(-1) / count / outside
 
 
 def peak_enrichment_pvalue(
@@ -206,9 +238,16 @@ def peak_enrichment_pvalue(
     return ((1 + reached) / (1 + draws)).where(~peak_enrichment(energy, in_peak).isnan(), torch.nan)
 
 
-def seeded_pvalue(energy: Energies, in_peak: InPeak) -> PerMatrix:
+@built_in(
+    "share of 999 permutations of the labels with an enrichment as large",
+    range="(0, 1]",
+    source="Phipson & Smyth 2010",
+    invariant=OF_VECTORS,
+    name="peak_enrichment_pvalue",
+)
+def seeded_enrichment_pvalue(delta_energy: Energies, in_base_peak: InPeak) -> PerMatrix:
     """``peak_enrichment_pvalue`` with ``PERMUTATIONS`` draws of seed 0."""
-    return peak_enrichment_pvalue(energy, in_peak, generator=torch.Generator().manual_seed(0))
+    return peak_enrichment_pvalue(delta_energy, in_base_peak, generator=torch.Generator().manual_seed(0))
 
 
 SignedOverlap = Float64[Tensor, "b M M"]
@@ -236,11 +275,6 @@ def principal_angles(overlap: SignedOverlap, k: int) -> Float64[Tensor, "b k"]:
     finite = block.isfinite().flatten(1).all(1)
     cosines = torch.linalg.svdvals(block.where(finite[:, None, None], 0.0)).clamp(max=1.0)
     return cosines.arccos().where(finite[:, None], torch.nan)
-
-
-def largest_principal_angle(overlap: SignedOverlap, k: int) -> PerMatrix:
-    """Largest of ``principal_angles``: zero only if the two spaces are the same."""
-    return principal_angles(overlap, k)[:, -1]
 
 
 def mean_principal_angle(overlap: SignedOverlap, k: int) -> PerMatrix:
@@ -284,3 +318,156 @@ def principal_angle_chance(dimension: int, k: int, *, seed: int = 0) -> tuple[fl
     cosines = np.linalg.svd(np.linalg.qr(rows).Q[:, :free], compute_uv=False)
     angles = np.arccos(cosines.clip(max=1.0))
     return float(angles[:, -1].mean()), float(angles.sum(-1).mean() / k)
+
+
+def agreement_metrics(side: str) -> tuple[Metric, ...]:
+    """Return the metrics of one side's overlaps, each beside what chance gives.
+
+    Args:
+        side: ``left`` or ``right``.
+    """
+    overlap, who = f"{side}_overlap", f"{side} singular vectors"
+
+    def row(name: str, summary: str, *facts: str) -> Callable[[Callable[..., Tensor]], Metric]:
+        words: dict[str, Any] = {"range": "[0, 1]", "invariant": OF_VECTORS}
+        return built_in(summary, name=f"{side}_{name}", facts=facts, **words)
+
+    def chance(name: str, level: Callable[[int, int], float], summary: str) -> Metric:
+        return row(name, f"chance level: {summary}", overlap, "shape")(partial(_chance, side, level))
+
+    mean = partial(torch.mean, dim=-1)
+    shared = [
+        both
+        for k in (8, 32)
+        for both in (
+            row(f"subspace_{k}", f"||{side} top-{k} overlap||_F^2 / {k}", overlap)(partial(subspace, k=k)),
+            chance(f"subspace_{k}_chance", lambda d, count, k=k: k / d if k <= count else torch.nan, f"{k} / d"),
+        )
+    ]
+    in_window = f"mean norm of tuned {who} in the span of base ones with sigma within 5%"
+    by_chance = "chance level: mean sqrt(vectors in the window / d)"
+    return (
+        row("agreement_mean", f"mean |cos| of matching {who}", f"{side}_agreement")(mean),
+        chance("agreement_chance", lambda d, count: cosine_chance(d), "mean |cos| of random unit vectors"),
+        row("best_match_mean", f"mean over base {who} of the largest |cos|", f"{side}_best_match")(mean),
+        chance("best_match_chance", best_match_chance, "sqrt(2 ln M / d)"),
+        *shared,
+        row("agreement_window_mean", in_window, f"{side}_agreement_window")(mean),
+        row("agreement_window_chance", by_chance, "window", "shape")(
+            lambda window, size: agreement_window_chance(window, _dimension(side, size))
+        ),
+    )
+
+
+def angle_metrics(side: str) -> tuple[Metric, ...]:
+    """Return the metrics of angles between one side's top spaces, each beside what chance gives.
+
+    Args:
+        side: ``left`` or ``right``.
+    """
+    cosines = f"{side}_cosines"
+    words: dict[str, Any] = {
+        "unit": "rad",
+        "range": "[0, pi/2]",
+        "source": "Bjorck & Golub 1973",
+        "invariant": OF_VECTORS,
+    }
+    found = []
+    for k in (8, 32):
+        mean = f"mean principal angle between the {side} top-{k} spaces"
+        level = f"chance level: random spaces of {k} dimensions"
+        angles = partial(mean_principal_angle, k=k)
+        chance = partial(_chance, side, partial(_angle_chance, k=k))
+        found += [
+            built_in(mean, name=f"{side}_angle_{k}", facts=(cosines,), **words)(angles),
+            built_in(level, name=f"{side}_angle_{k}_chance", facts=(cosines, "shape"), **words)(chance),
+        ]
+    return tuple(found)
+
+
+def _dimension(side: str, shape: tuple[int, int]) -> int:
+    return shape[0] if side == "left" else shape[1]
+
+
+def _chance(side: str, level: Callable[[int, int], float], overlap: Tensor, size: tuple[int, int]) -> Tensor:
+    """A chance level that depends on dimension and number of vectors alone, as a metric of an overlap."""
+    return overlap.new_full((len(overlap),), level(_dimension(side, size), overlap.shape[-1]))
+
+
+def _angle_chance(d: int, count: int, *, k: int) -> float:
+    return principal_angle_chance(d, k)[1] if k <= count else torch.nan
+
+
+DomainGrams = Float64[np.ndarray, "*heads domains domains"]
+
+
+@dataclass(frozen=True)
+class DomainSplit:
+    """What the deltas of several domains share, and the specific rest.
+
+    Attributes:
+        mean_squares: (*heads,), ||mean_a D_a||^2; with D domains of unrelated deltas 1/D of their mean square, not 0.
+        shared_squares: (*heads,), mean of <D_a, D_b> over a != b: the squared norm of a part common to all domains,
+            clear of what is specific; 0 by chance, and it may be negative.
+        cosine: (*heads, D), of D_a and the mean of the others; its sign tells along from against.
+        share: (*heads, D), cosine^2: of ||D_a||^2 what projection on the mean of the others explains.
+        specific_squares: (*heads, D), (1 - share) ||D_a||^2.
+    """
+
+    mean_squares: np.ndarray
+    shared_squares: np.ndarray
+    cosine: np.ndarray
+    share: np.ndarray
+    specific_squares: np.ndarray
+
+
+def delta_cosine(gram: DomainGrams) -> np.ndarray:
+    """Cosines <D_a, D_b> / (||D_a|| ||D_b||) of domains' deltas, (*heads, D, D). NaN for a domain that did not change.
+
+    Beside it stands ``delta_cosine_chance``.
+    """
+    size = np.sqrt(np.diagonal(gram, axis1=-2, axis2=-1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return gram / size[..., :, None] / size[..., None, :]
+
+
+def delta_cosine_chance(entries: int) -> float:
+    """Root mean square of the cosine of random directions: 1 / sqrt(entries)."""
+    return 1 / math.sqrt(entries)
+
+
+def split_domains(gram: DomainGrams) -> DomainSplit:
+    """Split the deltas of D domains into the domain-agnostic part, their mean direction, and the specific rest.
+
+    A domain is projected on the mean of the others, so that its own noise does not count as shared. If D_a = S + N_a,
+    the N_a orthogonal to S and each other with squared norm v, and s = ||S||^2, then ``shared_squares`` is s, and
+
+        cosine^2 = s / (s + v) * s / (s + v / (D - 1))
+
+    which is below the true share s / (s + v) as the others' mean is noisy too; with many domains the difference goes.
+    Chance gives a share of 1 / entries, a cosine of 1 / sqrt(entries) in the root mean square.
+
+    Args:
+        gram: Inner products <D_a, D_b>; a head's over its slices together.
+
+    Returns:
+        NaN for a domain that did not change or whose others did not, and for a single domain.
+    """
+    squares = np.diagonal(gram, axis1=-2, axis2=-1)
+    count = gram.shape[-1]
+    others = 1.0 - np.eye(count)
+    along = (gram * others).sum(-1)
+    # Summed over the others alone; the whole sum less the domain's own would cancel where its delta is the largest.
+    others_squares = np.einsum("ab,...bc,ac->...a", others, gram, others)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cosine = along / np.sqrt(squares * others_squares)
+        shared = along.sum(-1) / np.float64(count * (count - 1))
+    share = cosine**2
+    mean = np.asarray(gram.sum((-2, -1)) / count**2)  # of a single Gram matrix NumPy makes scalars
+    return DomainSplit(
+        mean_squares=mean,
+        shared_squares=np.asarray(shared),
+        cosine=cosine,
+        share=share,
+        specific_squares=(1 - share) * squares,
+    )

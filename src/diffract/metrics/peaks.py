@@ -2,13 +2,6 @@
 
 Sigmas that are zero, NaN or infinite do not count, so rows of unequal length are padded with zeros. Sigmas that the
 decomposition cannot tell from zero should be zeros too: their logarithms are those of rounding.
-
-A density is taken at equally spaced points; between them it is smooth on the scale of the bandwidth h. From the left
-edge c of a block of points, at the distance k s,
-
-    exp(-(c + k s - x)^2 / 2) = exp(-(k s)^2 / 2) exp(-(c - x)^2 / 2) exp(s (x - c))^k        (x, c, s in units of h)
-
-so that two exponentials serve all points of a block.
 """
 
 from __future__ import annotations
@@ -16,10 +9,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 
 import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
+
+from diffract.densities import BLOCK, kernel_sums, scott_bandwidth
+from diffract.metrics.facts import built_in
 
 Sigmas = Float64[Tensor, "b M"]
 PerMatrix = Float64[Tensor, "b"]
@@ -32,12 +29,8 @@ REACH = 3
 FEWEST = 3
 """Values that a density takes at least."""
 
-BLOCK = 16
 CHUNK_ENTRIES = {"cpu": 1 << 16, "cuda": 1 << 24}
 """Kernels evaluated at once, by device. On the CPU as many as stay in the cache."""
-
-FAR = 40.0
-"""Bandwidths at which a kernel is zero in float64."""
 
 EPSILON = float(torch.finfo(torch.float64).eps)
 
@@ -76,6 +69,16 @@ class Peaks:
     membership: Tensor
 
 
+PEAK_COUNT = built_in(
+    "peaks in the density of ln sigma, prominence 5% of the highest",
+    unit="count",
+    range="[1, M]",
+    source="Scott 1992, 6.3",
+    name="peak_count",
+    facts=("peaks",),
+)(attrgetter("count"))
+
+
 def log_density(sigmas: Sigmas, *, bandwidth: float | None = None, points: int = POINTS) -> Density:
     """Gaussian kernel density of ln sigma: (1 / n h) sum_i phi((x - ln sigma_i) / h).
 
@@ -103,11 +106,12 @@ def log_density(sigmas: Sigmas, *, bandwidth: float | None = None, points: int =
     low, high = x.where(valid, torch.inf).amin(-1), x.where(valid, -torch.inf).amax(-1)
     # Where logarithms differ by their rounding alone, the sigmas are equal.
     known = (n >= FEWEST) & (high - low > 64 * EPSILON * torch.maximum(low.abs(), high.abs()).clamp(min=1.0))
-    h = _scott(x, valid, n) if bandwidth is None else torch.full_like(n, bandwidth)
+    h = scott_bandwidth(x, valid, n) if bandwidth is None else torch.full_like(n, bandwidth)
     h = torch.maximum(h, (high - low) / (points - 1 - 2 * REACH)).where(known, torch.nan)
     start, step = low - REACH * h, (high - low + 2 * REACH * h) / (points - 1)
     grid = start[:, None] + step[:, None] * torch.arange(points, dtype=x.dtype, device=x.device)
-    kernels = _kernel_sums((x - start[:, None]) / h[:, None], valid, step / h, points)
+    entries = CHUNK_ENTRIES["cpu" if x.device.type == "cpu" else "cuda"]
+    kernels = kernel_sums((x - start[:, None]) / h[:, None], valid, step / h, points, entries=entries, xp=torch)
     return Density(grid, kernels / (n * h * math.sqrt(2 * math.pi))[:, None], h)
 
 
@@ -175,32 +179,6 @@ def _logarithms(sigmas: Sigmas) -> tuple[Tensor, Tensor]:
     """Return ln sigma, 0 where a sigma does not count, and which ones do."""
     valid = (sigmas > 0) & sigmas.isfinite()
     return sigmas.where(valid, 1.0).log(), valid
-
-
-def _scott(x: Tensor, valid: Tensor, n: PerMatrix) -> PerMatrix:
-    mean = (x * valid).sum(-1) / n
-    variance = ((x - mean[:, None]).square() * valid).sum(-1) / (n - 1)
-    return variance.sqrt() * n**-0.2
-
-
-def _kernel_sums(x: Tensor, valid: Tensor, step: PerMatrix, points: int) -> Float64[Tensor, "b points"]:
-    """Return sum_i exp(-(j s - x_i)^2 / 2) for j = 0 .. points - 1; x and the step s in bandwidths."""
-    blocks = -(-points // BLOCK)
-    device = "cpu" if x.device.type == "cpu" else "cuda"
-    rows = max(1, CHUNK_ENTRIES[device] // (blocks * max(x.shape[1], 1)))
-    edges = step[:, None] * (BLOCK * torch.arange(blocks, dtype=x.dtype, device=x.device))
-    within = torch.arange(BLOCK, dtype=x.dtype, device=x.device)
-    sums = torch.empty(len(x), blocks, BLOCK, dtype=x.dtype, device=x.device)
-    for first in range(0, len(x), rows):
-        part = slice(first, first + rows)
-        distance = (x[part, None, :] - edges[part, :, None]).clamp_(-FAR, FAR)
-        ratio = torch.exp(step[part, None, None] * distance)
-        kernel = distance.square_().mul_(-0.5).exp_().mul_(valid[part, None, :])
-        for k in range(BLOCK):
-            torch.sum(kernel, -1, out=sums[part, :, k])
-            kernel *= ratio
-    sums *= torch.exp(-0.5 * (step[:, None] * within).square())[:, None, :]
-    return sums.flatten(1)[:, :points]
 
 
 def _maxima(heights: Tensor, least: float) -> tuple[Tensor, Tensor]:

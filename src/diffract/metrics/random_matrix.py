@@ -8,45 +8,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from operator import attrgetter
+from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int64
-from scipy.special import airy
 from torch import Tensor
 
+from diffract.densities import (
+    aspect,
+    marchenko_pastur_cdf,
+    marchenko_pastur_edges,
+    marchenko_pastur_quantile,
+)
+from diffract.metrics.facts import OF_THE_ORDER, Metric, built_in
+
 QUANTILE_99 = 2.02344928138
-"""99% quantile of the law."""
-
-NODES = 40
-"""Of the quadrature below; more of them change nothing."""
-
-REACH = 14.0
-"""Argument at which the kernel is cut off: Ai(14) = 1e-16."""
-
-LOWEST = -10.0
-"""Below it F_1 is less than 1e-21, and the nodes do not resolve the kernel."""
-
-
-def tracy_widom_cdf(s: Float64[Tensor, "*b"]) -> Float64[Tensor, "*b"]:
-    """F_1(s) = det(1 - V_s), V_s(x, y) = Ai(s + (x + y) / 2) / 2 on x, y > 0 (Ferrari & Spohn 2005).
-
-    The determinant is taken at Gauss-Legendre nodes, as in Bornemann 2010. Ai is SciPy's, computed on the CPU: that
-    of PyTorch 2.13 is off by 3e-6 between -4 and -1.
-
-    Args:
-        s: Standardised largest eigenvalues.
-
-    Returns:
-        In [0, 1], to an absolute error of 1e-13. NaN for NaN.
-    """
-    origin = s.detach().clamp(min=LOWEST).cpu().numpy()[..., None]
-    nodes, weights = np.polynomial.legendre.leggauss(NODES)
-    half = np.maximum(REACH - origin, 1.0)
-    x, root = half * (nodes + 1), np.sqrt(half * weights)
-    kernel = airy(origin[..., None] + (x[..., :, None] + x[..., None, :]) / 2)[0] / 2
-    system = torch.from_numpy(np.eye(NODES) - root[..., :, None] * kernel * root[..., None, :])
-    return torch.linalg.det(system.to(s.device)).clamp(0.0, 1.0)
+"""99% quantile of the Tracy-Widom law F_1, which the largest eigenvalue of noise follows once it is standardised."""
 
 
 def fluctuation_edge(shape: tuple[int, int]) -> float:
@@ -59,102 +37,6 @@ def fluctuation_edge(shape: tuple[int, int]) -> float:
     long, short = math.sqrt(max(max(shape) - 1, 1)), math.sqrt(min(shape))
     scale = (long + short) * (1 / long + 1 / short) ** (1 / 3)
     return ((long + short) ** 2 + QUANTILE_99 * scale) / max(shape)
-
-
-HALVINGS = 56
-"""Of [0, pi]: what is left of the interval is below the spacing of float64 numbers near its middle."""
-
-
-def mp_edges(variance: Float64[Tensor, "*b"], gamma: float) -> tuple[Float64[Tensor, "*b"], Float64[Tensor, "*b"]]:
-    """Return l- and l+ = v (1 -+ sqrt(gamma))^2, gamma = M / N in (0, 1]."""
-    root = math.sqrt(gamma)
-    return variance * (1 - root) ** 2, variance * (1 + root) ** 2
-
-
-def mp_density(
-    x: Float64[Tensor, "*#b"], variance: Float64[Tensor, "*#b"], gamma: Float64[Tensor, "*#b"] | float
-) -> Float64[Tensor, "*b"]:
-    """sqrt((l+ - x)(x - l-)) / (2 pi gamma v x) on [l-, l+], zero elsewhere.
-
-    Args:
-        x: Where; broadcast with the other two.
-        variance: Of the entries.
-        gamma: M / N, in (0, 1].
-
-    Returns:
-        Integrates to 1. Infinite at x = 0 for gamma = 1; NaN where the variance is zero or NaN, or x is NaN.
-    """
-    x, ratio, low, width = _scaled(x, variance, gamma)
-    root = ((low + width - x) * (x - low)).clamp(min=0.0).sqrt()
-    density = root / (2 * math.pi * ratio * x * variance)
-    outside = (x < low) | (x > low + width)
-    return density.where(~outside, 0.0).where((x != 0) | (low != 0), torch.inf)
-
-
-def mp_cdf(
-    x: Float64[Tensor, "*#b"], variance: Float64[Tensor, "*#b"], gamma: Float64[Tensor, "*#b"] | float
-) -> Float64[Tensor, "*b"]:
-    """Share of the law at or below x, in closed form (see the top of the file); absolute error about eps / sqrt(gamma).
-
-    Args:
-        x: Where; broadcast with the other two.
-        variance: Of the entries.
-        gamma: M / N, in (0, 1].
-
-    Returns:
-        In [0, 1]; 0 below l-, 1 above l+. NaN where the variance is zero or NaN, or x is NaN.
-
-    >>> mp_cdf(torch.tensor([0.0, 4.0, 9.0]).double(), torch.tensor(1.0).double(), 1.0)
-    tensor([0., 1., 1.], dtype=torch.float64)
-    """
-    x, ratio, low, width = _scaled(x, variance, gamma)
-    # Two square roots keep full precision at both ends, where an arccosine would lose half the digits.
-    theta = 2 * torch.atan2((x - low).clamp(min=0.0).sqrt(), (low + width - x).clamp(min=0.0).sqrt())
-    return _cdf_of_angle(theta, ratio.sqrt())
-
-
-def mp_quantile(
-    share: Float64[Tensor, "*#b"] | float, variance: Float64[Tensor, "*#b"], gamma: Float64[Tensor, "*#b"] | float
-) -> Float64[Tensor, "*b"]:
-    """The x at which ``mp_cdf`` is ``share``, by bisection over the angle; 0.5 gives the median.
-
-    Args:
-        share: In [0, 1]; broadcast with the other two.
-        variance: Of the entries.
-        gamma: M / N, in (0, 1].
-
-    Returns:
-        In [l-, l+]. Zero for a zero variance; NaN where the share lies outside [0, 1] or anything is NaN.
-    """
-    target, root = _like(share, variance), _like(gamma, variance).sqrt()
-    target, root = torch.broadcast_tensors(target, root)
-    below, above = torch.zeros_like(root), torch.full_like(root, math.pi)
-    for _ in range(HALVINGS):
-        middle = (below + above) / 2
-        less = _cdf_of_angle(middle, root) < target
-        below, above = middle.where(less, below), above.where(less, middle)
-    half = ((below + above) / 4).where((target > 0) & (target < 1), math.pi / 2 * target)
-    x = variance * ((1 - root).square() + 4 * root * half.sin().square())
-    return x.where((target >= 0) & (target <= 1), torch.nan)
-
-
-def _scaled(x: Tensor, variance: Tensor, gamma: Tensor | float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return x / v, gamma as a tensor, and the lower end and the width of the law of variance one."""
-    ratio = _like(gamma, x)
-    root = ratio.sqrt()
-    return x / variance.where(variance > 0, torch.nan), ratio, (1 - root).square(), 4 * root
-
-
-def _like(value: Tensor | float, other: Tensor) -> Tensor:
-    return torch.as_tensor(value, dtype=other.dtype, device=other.device)
-
-
-def _cdf_of_angle(theta: Tensor, root: Tensor) -> Tensor:
-    """The closed form; rounding may leave [0, 1] by an eps."""
-    sine, cosine = theta.sin(), theta.cos()
-    lean = torch.atan2(root * sine, 1 - root * cosine)
-    share = (theta + sine / root - (1 - root.square()) / root.square() * lean) / math.pi
-    return share.clamp(0.0, 1.0)
 
 
 Eigenvalues = Float64[Tensor, "b M"]
@@ -198,6 +80,11 @@ def wasserstein(a: Eigenvalues, b: Eigenvalues) -> PerMatrix:
     return (a.sort(-1).values - b.sort(-1).values).abs().mean(-1)
 
 
+@built_in(
+    "Wasserstein-1 distance of the eigenvalues from those of the permuted entries, over mean lambda",
+    range="[0, 2)",
+    invariant=OF_THE_ORDER,
+)
 def null_w1(eigenvalues: Eigenvalues, null_eigenvalues: Eigenvalues) -> PerMatrix:
     """Wasserstein-1 distance of a spectrum from that of its permuted matrix, over the mean eigenvalue.
 
@@ -206,6 +93,14 @@ def null_w1(eigenvalues: Eigenvalues, null_eigenvalues: Eigenvalues) -> PerMatri
     matrix.
     """
     return wasserstein(eigenvalues, null_eigenvalues) / eigenvalues.mean(-1)
+
+
+@built_in(
+    "sigma_1 of the same entries in a random order", unit="weight", range="[0, inf)", degree=1, invariant=OF_THE_ORDER
+)
+def null_spectral_norm(null_sigmas: Float64[Tensor, "b M"]) -> PerMatrix:
+    """The largest singular value that these entries have without their order."""
+    return null_sigmas[:, 0]
 
 
 RESOLVED = 32 * float(torch.finfo(torch.float64).eps)
@@ -237,6 +132,42 @@ class Bulk:
     bulk_share: PerMatrix
 
 
+def _of_bulk(name: str, summary: str, **words: Any) -> Metric:
+    return built_in(summary, name=f"mp_{name}", facts=("bulk",), **words)(attrgetter(name))
+
+
+BULK = (
+    _of_bulk(
+        "variance",
+        "v of the noise: mean lambda of what remains after spikes are removed",
+        unit="weight^2",
+        range="[0, inf)",
+        source="Marchenko & Pastur 1967",
+        degree=2,
+    ),
+    _of_bulk(
+        "edge",
+        "l+ = v (1 + sqrt(M / N))^2, where the noise ends",
+        unit="weight^2",
+        range="[0, inf)",
+        source="Marchenko & Pastur 1967",
+        degree=2,
+    ),
+    _of_bulk("ks", "Kolmogorov-Smirnov distance of the eigenvalues up to l+ from the law", range="[0, 1]"),
+    _of_bulk("spikes", "eigenvalues above l+", unit="count", range="[0, M]", source="Martin & Mahoney 2021"),
+    _of_bulk(
+        "spikes_tw",
+        "eigenvalues above the 99% Tracy-Widom edge: noise has one in 1% of matrices",
+        unit="count",
+        range="[0, M]",
+        source="Johnstone 2001",
+    ),
+    _of_bulk("soft_rank", "l+ / lambda_1: about 1 for noise", range="[0, 4]", source="Martin & Mahoney 2021"),
+    _of_bulk("bulk_share", "what eigenvalues up to l+ hold of sum lambda", range="[0, 1]"),
+)
+"""The fields of ``Bulk`` as metrics."""
+
+
 def fit_bulk(eigenvalues: Eigenvalues, shape: tuple[int, int]) -> Bulk:
     """Fit the Marchenko-Pastur law to the noise part of spectra and count what lies above it.
 
@@ -259,7 +190,7 @@ def fit_bulk(eigenvalues: Eigenvalues, shape: tuple[int, int]) -> Bulk:
     whole = eigenvalues.isfinite().all(-1)
     lambdas = eigenvalues.where(eigenvalues > RESOLVED * eigenvalues[:, :1], 0.0).where(whole[:, None], torch.nan)
     variance = noise_variance(lambdas, shape)
-    edge = mp_edges(variance, min(shape) / max(shape))[1]
+    edge = marchenko_pastur_edges(variance, aspect(*shape))[1]
     beyond = lambdas > edge[:, None]
     spikes, spikes_tw = (
         (lambdas > bound[:, None]).sum(-1).double().where(whole, torch.nan)
@@ -316,7 +247,7 @@ def noise_variance(eigenvalues: Eigenvalues, shape: tuple[int, int]) -> PerMatri
 def _bulk_ks(lambdas: Eigenvalues, variance: PerMatrix, spikes: PerMatrix, shape: tuple[int, int]) -> PerMatrix:
     """Largest |empirical - law|, from both sides of each step, over the eigenvalues that are no spikes."""
     long, short = (max(shape) - spikes)[:, None], (min(shape) - spikes)[:, None]
-    law = mp_cdf(lambdas.flip(-1), variance[:, None] * (long / max(shape)), short / long)
+    law = marchenko_pastur_cdf(lambdas.flip(-1), variance[:, None] * (long / max(shape)), short / long, xp=torch)
     rank = torch.arange(lambdas.shape[-1], dtype=lambdas.dtype, device=lambdas.device)
     distance = torch.maximum((rank + 1) / short - law, law - rank / short)
     return distance.where(~(rank >= short), 0.0).amax(-1)
@@ -341,37 +272,35 @@ def unknown_noise_factor(beta: float) -> float:
     >>> round(unknown_noise_factor(1.0), 4)
     2.8584
     """
-    median = mp_quantile(0.5, torch.ones((), dtype=torch.float64), beta)
+    median = marchenko_pastur_quantile(0.5, torch.ones((), dtype=torch.float64), beta, xp=torch)
     return known_noise_factor(beta) / math.sqrt(median.item())
 
 
-def hard_threshold(sigmas: Sigmas, shape: tuple[int, int]) -> PerMatrix:
+@built_in(
+    "omega(M / N) median sigma: below it a singular value is better dropped",
+    unit="weight",
+    range="[0, inf)",
+    source="Gavish & Donoho 2014",
+    degree=1,
+)
+def donoho_gavish_threshold(resolved_sigmas: Sigmas, shape: tuple[int, int]) -> PerMatrix:
     """omega(beta) times the median singular value: the threshold where the noise level is not known.
 
     Args:
-        sigmas: Singular values, descending, all M of them.
+        resolved_sigmas: Singular values, descending, all M of them.
         shape: (m, n) of the matrices.
 
     Returns:
         In the unit of the sigmas. Zero where half of them are zero, as for a rank-one matrix: all others are kept.
         NaN where the median is NaN.
     """
-    last = sigmas.shape[-1] - 1
-    median = (sigmas[:, last // 2] + sigmas[:, last - last // 2]) / 2
-    return unknown_noise_factor(min(shape) / max(shape)) * median
+    last = resolved_sigmas.shape[-1] - 1
+    median = (resolved_sigmas[:, last // 2] + resolved_sigmas[:, last - last // 2]) / 2
+    return unknown_noise_factor(aspect(*shape)) * median
 
 
-def hard_threshold_known_noise(noise_std: PerMatrix, shape: tuple[int, int]) -> PerMatrix:
-    """lambda_*(beta) sqrt(N) s for noise entries of standard deviation s.
-
-    Args:
-        noise_std: s, for instance the square root of ``fit_bulk``'s variance.
-        shape: (m, n) of the matrices.
-    """
-    return known_noise_factor(min(shape) / max(shape)) * math.sqrt(max(shape)) * noise_std
-
-
-def rank_above_threshold(sigmas: Sigmas, shape: tuple[int, int]) -> PerMatrix:
-    """Number of singular values above ``hard_threshold``. NaN where that is."""
-    threshold = hard_threshold(sigmas, shape)
-    return (sigmas > threshold[:, None]).sum(-1).double().where(threshold.isfinite(), torch.nan)
+@built_in("singular values above donoho_gavish_threshold", unit="count", range="[0, M]", source="Gavish & Donoho 2014")
+def donoho_gavish_rank(resolved_sigmas: Sigmas, shape: tuple[int, int]) -> PerMatrix:
+    """Number of singular values above ``donoho_gavish_threshold``. NaN where that is."""
+    threshold = donoho_gavish_threshold(resolved_sigmas, shape)
+    return (resolved_sigmas > threshold[:, None]).sum(-1).double().where(threshold.isfinite(), torch.nan)

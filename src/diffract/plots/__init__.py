@@ -1,22 +1,19 @@
 """Figures from tables, one per file; no weights, no torch."""
 
 from diffract.plots.agreement import agreement, agreement_lines
-from diffract.plots.catalog import KINDS, Kind, plot
+from diffract.plots.catalog import KINDS, FigureKind, plot
 from diffract.plots.heads import (
     coloured_boxes,
     domain_matrix,
-    domains_of,
     head_effects,
     head_grids,
     head_heatmap,
     head_maps,
-    heads_of,
     heat_panels,
     heatmap,
     layer_boxes,
     layer_violins,
     lorenz,
-    lorenz_lines,
     reference_scores,
 )
 from diffract.plots.images import check_ending, save
@@ -26,7 +23,7 @@ from diffract.plots.training import band_lines, evolution, evolution_line, ridge
 
 __all__ = [
     "KINDS",
-    "Kind",
+    "FigureKind",
     "agreement",
     "agreement_lines",
     "band_lines",
@@ -36,14 +33,12 @@ __all__ = [
     "density",
     "density_lines",
     "domain_matrix",
-    "domains_of",
     "evolution",
     "evolution_line",
     "head_effects",
     "head_grids",
     "head_heatmap",
     "head_maps",
-    "heads_of",
     "heat_panels",
     "heatmap",
     "ks_lines",
@@ -51,7 +46,6 @@ __all__ = [
     "layer_boxes",
     "layer_violins",
     "lorenz",
-    "lorenz_lines",
     "model_paths",
     "model_simplex",
     "plot",

@@ -9,7 +9,16 @@ from typing import Any
 import plotly.graph_objects as go
 import polars as pl
 
-from diffract.plots.choice import curve, facts
+from diffract.plots.choice import (
+    COMPARE_RUN,
+    Frames,
+    base_model,
+    curve,
+    facts,
+    kind,
+    pick_matrix,
+    pick_model,
+)
 from diffract.plots.style import CHANCE, COLOURS, caption, figure, panels
 
 SIDES = ("left", "right")
@@ -38,9 +47,9 @@ def agreement(
         base: Whose peaks are shaded; the tuned model's by default.
     """
     row = facts(metrics, model, name)
-    kinds = ("agreement", "agreement_window")
-    curves = [{side: curve(spectra, model, name, f"{side}_{kind}") for side in SIDES} for kind in kinds]
-    chance = [{side: row.get(f"{side}_{kind}_chance") for side in SIDES} for kind in kinds]
+    ways = ("agreement", "agreement_window")
+    curves = [{side: curve(spectra, model, name, f"{side}_{way}") for side in SIDES} for way in ways]
+    chance = [{side: row.get(f"{side}_{way}_chance") for side in SIDES} for way in ways]
     peaks = curve(spectra, base or model, name, "peak")
     if not any(curves[1].values()):
         return agreement_lines(curves[0], chance[0], peaks=peaks, title=caption(model, name))
@@ -128,3 +137,16 @@ def _shades(peaks: Sequence[float], x: str = "x", y: str = "y") -> Iterator[dict
 def _name(peak: int) -> dict[str, Any]:
     look = {"size": 10, "color": COLOURS["base"]}
     return {"text": f"peak {peak + 1}", "textposition": "bottom left", "font": look}
+
+
+@kind(
+    "how far singular vectors of base and tuned agree along the spectrum, beside chance",
+    make=COMPARE_RUN,
+    tables=("metrics", "spectra"),
+    quantities=("left_agreement",),
+)
+def agreement_of_run(frames: Frames, *, matrix: str | None = None, model: str | None = None) -> go.Figure:
+    """Draw ``agreement`` of a run."""
+    model = pick_model(frames, model)
+    name = pick_matrix(frames, matrix, model, "left_agreement")
+    return agreement(frames["spectra"], frames["metrics"], name, model=model, base=base_model(frames, model))

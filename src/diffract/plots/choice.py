@@ -1,14 +1,17 @@
-"""What a figure shows: as asked for, or the most telling of what a run has."""
+"""What a kind of figure needs of a run, and what it shows: as asked for, or the most telling of what there is."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import plotly.graph_objects as go
 import polars as pl
 
+from diffract.attention import lorenz_of
 from diffract.errors import SelectionError, choose, printable
 from diffract.tables import Tables, load
 
@@ -33,6 +36,52 @@ def part() -> pl.Expr:
 
 Frames = Mapping[str, pl.DataFrame]
 
+COMPARE_RUN = "diffract compare BASE TUNED -o RUN"
+SCAN_OR_COMPARE = "diffract scan MODEL -o RUN` or `" + COMPARE_RUN
+
+
+@dataclass(frozen=True)
+class FigureKind:
+    """A kind of figure that can be drawn of a run; ``kind`` makes one of the function that draws it.
+
+    Attributes:
+        draw: Draws it, from the tables by name; its options are what it takes by keyword.
+        summary: One line.
+        make: The command that makes a run for it.
+        tables: Which must be there.
+        quantities: Of the spectra table; all must be there.
+        columns: Of the first table; at least one must be there.
+        further: Tables that it uses where they are there.
+        options: Names of the options that it takes.
+    """
+
+    draw: Callable[..., go.Figure]
+    summary: str
+    make: str
+    tables: tuple[str, ...]
+    quantities: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    further: tuple[str, ...] = ("models",)
+    options: tuple[str, ...] = ()
+
+
+def kind(summary: str, *, make: str, tables: tuple[str, ...], **needs: tuple[str, ...]) -> Callable[..., FigureKind]:
+    """Declare a kind of figure at the function that draws it; a decorator that registers nothing.
+
+    Args:
+        summary: One line.
+        make: The command that makes a run for it.
+        tables: Which must be there.
+        needs: Further attributes of ``FigureKind``: quantities, columns, further.
+    """
+
+    def declare(draw: Callable[..., go.Figure]) -> FigureKind:
+        parameters = inspect.signature(draw).parameters.values()
+        options = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+        return FigureKind(draw, summary, make, tables, **needs, options=options)
+
+    return declare
+
 
 class Tabled(Protocol):
     """A run in memory."""
@@ -49,40 +98,26 @@ def read_frames(run: str | Path | Tabled | Tables, names: Sequence[str]) -> Fram
     Raises:
         RunError: The folder is no run folder, of another layout, or damaged.
     """
+    wanted = (*names, *_behind(names))
     if isinstance(run, str | Path):
-        return load(run, only=names).frames
-    return (run if isinstance(run, Tables) else run.tables).frames
+        return _with_lorenz(names, load(run, only=wanted).frames)
+    return _with_lorenz(names, (run if isinstance(run, Tables) else run.tables).frames)
+
+
+def _behind(names: Sequence[str]) -> tuple[str, ...]:
+    return ("heads",) if "lorenz" in names else ()
+
+
+def _with_lorenz(names: Sequence[str], found: dict[str, pl.DataFrame]) -> dict[str, pl.DataFrame]:
+    """A comparison has no points of Lorenz curves; they follow from its heads."""
+    found = {name: frame for name, frame in found.items() if name != "heads" or len(frame)}
+    if "lorenz" in names and "lorenz" not in found and "heads" in found:
+        found["lorenz"] = lorenz_of(found["heads"])
+    return found
 
 
 NO_METRICS = ("resolved",)
 """Columns of numbers that are no metrics."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Options of a figure; ``None`` leaves them to the figure.
-
-    Attributes:
-        matrix: Its name in the tables.
-        model: A name in the tables.
-        metric: A column.
-        reference: The model that others are held against.
-        projection: Such as ``q`` or ``attn.q``.
-        layer: A number.
-        over: ``tokens``, ``step`` or ``order``.
-        axes: Of y and x, such as ``log-log`` or ``lin-log``.
-        task: A name in the tables of a search.
-    """
-
-    matrix: str | None = None
-    model: str | None = None
-    metric: str | None = None
-    reference: str | None = None
-    projection: str | None = None
-    layer: int | None = None
-    over: str | None = None
-    axes: str | None = None
-    task: str | None = None
 
 
 def pick(what: str, wanted: str | None, known: Sequence[str], default: str | None = None) -> str:
@@ -157,6 +192,17 @@ def of_projection(metrics: pl.DataFrame, wanted: str | None, layer: int | None =
         pick("layer", str(layer), layers)
         rows = rows.filter(pl.col("layer") == layer)
     return rows.drop("_part")
+
+
+def pick_task(table: pl.DataFrame, wanted: str | None) -> str:
+    """Return the wanted task of a search; by default the first, which decided."""
+    return pick("task", wanted, table["task"].unique(maintain_order=True).to_list())
+
+
+def rows_of_model(frames: Frames, model: str | None, projection: str | None) -> pl.DataFrame:
+    """Return the metric rows of a model's projection."""
+    chosen = pick_model(frames, model)
+    return of_projection(frames["metrics"].filter(pl.col("model") == chosen), projection)
 
 
 def _of_role(frames: Frames, role: str) -> list[str]:

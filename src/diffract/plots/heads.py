@@ -1,18 +1,35 @@
-"""A metric over layers and heads."""
+"""Figures of heads: maps over layers and heads, how the change is spread over them, domains against each other."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 import polars as pl
 
-from diffract.plots.style import CHANCE, COLOURS, DIVERGING, SCALE, caption, figure, label, line, panels
+from diffract.attention import by_model
+from diffract.errors import SelectionError
+from diffract.plots.choice import SCAN_OR_COMPARE, Frames, kind, pick, pick_metric, rows_of_model
+from diffract.plots.style import (
+    CHANCE,
+    COLOURS,
+    DIVERGING,
+    ROUNDED,
+    SCALE,
+    between_pairs,
+    caption,
+    colour_bar,
+    figure,
+    label,
+    line,
+    name_both_axes,
+    panels,
+)
+from diffract.stats import reference_score
 
 
 def head_heatmap(
@@ -43,7 +60,7 @@ def head_heatmap(
 
 def heatmap(*, z: list[Any], x: list[str], y: list[str], title: str, metric: str, across: str = "head") -> go.Figure:
     """Draw a grid of values with a colour bar."""
-    bar = {"title": {"text": label(metric), "side": "right"}, "thickness": 10, "outlinewidth": 0, "tickformat": ".3~g"}
+    bar = colour_bar(label(metric), **ROUNDED)
     hover = f"layer %{{y}}, {across} %{{x}}<br>{label(metric)} %{{z:.4g}}<extra></extra>"
     trace = go.Heatmap(z=z, x=x, y=y, colorscale=SCALE, colorbar=bar, hovertemplate=hover, xgap=1, ygap=1)
     made = figure([trace], x=across, y="layer", title=title, height=260)
@@ -53,61 +70,7 @@ def heatmap(*, z: list[Any], x: list[str], y: list[str], title: str, metric: str
     )
 
 
-PER_QUERY_HEAD, PER_KV_HEAD = ("q", "o"), ("k", "v")
-PLACE = ("model", "layer", "block")
-HEADS_SCHEMA = {
-    "model": pl.String,
-    "layer": pl.Int32,
-    "block": pl.String,
-    "head": pl.Int32,
-    "head_delta": pl.Float64,
-}
 MEANINGS = {"spearman": "Spearman's ρ of the heads' changes", "cosine": "Cosine of the changes"}
-
-
-def heads_of(metrics: pl.DataFrame) -> pl.DataFrame:
-    """Return how much each query head changed over its q, k, v and o slices, in every model that was compared.
-
-    Several query heads share one key-value head under grouped-query attention: its slices count for each of them.
-
-    Args:
-        metrics: The metrics table of a comparison.
-
-    Returns:
-        Columns model, layer, block, head, ``head_delta``; null where a slice has no number. Empty if nothing was
-        compared, or nothing is cut into heads.
-    """
-    if "delta_frobenius" not in metrics.columns:
-        return pl.DataFrame(schema=HEADS_SCHEMA)
-    compared = metrics.filter(pl.col("delta_frobenius").is_not_null())["model"].unique(maintain_order=True)
-    squares = (pl.col("delta_frobenius") ** 2).fill_null(float("nan"))
-    slices = metrics.filter(pl.col("model").is_in(compared.implode())).with_columns(squares=squares)
-    own = slices.filter(pl.col("projection").is_in(PER_QUERY_HEAD), pl.col("head").is_not_null())
-    shared = slices.filter(pl.col("projection").is_in(PER_KV_HEAD), pl.col("kv_head").is_not_null())
-    heads = own.group_by(*PLACE, "head", maintain_order=True).agg(pl.col("kv_head").first(), pl.col("squares").sum())
-    groups = shared.group_by(*PLACE, "kv_head").agg(of_group=pl.col("squares").sum())
-    joined = heads.join(groups, on=[*PLACE, "kv_head"], how="left", nulls_equal=True, maintain_order="left")
-    delta = (pl.col("squares") + pl.col("of_group").fill_null(0)).sqrt().fill_nan(None)
-    return joined.select(*PLACE, "head", head_delta=delta)
-
-
-def domains_of(heads: pl.DataFrame) -> pl.DataFrame:
-    """Return Spearman's correlation of ``head_delta`` between models, over the heads that are known in both.
-
-    Args:
-        heads: model, layer, block, head, ``head_delta``.
-
-    Returns:
-        Columns a, b, spearman, one row per pair; null where one of both does not vary.
-    """
-    by_model = {name: heads.filter(pl.col("model") == name) for name in heads["model"].unique(maintain_order=True)}
-    rows = []
-    for a, b in combinations(by_model, 2):
-        both = by_model[a].join(by_model[b], on=["layer", "block", "head"], nulls_equal=True)
-        known = both.drop_nulls(["head_delta", "head_delta_right"])
-        rho = known.select(pl.corr("head_delta", "head_delta_right", method="spearman").fill_nan(None))
-        rows.append({"a": a, "b": b, "spearman": rho.item() if len(known) > 1 else None})
-    return pl.DataFrame(rows, schema={"a": pl.String, "b": pl.String, "spearman": pl.Float64})
 
 
 def domain_matrix(domains: pl.DataFrame, column: str = "spearman") -> go.Figure:
@@ -121,26 +84,12 @@ def domain_matrix(domains: pl.DataFrame, column: str = "spearman") -> go.Figure:
     known = {(a, b): value for a, b, value in domains.select("a", "b", column).iter_rows()}
     grid = [[None if a == b else known.get((a, b), known.get((b, a))) for b in names] for a in names]
     shown = [label(name) for name in names]
-    # Numbers as labels: names may be equal once they are made safe.
-    places = list(range(len(names)))
-    trace = go.Heatmap(
-        z=grid,
-        x=places,
-        y=places,
-        zmin=-1,
-        zmax=1,
-        colorscale=DIVERGING,
-        showscale=False,
-        text=[["" if v is None else f"{v:.2f}" for v in row] for row in grid],
-        texttemplate="%{text}",
-        customdata=[[f"{a}, {b}" for b in shown] for a in shown],
-        hovertemplate="%{customdata}: %{z:.4g}<extra></extra>",
-        xgap=2,
-        ygap=2,
-    )
+    texts = [["" if v is None else f"{v:.2f}" for v in row] for row in grid]
+    look: dict[str, Any] = {"zmin": -1, "zmax": 1, "colorscale": DIVERGING, "showscale": False}
+    look["customdata"] = [[f"{a}, {b}" for b in shown] for a in shown]
+    trace = between_pairs(names, grid, texts, **look, hovertemplate="%{customdata}: %{z:.4g}<extra></extra>")
     made = figure([trace], x="", y="", title=MEANINGS.get(column, label(column)), height=340)
-    axis = {"tickvals": places, "ticktext": shown, "showgrid": False, "ticks": "", "constrain": "domain"}
-    return made.update_xaxes(**axis).update_yaxes(**axis, autorange="reversed", scaleanchor="x")
+    return name_both_axes(made, names, constrain="domain").update_yaxes(scaleanchor="x")
 
 
 Grid = list[list[float | None]]
@@ -212,20 +161,19 @@ def heat_panels(
         title: Made safe already.
         centred: Put zero in its middle.
     """
-    contents = [[_map(grid, layers, heads, name)] for name, grid in grids.items()]
+    look: dict[str, Any] = {"x": list(heads), "y": list(layers), "coloraxis": "coloraxis", "xgap": 1, "ygap": 1}
+    hover = "layer %{y}, head %{x}: %{z:.4g}<extra>"
+    contents = [
+        [go.Heatmap(z=grid, **look, hovertemplate=f"{hover}{label(name)}</extra>")] for name, grid in grids.items()
+    ]
     height = min(420, max(150, 14 * len(layers)))
     made = panels([label(name) for name in grids], contents, x="head", y="layer", title=title, height=height)
     known = [abs(v) for grid in grids.values() for row in grid for v in row if v is not None]
     limits = {"cmin": -max(known), "cmax": max(known)} if centred and known else {}
-    bar = {"title": {"text": scale, "side": "right"}, "thickness": 10, "outlinewidth": 0, "tickformat": ".3~g"}
+    bar = colour_bar(scale, **ROUNDED)
     made.update_layout(coloraxis={"colorscale": colours, "colorbar": bar, **limits}, margin={"r": 90})
     made.update_xaxes(type="category", showgrid=False, ticks="")
     return made.update_yaxes(type="category", autorange="reversed", showgrid=False, ticks="")
-
-
-def _map(grid: Grid, layers: Sequence[str], heads: Sequence[str], name: str) -> go.Heatmap:
-    hover: dict[str, Any] = {"hovertemplate": f"layer %{{y}}, head %{{x}}: %{{z:.4g}}<extra>{label(name)}</extra>"}
-    return go.Heatmap(z=grid, x=list(heads), y=list(layers), coloraxis="coloraxis", xgap=1, ygap=1, **hover)
 
 
 PLACES = 7
@@ -280,7 +228,7 @@ def coloured_boxes(
     place = {layer: float(i) for i, layer in enumerate(ticks)}
     x = [place[layer] for layer in layers]
     points = list(zip(_apart(x), values, names, shades, strict=True))
-    bar = {"title": {"text": label(colour), "side": "right"}, "thickness": 10, "outlinewidth": 0}
+    bar = colour_bar(label(colour))
     look = {"size": 5.5, "colorscale": SCALE, "colorbar": bar, "line": {"width": 0.5, "color": "white"}}
     known = [point for point in points if point[3] is not None]
     unknown = [point for point in points if point[3] is None]
@@ -316,27 +264,27 @@ def _apart(x: Sequence[float]) -> list[float]:
     return shifted
 
 
-def lorenz(heads: pl.DataFrame) -> go.Figure:
+def lorenz(points: pl.DataFrame, models: pl.DataFrame) -> go.Figure:
     """Draw, for each domain, what share of the squared change the least changed heads have together.
 
     Args:
-        heads: The heads table: model and ``head_delta``.
+        points: The lorenz table. Of a domain without any change there is no curve.
+        models: The models table, for ``head_gini``.
     """
-    known = heads.filter(pl.col("head_delta").is_not_null())
-    names = known["model"].unique(maintain_order=True)
-    return lorenz_lines({name: known.filter(pl.col("model") == name)["head_delta"].to_list() for name in names})
-
-
-def lorenz_lines(deltas: Mapping[str, Sequence[float]]) -> go.Figure:
-    """Draw Lorenz curves of the squares of values; names are untrusted. Without any change there is no curve."""
+    ginis = dict(models.select("model", "head_gini").iter_rows()) if "head_gini" in models.columns else {}
     traces = [go.Scatter(x=[0, 1], y=[0, 1], name="all heads alike", mode="lines", line=CHANCE, hoverinfo="skip")]
-    for index, (name, values) in enumerate(deltas.items()):
-        x, y = lorenz_curve(np.square(np.asarray(values, float)))
-        gini = 1 - 2 * float(np.trapezoid(y, x)) if len(x) else float("nan")
-        shown = label(name)
-        hover = f"%{{x:.1%}} of heads: %{{y:.1%}} of the change<extra>{shown}</extra>"
+    for index, (name, rows) in enumerate(by_model(points).items()):
+        known = rows.drop_nulls("change_share")
+        shown, gini = label(name), ginis.get(name)
         traces.append(
-            go.Scatter(x=x, y=y, name=f"{shown} (Gini {gini:.2f})", mode="lines", line=line(index), hovertemplate=hover)
+            go.Scatter(
+                x=known["heads_share"].to_list(),
+                y=known["change_share"].to_list(),
+                name=shown if gini is None else f"{shown} (Gini {gini:.2f})",
+                mode="lines",
+                line=line(index),
+                hovertemplate=f"%{{x:.1%}} of heads: %{{y:.1%}} of the change<extra>{shown}</extra>",
+            )
         )
     y = "share of the squared change"
     inside = {"orientation": "v", "x": 0.02, "xanchor": "left", "y": 0.98, "yanchor": "top"}
@@ -344,19 +292,6 @@ def lorenz_lines(deltas: Mapping[str, Sequence[float]]) -> go.Figure:
     percent = {"tickformat": ".0%", "dtick": 0.2, "ticklen": 4, "tickcolor": "rgba(0,0,0,0)"}
     made.update_layout(margin={"r": 28}).update_xaxes(**percent, range=[0, 1], constrain="domain")
     return made.update_yaxes(**percent, range=[0, 1.005], scaleanchor="x", constrain="domain")
-
-
-def lorenz_curve(values: np.ndarray) -> tuple[list[float], list[float]]:
-    """Return shares of count and shares of the sum, from (0, 0) to (1, 1); empty where the sum is zero.
-
-    >>> lorenz_curve(np.array([3.0, 1.0]))
-    ([0.0, 0.5, 1.0], [0.0, 0.25, 1.0])
-    """
-    total = values.sum()
-    if not total > 0:
-        return [], []
-    sums = np.concatenate([[0.0], np.cumsum(np.sort(values))]) / total
-    return np.linspace(0, 1, len(sums)).tolist(), sums.tolist()
 
 
 SIGNED = {
@@ -391,26 +326,116 @@ def reference_scores(heads: pl.DataFrame, reference: str) -> go.Figure:
         reference: A model of it.
     """
     found = head_grids(heads, "head_delta")
-    against = found.grids[reference]
-    grids = {name: score(grid, against) for name, grid in found.grids.items() if name != reference}
+    against = as_array(found.grids[reference])
+    scores = {name: reference_score(as_array(grid), against) for name, grid in found.grids.items() if name != reference}
+    grids = {name: as_grid(score) for name, score in scores.items()}
     title = f"scaled change minus that of {label(reference)}"
     return heat_panels(grids, found.layers, found.heads, scale="score", colours=DIVERGING, title=title, centred=True)
 
 
-def score(domain: Grid, reference: Grid) -> Grid:
-    """Return scale01(domain) - scale01(reference), in [-1, 1]; high where a head is specific to the domain.
-
-    >>> score([[0.0, 2.0]], [[3.0, 1.0]])
-    [[-1.0, 1.0]]
-    """
-    pairs = zip(scale01(domain), scale01(reference), strict=True)
-    return [[None if a is None or b is None else a - b for a, b in zip(*rows, strict=True)] for rows in pairs]
+def as_array(grid: Grid) -> np.ndarray:
+    """Return a grid as an array, with NaN for what is not known."""
+    return np.array(grid, dtype=float)
 
 
-def scale01(grid: Grid) -> Grid:
-    """(X - min X) / (max X - min X) over all cells; ``None`` throughout where all are equal."""
-    known = [v for row in grid for v in row if v is not None and math.isfinite(v)]
-    low, spread = min(known, default=0.0), max(known, default=0.0) - min(known, default=0.0)
-    return [
-        [None if v is None or not math.isfinite(v) or not spread else (v - low) / spread for v in row] for row in grid
-    ]
+def as_grid(values: np.ndarray) -> Grid:
+    """Return an array as a grid, with ``None`` for NaN."""
+    return [[None if math.isnan(v) else v for v in row] for row in values.tolist()]
+
+
+HEADS_RUN = "diffract heads BASE TUNED -o RUN"
+CHANGE_FIRST = ("delta_relative", "effective_rank", "stable_rank")
+SHADE = "left_agreement_mean"
+
+
+@kind(
+    "change of every head, a map for each domain, the same colours in all",
+    make=HEADS_RUN,
+    tables=("heads",),
+    columns=tuple(SCALES),
+    further=(),
+)
+def heads_of_run(frames: Frames, *, model: str | None = None, metric: str | None = None) -> go.Figure:
+    """Draw ``head_maps`` of a run."""
+    chosen = pick("metric", metric, [m for m in SCALES if m in frames["heads"].columns])
+    return head_maps(_of_domain(frames["heads"], model), metric=chosen)
+
+
+@kind(
+    "how unevenly each domain's change is spread over heads",
+    make=HEADS_RUN,
+    tables=("lorenz",),
+    columns=("change_share",),
+)
+def lorenz_of_run(frames: Frames, *, model: str | None = None) -> go.Figure:
+    """Draw ``lorenz`` of a run."""
+    return lorenz(_of_domain(frames["lorenz"], model), frames["models"])
+
+
+@kind(
+    "which heads a domain changed more than a reference domain did",
+    make="diffract heads BASE TUNED1 TUNED2 -o RUN",
+    tables=("heads",),
+    columns=("head_delta",),
+    further=(),
+)
+def scores_of_run(frames: Frames, *, model: str | None = None, reference: str | None = None) -> go.Figure:
+    """Draw ``reference_scores`` of a run."""
+    names = frames["heads"]["model"].unique(maintain_order=True).to_list()
+    if len(names) < 2:
+        raise SelectionError(
+            "scores hold domains against each other: the run needs two tuned models. Make one with "
+            "`diffract heads BASE TUNED1 TUNED2 -o RUN`."
+        )
+    against = pick("reference", reference, names)
+    others = [name for name in names if name != against]
+    shown = others if model is None else [pick("model", model, others)]
+    return reference_scores(frames["heads"].filter(pl.col("model").is_in([*shown, against])), against)
+
+
+@kind(
+    "spread of a metric within each layer, coloured by how far singular vectors agree",
+    make=SCAN_OR_COMPARE,
+    tables=("metrics",),
+)
+def violins_of_run(
+    frames: Frames, *, metric: str | None = None, model: str | None = None, projection: str | None = None
+) -> go.Figure:
+    """Draw ``layer_violins`` of a run."""
+    rows = rows_of_model(frames, model, projection)
+    chosen = pick_metric(rows, metric, CHANGE_FIRST)
+    shaded = SHADE in rows.columns and chosen != SHADE and rows[SHADE].count() > 0
+    title = ", ".join(filter(None, [projection, rows["model"][0]]))
+    return layer_violins(rows, chosen, colour=SHADE if shaded else None, title=title)
+
+
+@kind("a metric over the layers and heads of one projection", make=SCAN_OR_COMPARE, tables=("metrics",))
+def head_heatmap_of_run(
+    frames: Frames, *, metric: str | None = None, model: str | None = None, projection: str | None = None
+) -> go.Figure:
+    """Draw ``head_heatmap`` of a run."""
+    rows = rows_of_model(frames, model, None)
+    chosen = pick_metric(rows, metric, CHANGE_FIRST)
+    cut = rows.filter(pl.coalesce("head", "kv_head").is_not_null())["projection"].unique(maintain_order=True).to_list()
+    return head_heatmap(rows, chosen, pick("projection", projection, cut, "q"), model=rows["model"][0])
+
+
+@kind(
+    "what rewinding each head alone gains, or what cheaper orders go by",
+    make="diffract search rewind BASE TUNED -o RUN",
+    tables=("effects",),
+    columns=("effect",),
+    further=(),
+)
+def effects_of_run(frames: Frames, *, metric: str | None = None) -> go.Figure:
+    """Draw ``head_effects`` of a run."""
+    effects = frames["effects"]
+    known = [name for name in (SIGNED | SIZES) if effects[name].count() > 0]
+    return head_effects(effects, metric=pick("metric", metric, known))
+
+
+def _of_domain(table: pl.DataFrame, wanted: str | None) -> pl.DataFrame:
+    if wanted is None:
+        return table
+    names = table["model"].unique(maintain_order=True).to_list()
+    return table.filter(pl.col("model") == pick("model", wanted, names))

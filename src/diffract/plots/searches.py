@@ -1,26 +1,33 @@
-"""Quality as more and more heads go back to the base."""
+"""Figures of searches: quality along curves of edits, on the lines between models, and in mixtures of three."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import plotly.graph_objects as go
 import polars as pl
 
+from diffract.errors import SelectionError
+from diffract.plots.choice import Frames, kind, pick, pick_task
 from diffract.plots.style import (
     CHANCE,
     COLOURS,
+    ROUNDED,
     SCALE,
     SERIES,
     banded,
     beside,
+    between_pairs,
+    colour_bar,
     curve,
     dress,
     figure,
     label,
     level,
     line,
+    name_both_axes,
     panels,
 )
 
@@ -51,29 +58,52 @@ def rewind_curves(points: pl.DataFrame, task: str, *, measure: str = "gain") -> 
     return beside(made).update_xaxes(tickformat=".0%")
 
 
-def _rewind_panel(rows: pl.DataFrame, measure: str, *, legend: bool) -> list[go.Scatter]:
+@dataclass(frozen=True)
+class Drawn:
+    """A curve over the points of a search.
+
+    Attributes:
+        name: In the legend, made safe already; curves of one name are one entry.
+        look: Of the line.
+        rows: Its points.
+        sure: Whether its intervals are drawn as a band; controls have none.
+    """
+
+    name: str
+    look: dict[str, Any]
+    rows: pl.DataFrame
+    sure: bool
+
+
+def _points_panel(
+    drawn: Sequence[Drawn], ends: dict[str, pl.DataFrame], *, x: str, measure: str, hover: str, legend: bool
+) -> list[go.Scatter]:
+    """Curves of one panel, and a level for each model at the ends of the search."""
     low, high = MEASURES[measure]
     traces: list[go.Scatter] = []
     named: set[str] = set()
-    curves = rows.filter(pl.col("order") != "base").partition_by("order", "seed", "reverse", maintain_order=True)
-    for own in sorted(curves, key=lambda c: (not c["reverse"][0], c["order"][0] != "random")):  # controls behind
-        name, look = _look(own["order"][0], reverse=own["reverse"][0])
-        words: dict[str, Any] = {"name": name, "look": look, "legend": legend and name not in named}
-        words["hover"] = "%{x:.1%} of heads: %{y:.4g}"
-        x, y = own["fraction"].to_list(), own[measure].to_list()
-        if own["reverse"][0] or own["order"][0] == "random":
-            traces.append(curve(x, y, **words))
-        else:
-            traces += banded(x, y, own[low].to_list(), own[high].to_list(), **words)
-        named.add(name)
-    for kind, look, own in (("tuned", TUNED, rows.filter(pl.col("state") == 0)), ("base", CHANCE, _base(rows))):
-        if len(own):
-            traces.append(level(own[measure][0], name=kind, look=look, legend=legend))
+    for one in drawn:
+        words: dict[str, Any] = {"name": one.name, "look": one.look, "legend": legend and one.name not in named}
+        words["hover"] = hover
+        named.add(one.name)
+        at, *found = (one.rows[column].to_list() for column in (x, measure, low, high))
+        traces += banded(at, *found, **words) if one.sure else [curve(at, found[0], **words)]
+    for name, look in (("tuned", TUNED), ("base", CHANCE)):
+        if len(ends[name]):
+            traces.append(level(ends[name][measure][0], name=name, look=look, legend=legend))
     return traces
 
 
-def _base(rows: pl.DataFrame) -> pl.DataFrame:
-    return rows.filter(pl.col("order") == "base")
+def _rewind_panel(rows: pl.DataFrame, measure: str, *, legend: bool) -> list[go.Scatter]:
+    base = pl.col("order") == "base"
+    curves = rows.filter(~base).partition_by("order", "seed", "reverse", maintain_order=True)
+    drawn = []
+    for own in sorted(curves, key=lambda c: (not c["reverse"][0], c["order"][0] != "random")):  # controls behind
+        order, reverse = own["order"][0], own["reverse"][0]
+        drawn.append(Drawn(*_look(order, reverse=reverse), own, sure=not reverse and order != "random"))
+    ends = {"tuned": rows.filter(pl.col("state") == 0), "base": rows.filter(base)}
+    hover = "%{x:.1%} of heads: %{y:.4g}"
+    return _points_panel(drawn, ends, x="fraction", measure=measure, hover=hover, legend=legend)
 
 
 def _look(order: str, *, reverse: bool) -> tuple[str, dict[str, Any]]:
@@ -100,12 +130,11 @@ def connectivity_matrix(pairs: pl.DataFrame, *, task: str | None = None) -> go.F
     highest = float(own["barrier"].max() or 0) or 1.0  # pyright: ignore[reportArgumentType] (Float64)
     contents = [[_matrix(own.filter(pl.col("task") == task), names)] for task in tasks]
     made = panels([label(task) for task in tasks], contents, x="", y="", title="barrier between models", height=260)
-    bar = {"title": {"text": "barrier", "side": "right"}, "thickness": 10, "outlinewidth": 0, "tickformat": ".3~g"}
+    bar = colour_bar("barrier", **ROUNDED)
     made.update_layout(
         coloraxis={"colorscale": SCALE, "reversescale": True, "cmin": 0, "cmax": highest, "colorbar": bar}
     )
-    axis = {"tickvals": list(range(len(names))), "ticktext": [label(n) for n in names], "showgrid": False, "ticks": ""}
-    return made.update_layout(margin={"r": 90}).update_xaxes(**axis).update_yaxes(**axis, autorange="reversed")
+    return name_both_axes(made.update_layout(margin={"r": 90}), names)
 
 
 def _matrix(rows: pl.DataFrame, names: Sequence[str]) -> go.Heatmap:
@@ -115,18 +144,13 @@ def _matrix(rows: pl.DataFrame, names: Sequence[str]) -> go.Heatmap:
         return known.get((a, b), known.get((b, a)))
 
     grid = [[cell(a, b) for b in names] for a in names]
-    places = list(range(len(names)))
-    return go.Heatmap(
-        z=[[None if c is None else c["barrier"] for c in row] for row in grid],
-        x=places,
-        y=places,
-        text=[[_said(c) for c in row] for row in grid],
-        texttemplate="%{text}",
+    return between_pairs(
+        names,
+        [[None if c is None else c["barrier"] for c in row] for row in grid],
+        [[_said(c) for c in row] for row in grid],
         customdata=[["" if c is None else f"{c['low']:.4g} to {c['high']:.4g}" for c in row] for row in grid],
         hovertemplate="%{z:.4g}, 95%: %{customdata}<extra></extra>",
         coloraxis="coloraxis",
-        xgap=2,
-        ygap=2,
     )
 
 
@@ -223,8 +247,7 @@ def model_simplex(simplex: pl.DataFrame, task: str) -> go.Figure:
     rows = simplex.filter(pl.col("task") == task)
     names = [label(name) for name in rows["models"][0]] if len(rows) else ["", "", ""]
     a, b, c = ([weights[i] for weights in rows["weights"]] for i in range(3))
-    bar = {"title": {"text": label(task), "side": "right"}, "thickness": 10, "outlinewidth": 0, "tickformat": ".3~g"}
-    colours = {"colorscale": SCALE, "showscale": True, "colorbar": bar}
+    colours = {"colorscale": SCALE, "showscale": True, "colorbar": colour_bar(label(task), **ROUNDED)}
     trace = go.Scatterternary(
         a=a,
         b=b,
@@ -258,8 +281,9 @@ def truncation_curves(points: pl.DataFrame, task: str, *, measure: str = "gain")
         measure: ``gain`` over the tuned model with its paired interval, or ``quality``.
     """
     own = points.filter(pl.col("task") == task)
-    split = _fuller(own)
-    rows = own.filter(pl.col("split") == split)
+    # A search with a small budget scores few points held out; half a curve would mislead.
+    by_split = {split: own.filter(pl.col("split") == split) for split in ("held-out", "selection")}
+    split, rows = max(by_split.items(), key=lambda item: item[1].height)
     contents = [_truncation_panel(rows, against, measure, legend=not i) for i, against in enumerate(AGAINST)]
     y = f"{label(task)}, gain over the tuned model" if measure == "gain" else label(task)
     made = beside(panels(list(AGAINST.values()), contents, x=f"{split} split", y=y, height=400))
@@ -273,38 +297,71 @@ def _near(rows: pl.DataFrame, measure: str) -> list[float] | None:
     return [min(own) - margin, max(own) + margin] if margin else None
 
 
-def _fuller(points: pl.DataFrame) -> str:
-    counts = [points.filter(pl.col("split") == split).height for split in ("held-out", "selection")]
-    return "held-out" if counts[0] >= counts[1] else "selection"
-
-
 def _truncation_panel(rows: pl.DataFrame, against: str, measure: str, *, legend: bool) -> list[go.Scatter]:
-    low, high = MEASURES[measure]
-    traces: list[go.Scatter] = []
-    named: set[str] = set()
-    for own in rows.filter(pl.col("rule") != "base").partition_by("rule", "seed", maintain_order=True):
+    base = pl.col("rule") == "base"
+    drawn = []
+    for own in rows.filter(~base).partition_by("rule", "seed", maintain_order=True):
         rule = own["rule"][0]
         shown = own.filter(pl.col("fraction") == 1) if rule in SINGLE else own.sort(against)
-        words = _words(rule, legend=legend and rule not in named)
-        x, y = shown[against].to_list(), shown[measure].to_list()
-        if rule in PLAIN:
-            traces += banded(x, y, shown[low].to_list(), shown[high].to_list(), **words)
-        else:
-            traces.append(curve(x, y, **words))
-        named.add(rule)
-    base = rows.filter(pl.col("rule") == "base")
-    tuned = rows.filter(pl.col("state") == 0)
-    for kind, look, own in (("tuned", {"color": COLOURS["tuned"], "dash": "dot", "width": 1}, tuned),
-                            ("base", CHANCE, base)):  # fmt: skip
-        if len(own):
-            traces.append(level(own[measure][0], name=kind, look=look, legend=legend))
+        look = line(RULES.index(rule) if rule in RULES else len(RULES), 2 if rule in PLAIN else 1)
+        drawn.append(Drawn(label(rule), look, shown, sure=rule in PLAIN))
+    ends = {"tuned": rows.filter(pl.col("state") == 0), "base": rows.filter(base)}
+    traces = _points_panel(drawn, ends, x=against, measure=measure, hover="%{x:.3g}: %{y:.4g}", legend=legend)
     for trace in traces:
         if trace.name in SINGLE:
             trace.update(mode="markers", marker={"size": 9, "symbol": "diamond"})
     return traces
 
 
-def _words(rule: str, *, legend: bool) -> dict[str, Any]:
-    index = RULES.index(rule) if rule in RULES else len(RULES)
-    look = line(index, 2 if rule in PLAIN else 1)
-    return {"name": label(rule), "look": look, "legend": legend, "hover": "%{x:.3g}: %{y:.4g}"}
+SEARCH_REWIND = "diffract search rewind BASE TUNED -o RUN"
+SEARCH_TRUNCATE = "diffract search truncate BASE TUNED -o RUN"
+CONNECT = "diffract connect BASE NAME=MODEL NAME=MODEL --eval TASKS -o RUN"
+
+
+@kind(
+    "quality as more and more heads go back to the base, by several orders, on both splits",
+    make=SEARCH_REWIND,
+    tables=("points",),
+    columns=("order",),
+    further=(),
+)
+def rewind_of_run(frames: Frames, *, task: str | None = None, metric: str | None = None) -> go.Figure:
+    """Draw ``rewind_curves`` of a run."""
+    points = frames["points"]
+    return rewind_curves(points, pick_task(points, task), measure=pick("metric", metric, list(MEASURES)))
+
+
+@kind(
+    "quality against how much energy, and how many bytes, of the change are kept, beside controls",
+    make=SEARCH_TRUNCATE,
+    tables=("points",),
+    columns=("rule",),
+    further=(),
+)
+def truncation_of_run(frames: Frames, *, task: str | None = None, metric: str | None = None) -> go.Figure:
+    """Draw ``truncation_curves`` of a run."""
+    points = frames["points"]
+    return truncation_curves(points, pick_task(points, task), measure=pick("metric", metric, list(MEASURES)))
+
+
+@kind("quality on the lines between models, and barriers", make=CONNECT, tables=("paths",), further=())
+def paths_of_run(frames: Frames, *, task: str | None = None) -> go.Figure:
+    """Draw ``model_paths`` of a run."""
+    paths = frames["paths"]
+    return model_paths(paths, task=None if task is None else pick_task(paths, task))
+
+
+@kind("barriers between each pair of models", make=CONNECT, tables=("pairs",), further=())
+def connectivity_of_run(frames: Frames, *, task: str | None = None) -> go.Figure:
+    """Draw ``connectivity_matrix`` of a run."""
+    pairs = frames["pairs"]
+    return connectivity_matrix(pairs, task=None if task is None else pick_task(pairs, task))
+
+
+@kind("quality of mixtures of three models", make=CONNECT, tables=("simplex",), further=())
+def simplex_of_run(frames: Frames, *, task: str | None = None) -> go.Figure:
+    """Draw ``model_simplex`` of a run."""
+    simplex = frames["simplex"]
+    if simplex.is_empty():
+        raise SelectionError("the run has no simplex: that takes three models, and a budget that suffices.")
+    return model_simplex(simplex, pick_task(simplex, task))

@@ -1,4 +1,4 @@
-"""Singular values of a matrix: base, tuned, and the change."""
+"""Figures of one matrix: its singular values, the density of its eigenvalues with laws, where its tail begins."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ import polars as pl
 
 from diffract import densities as laws
 from diffract.densities import Array, Row
-from diffract.plots.choice import curve, facts
+from diffract.plots.choice import (
+    SCAN_OR_COMPARE,
+    Frames,
+    base_model,
+    curve,
+    facts,
+    kind,
+    pick,
+    pick_matrix,
+    pick_model,
+)
 from diffract.plots.style import COLOURS, LEGEND_RIGHT, LOG, SERIES, caption, figure
 
 DASHES = {"base": "dot", "tuned": "solid", "delta": "dash"}
@@ -40,12 +50,12 @@ def spectrum_lines(curves: Mapping[str, Sequence[float]], *, title: str = "") ->
         go.Scatter(
             x=list(range(1, len(values) + 1)),
             y=list(values),
-            name=kind,
+            name=which,
             mode="lines",
-            line={"color": COLOURS[kind], "width": 2, "dash": DASHES[kind]},
-            hovertemplate="rank %{x}: %{y:.4g}<extra>" + kind + "</extra>",
+            line={"color": COLOURS[which], "width": 2, "dash": DASHES[which]},
+            hovertemplate="rank %{x}: %{y:.4g}<extra>" + which + "</extra>",
         )
-        for kind, values in curves.items()
+        for which, values in curves.items()
     ]
     return figure(traces, x="rank", y="singular value", title=title).update_yaxes(**LOG)
 
@@ -139,12 +149,13 @@ def _bulk(values: Array, shape: tuple[int, int], row: Row, points: int) -> Curve
     variance = row.get("mp_variance")
     if variance is None or not variance > 0 or not len(values):
         return None
-    low, high = laws.marchenko_pastur_edges(variance, *shape)
+    gamma = laws.aspect(*shape)
+    low, high = laws.marchenko_pastur_edges(variance, gamma)
     low = max(low, float(min(values[values > 0], default=high)) / 2)
     # An angle makes points dense at both edges, where the curve is steep.
     x = low + (high - low) * (1 - np.cos(np.linspace(0, math.pi, points)[1:-1])) / 2
     share = 1 - (row.get("mp_spikes") or 0) / len(values)
-    return x, share * laws.marchenko_pastur(x, variance, *shape)
+    return x, share * laws.marchenko_pastur(x, variance, gamma)
 
 
 def _tail(values: Array, row: Row, prefix: str, points: int) -> Curve | None:
@@ -339,3 +350,53 @@ def _mark_xmin(made: go.Figure, row: Row, values: Array) -> None:
         x=math.log10(xmin), y=1, yref="paper", text="x<sub>min</sub>", showarrow=False, xanchor="left", yanchor="top",
         xshift=2, font={"color": colour},
     )  # fmt: skip
+
+
+SPECTRA = ("metrics", "spectra")
+SCAN_ALL = "diffract scan MODEL --metrics all -o RUN` or `diffract compare BASE TUNED --metrics all -o RUN"
+
+
+@kind(
+    "density of one matrix's eigenvalues, with the Marchenko-Pastur law, the permuted matrix and four tail fits",
+    make=SCAN_ALL,
+    tables=SPECTRA,
+    quantities=("sigma",),
+    columns=("pl_alpha", "mp_variance"),
+)
+def density_of_run(
+    frames: Frames, *, matrix: str | None = None, model: str | None = None, axes: str | None = None
+) -> go.Figure:
+    """Draw ``density`` of a run."""
+    model = pick_model(frames, model)
+    name = pick_matrix(frames, matrix, model, "sigma")
+    return density(frames["spectra"], frames["metrics"], name, model=model, axes=pick("axes", axes, AXES))
+
+
+@kind(
+    "distance of the best power law for every place where its tail might begin",
+    make=SCAN_ALL,
+    tables=SPECTRA,
+    quantities=("sigma", "pl_ks_scan"),
+    columns=("pl_xmin",),
+)
+def ks_of_run(frames: Frames, *, matrix: str | None = None, model: str | None = None) -> go.Figure:
+    """Draw ``ks_scan`` of a run."""
+    model = pick_model(frames, model)
+    name = pick_matrix(frames, matrix, model, "pl_ks_scan")
+    return ks_scan(frames["spectra"], frames["metrics"], name, model=model)
+
+
+@kind(
+    "singular values of one matrix: base, tuned, and the change",
+    make=SCAN_OR_COMPARE,
+    tables=SPECTRA,
+    quantities=("sigma",),
+)
+def spectrum_of_run(frames: Frames, *, matrix: str | None = None, model: str | None = None) -> go.Figure:
+    """Draw ``spectrum`` of a run."""
+    model = pick_model(frames, model)
+    base = base_model(frames, model)
+    name = pick_matrix(frames, matrix, model, "sigma")
+    if base is None:
+        return spectrum(frames["spectra"], name, base=model)
+    return spectrum(frames["spectra"], name, base=base, tuned=model)

@@ -87,6 +87,38 @@ def dress(made: go.Figure, *, title: str, height: int) -> go.Figure:
     )
 
 
+def colour_bar(text: str, **further: Any) -> dict[str, Any]:
+    """Return the bar that says what colours mean; ``text`` is made safe already."""
+    return {"title": {"text": text, "side": "right"}, "thickness": 10, "outlinewidth": 0, **further}
+
+
+ROUNDED = {"tickformat": ".3~g"}
+
+
+def between_pairs(
+    names: Sequence[str], cells: Sequence[Sequence[Any]], texts: Sequence[Sequence[str]], **look: Any
+) -> go.Heatmap:
+    """Return a map of what each pair of names has, in words on colours.
+
+    Args:
+        names: Of rows and columns alike.
+        cells: A number for each pair, or ``None``.
+        texts: What is written on each.
+        look: Further properties of the map.
+    """
+    # Numbers as labels: names may be equal once they are made safe.
+    places = list(range(len(names)))
+    texted = {"text": texts, "texttemplate": "%{text}"}
+    return go.Heatmap(z=cells, x=places, y=places, **texted, xgap=2, ygap=2, **look)
+
+
+def name_both_axes(made: go.Figure, names: Sequence[str], **further: Any) -> go.Figure:
+    """Name rows and columns of the maps of ``between_pairs``, the first row above; names are untrusted."""
+    shown = [label(name) for name in names]
+    axis = {"tickvals": list(range(len(names))), "ticktext": shown, "showgrid": False, "ticks": "", **further}
+    return made.update_xaxes(**axis).update_yaxes(**axis, autorange="reversed")
+
+
 OPACITY = 0.15
 
 LEGEND_PX, TITLE_PX = 170, 58

@@ -1,8 +1,7 @@
-"""A metric along training."""
+"""Figures over training: a metric of all matrices or of one, and spectra."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,9 @@ import polars as pl
 from numpy.typing import NDArray
 from plotly.colors import sample_colorscale
 
-from diffract.plots.choice import part
+from diffract.densities import kernel_density
+from diffract.errors import SelectionError
+from diffract.plots.choice import Frames, kind, of_projection, part, pick, pick_matrix, pick_metric, pick_model
 from diffract.plots.style import COLOURS, LOG, figure, label, panels
 
 AXES = ("lin-lin", "lin-log", "log-lin", "log-log")
@@ -76,12 +77,12 @@ def time_column(metrics: pl.DataFrame) -> str:
 
     Steps do not where a training run begins to count anew.
     """
-    return next((c for c in OVER if c in metrics.columns and _grows(metrics, c)), "order")
-
-
-def _grows(metrics: pl.DataFrame, column: str) -> bool:
-    times = metrics.select("order", time=pl.col(column)).unique().sort("order")["time"]
-    return times.null_count() == 0 and bool((times.diff().drop_nulls() > 0).all())
+    for column in OVER:
+        if column in metrics.columns:
+            times = metrics.select("order", time=pl.col(column)).unique().sort("order")["time"]
+            if times.null_count() == 0 and bool((times.diff().drop_nulls() > 0).all()):
+                return column
+    return "order"
 
 
 def quartiles(metrics: pl.DataFrame, metric: str, over: str) -> pl.DataFrame:
@@ -199,17 +200,6 @@ def ridge_lines(samples: Sequence[Sequence[float]], times: Sequence[str], *, wha
     return made.update_xaxes(**LOG).update_yaxes(**ticks, range=[-0.4, len(kept) - 1 + OVERLAP + 0.2])
 
 
-def kernel_density(values: NDArray[np.float64], grid: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Density of values by Gaussian kernels of Scott's bandwidth, n^(-1/5) times their standard deviation (n - 1).
-
-    Values that are all equal get a bandwidth of one step of the grid.
-    """
-    spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
-    width = max(spread * len(values) ** -0.2, float(grid[1] - grid[0]))
-    z = (grid[:, None] - values[None, :]) / width
-    return np.exp(-0.5 * z * z).sum(axis=1) / (len(values) * width * math.sqrt(2 * math.pi))
-
-
 def _grid(samples: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
     """Points that all densities share."""
     if not samples:
@@ -244,3 +234,65 @@ def _count(value: float) -> str:
         if value >= scale:
             return f"{value / scale:.3g}{unit}"
     return f"{value:g}"
+
+
+TRAJECTORY = "diffract trajectory MODEL... -o RUN"
+
+
+@kind(
+    "a metric over training: median and quartiles of each projection, or one matrix",
+    make=TRAJECTORY,
+    tables=("metrics",),
+    columns=("order",),
+)
+def evolution_of_run(
+    frames: Frames,
+    *,
+    metric: str | None = None,
+    matrix: str | None = None,
+    projection: str | None = None,
+    over: str | None = None,
+    axes: str | None = None,
+) -> go.Figure:
+    """Draw ``evolution`` of a run."""
+    metrics = of_projection(frames["metrics"], projection)
+    chosen = pick_metric(metrics, metric, ("effective_rank", "stable_rank"))
+    names = metrics["name"].unique(maintain_order=True).to_list()
+    one = None if matrix is None else pick("matrix", matrix, names)
+    scales = pick("axes", axes, AXES)
+    return evolution(metrics, chosen, over=_time_axis(metrics, over), matrix=one, axes=scales)
+
+
+@kind(
+    "spectra over training, of one matrix or pooled over a layer or projection",
+    make=TRAJECTORY,
+    tables=("metrics", "spectra"),
+    quantities=("sigma",),
+    columns=("order",),
+)
+def ridge_of_run(
+    frames: Frames,
+    *,
+    matrix: str | None = None,
+    layer: int | None = None,
+    projection: str | None = None,
+    over: str | None = None,
+) -> go.Figure:
+    """Draw ``ridge`` of a run."""
+    metrics, time = frames["metrics"], _time_axis(frames["metrics"], over)
+    if layer is None and projection is None:
+        names = [pick_matrix(frames, matrix, pick_model(frames, None), "sigma")]
+        return ridge(frames["spectra"], metrics, names, over=time)
+    if matrix is not None:
+        raise SelectionError(
+            "ridge draws one matrix, or pools those of a layer or projection. Leave out one of the two."
+        )
+    rows = of_projection(metrics, projection, layer)
+    where = "all layers" if layer is None else f"layer {layer}"
+    title = f"{where}, {projection or 'all matrices'}"
+    return ridge(frames["spectra"], metrics, rows["name"].unique(maintain_order=True).to_list(), title=title, over=time)
+
+
+def _time_axis(metrics: pl.DataFrame, wanted: str | None) -> str | None:
+    known = [c for c in OVER if c in metrics.columns and metrics[c].count() > 0]
+    return None if wanted is None else pick("time axis", wanted, known)

@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 
 from diffract.errors import RunError, printable
 from diffract.report.payload import embed, payload
-from diffract.report.words import Headline, concentration, headlines
+from diffract.report.words import concentration, headlines
 from diffract.settings import size_text
 from diffract.store import write_text
 from diffract.tables import Tables
@@ -35,7 +35,7 @@ def write(tables: Tables, path: str | Path) -> Path:
 
 def render(tables: Tables) -> str:
     """Return the report of a run as HTML that needs nothing else, no network either."""
-    data = payload(tables)
+    data, found = payload(tables), headlines(tables)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["size"] = size_text
     environment.filters["printable"] = printable
@@ -43,7 +43,7 @@ def render(tables: Tables) -> str:
         manifest=tables.manifest,
         kind=data["kind"],
         models=_described(tables),
-        headlines=_grouped(headlines(tables)),
+        headlines=[(name, [h for h in found if h.model == name]) for name in dict.fromkeys(h.model for h in found)],
         concentration=concentration(tables.models),
         glossary=_by_group(tables.manifest["metrics"]),
         page=data,
@@ -52,11 +52,6 @@ def render(tables: Tables) -> str:
         js=Markup(_resource("report.js")),
         plotly=Markup(get_plotlyjs()),
     )
-
-
-def _grouped(found: list[Headline]) -> list[tuple[str, list[Headline]]]:
-    """Headlines by model, in the run's order."""
-    return [(name, [h for h in found if h.model == name]) for name in dict.fromkeys(h.model for h in found)]
 
 
 def _by_group(glossary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

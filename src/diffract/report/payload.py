@@ -14,15 +14,16 @@ import numpy.typing as npt
 import plotly.graph_objects as go
 import polars as pl
 
-from diffract import densities as laws
 from diffract import plots
-from diffract.plots import spectra as parts_of
+from diffract.attention import lorenz_of, pairs_of
+from diffract.densities import TAILS
 from diffract.plots.agreement import peak_runs, peak_shape
 from diffract.plots.choice import part
-from diffract.plots.heads import Grid, HeadGrids, scale01
-from diffract.plots.spectra import AXIS_TITLES
+from diffract.plots.heads import Grid, HeadGrids, as_array
+from diffract.plots.spectra import AXIS_TITLES, Bars, density_parts
 from diffract.plots.style import DIVERGING
 from diffract.plots.training import places_of, quartiles, time_column
+from diffract.stats import scale01
 from diffract.tables import LABELS, OUTCOME, TIMELINE, Tables
 
 FITTED = {
@@ -57,7 +58,7 @@ def templates() -> dict[str, Any]:
         "layers": plots.layer_boxes([], [], [], metric=""),
         "density": density,
         "ks": plots.ks_lines(values, [0.2, 0.1, 0.2], FITTED).update_layout(margin_t=54),
-        "band": plots.band_lines(_no_band(), "step", y=""),
+        "band": plots.band_lines(pl.DataFrame({"step": [], "low": [], "middle": [], "high": []}), "step", y=""),
     }
     return {name: _plain_figure(figure) for name, figure in made.items()} | {
         "peak": peak_shape(0, 1, 1, named=True),
@@ -67,10 +68,6 @@ def templates() -> dict[str, Any]:
 
 def _plain_figure(figure: go.Figure) -> dict[str, Any]:
     return json.loads(str(figure.to_json()))
-
-
-def _no_band() -> pl.DataFrame:
-    return pl.DataFrame({"step": [], "low": [], "middle": [], "high": []})
 
 
 def embed(value: Any) -> str:
@@ -108,29 +105,36 @@ NEEDED = ("mp_variance", "pl_xmin", "tpl_xmin", "exp_xmin", "ln_xmin", "null_w1"
 """A page has densities if the run has one of these columns."""
 
 
-def densities(metrics: pl.DataFrame, spectra: pl.DataFrame) -> list[list[Any]]:
-    """Return (model, matrix, parts), long spectra first, of these the last model's; nothing if no law was fitted."""
+def density_rows(metrics: pl.DataFrame, spectra: pl.DataFrame) -> Iterator[list[Any]]:
+    """Yield (model, matrix, parts), long spectra first, of these the last model's; nothing if no law was fitted."""
     if not set(NEEDED) & set(metrics.columns):
-        return []
-    return [[model, name, _plain_parts(parts)] for model, name, parts in _parts(metrics, spectra)]
-
-
-def left_out(metrics: pl.DataFrame) -> int:
-    """How many matrices have no density in the page, though they could."""
-    return max(0, len(metrics) - MOST) if set(NEEDED) & set(metrics.columns) else 0
-
-
-def _parts(metrics: pl.DataFrame, spectra: pl.DataFrame) -> Iterator[tuple[str, str, parts_of.Parts]]:
+        return
     sigmas, nulls = (_by_matrix(spectra, quantity) for quantity in ("sigma", "null_sigma"))
-    columns = [c for c in metrics.columns if c.startswith(("mp_", *(f"{prefix}_" for prefix in laws.TAILS)))]
+    columns = [c for c in metrics.columns if c.startswith(("mp_", *(f"{prefix}_" for prefix in TAILS)))]
     places = {name: i for i, name in enumerate(metrics["model"].unique(maintain_order=True))}
     place = pl.col("model").replace_strict(places, return_dtype=pl.Int32)
     longest = metrics.sort(pl.min_horizontal("rows", "cols"), place, descending=True, maintain_order=True).head(MOST)
     for row in longest.select("model", "name", "rows", "cols", *columns).iter_rows(named=True):
         key, shape = (row["model"], row["name"]), (row["rows"], row["cols"])
-        if key in sigmas:
-            values, null = (np.square(found.get(key, [])) / max(shape) for found in (sigmas, nulls))
-            yield *key, parts_of.density_parts(values, shape, row, null=null, points=POINTS)
+        if key not in sigmas:
+            continue
+        values, null = (np.square(found.get(key, [])) / max(shape) for found in (sigmas, nulls))
+        parts = density_parts(values, shape, row, null=null, points=POINTS)
+        histograms = {"bars": parts.spectrum, "null": parts.null}
+        yield [
+            *key,
+            {
+                "total": parts.total,
+                "zeros": parts.zeros,
+                **{name: _bars(bars) for name, bars in histograms.items() if bars is not None},
+                "laws": {name: pack(np.concatenate(curve)) for name, curve in parts.laws.items()},
+            },
+        ]
+
+
+def left_out(metrics: pl.DataFrame) -> int:
+    """How many matrices have no density in the page, though they could."""
+    return max(0, len(metrics) - MOST) if set(NEEDED) & set(metrics.columns) else 0
 
 
 def _by_matrix(spectra: pl.DataFrame, quantity: str) -> dict[tuple[str, str], Any]:
@@ -140,17 +144,7 @@ def _by_matrix(spectra: pl.DataFrame, quantity: str) -> dict[tuple[str, str], An
     }
 
 
-def _plain_parts(parts: parts_of.Parts) -> dict[str, Any]:
-    histograms = {"bars": parts.spectrum, "null": parts.null}
-    return {
-        "total": parts.total,
-        "zeros": parts.zeros,
-        **{name: _bars(bars) for name, bars in histograms.items() if bars is not None},
-        "laws": {name: pack(np.concatenate(curve)) for name, curve in parts.laws.items()},
-    }
-
-
-def _bars(bars: parts_of.Bars) -> list[Any]:
+def _bars(bars: Bars) -> list[Any]:
     """Ends of the edges, which are evenly spaced in ln lambda, and the share in each bin."""
     return [float(bars.edges[0]), float(bars.edges[-1]), pack(bars.shares)]
 
@@ -162,30 +156,28 @@ CURVE_POINTS = 257
 def domain_part(tables: Tables) -> dict[str, Any] | None:
     """Return figures of heads and domains; ``None`` where the run compares nothing, or has no heads."""
     if tables.kind == "heads":
-        return _part(tables.heads, tables.domains)
-    if tables.manifest["kind"] != "compare":
+        domains, points = tables.domains, tables.lorenz
+    elif tables.kind == "compare" and len(tables.heads):
+        domains, points = pairs_of(tables.heads), lorenz_of(tables.heads)
+    else:
         return None
-    heads = plots.heads_of(tables.metrics)
-    return _part(heads, plots.domains_of(heads)) if len(heads) else None
-
-
-def _part(heads: pl.DataFrame, domains: pl.DataFrame) -> dict[str, Any]:
-    found = plots.head_grids(heads, "head_delta")
-    figures = {"maps": plots.head_maps(heads), "lorenz": _lorenz(heads)}
+    found = plots.head_grids(tables.heads, "head_delta")
+    figures = {"maps": plots.head_maps(tables.heads), "lorenz": _lorenz(points, tables.models)}
     if len(domains):
         figures |= {c: plots.domain_matrix(domains, c) for c in ("spearman", "cosine") if c in domains.columns}
     return {
-        "figures": {name: json.loads(str(made.to_json())) for name, made in figures.items()},
+        "figures": {name: _plain_figure(made) for name, made in figures.items()},
         "names": list(found.grids),
-        "score": json.loads(str(_empty_score(found).to_json())),
-        "scaled": [[[short(v) for v in row] for row in scale01(grid)] for grid in found.grids.values()],
-        "chance": _chance(domains),
+        "score": _plain_figure(_empty_score(found)),
+        "scaled": [[[short(v) for v in row] for row in scale01(as_array(g)).tolist()] for g in found.grids.values()],
+        # The widest of the pairs' standard deviations.
+        "chance": max(domains["cosine_chance"].to_list(), default=None) if "cosine_chance" in domains.columns else None,
     }
 
 
-def _lorenz(heads: pl.DataFrame) -> go.Figure:
+def _lorenz(points: pl.DataFrame, models: pl.DataFrame) -> go.Figure:
     """As wide as its place, and with no more points than can be seen."""
-    made = plots.lorenz(heads)
+    made = plots.lorenz(points, models)
     made.for_each_trace(lambda t: t.update(x=thin(t["x"], CURVE_POINTS), y=thin(t["y"], CURVE_POINTS)))
     made.update_xaxes(constrain=None).update_yaxes(scaleanchor=None, constrain=None)
     return made.update_layout(width=None, height=340, title_text="How concentrated the change is")
@@ -197,11 +189,6 @@ def _empty_score(found: HeadGrids) -> go.Figure:
     made = plots.heat_panels({"": blank}, found.layers, found.heads, scale="score", colours=DIVERGING)
     made.update_layout(title_text="Reference-domain score")
     return made.update_layout(height=340, coloraxis={"cmin": -1, "cmax": 1, "cmid": 0})
-
-
-def _chance(domains: pl.DataFrame) -> float | None:
-    """The widest of the pairs' standard deviations."""
-    return max(domains["cosine_chance"].to_list(), default=None) if "cosine_chance" in domains.columns else None
 
 
 BAND = ("low", "middle", "high")
@@ -220,12 +207,11 @@ def bands(metrics: pl.DataFrame, names: list[str]) -> dict[str, Any]:
     for name in names:
         known = quartiles(ordered.filter(pl.col(name).is_not_null()), name, over)
         parts = known.partition_by("part", as_dict=True, maintain_order=True)
-        found[name] = {str(part): _band(rows, over) for (part,), rows in parts.items()}
+        found[name] = {
+            str(part): {"times": rows[over].to_list()} | {end: [short(v) for v in rows[end].to_list()] for end in BAND}
+            for (part,), rows in parts.items()
+        }
     return {"over": over, "parts": places_of(metrics)["part"].to_list(), "bands": found}
-
-
-def _band(rows: pl.DataFrame, over: str) -> dict[str, list[Any]]:
-    return {"times": rows[over].to_list()} | {name: [short(v) for v in rows[name].to_list()] for name in BAND}
 
 
 CURVE_BUDGET = 4_000_000
@@ -300,7 +286,7 @@ def _of_matrices(tables: Tables) -> dict[str, Any]:
         "curves": _curves(drawn, points),
         "thinned": points if points is not None else 0,
         "peaks": _peaks(tables.spectra),
-        "densities": densities(tables.metrics, tables.spectra),
+        "densities": list(density_rows(tables.metrics, tables.spectra)),
         "left_out": left_out(tables.metrics),
         "evolution": evolution,
         "glossary": tables.manifest.get("metrics", {}),

@@ -35,6 +35,7 @@ from diffract.search.stage import (
     working,
 )
 from diffract.settings import Progress
+from diffract.stats import interval
 from diffract.tables import ITEMS, PAIRS, PATHS, SIMPLEX, Tables, frame
 
 Floats = NDArray[np.float64]
@@ -90,9 +91,8 @@ def barrier(
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples).astype(float)
     found = gaps(values.sum(1) / weights.sum(), places, better)
     draws = gaps((drawn @ values.T) / (drawn @ weights)[:, None], places, better)
-    tails = [(1 - level) / 2, (1 + level) / 2]
-    gap_low, gap_high = np.quantile(draws, tails, axis=0)
-    low, high = np.quantile(draws.max(1), tails)
+    gap_low, gap_high = interval(draws, level)
+    low, high = interval(draws.max(1), level)
     where = int(found.argmax())
     return Barrier(found, gap_low, gap_high, float(found[where]), float(low), float(high), where)
 

@@ -18,8 +18,7 @@ from diffract.edits.order import change_norms, least_first, reference_scores, sh
 from diffract.edits.parts import Units, find_units
 from diffract.edits.settings import Interpolate, Rewind, Shared
 from diffract.errors import SelectionError, choose
-from diffract.evaluate import Task, holm, load_tasks
-from diffract.metrics.concentration import spearman
+from diffract.evaluate import Task, load_tasks
 from diffract.run import Run
 from diffract.search.plan import SPLITS, Estimate, Plan, Point, Sketch, State, parse_fractions
 from diffract.search.predictions import Sample, activation_changes, first_order_gains, take_sample, task_texts
@@ -27,6 +26,7 @@ from diffract.search.run import Asked, Found, run_search
 from diffract.search.scorer import RESAMPLES, TUNED, Scorer, Which, difference_rows
 from diffract.search.stage import How, Model, Rows, Stage, build, in_memory, measure
 from diffract.settings import Progress
+from diffract.stats import holm, spearman
 from diffract.tables import CHOICE, EFFECTS, ITEMS, ON_CURVE, ORDER_ROWS, QUALITY, frame
 
 HeadOrder = Literal["greedy", "reference", "magnitude", "random", "first-order", "activation"]
@@ -108,7 +108,7 @@ def arrange(order: HeadOrder, seed: int, reverse: bool, names: Sequence[str], sc
 def agreement(effects: Scores, scores: Scores, order: HeadOrder) -> float:
     """Return the rank correlation of an order's scores with measured effects; 1 if it ranks heads as greedy does."""
     gains, found = (np.array([values[name] for name in effects], float) for values in (effects, scores))
-    return spearman(gains, found if order in BEST_FIRST else -found)
+    return float(spearman(gains, found if order in BEST_FIRST else -found))
 
 
 LEVEL = 0.05

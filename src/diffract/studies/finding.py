@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +14,8 @@ import numpy.typing as npt
 import plotly.graph_objects as go
 import plotly.io
 import polars as pl
-from scipy import stats
 
+from diffract import stats
 from diffract.errors import RunError, printable
 from diffract.store import whole_folder
 from diffract.studies.recipe import Name
@@ -158,8 +159,7 @@ def median(name: str, values: Sequence[float | None], *, unit: str = "", chance:
         return Number(name, None, unit=unit, chance=chance)
     if np.ptp(known) == 0:
         return Number(name, float(known[0]), float(known[0]), float(known[0]), unit, chance)
-    found = stats.bootstrap((known,), np.median, n_resamples=RESAMPLES, method="percentile", rng=0, vectorized=True)
-    low, high = (float(end) for end in found.confidence_interval)
+    low, high = stats.bootstrap(partial(np.median, axis=-1), known, resamples=RESAMPLES)
     return Number(name, float(np.median(known)), low, high, unit, chance)
 
 
@@ -177,22 +177,7 @@ def rank_correlation(name: str, a: npt.ArrayLike, b: npt.ArrayLike, *, given: in
     count = np.size(a) - given
     if count < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return Number(name, None, chance=0.0)
-    rho = float(np.asarray(stats.spearmanr(a, b))[0])
+    rho = float(stats.spearman(np.asarray(a, float), np.asarray(b, float)))
     if count < FEWEST:
         return Number(name, rho, chance=0.0)
-    width = 1.96 * _fisher_error(rho, count)
-    middle = np.arctanh(np.clip(rho, -1 + 1e-12, 1 - 1e-12))
-    low, high = (float(np.tanh(middle + side * width)) for side in (-1, 1))
-    return Number(name, rho, low, high, chance=0.0)
-
-
-def rank_pvalue(rho: float, count: int) -> float:
-    """Return the two-sided p-value of a rank correlation over so many points, less what was taken out of both.
-
-    By Fisher's transformation under the null hypothesis, z = arctanh(rho) sqrt(count - 3).
-    """
-    return float(2 * stats.norm.sf(abs(np.arctanh(np.clip(rho, -1 + 1e-12, 1 - 1e-12))) * np.sqrt(count - 3)))
-
-
-def _fisher_error(rho: float, count: int) -> float:
-    return float(np.sqrt((1 + rho**2 / 2) / (count - 3)))
+    return Number(name, rho, *stats.spearman_interval(rho, count), chance=0.0)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import binom, kstest
 
+from diffract.densities import marchenko_pastur_cdf
 from diffract.linalg import Method, spectrum
-from diffract.metrics.random_matrix import Bulk, fit_bulk, fluctuation_edge, mp_cdf
+from diffract.metrics.random_matrix import Bulk, fit_bulk, fluctuation_edge
 
 EXACT = 1e-12
 """Relative: sums of a few hundred float64 numbers in two orders."""
@@ -67,7 +68,7 @@ def reference(lambdas: np.ndarray, shape: tuple[int, int]) -> dict[str, float]:
     edge = v * (1 + math.sqrt(M / N)) ** 2
     bulk = lambdas[lambdas <= edge]
     k = M - len(bulk)
-    law = lambda x: mp_cdf(torch.tensor(x), torch.tensor(v * (N - k) / N), (M - k) / (N - k)).numpy()  # noqa: E731
+    law = lambda x: marchenko_pastur_cdf(x, np.array(v * (N - k) / N), (M - k) / (N - k))  # noqa: E731
     return {
         "variance": v,
         "edge": edge,
@@ -171,7 +172,7 @@ def test_heavy_tailed_entries_raise_spikes() -> None:
 def test_hand_computed() -> None:
     # v_0 = 14 / 4, edge 3.5 * 5.4 = 19 > 11: nothing is removed from so small a matrix. l+ = 4 v = 14.
     found = row(fit_bulk(torch.tensor([[11.0, 1, 1, 1]]).double(), (4, 4)), 0)
-    F = mp_cdf(torch.tensor([1.0, 11.0]).double(), torch.tensor(3.5).double(), 1.0).tolist()
+    F = marchenko_pastur_cdf(np.array([1.0, 11.0]), np.array(3.5), 1.0).tolist()
     assert found == pytest.approx(
         {
             "variance": 3.5,

@@ -8,8 +8,7 @@ import torch
 from scipy.optimize import brentq
 
 from diffract.metrics.random_matrix import (
-    hard_threshold,
-    hard_threshold_known_noise,
+    donoho_gavish_threshold,
     known_noise_factor,
     unknown_noise_factor,
 )
@@ -44,7 +43,7 @@ def test_threshold_is_the_factor_times_the_median(short: int) -> None:
     sigmas = torch.rand(5, short, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).sort(-1, True).values
     want = unknown_noise_factor(short / 9) * np.median(sigmas.numpy(), axis=1)
     for shape in ((short, 9), (9, short)):
-        np.testing.assert_allclose(hard_threshold(sigmas, shape), want, rtol=1e-14)
+        np.testing.assert_allclose(donoho_gavish_threshold(sigmas, shape), want, rtol=1e-14)
 
 
 @pytest.mark.parametrize("shape", [(100, 100), (60, 240)])
@@ -53,8 +52,8 @@ def test_both_forms_keep_the_planted_directions(shape: tuple[int, int]) -> None:
     noise = torch.tensor(rng.standard_normal((20, *shape)))
     U, V = (torch.linalg.qr(torch.tensor(rng.standard_normal((20, d, 3)))).Q for d in shape)
     sigmas = torch.linalg.svdvals(0.1 * noise + 0.5 * math.sqrt(max(shape)) * U @ V.mT)
-    known = hard_threshold_known_noise(torch.full((20,), 0.1).double(), shape)
-    unknown = hard_threshold(sigmas, shape)
+    known = torch.full((20,), 0.1 * known_noise_factor(min(shape) / max(shape)) * math.sqrt(max(shape))).double()
+    unknown = donoho_gavish_threshold(sigmas, shape)
     for threshold in (known, unknown):
         assert ((sigmas > threshold[:, None]).sum(-1) == 3).all()
     # Three directions out of sixty shift the median to the quantile 0.525 of the noise, 6% higher at most.
@@ -64,5 +63,4 @@ def test_both_forms_keep_the_planted_directions(shape: tuple[int, int]) -> None:
 def test_degenerate_input() -> None:
     rows = torch.tensor([[0.0, 0, 0], [5, 0, 0], [math.nan] * 3, [2, 2, 2]]).double()
     want = [0, 0, math.nan, 2 * unknown_noise_factor(3 / 4)]
-    np.testing.assert_allclose(hard_threshold(rows, (3, 4)), want)
-    assert hard_threshold_known_noise(torch.zeros(1).double(), (3, 4)).item() == 0
+    np.testing.assert_allclose(donoho_gavish_threshold(rows, (3, 4)), want)

@@ -14,7 +14,7 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from diffract.edits.operations.rule import NoiseRule, Rule
-from diffract.metrics.random_matrix import fit_bulk, rank_above_threshold
+from diffract.metrics.random_matrix import donoho_gavish_rank, fit_bulk
 
 
 def kept(
@@ -101,5 +101,5 @@ def _energy_count(S: Tensor, share: float) -> int:
 
 def _signal_count(S: Tensor, shape: tuple[int, int], rule: NoiseRule | None) -> int:
     if rule == "donoho-gavish":
-        return int(rank_above_threshold(S[None], shape))
+        return int(donoho_gavish_rank(S[None], shape))
     return int(fit_bulk(S[None].square() / max(shape), shape).spikes)

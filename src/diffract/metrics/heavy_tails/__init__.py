@@ -4,10 +4,16 @@ Everything takes values (b, n), float64, one spectrum per row in any order, and 
 that are not finite or not above zero do not count; a row with nothing to fit gives NaN.
 """
 
+from diffract.metrics.heavy_tails.exponential import METRICS as EXPONENTIAL
 from diffract.metrics.heavy_tails.exponential import Exponential, exponential
+from diffract.metrics.heavy_tails.log_normal import METRICS as LOG_NORMAL
 from diffract.metrics.heavy_tails.log_normal import LogNormal, log_normal
+from diffract.metrics.heavy_tails.power_law import METRICS as POWER_LAW
 from diffract.metrics.heavy_tails.power_law import PowerLaw, power_law, power_law_scan
 from diffract.metrics.heavy_tails.significance import (
+    COMPARED,
+    NORMS,
+    P_VALUES,
     Comparison,
     Comparisons,
     Family,
@@ -21,9 +27,12 @@ from diffract.metrics.heavy_tails.significance import (
     p_value,
     tail_warning,
 )
+from diffract.metrics.heavy_tails.truncated_power_law import METRICS as TRUNCATED_POWER_LAW
 from diffract.metrics.heavy_tails.truncated_power_law import TruncatedPowerLaw, truncated_power_law
 
 __all__ = [
+    "METRICS",
+    "P_VALUES",
     "Comparison",
     "Comparisons",
     "Exponential",
@@ -46,3 +55,6 @@ __all__ = [
     "tail_warning",
     "truncated_power_law",
 ]
+
+METRICS = (*POWER_LAW, *TRUNCATED_POWER_LAW, *EXPONENTIAL, *LOG_NORMAL, *COMPARED, *NORMS)
+"""All but p-values, in the order of the table's columns."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jaxtyping import Float64
 from torch import Tensor
 
-from diffract.metrics.heavy_tails.fit import Fitted, Law, OfPoints, Parameters, Tails, fit_tails
+from diffract.metrics.heavy_tails.fit import Fitted, Law, OfPoints, Parameters, Tails, fit_tails, tail_metrics
 
 PerMatrix = Float64[Tensor, "b"]
 
@@ -68,3 +68,9 @@ def _quantile(decay: Parameters, u: OfPoints) -> OfPoints:
 
 EXPONENTIAL = Law(_fit, _survival, _log_density, _quantile)
 """One parameter: rate xmin."""
+
+METRICS = tail_metrics(
+    "exp",
+    "exponential",
+    ("rate", "rate of rho ~ exp(-rate lambda)", {"unit": "weight^-2", "range": "[0, inf)", "degree": -2}),
+)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from operator import attrgetter
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
+
+from diffract.metrics.facts import Metric, built_in
 
 ENTRIES = {"cpu": 1 << 15, "cuda": 1 << 22}
 """On the CPU a few temporaries stay in a core's cache. They are too small to share among threads: workers of one thread
@@ -25,7 +29,7 @@ PerTail = Float64[Tensor, "t"]
 
 @dataclass(frozen=True)
 class Tails:
-    """t tails of rows of an ``Ordered``, and what the likelihoods see of them.
+    """t tails of rows of an ``OrderedValues``, and what the likelihoods see of them.
 
     Attributes:
         row: (t,), int64, whose tail it is.
@@ -57,7 +61,7 @@ class Tails:
 
 
 @dataclass(frozen=True)
-class Ordered:
+class OrderedValues:
     """b rows of n values in descending order, those that do not count as zeros at the end.
 
     Attributes:
@@ -83,13 +87,13 @@ class Ordered:
         ends = self.position + 1 == self.at_least
         return ends & (self.values > 0) & (self.values < self.values[:, :1]) & (self.at_least >= min_tail)
 
-    def thinned(self, dense: int, growth: float) -> Ordered:
+    def thinned(self, dense: int, growth: float) -> OrderedValues:
         """Return some of the columns: the first ``dense`` ones, the last, and between them ever wider steps."""
         n = self.values.shape[1]
         steps = [min(n - 1, round(dense * growth**i)) for i in range(math.ceil(math.log(n / dense, growth)) + 1)]
         position = torch.tensor(sorted({*range(dense), *steps}), device=self.values.device)
         columns = (getattr(self, field.name) for field in fields(self)[1:])
-        return Ordered(self.position[position], *(column[:, position] for column in columns))
+        return OrderedValues(self.position[position], *(column[:, position] for column in columns))
 
     def tails(self, row: Int64[Tensor, "t"], last: Int64[Tensor, "t"]) -> Tails:
         """Return the tails that begin at x_last of each row."""
@@ -114,7 +118,7 @@ class Ordered:
         return found.valid((count >= max(min_tail, 1)) & (xmin > 0) & xmin.isfinite() & (mean_log > 0))
 
 
-def order(values: Float64[Tensor, "b n"]) -> Ordered:
+def order(values: Float64[Tensor, "b n"]) -> OrderedValues:
     """Sort rows and sum over all their tails; entries that are not finite or not above zero do not count."""
     if not values.shape[1]:
         values = values.new_zeros(len(values), 1)
@@ -124,7 +128,7 @@ def order(values: Float64[Tensor, "b n"]) -> Ordered:
     k = torch.arange(1, x.shape[1], dtype=x.dtype, device=x.device)
     sum_log = _running(k * gap)
     at_least, above = _ranks(x)
-    return Ordered(
+    return OrderedValues(
         position=torch.arange(x.shape[1], device=x.device),
         values=x,
         logs=(-_running(gap)).where(x > 0, -torch.inf),
@@ -214,7 +218,7 @@ class Candidates:
     """
 
     law: Law
-    ordered: Ordered
+    ordered: OrderedValues
     tails: Tails
     parameters: Float64[Tensor, "t p"]
 
@@ -281,7 +285,7 @@ def fit_tails(
     return Fitted(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Fitted)))
 
 
-def fit_candidates(ordered: Ordered, law: Law, *, min_tail: int = 2) -> Candidates:
+def fit_candidates(ordered: OrderedValues, law: Law, *, min_tail: int = 2) -> Candidates:
     """Fit a law to every tail that begins at a value seen, but for the largest."""
     last, row = ordered.candidates(min_tail).mT.nonzero().flip(0).unbind(1)
     tails = ordered.tails(row, last)
@@ -311,7 +315,7 @@ def search(candidates: Candidates, *, two_sided: bool = False) -> Fitted:
     return candidates.nearest(ks)
 
 
-def _views(candidates: Candidates) -> list[Ordered]:
+def _views(candidates: Candidates) -> list[OrderedValues]:
     """Return what bounds look at, the cheapest first."""
     ordered = candidates.ordered
     some = [ordered.thinned(DENSE, GROWTH)] if ordered.values.shape[1] > LONG else []
@@ -372,3 +376,31 @@ def _deviation(part: Candidates, survival: Float64[Tensor, "t w"], two_sided: bo
         level = ranks[:, : survival.shape[1]].index_select(0, tails.row).div_(tails.count[:, None]).clamp_(max=1.0)
         found.append(level.sub_(survival).abs_().amax(1))
     return found[0] if len(found) == 1 else torch.maximum(*found)
+
+
+CLAUSET = "Clauset, Shalizi & Newman 2009"
+
+
+def tail_metrics(
+    short: str, law: str, *parameters: tuple[str, str, dict[str, Any]], version: int = 1
+) -> tuple[Metric, ...]:
+    """Return the metrics of one fitted law: its parameters, then what every law has.
+
+    Args:
+        short: What their names begin with.
+        law: The fact that is the fit.
+        parameters: Field of the fit, summary, and further words of ``built_in``.
+        version: Of the numbers.
+    """
+    called = law.replace("_", " ")
+    common: tuple[tuple[str, str, dict[str, Any]], ...] = (
+        ("xmin", f"where the {called}'s tail begins", {"unit": "weight^2", "range": "[0, inf)", "degree": 2}),
+        ("ks", f"Kolmogorov-Smirnov distance of the {called}'s tail", {"range": "[0, 1]"}),
+        ("tail_count", f"eigenvalues in the {called}'s tail", {"unit": "count", "range": "[0, M]"}),
+    )
+    return tuple(
+        built_in(summary, name=f"{short}_{field}", facts=(law,), source=CLAUSET, version=version, **words)(
+            attrgetter(field)
+        )
+        for field, summary, words in (*parameters, *common)
+    )

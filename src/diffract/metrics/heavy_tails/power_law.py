@@ -17,6 +17,7 @@ from diffract.metrics.heavy_tails.fit import (
     fit_tails,
     order,
     scan_distances,
+    tail_metrics,
 )
 
 PerMatrix = Float64[Tensor, "b"]
@@ -44,7 +45,8 @@ class PowerLaw:
     def of(cls, fitted: Fitted) -> PowerLaw:
         """Name what was fitted."""
         slope = fitted.parameters[:, 0]
-        return cls(1 + slope, fitted.xmin, fitted.ks, fitted.count, slope / fitted.count.sqrt())
+        stderr = slope / fitted.count.sqrt()
+        return cls(1 + slope, fitted.xmin, fitted.ks, tail_count=fitted.count, alpha_stderr=stderr)
 
 
 def power_law(
@@ -101,3 +103,10 @@ def _quantile(slope: Parameters, u: OfPoints) -> OfPoints:
 
 POWER_LAW = Law(_fit, _survival, _log_density, _quantile)
 """One parameter: alpha - 1."""
+
+METRICS = tail_metrics(
+    "pl",
+    "power_law",
+    ("alpha", "exponent of rho ~ lambda^-alpha above xmin", {"range": "[1, inf)"}),
+    ("alpha_stderr", "(alpha - 1) / sqrt(values in the tail)", {"range": "[0, inf)"}),
+)

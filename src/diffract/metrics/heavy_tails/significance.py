@@ -1,9 +1,10 @@
-"""The families of tail laws, by name."""
+"""What fitted tails are worth: laws against each other, doubts, p-values by bootstrap, and weighted exponents."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -11,8 +12,9 @@ from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from diffract.errors import SelectionError, choose
+from diffract.metrics.facts import Metric, built_in
 from diffract.metrics.heavy_tails.exponential import EXPONENTIAL
-from diffract.metrics.heavy_tails.fit import ROUNDING, Fitted, Law, Parameters, fit_tails, order, piece_entries
+from diffract.metrics.heavy_tails.fit import CLAUSET, ROUNDING, Fitted, Law, Parameters, fit_tails, order, piece_entries
 from diffract.metrics.heavy_tails.log_normal import LOG_NORMAL
 from diffract.metrics.heavy_tails.power_law import POWER_LAW, PowerLaw
 from diffract.metrics.heavy_tails.truncated_power_law import TRUNCATED_POWER_LAW
@@ -208,13 +210,9 @@ def describe_warning(warning: TailWarning, tail: PowerLaw) -> tuple[str, ...]:
     }
     flags = torch.stack([getattr(warning, field.name) for field in fields(warning)], 1).tolist()
     return tuple(
-        "; ".join(text or _short(count) for text, on in zip(texts.values(), row, strict=True) if on)
+        "; ".join(text or f"tail of {count:.0f} points" for text, on in zip(texts.values(), row, strict=True) if on)
         for row, count in zip(flags, tail.tail_count.tolist(), strict=True)
     )
-
-
-def _short(count: float) -> str:
-    return f"tail of {count:.0f} points"
 
 
 BLOCK = 64
@@ -321,3 +319,72 @@ def _draw(
     t = law.quantile(fitted.parameters, survival.flatten().expand(len(x), -1)).view(len(x), *pick.shape)
     drawn = torch.where(pick < share, fitted.xmin[:, None, None] * t.exp(), below)
     return drawn.where(torch.arange(x.shape[1], device=x.device) < counted, torch.nan)
+
+
+def _against(short: str, law: str, *, version: int = 1) -> tuple[Metric, Metric]:
+    """The power law against another law on the power law's tail."""
+    name, called = f"pl_vs_{short}", law.replace("_", " ")
+    words: dict[str, Any] = {"facts": ("tail_comparisons",), "source": "Vuong 1989", "version": version}
+    ratio = f"normalised log-likelihood ratio of power law and {called}; positive: power law"
+    p = f"two-sided p of {name}: large, neither is better"
+    return (
+        built_in(ratio, name=name, range="(-inf, inf)", **words)(attrgetter(f"{law}.ratio")),
+        built_in(p, name=f"{name}_p", range="[0, 1]", **words)(attrgetter(f"{law}.p")),
+    )
+
+
+COMPARED = (
+    *_against("exp", "exponential"),
+    *_against("tpl", "truncated_power_law", version=2),
+    *_against("ln", "log_normal", version=2),
+)
+"""The power law against the others, as metrics; versions are those of the other law's fit."""
+
+LOG10: dict[str, Any] = {
+    "unit": "log10 weight^2",
+    "range": "(-inf, inf)",
+    "source": "Martin, Peng & Mahoney 2021",
+    "degree": None,
+}
+
+NORMS = (
+    built_in("pl_alpha log10 lambda_1", name="alpha_hat", facts=("power_law", "eigenvalues"), **LOG10)(
+        lambda tail, values: alpha_hat(tail.alpha, values[:, 0])
+    ),
+    built_in("log10 sum lambda^pl_alpha", name="log10_alpha_norm", facts=("power_law", "tail_eigenvalues"), **LOG10)(
+        lambda tail, values: log10_alpha_norm(values, tail.alpha)
+    ),
+)
+"""Weighted exponents as metrics."""
+
+
+def _pvalue(name: str, law: Family, summary: str, *, refit: bool = True) -> Metric:
+    declare = built_in(summary, name=name, facts=("tail_eigenvalues",), range="[0, 1]", source=CLAUSET)
+    return declare(lambda values: p_value(values, law, refit=refit).p)
+
+
+SHORT: dict[str, Family] = {
+    "pl": "power_law",
+    "tpl": "truncated_power_law",
+    "exp": "exponential",
+    "ln": "log_normal",
+}
+"""What columns of a law begin with."""
+
+P_VALUES = (
+    *(
+        _pvalue(
+            f"{short}_pvalue",
+            law,
+            f"share of 1,000 bootstrap draws that fit a {law.replace('_', ' ')} worse; small: it is none",
+        )
+        for short, law in SHORT.items()
+    ),
+    _pvalue(
+        "pl_pvalue_fixed_xmin",
+        "power_law",
+        "pl_pvalue with xmin kept on each draw: cheaper, and too large",
+        refit=False,
+    ),
+)
+"""Goodness of fit, as metrics; each takes a thousand fits of every matrix."""

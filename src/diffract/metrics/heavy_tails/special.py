@@ -97,7 +97,7 @@ NODES = (28, 48, 96)
 
 
 @dataclass(frozen=True)
-class Moments:
+class TailMoments:
     """R, and moments of s and of w = z (e^s - 1) under the normalised integrand."""
 
     R: PerTail
@@ -116,12 +116,12 @@ def mills(a: Float64[Tensor, "*#s"], z: Float64[Tensor, "*#s"]) -> Float64[Tenso
     return torch.where(z > 0, found.view(a.shape), 1 / a)
 
 
-def moments(a: PerTail, z: PerTail) -> Moments:
+def moments(a: PerTail, z: PerTail) -> TailMoments:
     """R and what Newton's method needs: first and second moments of s and w, for a >= 0 and z > 0."""
     end, mass, *sums = _by_nodes(_integrals, a, z)
     s, s2, w, sw, w2 = (total / mass for total in sums)
     s, s2, sw = s * end, s2 * end**2, sw * end
-    return Moments(mass * end, s, w, s2 - s * s, sw - s * w, w2 - w * w)
+    return TailMoments(mass * end, s, w, s2 - s * s, sw - s * w, w2 - w * w)
 
 
 def _by_nodes(integrate: Callable[[Tensor, Tensor, int], Tensor], a: PerTail, z: PerTail) -> Float64[Tensor, "k t"]:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from diffract.metrics.heavy_tails.fit import Fitted, Law, OfPoints, Parameters, Tails, fit_tails
+from diffract.metrics.heavy_tails.fit import Fitted, Law, OfPoints, Parameters, Tails, fit_tails, tail_metrics
 from diffract.metrics.heavy_tails.special import FALL, mills, moments
 
 PerMatrix = Float64[Tensor, "b"]
@@ -70,7 +70,7 @@ class TruncatedPowerLaw:
     def of(cls, fitted: Fitted) -> TruncatedPowerLaw:
         """Name what was fitted."""
         a, z = fitted.parameters.unbind(1)
-        return cls(1 + a, z / fitted.xmin, fitted.xmin, fitted.ks, fitted.count)
+        return cls(1 + a, z / fitted.xmin, xmin=fitted.xmin, ks=fitted.ks, tail_count=fitted.count)
 
 
 def truncated_power_law(
@@ -219,5 +219,13 @@ def _beyond(z: Tensor, t: Tensor) -> Tensor:
     return (z * t.exp()).clamp(max=LARGEST)
 
 
-TRUNCATED_POWER_LAW = Law(_fit, _survival, _log_density, _quantile, _lower)
+TRUNCATED_POWER_LAW = Law(_fit, _survival, _log_density, _quantile, lower=_lower)
 """Two parameters: alpha - 1 and rate xmin."""
+
+METRICS = tail_metrics(
+    "tpl",
+    "truncated_power_law",
+    ("alpha", "alpha of rho ~ lambda^-alpha exp(-rate lambda), at least 1", {"range": "[1, inf)"}),
+    ("rate", "rate of the same", {"unit": "weight^-2", "range": "[0, inf)", "degree": -2}),
+    version=2,  # iterations start from tables: another ninth digit than in version 1
+)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import polars as pl
-from scipy import stats
 
+from diffract import stats
 from diffract.api import heads as measure
 from diffract.plots.heads import head_maps, lorenz
 from diffract.studies.finding import RESAMPLES, Finding, Number, better
@@ -40,7 +40,7 @@ def heads(study: Study) -> Finding:
             ("Norm of the change of every head, by domain.", head_maps(run.heads)),
             (
                 "What share of the squared change the least changed heads have together; noise beside it.",
-                lorenz(pl.concat([run.heads, noise.heads], how="diagonal")),
+                lorenz(pl.concat([run.lorenz, noise.lorenz]), pl.concat([run.models, noise.models], how="diagonal")),
             ),
         ],
         tables={"heads": run.heads, "domains": run.domains, "scores": run.scores, "noise": noise.heads},
@@ -68,28 +68,16 @@ def _norms(table: pl.DataFrame, name: str) -> np.ndarray:
 
 def _top_share(name: str, norms: np.ndarray) -> Number:
     """Return what the top tenth of heads holds of the squared change, with a bootstrap interval over heads."""
-
-    def share(values: np.ndarray, axis: int = -1) -> np.ndarray:
-        count = max(1, round(values.shape[axis] / 10))
-        squares = np.sort(values**2, axis=axis)
-        return np.take(squares, range(-count, 0), axis=axis).sum(axis) / squares.sum(axis)
-
-    found = stats.bootstrap((norms,), share, n_resamples=RESAMPLES, method="percentile", rng=0, vectorized=True)
-    low, high = (float(end) for end in found.confidence_interval)
+    squares = norms**2
+    low, high = stats.bootstrap(stats.top_share, squares, resamples=RESAMPLES)
     title = f"share of the squared change in the top tenth of heads, {name}"
-    return Number(title, float(share(norms)), low, high, chance=max(1, round(len(norms) / 10)) / len(norms))
+    even = stats.top_count(len(norms)) / len(norms)
+    return Number(title, float(stats.top_share(squares)), low, high, chance=even)
 
 
 def _spearman(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
     """Return Spearman's correlation with a paired bootstrap interval over heads."""
-
-    def rho(x: np.ndarray, y: np.ndarray) -> float:
-        return float(np.asarray(stats.spearmanr(x, y))[0])
-
-    found = stats.bootstrap(
-        (a, b), rho, paired=True, n_resamples=RESAMPLES // 4, method="percentile", rng=0, vectorized=False
-    )
-    return rho(a, b), float(found.confidence_interval.low), float(found.confidence_interval.high)
+    return float(stats.spearman(a, b)), *stats.bootstrap(stats.spearman, a, b, resamples=RESAMPLES // 4)
 
 
 def _said(alike: pl.DataFrame) -> str:

@@ -9,9 +9,9 @@ import plotly.graph_objects as go
 import polars as pl
 
 from diffract.api import trajectory
-from diffract.evaluate import holm
 from diffract.plots.searches import curves
-from diffract.studies.finding import FEWEST, Finding, Number, Verdict, rank_correlation, rank_pvalue, shown
+from diffract.stats import holm, spearman_pvalue
+from diffract.studies.finding import FEWEST, Finding, Number, Verdict, rank_correlation, shown
 from diffract.studies.study import Study
 
 DEGREE = 3
@@ -84,7 +84,7 @@ def _beyond(name: str, metric: np.ndarray, loss: np.ndarray, tokens: np.ndarray)
 def _strong(beyond: dict[str, Number], count: int) -> list[str]:
     """Return the metrics that follow the loss beyond tokens, at 5% for all of them together (Holm)."""
     known = {name: number.value for name, number in beyond.items() if number.value is not None}
-    adjusted = holm([rank_pvalue(value, count - DEGREE) for value in known.values()])
+    adjusted = holm([spearman_pvalue(value, count - DEGREE) for value in known.values()])
     return [name for name, p in zip(known, adjusted, strict=True) if p < LEVEL]
 
 

@@ -1,104 +1,13 @@
-"""Concentration over heads, and what the deltas of several domains share."""
+"""What the deltas of several domains have in common."""
 
 import math
 
 import numpy as np
 import pytest
-import scipy.integrate
-import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
-from diffract.metrics.concentration import (
-    delta_cosine,
-    delta_cosine_chance,
-    gini,
-    lorenz,
-    reference_score,
-    scale01,
-    spearman,
-    split_domains,
-    top_share,
-)
-
-VALUES = arrays(np.float64, st.integers(3, 30), elements=st.sampled_from([0.0, 0.5, 1.0, 2.0, 3.0, 7.0, 11.0]))
-
-
-# Concentration
-
-
-def test_lorenz_by_hand() -> None:
-    share, held = lorenz(np.array([4.0, 1.0, 3.0, 2.0]))
-    assert share.tolist() == [0.0, 0.25, 0.5, 0.75, 1.0]
-    assert held.tolist() == [0.0, 0.1, 0.3, 0.6, 1.0]
-
-
-@given(VALUES)
-def test_gini_is_twice_the_area_above_the_lorenz_curve(values: np.ndarray) -> None:
-    share, held = lorenz(values)
-    if values.sum() == 0:
-        assert math.isnan(gini(values))
-        assert np.isnan(held).all()
-        return
-    area = scipy.integrate.trapezoid(held, share)
-    assert gini(values) == pytest.approx(1 - 2 * area, abs=1e-13)  # sums of thirty terms
-    k = math.ceil(0.1 * len(values))
-    assert top_share(values)[0] == pytest.approx(1 - held[-1 - k], abs=1e-13)
-    assert (np.diff(held, 2) >= -1e-13).all()  # convex
-
-
-def test_lorenz_of_nothing() -> None:
-    share, held = lorenz(np.array([]))
-    assert share.tolist() == [0.0]
-    assert np.isnan(held).all()
-
-
-# Ranks and scores
-
-
-@given(VALUES, st.integers(0, 2**32 - 1))
-def test_spearman_is_scipys(first: np.ndarray, seed: int) -> None:
-    second = np.random.default_rng(seed).choice(first, len(first)) + 0.5 * first
-    found = spearman(first, second)
-    if np.ptp(first) == 0 or np.ptp(second) == 0:
-        assert math.isnan(found)
-        return
-    assert found == pytest.approx(scipy.stats.spearmanr(first, second).statistic, abs=1e-13)  # sums of thirty terms
-
-
-def test_spearman_by_hand() -> None:
-    assert spearman(np.array([1.0, 2, 3, 4]), np.array([1.0, 8, 27, 64])) == pytest.approx(1.0, rel=1e-15)
-    assert spearman(np.array([1.0, 2, 3, 4]), np.array([4.0, 3, 2, 1])) == pytest.approx(-1.0, rel=1e-15)
-    # ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4: centred products 2.25 - .0 + .0 + 2.25 = 4.5; sizes 4.5 and 5
-    assert spearman(np.array([0.0, 5, 5, 9]), np.array([1.0, 2, 3, 4])) == pytest.approx(4.5 / math.sqrt(22.5))
-
-
-@pytest.mark.parametrize("values", [[], [1.0], [1.0, 2.0], [3.0, 3.0, 3.0], [1.0, math.nan, 2.0]])
-def test_spearman_of_too_little(values: list[float]) -> None:
-    other = np.arange(float(len(values)))
-    assert math.isnan(spearman(np.array(values), other))
-    assert math.isnan(spearman(other, np.array(values)))
-
-
-def test_scale01() -> None:
-    assert scale01(np.array([[5.0, 1.0], [2.0, 3.0]])).tolist() == [[1.0, 0.0], [0.25, 0.5]]
-    found = scale01(np.array([5.0, math.nan, 1.0, math.inf, 2.0]))
-    assert found[[0, 2, 4]].tolist() == [1.0, 0.0, 0.25]
-    assert np.isnan(found[[1, 3]]).all()
-    for values in ([2.0, 2.0], [], [1.0], [math.nan, math.nan]):
-        assert np.isnan(scale01(np.array(values))).all()
-        assert scale01(np.array(values)).shape == (len(values),)
-
-
-def test_reference_score() -> None:
-    domain, reference = np.array([3.0, 1.0, 2.0, 1.0]), np.array([0.1, 0.1, 0.3, 0.2])
-    assert reference_score(domain, reference) == pytest.approx([1.0, 0.0, -0.5, -0.5], abs=1e-15)
-    # Units do not matter, nor what both share.
-    assert reference_score(7 * domain + 3, reference) == pytest.approx([1.0, 0.0, -0.5, -0.5], abs=1e-14)
-
-
-# Domains
+from diffract.metrics.pair import delta_cosine, delta_cosine_chance, split_domains
 
 
 def gram_of(deltas: np.ndarray) -> np.ndarray:

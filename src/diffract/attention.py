@@ -1,0 +1,209 @@
+"""Attention heads in tables: which slices make up a head, and the one place where their numbers are summed.
+
+A query head consists of its own slices of q and o and of the k and v slices of its key-value head. Several query heads
+share one key-value head under grouped-query attention: its slices count for each of them. A head of which one slice has
+no number has no number itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from diffract.stats import Floats, gini, lorenz, spearman, top_count, top_share
+
+PER_QUERY_HEAD = ("q", "o")
+PER_KV_HEAD = ("k", "v")
+PROJECTIONS = ("q", "k", "v", "o")
+"""What a head consists of."""
+
+PLACE = ("layer", "block")
+
+HEADS: dict[str, Any] = {
+    "model": pl.String,
+    "layer": pl.Int32,
+    "block": pl.String,
+    "head": pl.Int32,
+    "kv_head": pl.Int32,
+    "status": pl.String,
+    "entries": pl.Int64,
+    "head_delta": pl.Float64,
+    "head_delta_relative": pl.Float64,
+    "rank": pl.Int32,
+    "change_share": pl.Float64,
+    "shared_cosine": pl.Float64,
+    "shared_share": pl.Float64,
+    "specific_delta": pl.Float64,
+    "agnostic_share": pl.Float64,
+}
+"""Columns of ``heads``; ``(model, layer, block, head)`` is unique, ``model`` is the tuned model (the domain).
+
+``status`` is ok | non_finite | unpaired; numbers of other than ok rows are null. D is the change of the head's slices,
+``entries`` their number of entries; a shared key-value slice counts for each of its query heads.
+``head_delta`` is ||D||_F, ``head_delta_relative`` ||D||_F / ||W0||_F, ``rank`` 1 for the domain's most changed head,
+``change_share`` the head's part of the sum of ||D||_F^2 over heads. ``shared_cosine`` is that of D and the mean D of
+the other domains, ``shared_share`` its square: the domain-agnostic part of ||D||_F^2, 1 / ``entries`` by chance;
+``specific_delta`` is the norm of the rest. ``agnostic_share`` speaks of the head in all domains together, and is the
+same on the row of each: the mean of <D_a, D_b> over a != b by the mean of ||D_a||_F^2; 0 by chance. A comparison knows
+no products of domains, so that these four are null in its table.
+"""
+
+
+def query_heads(slices: pl.DataFrame) -> pl.DataFrame:
+    """Return the query heads that slices of q or o belong to: columns layer, block, head, kv_head."""
+    own = slices.filter(pl.col("projection").is_in(PER_QUERY_HEAD), pl.col("head").is_not_null())
+    return own.group_by(*PLACE, "head").agg(pl.col("kv_head").first()).sort(*PLACE, "head")
+
+
+def head_sums(heads: pl.DataFrame, slices: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
+    """Sum columns over the slices of every query head.
+
+    Args:
+        heads: From ``query_heads``.
+        slices: One row per slice: labels, and what is to be summed.
+        columns: Which columns are summed; NaN makes the sum NaN.
+
+    Returns:
+        The heads, with the sums; 0 for a head without slices.
+    """
+    own = slices.filter(pl.col("projection").is_in(PER_QUERY_HEAD), pl.col("head").is_not_null())
+    shared = slices.filter(pl.col("projection").is_in(PER_KV_HEAD), pl.col("kv_head").is_not_null())
+    joined = heads
+    for rows, key, suffix in ((own, "head", ".own"), (shared, "kv_head", ".shared")):
+        sums = rows.group_by(*PLACE, key).agg(pl.col(column).sum().alias(column + suffix) for column in columns)
+        joined = joined.join(sums, on=[*PLACE, key], how="left", nulls_equal=True)
+    parts = ((pl.col(c + ".own").fill_null(0), pl.col(c + ".shared").fill_null(0)) for c in columns)
+    total = {column: one + other for column, (one, other) in zip(columns, parts, strict=True)}
+    return joined.sort(*PLACE, "head").select(*heads.columns, **total)
+
+
+def compared_heads(metrics: pl.DataFrame) -> pl.DataFrame:
+    """Return the ``heads`` table of a comparison, from the rows of its slices.
+
+    Args:
+        metrics: The metrics table; its first model is the base, whose slices say what each head consists of.
+
+    Returns:
+        Columns ``HEADS``, one row per tuned model and head; empty without ``delta_frobenius``, which nothing but a
+        comparison has, and where nothing is cut into heads.
+    """
+    names = metrics["model"].unique(maintain_order=True).to_list()
+    rows = metrics.partition_by("model", as_dict=True, maintain_order=True)
+    found = [changed_heads(rows[names[0],], rows[name,]) for name in names[1:]]
+    return pl.concat([pl.DataFrame(schema=HEADS), *found])
+
+
+def changed_heads(base: pl.DataFrame, tuned: pl.DataFrame) -> pl.DataFrame:
+    """Return the rows of one tuned model in ``heads``, from metric rows of its base and its own."""
+    heads = query_heads(base)
+    if "delta_frobenius" not in tuned.columns or heads.is_empty():
+        return pl.DataFrame(schema=HEADS)
+    before = pl.col("frobenius_norm") ** 2 if "frobenius_norm" in base.columns else pl.lit(None, pl.Float64)
+    ours = base.select(
+        *("name", "projection", *PLACE, "head", "kv_head"),
+        entries=pl.col("rows") * pl.col("cols"),
+        before=before.fill_null(math.nan),
+    )
+    theirs = tuned.select("name", "status", change=pl.col("delta_frobenius") ** 2)
+    slices = ours.join(theirs, on="name", how="left", maintain_order="left").with_columns(
+        pl.col("change").fill_null(math.nan),
+        absent=(pl.col("status").is_null() | (pl.col("status") == "unpaired")).cast(pl.Int64),
+    )
+    sums = head_sums(heads, slices, ["entries", "before", "change", "absent"])
+    numbers = head_numbers(sums["change"].to_numpy(), sums["before"].to_numpy(), absent=sums["absent"].to_numpy() > 0)
+    told = sums.select(*heads.columns, "entries", pl.lit(tuned["model"][0]).alias("model"), **numbers)
+    return as_heads([told])
+
+
+def head_numbers(squares: Floats, before: Floats, *, absent: np.ndarray) -> dict[str, pl.Series]:
+    """Return what ``heads`` says of the change of one domain's heads.
+
+    Args:
+        squares: ||D||^2 of each head; NaN where it is not known.
+        before: ||W0||^2 likewise.
+        absent: Whether the domain lacks a slice of the head.
+    """
+    known = np.isfinite(squares)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        relative = np.sqrt(squares / before)
+    total = squares[known].sum()
+    status = ["unpaired" if a else "ok" if k else "non_finite" for k, a in zip(known, absent, strict=True)]
+    numbers = {
+        "head_delta": np.sqrt(squares),
+        "head_delta_relative": np.where(np.isfinite(relative), relative, np.nan),
+        "change_share": squares / total if total else np.full_like(squares, np.nan),
+    }
+    # 1 for the largest; equal values share the better rank.
+    rank = pl.Series(squares).fill_nan(None).rank("min", descending=True)
+    return {"status": pl.Series(status), "rank": rank} | {name: pl.Series(v) for name, v in numbers.items()}
+
+
+def as_heads(frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    """Return frames as one ``heads`` table: what they lack is null, and so is what is no number."""
+    lacks = [pl.lit(None, dtype).alias(c) for c, dtype in HEADS.items() if frames and c not in frames[0].columns]
+    return pl.concat(
+        [pl.DataFrame(schema=HEADS)]
+        + [frame.with_columns(lacks).select(pl.col(c).cast(dtype) for c, dtype in HEADS.items()) for frame in frames]
+    ).with_columns(pl.selectors.float().fill_nan(None))
+
+
+def head_squares(heads: pl.DataFrame) -> Floats:
+    """Return ||D||^2 of those heads of one model that have a number."""
+    return heads["head_delta"].drop_nulls().to_numpy() ** 2
+
+
+def concentration(squares: Floats) -> dict[str, float]:
+    """Return the numbers of ``models`` that say how a change is spread over heads; NaN where nothing changed.
+
+    Args:
+        squares: ||D||^2 of the heads that have a number.
+    """
+    share, count = float(top_share(squares)) if len(squares) else math.nan, len(squares)
+    chance = math.nan if math.isnan(share) else top_count(count) / count
+    return {"head_top10_share": share, "head_top10_share_chance": chance, "head_gini": gini(squares)}
+
+
+def lorenz_rows(name: str, squares: Floats) -> pl.DataFrame:
+    """Return the points of one model's Lorenz curve, as rows of the ``lorenz`` table; null where nothing changed.
+
+    Args:
+        name: Of the model.
+        squares: ||D||^2 of the heads that have a number.
+    """
+    x, y = lorenz(squares)
+    return pl.DataFrame({"heads_share": x, "change_share": y}).select(
+        pl.lit(name).alias("model"), "heads_share", pl.col("change_share").fill_nan(None)
+    )
+
+
+def lorenz_of(heads: pl.DataFrame) -> pl.DataFrame:
+    """Return the ``lorenz`` table of a ``heads`` table."""
+    return pl.concat(lorenz_rows(name, head_squares(rows)) for name, rows in by_model(heads).items())
+
+
+def by_model(table: pl.DataFrame) -> Mapping[str, pl.DataFrame]:
+    """Return the rows of each model, in order."""
+    return {name: rows for (name,), rows in table.partition_by("model", as_dict=True, maintain_order=True).items()}
+
+
+def pairs_of(heads: pl.DataFrame) -> pl.DataFrame:
+    """Return Spearman's correlation of ``head_delta`` between models, over the heads that are known in both.
+
+    Args:
+        heads: model, layer, block, head, ``head_delta``.
+
+    Returns:
+        Columns a, b, spearman, one row per pair; null where one of both does not vary, or there are fewer than three.
+    """
+    rows = []
+    for (a, ours), (b, theirs) in combinations(by_model(heads).items(), 2):
+        both = ours.join(theirs, on=[*PLACE, "head"], nulls_equal=True).drop_nulls(["head_delta", "head_delta_right"])
+        rho = spearman(both["head_delta"].to_numpy(), both["head_delta_right"].to_numpy())
+        rows.append({"a": a, "b": b, "spearman": float(rho)})
+    found = pl.DataFrame(rows, schema={"a": pl.String, "b": pl.String, "spearman": pl.Float64})
+    return found.with_columns(pl.col("spearman").fill_nan(None))
