@@ -12,6 +12,11 @@ from typing import Protocol, TypeVar
 import torch
 from threadpoolctl import threadpool_limits
 
+from diffract.errors import choose
+
+ENGINES = ("local",)
+"""What can run the tasks of a verb."""
+
 SIDE_BY_SIDE_BYTES = 1 << 27
 """Workspace up to which a task runs beside others."""
 
@@ -64,6 +69,17 @@ def _side_by_side(tasks: Sequence[T], work: Callable[[T], R]) -> Iterator[tuple[
                 yield futures.pop(future), future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device of a name: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` is CUDA where there is one.
+
+    Raises:
+        SelectionError: There is no such device.
+    """
+    available = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    kind = choose("device", name.partition(":")[0], ["auto", *available])
+    return torch.device(available[-1] if kind == "auto" else name)
 
 
 @contextmanager

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import TypeVar
+
+K = TypeVar("K", bound=str)
+
+SHOWN = 12
+"""Names that a message lists; a model has thousands of matrices."""
 
 
 class DiffractError(ValueError):
@@ -38,6 +44,36 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the nearest known names, or an empty string."""
     near = get_close_matches(name, list(known), n=3, cutoff=0.55)
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def choose(
+    what: str, value: object, known: Iterable[K], *, further: str = "", error: type[DiffractError] = SelectionError
+) -> K:
+    """Return a value that is one of the known ones.
+
+    Args:
+        what: What the value is to name, for the message.
+        value: What the user has written.
+        known: The names that there are.
+        further: What else would have been accepted, in words.
+        error: What is raised.
+
+    Raises:
+        DiffractError: The value is unknown; the message lists the known ones and suggests the nearest.
+
+    >>> choose("rule", "mpp", ["mp", "pr"])
+    Traceback (most recent call last):
+    diffract.errors.SelectionError: unknown rule 'mpp', expected one of: mp, pr. Did you mean 'mp'?
+    """
+    names = list(known)
+    for name in names:
+        if name == value:
+            return name
+    listed = [printable(name, 60) for name in names[:SHOWN]] + ([further] if further else [])
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    raise error(
+        f"unknown {what} {printable(value)!r}, expected one of: {', '.join(listed)}{more}.{suggest(str(value), names)}"
+    )
 
 
 def printable(text: object, limit: int = 200) -> str:

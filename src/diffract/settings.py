@@ -1,8 +1,9 @@
-"""What recipes of every kind share: settings that know their fields, and one clear error where a recipe is wrong."""
+"""What settings of every kind share: recipes that know their fields, progress, and numbers and names for people."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from diffract.errors import RecipeError, printable, suggest
 
 B = TypeVar("B", bound=BaseModel)
+
+Progress = Callable[[float, float, str], None]
+"""What long work reports to: it is called with the work done, all work, and what was just finished."""
 
 STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True)
 
@@ -81,3 +85,24 @@ def _resolved(schema: Mapping[str, Any], here: Mapping[str, Any]) -> Mapping[str
     options = here.get("anyOf", [here])
     here = next((option for option in options if "$ref" in option), here)
     return schema["$defs"][here["$ref"].rpartition("/")[2]] if "$ref" in here else here
+
+
+def size_text(count: float, unit: str = "B") -> str:
+    """Return a count with a decimal prefix and its unit.
+
+    >>> size_text(2_970_000_000), size_text(371_000_000, "")
+    ('2.97 GB', '371 M')
+    """
+    for prefix, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.3g} {prefix}{unit}"
+    return f"{count:.3g} {unit}".rstrip()
+
+
+def natural_key(text: str) -> list[str | int]:
+    """Return a key that sorts names as people do: numbers in them count as numbers.
+
+    >>> sorted(["run-10", "run-9"], key=natural_key)
+    ['run-9', 'run-10']
+    """
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", text))]
