@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, Field, model_validator
 
 from diffract.settings import STRICT
-from diffract.train.recipe import Part
+from diffract.train.recipe import MixPart
 
 Name = Literal[
     "budget", "evolution", "vectors", "heads", "rewind", "truncation", "connectivity", "tracking"
@@ -59,9 +59,9 @@ class Continual(BaseModel):
 
     train: dict[str, Any]
     """A training recipe without model, mix and data."""
-    domains: dict[str, Part]
+    domains: dict[str, MixPart]
     """What each domain is trained on."""
-    replay: dict[str, Part] = {}
+    replay: dict[str, MixPart] = {}
     """What is mixed in everywhere, such as a tenth of the pre-training mix."""
 
 
