@@ -12,7 +12,7 @@ import yaml
 
 from diffract.studies import run_study
 from diffract.studies.family import Family
-from diffract.studies.recipe import StudyRecipe
+from diffract.studies.findings import FINDINGS
 from diffract.studies.study import Study
 
 WORDS = {
@@ -79,7 +79,7 @@ def test_a_study_goes_on_where_it_was_stopped_and_ends_with_the_same_numbers(
 
 @pytest.mark.slow
 def test_all_findings_twice(tmp_path: Path) -> None:
-    recipe = micro(tmp_path, list(StudyRecipe.model_fields["findings"].default))
+    recipe = micro(tmp_path, [spec.name for spec in FINDINGS])
     run, again = (run_study(recipe, tmp_path / name) for name in ("run", "again"))
     assert (run.folder / "numbers.json").read_text() == (again.folder / "numbers.json").read_text()
     assert all(finding.verdict in ("holds", "does not hold", "cannot tell") for finding in run.findings)
