@@ -72,7 +72,7 @@ def test_a_loaded_model_stays_where_it_is() -> None:
         ("{tmp}/lost", {}, CheckpointError, "1 tensors of the model are missing.*model.norm.weight"),
         ("{tmp}/broken", {}, CheckpointError, "cannot load the model of"),
         ("{tmp}/mute", {}, CheckpointError, "cannot load the tokenizer of .* Pass --tokenizer"),
-        ("{tmp}/model", {"device": "tpu"}, SelectionError, "no device 'tpu', expected auto or one of: cpu"),
+        ("{tmp}/model", {"device": "tpu"}, SelectionError, "unknown device 'tpu', expected one of: auto, cpu"),
         ("{tmp}/model", {"dtype": "float23"}, SelectionError, "Did you mean 'float32'"),
     ],
 )

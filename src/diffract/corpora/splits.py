@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import PurePath
 from typing import Any, Literal, get_args
 
-from diffract.errors import CorpusError, printable
+from diffract.errors import CorpusError, choose, printable
 
 Split = Literal["train", "selection", "held-out"]
 
@@ -81,8 +81,7 @@ def check_split(split: str) -> None:
     Raises:
         CorpusError: It is none.
     """
-    if split not in get_args(Split):
-        raise CorpusError(f"unknown split {split!r}, expected one of {', '.join(get_args(Split))}.")
+    choose("split", split, get_args(Split), error=CorpusError)
 
 
 Record = Mapping[str, Any]

@@ -1,31 +1,10 @@
-"""Quality of a model: tasks, scores of their items, and what may be said of differences.
+"""Quality of a model: tasks, scores of their items, and what may be said of differences."""
 
-Names are imported when they are first used, so that tasks and statistics can be read without torch.
-"""
-
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from diffract.evaluate.catalog import load_tasks
-    from diffract.evaluate.model import Subject, load_subject
-    from diffract.evaluate.run import Evaluation, Evaluator, evaluate, load_evaluation
-    from diffract.evaluate.statistics import holm, paired, summarise
-    from diffract.evaluate.tasks import Task
-
-_PLACES = {
-    "Evaluation": "run",
-    "Evaluator": "run",
-    "Subject": "model",
-    "Task": "tasks",
-    "evaluate": "run",
-    "holm": "statistics",
-    "load_evaluation": "run",
-    "load_subject": "model",
-    "load_tasks": "catalog",
-    "paired": "statistics",
-    "summarise": "statistics",
-}
+from diffract.evaluate.catalog import load_tasks
+from diffract.evaluate.model import Subject, load_subject
+from diffract.evaluate.run import Evaluation, Evaluator, evaluate, load_evaluation
+from diffract.evaluate.statistics import holm, paired, summarise
+from diffract.evaluate.tasks import Task
 
 __all__ = [
     "Evaluation",
@@ -40,10 +19,3 @@ __all__ = [
     "paired",
     "summarise",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name from where it lives."""
-    if name not in _PLACES:
-        raise AttributeError(f"module 'diffract.evaluate' has no attribute {name!r}")
-    return getattr(import_module(f"diffract.evaluate.{_PLACES[name]}"), name)

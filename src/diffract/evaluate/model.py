@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from diffract.checkpoints import open_checkpoint
-from diffract.errors import CheckpointError, DiffractError, SelectionError, printable, suggest
+from diffract.engine import choose_device
+from diffract.errors import CheckpointError, DiffractError, choose, printable
 
 PIP = "pip install 'diffract-llm[train]'"
 
@@ -32,16 +33,14 @@ def load_model(ref: str, device: torch.device, dtype: str) -> torch.nn.Module:
 
     Args:
         ref: A folder, ``org/name@revision``, or an adapter.
-        device: Where it goes.
+        device: Where the model goes.
         dtype: ``auto`` is the stored one, on a CPU float32.
 
     Raises:
         CheckpointError: There is no such model, or tensors of it are missing.
         SelectionError: There is no such dtype.
     """
-    if dtype != "auto" and dtype not in DTYPES:
-        known = f"auto or one of: {', '.join(DTYPES)}.{suggest(dtype, DTYPES)}"
-        raise SelectionError(f"unknown dtype {printable(dtype)!r}, expected {known}")
+    choose("dtype", dtype, ["auto", *DTYPES])
     chosen = DTYPES.get(dtype, "auto" if device.type != "cpu" else torch.float32)
     with _explained(ref, "model"):
         own = _own_place(ref)
@@ -58,7 +57,7 @@ def load_tokenizer(ref: str) -> Any:
     """Load a tokenizer.
 
     Raises:
-        CheckpointError: There is none.
+        CheckpointError: There is no tokenizer, or it cannot be loaded.
     """
     with _explained(ref, "tokenizer"):
         from transformers import AutoTokenizer
@@ -135,7 +134,7 @@ def _explained(ref: str, what: str) -> Iterator[None]:
 
 
 CHUNK_BYTES = 1 << 26
-"""Of a tensor on another device so much is copied at a time."""
+"""So much of a tensor on another device is copied at a time."""
 
 NOT_PART = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 """Entries of a config that do not change what a loaded model computes; its dtype is that of its tensors."""
@@ -147,7 +146,10 @@ def model_digest(model: torch.nn.Module) -> str:
     Tensors are read where they lie; tied ones are read once. One changed bit gives another digest.
     """
     hasher = blake3.blake3(max_threads=blake3.blake3.AUTO)
-    hasher.update(json.dumps([type(model).__name__, _config(model)], default=str, sort_keys=True).encode())
+    config: Any = getattr(model, "config", None)
+    config = config.to_dict() if hasattr(config, "to_dict") else {}
+    own = {k: v for k, v in config.items() if k not in NOT_PART}
+    hasher.update(json.dumps([type(model).__name__, own], default=str, sort_keys=True).encode())
     seen: dict[tuple[Any, ...], str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
@@ -177,12 +179,6 @@ def has_adapters(model: torch.nn.Module) -> bool:
     return bool(getattr(model, "peft_config", None))
 
 
-def _config(model: torch.nn.Module) -> dict[str, Any]:
-    config: Any = getattr(model, "config", None)
-    own = config.to_dict() if hasattr(config, "to_dict") else {}
-    return {k: v for k, v in own.items() if k not in NOT_PART}
-
-
 def _update(hasher: blake3.blake3, tensor: Tensor) -> None:
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
     for begun in range(0, flat.numel(), CHUNK_BYTES):
@@ -202,7 +198,7 @@ class Subject:
 
     Attributes:
         model: In evaluation mode; a causal language model of transformers.
-        tokenizer: Of transformers.
+        tokenizer: A tokenizer of transformers.
         device: Where the model is.
         context: Tokens that the model takes at once.
         name: What to call it in messages.
@@ -274,21 +270,7 @@ def load_subject(
     if found is None:
         raise CheckpointError("a loaded model needs its tokenizer: pass tokenizer=.")
     found = load_tokenizer(str(found)) if isinstance(found, str | Path) else found
-    return Subject(model.eval(), found, where, context_of(model), name)
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device of a name; ``auto`` is CUDA where there is one.
-
-    Raises:
-        SelectionError: There is no such device.
-    """
-    available = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    if name == "auto":
-        return torch.device(available[-1])
-    if name.partition(":")[0] not in available:
-        raise SelectionError(f"no device {printable(name)!r}, expected auto or one of: {', '.join(available)}.")
-    return torch.device(name)
+    return Subject(model.eval(), found, where, context=context_of(model), name=name)
 
 
 def context_of(model: torch.nn.Module) -> int:
