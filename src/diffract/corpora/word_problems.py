@@ -118,7 +118,7 @@ class Problem:
     """One problem.
 
     Attributes:
-        id: Of its template and numbers; people and things do not count.
+        id: A digest of template and numbers; people and things do not count.
         level: 1 to 4.
         question: The text.
         answer: Steps with GSM8K's calculator marks, then ``#### n``.
@@ -139,7 +139,7 @@ def make_problems(split: Split, count: int, *, levels: tuple[int, ...] = LEVELS,
         split: ``train``, ``selection`` or ``held-out``.
         count: How many, at most: a split of few levels has an end.
         levels: Which difficulties, all equally likely.
-        seed: Of what is drawn.
+        seed: The seed of what is drawn.
     """
     draw = random.Random(f"{seed} {split} {levels}")
     by_level = {level: [t for t in TEMPLATES if t.level == level] for level in levels}
@@ -166,7 +166,7 @@ def _drawn(draw: random.Random, templates: list[Template]) -> Problem | None:
     lines = [f"{expression} = <<{expression}={value}>>{value}" for expression, value in steps]
     answer = "\n".join([*lines, f"#### {steps[-1][1]}"])
     instance = digest(f"{TEMPLATES.index(template)} {numbers}")
-    return Problem(instance, template.level, question, answer, steps[-1][1])
+    return Problem(instance, template.level, question, answer=answer, value=steps[-1][1])
 
 
 def parse_levels(text: str) -> tuple[int, ...]:

@@ -105,11 +105,11 @@ def evaluate(
         device: ``auto`` is CUDA where there is one.
         dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``, see ``load_subject``.
         tokenizer: A reference, or a loaded one, where it is not beside the model.
-        batch_tokens: At once, padding included.
+        batch_tokens: Tokens of a batch at most, padding included.
         cache: Use and keep scores.
         output: Write a run folder.
         force: Replace an existing run folder.
-        progress: Takes how far work has come.
+        progress: Is told the items done, all items, and the name of the task.
 
     Raises:
         DiffractError: The input is wrong; the message says what, where, and what to do.
@@ -190,8 +190,8 @@ class ProcessRank:
     """Which process this is.
 
     Attributes:
-        rank: From 0 on; the first one writes and prints.
-        count: How many there are.
+        rank: The number of this process, from 0 on; the first one writes and prints.
+        count: How many processes there are.
     """
 
     rank: int = 0
@@ -258,9 +258,9 @@ class Evaluator:
             subject: The model; its weights may change between calls of ``scores``.
             tasks: What it is scored on.
             cache: Where scores are kept, by all that they depend on.
-            batch_tokens: At once, padding included.
+            batch_tokens: Tokens of a batch at most, padding included.
             notes: Takes what the user should know.
-            progress: Takes how far work has come.
+            progress: Is told the items done, all items, and the name of the task.
         """
         self.subject, self.tasks, self.cache, self.progress = subject, tuple(tasks), cache, progress
         self.budget = BatchLimit(batch_tokens, notes)

@@ -41,7 +41,7 @@ def digest_sources(sources: Iterable[str], data: Path | None) -> str:
     The names of files belong to it, as some are refused. What is on the hub stands there with its name alone.
 
     Args:
-        sources: As ``read_documents`` takes them.
+        sources: Files, folders and names, as ``read_documents`` takes them.
         data: The folder that files' names are relative to.
 
     Raises:
@@ -152,7 +152,7 @@ def make_tokenizer(recipe: TrainRecipe) -> PreTrainedTokenizerFast:
     """Return the tokenizer of a recipe; one that was trained on the same text before is taken from the cache.
 
     Raises:
-        RecipeError: It cannot be loaded, or lacks what training needs.
+        RecipeError: The tokenizer cannot be loaded, or lacks what training needs.
         CorpusError: The text that it is to be trained on cannot be read.
     """
     if recipe.tokenizer is not None and recipe.tokenizer.train is not None:
@@ -166,8 +166,8 @@ def train_bpe(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     """Train a byte-level BPE tokenizer whose first token ends texts; each digit is a token of its own.
 
     Args:
-        texts: What it is trained on.
-        vocabulary: Tokens that it has at most.
+        texts: What the tokenizer is trained on.
+        vocabulary: Tokens that the tokenizer has at most.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -189,7 +189,7 @@ def load_tokenizer(named: str) -> PreTrainedTokenizerFast:
     """Load a tokenizer that ends texts and knows batches.
 
     Raises:
-        RecipeError: There is none, or it has no end-of-text token, or is none of the tokenizers library.
+        RecipeError: There is no tokenizer, it has no end-of-text token, or is none of the tokenizers library.
     """
     from transformers import AutoTokenizer
 
@@ -253,7 +253,7 @@ class Mixture:
         context: Tokens of a window.
         rows: Windows of a batch.
         steps: Batches of the run.
-        seed: Of draws and orders.
+        seed: The seed of draws and orders.
 
     Attributes:
         available: Tokens that each part has.
@@ -317,7 +317,7 @@ def make_mixture(recipe: TrainRecipe, streams: Mapping[str, Path]) -> Mixture:
     """Return the mixture of a recipe.
 
     Args:
-        recipe: Its shares, sizes and seed.
+        recipe: Has the shares, sizes and the seed.
         streams: The file of each part's tokens.
     """
     return Mixture(

@@ -31,7 +31,7 @@ def make_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerFast) -> PreTr
     """Return the model of a recipe in float32, new or loaded.
 
     Raises:
-        RecipeError: It cannot be made or loaded, or does not fit the tokenizer or the context.
+        RecipeError: The model cannot be made or loaded, or does not fit the tokenizer or the context.
     """
     from transformers import AutoModelForCausalLM
 
@@ -51,7 +51,7 @@ def make_config(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerFast) -> PreT
     unless the recipe says otherwise.
 
     Raises:
-        RecipeError: transformers refuses it, or it does not fit the tokenizer or the context.
+        RecipeError: transformers refuses the config, or it does not fit the tokenizer or the context.
     """
     from transformers import AutoConfig
 
