@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from diffract.corpora import Problem, Split, digest, make_problems, question_text
+from diffract.corpora import Split, digest, make_problems, question_text
 from diffract.corpora.splits import check_split
-from diffract.corpora.word_problems import COUNT, parse_levels
+from diffract.corpora.word_problems import parse_levels, problems_to_evaluate
 from diffract.errors import CorpusError, SelectionError, choose, printable
 from diffract.evaluate.harness import lm_eval
 from diffract.evaluate.scoring import cut, score_choices, score_questions, score_texts
@@ -61,7 +60,7 @@ def exact(wanted: Wanted) -> FoundItems:
         levels = parse_levels(wanted.levels)
         shots = make_problems("train", wanted.shots, levels=levels)
         begin = _before([(p.question, p.answer) for p in shots])
-        problems = _problems(wanted.split, levels)
+        problems = problems_to_evaluate(wanted.split, levels)
         items = [Question(p.id, begin + question_text(p.question), p.answer, tokens=MADE_UP_TOKENS) for p in problems]
         return FoundItems(spread(items, wanted.limit), [f"word-problems:{wanted.levels}".rstrip(":")])
     sources = _sources(wanted)
@@ -193,12 +192,6 @@ def _sources(wanted: Wanted) -> list[str]:
             f"task {wanted.name} needs text: pass --data FOLDER with {named.files or 'files'}, or {wanted.name}=FILE."
         )
     return files or [str(named.built_in)]
-
-
-@cache
-def _problems(split: Split, levels: tuple[int, ...]) -> tuple[Problem, ...]:
-    """Return all problems of a split; drawing them takes longer than reading a file."""
-    return tuple({p.id: p for p in make_problems(split, COUNT[split], levels=levels)}.values())
 
 
 def _examples(wanted: Wanted, sources: Sequence[str]) -> str:
