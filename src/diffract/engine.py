@@ -25,7 +25,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt."""
 
 
-class Task(Protocol):
+class Workload(Protocol):
     """What the engine needs to know of a task."""
 
     @property
@@ -34,7 +34,7 @@ class Task(Protocol):
         ...
 
 
-T = TypeVar("T", bound=Task)
+T = TypeVar("T", bound=Workload)
 R = TypeVar("R")
 
 

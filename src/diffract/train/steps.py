@@ -191,7 +191,7 @@ def _make_accelerator(recipe: TrainRecipe, folder: Path) -> Accelerator:
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     accelerator = Accelerator(
         cpu=cpu,  # else processes without a GPU would not know of each other
-        mixed_precision="bf16" if wants_bf16(recipe, PartialState(cpu=cpu).device) else "no",
+        mixed_precision="bf16" if wants_bf16(recipe, torch.device(PartialState(cpu=cpu).device or "cpu")) else "no",
         log_with=list(recipe.log) or None,
         project_dir=folder,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # micro-batches are added up here
