@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,8 +17,19 @@ from safetensors.torch import save_file
 
 from tiny_llama import LLAMA, llama_tensors
 
+# Threads that share products of a few hundred numbers wait for each other most of the time; a machine with other work
+# to do takes several times as long. Processes that tests start inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
 settings.register_profile("untimed", deadline=None)  # time is measured in benchmarks, never asserted in a test
 settings.load_profile("untimed")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what all tests have imported out of garbage collections, which accelerate asks for after each training."""
+    gc.freeze()
+
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

@@ -14,179 +14,13 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 from torch import Tensor, nn
 
-from diffract import tables
+from diffract import store, tables
 from diffract._version import __version__
 from diffract.api import compare, scan
 from diffract.checkpoints import Checkpoint, Reference, TensorWriter, open_checkpoint
 from diffract.errors import CheckpointError, DiffractError, RunError, SelectionError
 from diffract.matrices import parse_selection
 from diffract.metrics import Metric, choose_metrics
-from diffract.store import whole_file, whole_folder
-
-if TYPE_CHECKING:
-    from transformers import TrainerControl, TrainerState, TrainingArguments
-    from transformers.trainer_callback import CallbackHandler
-
-
-START = "start"
-"""The base that is the model as training begins."""
-
-NAMED = tables.LABELS | tables.OUTCOME | tables.TIMELINE
-"""Columns of the table before those of the metrics."""
-
-
-def rows_before(step: int, table: Path) -> pl.DataFrame:
-    """Return the rows of earlier steps, none if there is no table.
-
-    Raises:
-        RunError: Something else is there.
-    """
-    if not table.exists():
-        return pl.DataFrame(schema=NAMED)
-    try:
-        found = pl.read_parquet(table)
-    except (OSError, ValueError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
-        raise RunError(f"{str(table)!r} is there and cannot be read: {error}. Choose another output.") from error
-    if any(found.schema.get(name) != dtype for name, dtype in NAMED.items()):
-        raise RunError(f"{str(table)!r} is there and no table of SpectralCallback. Choose another output.")
-    earlier = found.filter(pl.col("step") < step)
-    return earlier if len(earlier) else pl.DataFrame(schema=NAMED)  # nothing of it, no column either
-
-
-def placed(found: pl.DataFrame, step: int, tokens: int | None, order: int) -> pl.DataFrame:
-    """Return rows of a metrics table with their place in training.
-
-    Args:
-        found: Rows of one model.
-        step: Optimizer steps so far, which also name the model.
-        tokens: Seen so far, if they are counted.
-        order: Measurements so far.
-    """
-    where = {"order": order, "step": step, "tokens": tokens}
-    columns = [pl.lit(where.get(name), dtype).alias(name) for name, dtype in tables.TIMELINE.items()]
-    rows = found.with_columns(pl.lit(f"step{step}").alias("model"), *columns)
-    return rows.select(*NAMED, pl.exclude(*NAMED))
-
-
-def keep(model: nn.Module, folder: Path) -> None:
-    """Write a model's tensors, each once, and its configuration."""
-    with whole_folder(folder, force=True) as draft, open_checkpoint(model) as found:
-        manifest = {"format": tables.FORMAT, "kind": START, "diffract": __version__}
-        (draft / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-        (draft / "config.json").write_text(json.dumps(dict(found.config), default=str), encoding="utf-8")
-        with TensorWriter(draft) as writer:
-            for name in found.names:
-                if name not in found.tied:
-                    writer.add(name, found.read(name))
-
-
-def refuse_sharded(model: nn.Module) -> None:
-    """Raise unless every parameter of a model is whole in this process."""
-    found = _sharding(model)
-    if found:
-        raise CheckpointError(
-            f"SpectralCallback sees only a part of each matrix: the model is sharded ({found}). Train with whole "
-            "parameters (DDP, ZeRO-1 or ZeRO-2), or leave it out and run `diffract trajectory` on the saved "
-            "checkpoints."
-        )
-
-
-def _sharding(model: nn.Module) -> str | None:
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        return "FSDP"
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        return "DeepSpeed ZeRO-3"
-    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
-        return "DTensor, as of FSDP2"
-    return "tensor parallelism" if (getattr(model, "tp_size", None) or 1) > 1 else None
-
-
-def refuse_adapter(model: nn.Module) -> None:
-    """Raise if a model is trained through a PEFT adapter: its own matrices never change, and the sum is nowhere."""
-    if getattr(model, "peft_config", None):
-        raise CheckpointError(
-            "the model is trained through an adapter, whose sum with the model SpectralCallback does not see. Leave it "
-            "out and run `diffract trajectory` on the saved adapters."
-        )
-
-
-def refuse_shared(base: Reference, model: nn.Module) -> None:
-    """Raise if a base in memory holds the very tensors that are trained."""
-    if isinstance(base, str | Path | Checkpoint):
-        return
-    held = (base.state_dict(keep_vars=True) if isinstance(base, nn.Module) else base).values()
-    trained = {parameter.data_ptr() for parameter in model.parameters() if parameter.numel()}
-    if any(isinstance(value, Tensor) and value.data_ptr() in trained for value in held):
-        raise CheckpointError(
-            "base holds the very tensors that are trained, so that nothing would ever differ. Pass base='start'."
-        )
-
-
-SHARE = 0.02
-"""Part of the training time above which a warning is given."""
-
-
-def medians(rows: pl.DataFrame) -> dict[str, float]:
-    """Return the median of each metric over all rows and over those of each block and projection, where there is one.
-
-    Returns:
-        ``spectral/METRIC/all``, ``spectral/METRIC/attn.q``, ``spectral/METRIC/embed``, ...
-    """
-    numbers = [name for name in rows.columns if name not in NAMED]
-    whole = pl.col("projection").is_null() | (pl.col("block") == pl.col("projection"))
-    part = pl.when(whole).then("block").otherwise(pl.concat_str("block", "projection", separator="."))
-    labelled = [rows.with_columns(part=pl.lit("all")), rows.with_columns(part=part)]
-    middles = pl.concat(labelled).group_by("part", maintain_order=True).agg(pl.col(numbers).median())
-    found = {f"spectral/{name}/{row['part']}": row[name] for name in numbers for row in middles.iter_rows(named=True)}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def log(numbers: Mapping[str, float], args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-    """Report numbers as ``Trainer.log`` does: in the history of its state, and to its callbacks."""
-    logs = {**numbers, "epoch": state.epoch}
-    state.log_history.append({**logs, "step": state.global_step})
-    handler = _handler()
-    if handler is not None:
-        handler.call_event("on_log", args, state, control, logs=logs)
-
-
-def _handler() -> CallbackHandler | None:
-    """The Trainer's handler, which is calling us.
-
-    A callback is given no trainer, and reporters stand before it in the list of callbacks, so that what it adds to the
-    logs of ``on_log`` comes too late for them. (``handler.on_log`` would also cancel logging that is due at this step.)
-    """
-    from transformers.trainer_callback import CallbackHandler
-
-    frame = inspect.currentframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, CallbackHandler):
-            return caller
-        frame = frame.f_back
-    return None
-
-
-def warn_of_cost(seconds: float, trained: float, steps: int) -> bool:
-    """Warn if a measurement took too much of the time that was trained before it, and return whether it did.
-
-    Args:
-        seconds: That it took.
-        trained: Seconds of training before it.
-        steps: Steps in that time.
-    """
-    if seconds <= SHARE * trained:
-        return False
-    enough = seconds * steps / (SHARE * trained)
-    unit = 10 ** max(0, math.floor(math.log10(enough)) - 1)
-    warnings.warn(
-        f"SpectralCallback took {seconds:.2g} s, {seconds / trained:.1%} of the {trained:.3g} s of the {steps} steps "
-        f"before. every={math.ceil(enough / unit) * unit} would keep it below {SHARE:.0%}; fewer matrices (select) or "
-        "metrics cost less.",
-        stacklevel=2,
-    )
-    return True
-
 
 try:
     from transformers import TrainerCallback
@@ -197,6 +31,13 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_callback import CallbackHandler
+
+START = "start"
+"""The base that is the model as training begins."""
+
+NAMED = tables.LABELS | tables.OUTCOME | tables.TIMELINE
+"""Columns of the table before those of the metrics."""
 
 EVERY = 500
 """Steps from one measurement to the next."""
@@ -206,6 +47,9 @@ CHEAP = ("frobenius_norm", "spectral_norm", "stable_rank", "effective_rank")
 
 CHANGE = ("delta_relative",)
 """Metrics that are added to these where there is a base: sums over entries."""
+
+SHARE = 0.02
+"""Part of the training time above which a warning is given."""
 
 
 class SpectralCallback(TrainerCallback):
@@ -220,16 +64,16 @@ class SpectralCallback(TrainerCallback):
     the table anew.
 
     Args:
-        metrics: As of ``scan``, and as of ``compare`` where there is a base. By default norms, stable and effective
-            rank, and ``delta_relative`` where there is a base.
-        select: As of ``scan``.
+        metrics: Names or metrics as ``diffract.scan`` takes them, and as ``diffract.compare`` does where there is a
+            base. By default norms, stable and effective rank, and ``delta_relative`` where there is a base.
+        select: Which matrices are measured, in the words of ``diffract.scan``: ``"layers 0-3, attn"``.
         every: Optimizer steps from one measurement to the next.
         base: What the model is compared with: a reference, or ``"start"`` for the model as training begins, of which a
             copy is kept beside the table.
         output: The table; ``spectra.parquet`` in the Trainer's ``output_dir`` by default.
-        heads: As of ``scan``.
-        architecture: As of ``scan``.
-        device: As of ``scan``.
+        heads: Whether attention heads are measured one by one, too.
+        architecture: A JSON file that describes the model, where diffract does not know it.
+        device: Where is computed; ``auto`` is CUDA where there is one.
 
     Raises:
         SelectionError: A metric or the selection is not understood, or ``every`` is below 1. What does not fit the
@@ -300,7 +144,8 @@ class SpectralCallback(TrainerCallback):
             return None
         if self.base != START:
             refuse_shared(self.base, model)
-            return open_checkpoint(self.base, download=True)  # once, as a network may not be there at every step
+            # Fetched once, as a network may not be there at every step.
+            return open_checkpoint(self.base, download=True)
         folder = table.with_name(f"{table.stem}-start")
         if step == 0:
             keep(model, folder)
@@ -318,16 +163,16 @@ class SpectralCallback(TrainerCallback):
         begun = time.perf_counter()
         found = self._look(model)
         order, tokens = self._rows["step"].n_unique(), state.num_input_tokens_seen or None
-        rows = placed(found, state.global_step, tokens, order)
+        rows = placed(found, step=state.global_step, tokens=tokens, order=order)
         self._rows = pl.concat([self._rows, rows], how="diagonal")
-        with whole_file(self._table(args)) as draft:
+        with store.whole_file(self._table(args)) as draft:
             self._rows.write_parquet(draft, compression="zstd")
         seconds = time.perf_counter() - begun
         log({**medians(rows), "spectral/seconds": seconds}, args, state, control)
         return seconds
 
     def _look(self, model: nn.Module) -> pl.DataFrame:
-        """The rows of the model in the metrics table of a scan, or of a comparison with the base."""
+        """Return the rows of the model in the metrics table of a scan, or of a comparison with the base."""
         options: dict[str, Any] = {"metrics": self.metrics, "select": self.select, "heads": self.heads}
         options |= {"architecture": self.architecture, "device": self.device, "cache": False}
         if self._opened is None:
@@ -350,3 +195,151 @@ def _choose(metrics: str | Sequence[str | Metric] | None, base: Reference | None
             "these metrics speak of a change, and there is no base. Pass base='start', or the checkpoint to compare "
             "with, as base."
         ) from error
+
+
+def rows_before(step: int, table: Path) -> pl.DataFrame:
+    """Return the rows of earlier steps, none if there is no table.
+
+    Raises:
+        RunError: The file is no table of SpectralCallback.
+    """
+    if not table.exists():
+        return pl.DataFrame(schema=NAMED)
+    try:
+        found = pl.read_parquet(table)
+    except (OSError, ValueError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        raise RunError(f"{str(table)!r} is there and cannot be read: {error}. Choose another output.") from error
+    if any(found.schema.get(name) != dtype for name, dtype in NAMED.items()):
+        raise RunError(f"{str(table)!r} is there and no table of SpectralCallback. Choose another output.")
+    earlier = found.filter(pl.col("step") < step)
+    return earlier if len(earlier) else pl.DataFrame(schema=NAMED)  # nothing of it, no column either
+
+
+def placed(found: pl.DataFrame, *, step: int, tokens: int | None, order: int) -> pl.DataFrame:
+    """Return rows of a metrics table with their place in training.
+
+    Args:
+        found: Rows of one model.
+        step: Optimizer steps so far, which also name the model.
+        tokens: Tokens seen so far, if they are counted.
+        order: Measurements so far.
+    """
+    where = {"order": order, "step": step, "tokens": tokens}
+    columns = [pl.lit(where.get(name), dtype).alias(name) for name, dtype in tables.TIMELINE.items()]
+    rows = found.with_columns(pl.lit(f"step{step}").alias("model"), *columns)
+    return rows.select(*NAMED, pl.exclude(*NAMED))
+
+
+def keep(model: nn.Module, folder: Path) -> None:
+    """Write a model's tensors, each once, and its configuration."""
+    with store.whole_folder(folder, force=True) as draft, open_checkpoint(model) as found:
+        manifest = {"format": tables.FORMAT, "kind": START, "diffract": __version__}
+        (draft / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+        (draft / "config.json").write_text(json.dumps(dict(found.config), default=str), encoding="utf-8")
+        with TensorWriter(draft) as writer:
+            for name in found.names:
+                if name not in found.tied:
+                    writer.add(name, found.read(name))
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise unless every parameter of a model is whole in this process."""
+    found = _sharding(model)
+    if found:
+        raise CheckpointError(
+            f"SpectralCallback sees only a part of each matrix: the model is sharded ({found}). Train with whole "
+            "parameters (DDP, ZeRO-1 or ZeRO-2), or leave it out and run `diffract trajectory` on the saved "
+            "checkpoints."
+        )
+
+
+def _sharding(model: nn.Module) -> str | None:
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        return "FSDP"
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return "DeepSpeed ZeRO-3"
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        return "DTensor, as of FSDP2"
+    return "tensor parallelism" if (getattr(model, "tp_size", None) or 1) > 1 else None
+
+
+def refuse_adapter(model: nn.Module) -> None:
+    """Raise if a model is trained through a PEFT adapter: its own matrices never change, and the sum is nowhere."""
+    if getattr(model, "peft_config", None):
+        raise CheckpointError(
+            "the model is trained through an adapter, whose sum with the model SpectralCallback does not see. Leave it "
+            "out and run `diffract trajectory` on the saved adapters."
+        )
+
+
+def refuse_shared(base: Reference, model: nn.Module) -> None:
+    """Raise if a base in memory holds the very tensors that are trained."""
+    if isinstance(base, str | Path | Checkpoint):
+        return
+    held = (base.state_dict(keep_vars=True) if isinstance(base, nn.Module) else base).values()
+    trained = {parameter.data_ptr() for parameter in model.parameters() if parameter.numel()}
+    if any(isinstance(value, Tensor) and value.data_ptr() in trained for value in held):
+        raise CheckpointError(
+            "base holds the very tensors that are trained, so that nothing would ever differ. Pass base='start'."
+        )
+
+
+def medians(rows: pl.DataFrame) -> dict[str, float]:
+    """Return the median of each metric over all rows and over those of each block and projection, where there is one.
+
+    Returns:
+        ``spectral/METRIC/all``, ``spectral/METRIC/attn.q``, ``spectral/METRIC/embed``, ...
+    """
+    numbers = [name for name in rows.columns if name not in NAMED]
+    whole = pl.col("projection").is_null() | (pl.col("block") == pl.col("projection"))
+    part = pl.when(whole).then("block").otherwise(pl.concat_str("block", "projection", separator="."))
+    labelled = [rows.with_columns(part=pl.lit("all")), rows.with_columns(part=part)]
+    middles = pl.concat(labelled).group_by("part", maintain_order=True).agg(pl.col(numbers).median())
+    found = {f"spectral/{name}/{row['part']}": row[name] for name in numbers for row in middles.iter_rows(named=True)}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def log(numbers: Mapping[str, float], args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+    """Report numbers as ``Trainer.log`` does: in the history of its state, and to its callbacks."""
+    logs = {**numbers, "epoch": state.epoch}
+    state.log_history.append({**logs, "step": state.global_step})
+    handler = _handler()
+    if handler is not None:
+        handler.call_event("on_log", args, state, control, logs=logs)
+
+
+def _handler() -> CallbackHandler | None:
+    """Return the Trainer's handler, which is calling us; nothing where the callback is called by something else."""
+    from transformers.trainer_callback import CallbackHandler
+
+    # A callback is given no trainer, so the handler is looked for among the callers. Adding to the logs of ``on_log``
+    # would be simpler, but reporters stand before us in the list of callbacks and would not see what is added; and
+    # ``handler.on_log`` cancels logging that is due at this step.
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, CallbackHandler):
+            return caller
+        frame = frame.f_back
+    return None
+
+
+def warn_of_cost(seconds: float, trained: float, steps: int) -> bool:
+    """Warn if a measurement took too much of the time that was trained before it, and return whether it did.
+
+    Args:
+        seconds: How long the measurement took.
+        trained: Seconds of training before it.
+        steps: Steps in that time.
+    """
+    if seconds <= SHARE * trained:
+        return False
+    enough = seconds * steps / (SHARE * trained)
+    unit = 10 ** max(0, math.floor(math.log10(enough)) - 1)
+    warnings.warn(
+        f"SpectralCallback took {seconds:.2g} s, {seconds / trained:.1%} of the {trained:.3g} s of the {steps} steps "
+        f"before. every={math.ceil(enough / unit) * unit} would keep it below {SHARE:.0%}; fewer matrices (select) or "
+        "metrics cost less.",
+        stacklevel=2,
+    )
+    return True

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from diffract.corpora.splits import document
 from diffract.errors import CheckpointError, CorpusError
 from diffract.evaluate import Subject, load_subject
-from diffract.evaluate.scoring import PIECE_BYTES, Budget, cut, score_texts, windows
+from diffract.evaluate.scoring import PIECE_BYTES, BatchLimit, cut, score_texts, windows
 from diffract.evaluate.tasks import Piece
 from tiny_language_model import byte_tokenizer, tiny_model
 
@@ -81,7 +81,7 @@ def straightforward_bits(subject: Subject, text: str) -> float:
 
 def test_bits_of_short_and_long_texts_in_one_batch(subject: Subject) -> None:
     texts = [WORDS, "a", WORDS * 4, WORDS[:30], WORDS * 2]
-    found = score_texts(subject, [Piece(str(i), t) for i, t in enumerate(texts)], Budget(1000))
+    found = score_texts(subject, [Piece(str(i), t) for i, t in enumerate(texts)], BatchLimit(1000))
     assert [s.item for s in found] == ["0", "1", "2", "3", "4"]
     assert [s.weight for s in found] == [len(t.encode()) for t in texts]
     for score, text in zip(found, texts, strict=True):
@@ -91,8 +91,8 @@ def test_bits_of_short_and_long_texts_in_one_batch(subject: Subject) -> None:
 
 def test_batches_change_rounding_alone(subject: Subject) -> None:
     pieces = [Piece(str(i), WORDS[i:] * (1 + i % 3)) for i in range(20)]
-    one = [score_texts(subject, [p], Budget(1))[0].value for p in pieces]
-    together = [s.value for s in score_texts(subject, pieces, Budget(100_000))]
+    one = [score_texts(subject, [p], BatchLimit(1))[0].value for p in pieces]
+    together = [s.value for s in score_texts(subject, pieces, BatchLimit(100_000))]
     assert together == pytest.approx(one, rel=1e-5)  # float32, as above
 
 
@@ -109,7 +109,7 @@ def test_another_tokenizer_scores_the_same_bytes() -> None:
     model.lm_head.weight.data.zero_()
     tokenizers = [byte_tokenizer(), PreTrainedTokenizerFast(tokenizer_object=merged, eos_token="<|end|>")]
     plain, short = (
-        score_texts(load_subject(model, tokenizer=t, device="cpu"), [Piece("x", "the cat the dog")], Budget(999))[0]
+        score_texts(load_subject(model, tokenizer=t, device="cpu"), [Piece("x", "the cat the dog")], BatchLimit(999))[0]
         for t in tokenizers
     )
     assert plain.weight == short.weight == 15
@@ -122,7 +122,7 @@ def test_without_a_token_for_beginnings_the_first_costs_a_uniform_guess() -> Non
     model.config.eos_token_id = None
     subject = load_subject(model, tokenizer=byte_tokenizer(end=False), device="cpu")
     assert subject.start == []
-    alone, pair = score_texts(subject, [Piece("0", "a"), Piece("1", "ab")], Budget(99))
+    alone, pair = score_texts(subject, [Piece("0", "a"), Piece("1", "ab")], BatchLimit(99))
     assert alone.value == 8.0
     with torch.no_grad():
         logits = model(input_ids=torch.tensor(subject.encode(["a"]))).logits[0, -1]
@@ -133,18 +133,18 @@ def test_without_a_token_for_beginnings_the_first_costs_a_uniform_guess() -> Non
 def test_nan_is_an_error_that_names_the_item(subject: Subject) -> None:
     dict(subject.model.named_parameters())["model.embed_tokens.weight"].data[:] = torch.nan
     with pytest.raises(CheckpointError, match="nan bits for abc:0: its logits are not finite"):
-        score_texts(subject, [Piece("abc:0", "text")], Budget(99))
+        score_texts(subject, [Piece("abc:0", "text")], BatchLimit(99))
 
 
 def test_a_tokenizer_of_another_model_is_refused(subject: Subject) -> None:
     subject.model = tiny_model(vocabulary=100)
     with pytest.raises(CheckpointError, match="gives token 256, the model has 100 of them"):
-        score_texts(subject, [Piece("0", "text")], Budget(99))
+        score_texts(subject, [Piece("0", "text")], BatchLimit(99))
 
 
 def test_where_memory_runs_out_batches_are_halved(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = [Piece(str(i), WORDS) for i in range(9)]
-    expected = [s.value for s in score_texts(subject, pieces, Budget(10_000))]
+    expected = [s.value for s in score_texts(subject, pieces, BatchLimit(10_000))]
     forward, sizes, notes = subject.model.forward, [], []
 
     def small(**given):
@@ -154,7 +154,7 @@ def test_where_memory_runs_out_batches_are_halved(subject: Subject, monkeypatch:
         return forward(**given)
 
     monkeypatch.setattr(subject.model, "forward", small)
-    budget = Budget(10_000, notes.append)
+    budget = BatchLimit(10_000, notes.append)
     found = score_texts(subject, pieces, budget)
     assert sizes == [9, 4, 2, 2, 2, 2, 1]
     assert [s.value for s in found] == pytest.approx(expected, rel=1e-5)  # float32

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig, Gemma2Config, GPT2Config, MambaConfig
 
 from diffract.evaluate import Subject, load_subject
-from diffract.evaluate.scoring import Budget, Prompt, generate, score_texts
+from diffract.evaluate.scoring import BatchLimit, Prompt, generate, score_texts
 from diffract.evaluate.tasks import Piece
 from tiny_language_model import byte_tokenizer
 
@@ -37,10 +37,10 @@ def any_subject(request: pytest.FixtureRequest) -> Subject:
 
 def test_texts_and_answers_are_those_without_padding(any_subject: Subject) -> None:
     pieces = [Piece(str(i), text) for i, text in enumerate(TEXTS)]
-    alone = [score_texts(any_subject, [piece], Budget(1))[0].value for piece in pieces]
-    together = [score.value for score in score_texts(any_subject, pieces, Budget(10_000))]
+    alone = [score_texts(any_subject, [piece], BatchLimit(1))[0].value for piece in pieces]
+    together = [score.value for score in score_texts(any_subject, pieces, BatchLimit(10_000))]
     assert together == pytest.approx(alone, rel=1e-5)  # float32; measured 2e-7
     prompts = [Prompt([256, *ids], 20, str(i)) for i, ids in enumerate(any_subject.encode(TEXTS))]
-    answers = generate(any_subject, prompts, Budget(1))
+    answers = generate(any_subject, prompts, BatchLimit(1))
     assert len(set(answers)) > 3
-    assert generate(any_subject, prompts, Budget(10_000)) == answers
+    assert generate(any_subject, prompts, BatchLimit(10_000)) == answers

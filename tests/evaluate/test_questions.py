@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 from diffract.corpora import make_problems, question_text
 from diffract.errors import CheckpointError
 from diffract.evaluate import Subject, load_subject
-from diffract.evaluate.scoring import LOOK_EVERY, Budget, Prompt, generate, score_questions, shorten
+from diffract.evaluate.scoring import LOOK_EVERY, BatchLimit, Prompt, generate, score_questions, shorten
 from diffract.evaluate.tasks import Question
 from tiny_language_model import byte_tokenizer, tiny_model
 
@@ -57,14 +57,14 @@ def test_batches_say_what_one_after_the_other_says(subject: Subject) -> None:
     prompts = prompts_of(subject, TEXTS)
     expected = [straightforward(subject, p) for p in prompts]
     assert len(set(expected)) > 3
-    assert generate(subject, prompts, Budget(10_000)) == expected
-    assert generate(subject, prompts, Budget(1)) == expected
+    assert generate(subject, prompts, BatchLimit(10_000)) == expected
+    assert generate(subject, prompts, BatchLimit(1)) == expected
 
 
 def test_each_prompt_has_its_own_limit(subject: Subject) -> None:
     prompts = prompts_of(subject, ["a", "a"], tokens=30)
     short = Prompt(prompts[0].ids, 3, "short")
-    long, cut = generate(subject, [prompts[0], short], Budget(10_000))
+    long, cut = generate(subject, [prompts[0], short], BatchLimit(10_000))
     assert cut == subject.decode(subject.encode([long])[0][:3]) != long
 
 
@@ -89,7 +89,7 @@ def test_a_model_answers_what_it_has_learned(learned: tuple[Subject, list[Questi
     forward = subject.model.forward
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subject.model, "forward", lambda **given: asked.append(1) or forward(**given))
-        scores = score_questions(subject, [*questions, wrong], Budget(10_000))
+        scores = score_questions(subject, [*questions, wrong], BatchLimit(10_000))
     assert [s.value for s in scores] == [1.0, 1.0, 1.0, 1.0, 0.0]
     assert all(s.weight == 1.0 for s in scores)
     longest = max(len(q.answer) for q in questions)
@@ -98,20 +98,20 @@ def test_a_model_answers_what_it_has_learned(learned: tuple[Subject, list[Questi
 
 
 def test_a_models_own_generation_settings_do_not_count(subject: Subject) -> None:
-    expected = generate(subject, prompts_of(subject, TEXTS), Budget(10_000))
+    expected = generate(subject, prompts_of(subject, TEXTS), BatchLimit(10_000))
     own = GenerationConfig(do_sample=True, temperature=9.0, repetition_penalty=5.0, max_new_tokens=1)
     subject.model.generation_config = own
-    assert generate(subject, prompts_of(subject, TEXTS), Budget(10_000)) == expected
+    assert generate(subject, prompts_of(subject, TEXTS), BatchLimit(10_000)) == expected
     assert subject.model.generation_config is own
 
 
 def test_a_prompt_without_room_is_wrong_and_has_no_output(subject: Subject) -> None:
     fits, full = "x" * (subject.context - 2), "x" * (subject.context - 1)  # and a token for a beginning
-    scores = score_questions(subject, [Question("a", full, "1", 9), Question("b", fits, "1", 9)], Budget(10_000))
+    scores = score_questions(subject, [Question("a", full, "1", 9), Question("b", fits, "1", 9)], BatchLimit(10_000))
     assert [(s.item, s.value, s.output is None) for s in scores] == [("a", 0.0, True), ("b", 0.0, False)]
 
 
 def test_nan_while_answering_names_the_item(subject: Subject) -> None:
     dict(subject.model.named_parameters())["model.norm.weight"].data[:] = torch.nan
     with pytest.raises(CheckpointError, match="logits of q7 are NaN"):
-        score_questions(subject, [Question("q7", "1+1?", "2", 9)], Budget(10_000))
+        score_questions(subject, [Question("q7", "1+1?", "2", 9)], BatchLimit(10_000))

@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from diffract.evaluate import Evaluator, Subject, load_tasks
-from diffract.evaluate.run import Place, gather, own_device, place
+from diffract.evaluate.run import ProcessRank, gather, own_device, place
 
 WORKER = """
 import sys
@@ -28,7 +28,7 @@ found.write_parquet(f"{sys.argv[1]}/scores{place().rank}of{place().count}.parque
 
 def test_the_only_process_gathers_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert place() == Place(0, 1)
+    assert place() == ProcessRank(0, 1)
     assert own_device() is None
     assert gather([1, 2], place()) == [1, 2]
 
@@ -37,7 +37,7 @@ def test_each_process_scores_its_parts(subject: Subject, monkeypatch: pytest.Mon
     tasks = load_tasks("math", limit=150)
     parts = []
     for rank in range(2):
-        monkeypatch.setattr("diffract.evaluate.run.place", lambda rank=rank: Place(rank, 2))
+        monkeypatch.setattr("diffract.evaluate.run.place", lambda rank=rank: ProcessRank(rank, 2))
         monkeypatch.setattr("diffract.evaluate.run.gather", lambda values, where: values)
         parts.append(Evaluator(subject, tasks).scores())
     assert [p.height for p in parts] == [64 + 22, 64]

@@ -12,7 +12,7 @@ import pytest
 from diffract.corpora import read_documents
 from diffract.errors import CorpusError, SelectionError
 from diffract.evaluate import Task, load_tasks
-from diffract.evaluate.tasks import Choice, Piece, Question
+from diffract.evaluate.tasks import MultipleChoice, Piece, Question
 
 
 def write(path: Path, records: list[dict[str, Any]]) -> str:
@@ -138,7 +138,7 @@ def test_choices(tmp_path: Path) -> None:
     write(tmp_path / "math" / "aqua.test.jsonl.gz", aqua[4:])
     own = write(tmp_path / "own.jsonl", tal)
     both = [load_tasks(["aqua", f"tal={own}"], split=s, data=tmp_path) for s in ("held-out", "selection")]
-    items = [i for tasks in both for i in tasks[0].items if isinstance(i, Choice)]
+    items = [i for tasks in both for i in tasks[0].items if isinstance(i, MultipleChoice)]
     assert {(i.options, i.right) for i in items} == {(("1", "2", "3"), 1)}
     assert sorted(i.prompt for i in items) == [f"Question: {i}?\nAnswer:" for i in range(9)]
     assert both[0][0].chance == pytest.approx(1 / 3, abs=1e-15)

@@ -15,10 +15,11 @@ import yaml
 
 from diffract.checkpoints import TensorWriter, open_checkpoint
 from diffract.errors import RecipeError, RunError
-from diffract.studies.family import Family, Job, run_all
+from diffract.studies.family import Family, TrainingJob, run_all
 from diffract.studies.finding import Finding, Number, load_finding, save_finding
+from diffract.studies.findings import FINDINGS
 from diffract.studies.recipe import StudyRecipe
-from diffract.studies.runner import all_jobs, load_study, numbers_text, write_report
+from diffract.studies.runner import StudyRun, all_jobs, load_study, numbers_text, preview, write_report
 from diffract.studies.study import write_noise
 
 RECIPES = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
@@ -54,13 +55,20 @@ def written(folder: Path, recipe: dict[str, Any]) -> Path:
         ({"pretraining": {}}, "either train or given"),
         ({"pretraining": {"given": {100: "a"}, "budgets": [50]}}, "budget 50 is none"),
         ({"quality": {"tasks": {"math": "math"}}}, "domain 'code' has no task"),
-        ({"findings": ["budgets"]}, "findings.0"),
+        ({"findings": ["budget", "budgets"]}, r"findings\.1: 'budgets', .* Did you mean 'budget'"),
         ({"jobs": 0}, "jobs"),
     ],
 )
 def test_a_wrong_recipe_is_refused_with_the_place(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         load_study(written(tmp_path, micro(**change)))
+
+
+def test_everything_in_the_catalog_is_tested_by_default(tmp_path: Path) -> None:
+    names = [spec.name for spec in FINDINGS]
+    assert load_study(written(tmp_path, micro())).findings == names
+    assert len(set(names)) == len(names)
+    assert load_study(written(tmp_path, micro(findings=["heads", "budget"]))).findings == ["heads", "budget"]
 
 
 def test_every_domain_is_trained_from_every_budget(tmp_path: Path) -> None:
@@ -72,18 +80,17 @@ def test_every_domain_is_trained_from_every_budget(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_of_the_project_are_sound(path: Path) -> None:
-    from diffract.studies.runner import preview
-
     found = preview(path, "run")
     assert found.jobs
     assert found.tokens == sum(job.recipe["tokens"] for job in found.jobs)
 
 
-def test_a_failed_training_run_is_said_with_its_last_words(tmp_path: Path) -> None:
+def test_a_failed_training_run_is_said_with_its_last_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # a name that is no folder is asked for on the hub, several times
     recipe = StudyRecipe.model_validate(micro())
     broken = {"model": {"init": "nowhere"}, "mix": {"a": {"sources": ["none.txt"]}}, "tokens": 256}
     with pytest.raises(RunError, match="training broken failed: error: "):
-        run_all([Job("broken", broken, tmp_path / "broken")], recipe, lambda text: None)
+        run_all([TrainingJob("broken", broken, tmp_path / "broken")], recipe, lambda text: None)
 
 
 def finding(**changes: Any) -> Finding:
@@ -144,8 +151,8 @@ def test_noise_has_the_norm_of_the_change_and_no_direction_of_it(tmp_path: Path)
 
 def test_the_report_escapes_what_it_shows(tmp_path: Path) -> None:
     recipe = StudyRecipe.model_validate(micro(name="<b>bold</b>"))
-    path = write_report(recipe, Family({100: "a<i>"}, {100: {"math": "m"}}), [finding()], tmp_path / "r.html")
-    text = path.read_text()
+    family = Family({100: "a<i>"}, {100: {"math": "m"}})
+    text = write_report(StudyRun(tmp_path, recipe, [finding()]), family).read_text()
     assert "<script>alert(1)" not in text
     assert "<b>bold" not in text
     assert "a<i>" not in text

@@ -72,7 +72,7 @@ def test_a_line_that_was_cut_off_is_dropped(recipe: Make, tmp_path: Path) -> Non
 
 def test_a_finished_run_is_returned_at_once(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = train(recipe(tokens=64), tmp_path / "out")
-    monkeypatch.setattr("diffract.train.loop.run_session", None)
+    monkeypatch.setattr("diffract.train.loop.accelerated", None)
     assert train(recipe(tokens=64), tmp_path / "out") == first
 
 

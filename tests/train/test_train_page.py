@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from diffract.train import TrainRecipe, load_train_recipe
-from diffract.train.recipe import Optimizer, Part, Schedule
+from diffract.train.recipe import MixPart, Optimizer, Schedule
 
 PAGE = (Path(__file__).parents[2] / "docs" / "train.md").read_text(encoding="utf-8")
 
@@ -26,6 +26,6 @@ def test_every_setting_is_documented(name: str) -> None:
     assert f"\n| `{name}` |" in PAGE
 
 
-@pytest.mark.parametrize("name", [*Schedule.model_fields, *Optimizer.model_fields, *Part.model_fields])
+@pytest.mark.parametrize("name", [*Schedule.model_fields, *Optimizer.model_fields, *MixPart.model_fields])
 def test_every_setting_within_is_documented(name: str) -> None:
     assert f"`{name}`" in PAGE

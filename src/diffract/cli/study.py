@@ -11,7 +11,7 @@ from diffract.cli import options
 from diffract.cli.console import explained, say, say_json, say_table
 
 if TYPE_CHECKING:
-    from diffract.studies.runner import Preview, StudyRun
+    from diffract.studies.runner import StudyPreview, StudyRun
 
 app = typer.Typer(help="Train a family of models and test every finding on it.", no_args_is_help=True)
 
@@ -52,14 +52,14 @@ def _verdicts(done: StudyRun) -> dict[str, str]:
     return {finding.name: finding.verdict for finding in done.findings}
 
 
-def _show_preview(found: Preview, *, json: bool) -> None:
+def _show_preview(found: StudyPreview, *, json: bool) -> None:
     summary: dict[str, Any] = {
         "study": found.recipe.name,
         "training_runs": {job.name: job.recipe["tokens"] for job in found.jobs},
         "training_tokens": found.tokens,
         "models": found.models,
         "tasks": [*found.recipe.quality.tasks.values(), *found.recipe.quality.further],
-        "findings": list(found.recipe.findings),
+        "findings": found.findings,
         "missing": found.missing,
         "from_the_network": found.remote,
     }
@@ -70,7 +70,7 @@ def _show_preview(found: Preview, *, json: bool) -> None:
     side = f", {found.recipe.jobs} side by side" if found.recipe.jobs > 1 else ""
     say(f"{len(found.jobs)} training runs{side}, {found.tokens:,} tokens together")
     say(f"{found.models} checkpoints scored in {', '.join(summary['tasks'])}")
-    say(f"findings: {', '.join(found.recipe.findings)}")
+    say(f"findings: {', '.join(found.findings)}")
     for text in found.missing:
         say(f"missing: {text} (--data says where files are)")
     for text in found.remote:

@@ -68,7 +68,7 @@ def read_texts(source: str, *, data: Path | None = None) -> Iterator[str]:
     """Yield all texts of a file or folder, in order.
 
     Raises:
-        CorpusError: It cannot be read, or is for evaluation only.
+        CorpusError: The source cannot be read, or is for evaluation only.
     """
     path = _place(source, data)
     if path.is_dir():
@@ -101,7 +101,7 @@ def read_records(path: Path) -> Iterator[Mapping[str, Any]]:
     """Yield the records of a JSON-lines file, or of a JSON list.
 
     Raises:
-        CorpusError: It cannot be read, or holds something else than records.
+        CorpusError: The file cannot be read, or holds something else than records.
     """
     text = _decoded(path)
     whole = path.name.removesuffix(".gz").endswith(".json")

@@ -16,7 +16,7 @@ from diffract.errors import CorpusError, choose, printable
 Split = Literal["train", "selection", "held-out"]
 
 SHARE = 0.05
-"""Of the documents: one such share is held out, another is for selection, the rest is for training."""
+"""Such a share of the documents is held out, another is for selection, the rest is for training."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def check_split(split: str) -> None:
     """Raise unless a split is one.
 
     Raises:
-        CorpusError: It is none.
+        CorpusError: There is no such split.
     """
     choose("split", split, get_args(Split), error=CorpusError)
 
@@ -120,10 +120,10 @@ def record_text(record: Record, where: str) -> str:
 
     Args:
         record: Fields by name.
-        where: What to call it in a message.
+        where: What to call the record in a message.
 
     Raises:
-        CorpusError: It is of no known kind, or a field is no text.
+        CorpusError: The record is of no known kind, or a field is no text.
     """
     make = next((make for fields, make in KINDS.items() if all(field in record for field in fields)), None)
     if make is None:
@@ -145,18 +145,18 @@ NAMES = (
 """Names of files and data sets that nothing is trained on."""
 
 DIGITS = 12
-"""Of the digests of questions that are kept."""
+"""Digits that are kept of the digests of questions."""
 
 
 def refuse_evaluation_only(name: str, questions: Iterable[str] = ()) -> None:
     """Raise if something is for evaluation only.
 
     Args:
-        name: Of a file or data set.
+        name: The name of a file or data set.
         questions: What is asked in it, as far as that is known: GSM8K's test questions are told under any name.
 
     Raises:
-        CorpusError: It is.
+        CorpusError: It is for evaluation only.
     """
     bare = PurePath(name).name
     if any(fnmatchcase(bare, pattern) for pattern in NAMES):

@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 from diffract.corpora.splits import Document, Split, digest, question_text, split_of
 from diffract.errors import CorpusError, printable
@@ -118,7 +119,7 @@ class Problem:
     """One problem.
 
     Attributes:
-        id: Of its template and numbers; people and things do not count.
+        id: A digest of template and numbers; people and things do not count.
         level: 1 to 4.
         question: The text.
         answer: Steps with GSM8K's calculator marks, then ``#### n``.
@@ -139,34 +140,37 @@ def make_problems(split: Split, count: int, *, levels: tuple[int, ...] = LEVELS,
         split: ``train``, ``selection`` or ``held-out``.
         count: How many, at most: a split of few levels has an end.
         levels: Which difficulties, all equally likely.
-        seed: Of what is drawn.
+        seed: The seed of what is drawn.
     """
     draw = random.Random(f"{seed} {split} {levels}")
     by_level = {level: [t for t in TEMPLATES if t.level == level] for level in levels}
+    place = {template.text: number for number, template in enumerate(TEMPLATES)}
     seen: set[str] = set()
     made = tries = 0
     while made < count and tries < 200 * count:
         tries += 1
-        problem = _drawn(draw, by_level[draw.choice(levels)])
-        if problem is None or split_of(problem.id) != split or (split != "train" and problem.id in seen):
+        template = draw.choice(by_level[draw.choice(levels)])
+        numbers = tuple(draw.randint(*limit) for limit in template.limits)
+        people, thing = draw.sample(NAMES, 2), draw.choice(THINGS)
+        steps = template.solve(*numbers)
+        if steps is None:
             continue
-        seen.add(problem.id)
+        # Of twenty instances nineteen are of another split than a held-out one: their texts are not made at all.
+        instance = digest(f"{place[template.text]} {numbers}")
+        if split_of(instance) != split or (split != "train" and instance in seen):
+            continue
+        seen.add(instance)
         made += 1
-        yield problem
+        question = template.text.format(*numbers, A=people[0], B=people[1], t=thing)
+        lines = [f"{expression} = <<{expression}={value}>>{value}" for expression, value in steps]
+        answer = "\n".join([*lines, f"#### {steps[-1][1]}"])
+        yield Problem(instance, template.level, question, answer=answer, value=steps[-1][1])
 
 
-def _drawn(draw: random.Random, templates: list[Template]) -> Problem | None:
-    template = draw.choice(templates)
-    numbers = tuple(draw.randint(*limit) for limit in template.limits)
-    (a, b), thing = draw.sample(NAMES, 2), draw.choice(THINGS)
-    steps = template.solve(*numbers)
-    if steps is None:
-        return None
-    question = template.text.format(*numbers, A=a, B=b, t=thing)
-    lines = [f"{expression} = <<{expression}={value}>>{value}" for expression, value in steps]
-    answer = "\n".join([*lines, f"#### {steps[-1][1]}"])
-    instance = digest(f"{TEMPLATES.index(template)} {numbers}")
-    return Problem(instance, template.level, question, answer, steps[-1][1])
+@cache
+def problems_to_evaluate(split: Split, levels: tuple[int, ...]) -> tuple[Problem, ...]:
+    """Return all problems of a split; drawing those of the smaller splits takes longer than reading a file."""
+    return tuple({p.id: p for p in make_problems(split, COUNT[split], levels=levels)}.values())
 
 
 def parse_levels(text: str) -> tuple[int, ...]:
@@ -184,5 +188,9 @@ def parse_levels(text: str) -> tuple[int, ...]:
 
 def problem_documents(levels: str, split: Split) -> Iterator[Document]:
     """Yield problems with their answers as texts."""
-    for problem in make_problems(split, COUNT[split], levels=parse_levels(levels)):
+    wanted = parse_levels(levels)
+    # Training takes tens of thousands, with repetitions: they are drawn one by one, not kept.
+    training = split == "train"
+    found = make_problems(split, COUNT[split], levels=wanted) if training else problems_to_evaluate(split, wanted)
+    for problem in found:
         yield Document(problem.id, question_text(problem.question, problem.answer))

@@ -10,85 +10,114 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from diffract.corpora import Problem, Split, digest, make_problems, question_text
+from diffract.corpora import Split, digest, make_problems, question_text
 from diffract.corpora.splits import check_split
-from diffract.corpora.word_problems import COUNT, parse_levels
+from diffract.corpora.word_problems import parse_levels, problems_to_evaluate
 from diffract.errors import CorpusError, SelectionError, choose, printable
-from diffract.evaluate.harness import harness_item
-from diffract.evaluate.scoring import cut
+from diffract.evaluate.harness import lm_eval
+from diffract.evaluate.scoring import cut, score_choices, score_questions, score_texts
 from diffract.evaluate.sources import JSON, choices, documents, is_for_evaluation, questions
-from diffract.evaluate.tasks import Item, Kind, Question, Task, make_task, spread
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What a name stands for.
-
-    Attributes:
-        kind: Of its tasks.
-        files: Where its items are, within ``--data``; of a domain the folder.
-        built_in: Its source where there is no file.
-    """
-
-    kind: Kind
-    files: str
-    built_in: str | None = None
-
-
-CATALOG: dict[str, Entry] = {
-    "text": Entry("bits", "natural/"),
-    "natural": Entry("bits", "natural/"),
-    "math": Entry("bits", "math/", "word-problems"),
-    "code": Entry("bits", "code/", "stdlib"),
-    "instructions": Entry("bits", "instructions/"),
-    "mbpp": Entry("bits", "code/mbpp.jsonl.gz"),
-    "humaneval": Entry("bits", "code/humaneval.jsonl.gz"),
-    "gsm": Entry("exact", "", "word-problems"),
-    "gsm8k": Entry("exact", "math/gsm8k.test.jsonl.gz"),
-    "svamp": Entry("exact", "math/svamp.jsonl.gz"),
-    "gsm-hard": Entry("exact", "math/gsm_hard.jsonl.gz"),
-    "aqua": Entry("choice", "math/aqua.dev.jsonl.gz+math/aqua.test.jsonl.gz"),
-    "tal": Entry("choice", "math/tal_scq5k_en.test.jsonl.gz"),
-}
+from diffract.evaluate.tasks import FoundItems, Question, Task, TaskKind, Wanted, spread, task_kind
 
 HARNESS = "lm:"
+"""What the name of a task of lm-evaluation-harness begins with."""
 
 EXAMPLES = "math/gsm8k.train.jsonl.gz"
 """Where examples before real questions come from, within ``--data``."""
 
 MADE_UP_TOKENS, REAL_TOKENS = 128, 400
-"""Of an answer to a made-up and to a real question, at most."""
+"""The longest answers to made-up and to real questions."""
+
+
+@task_kind("bits", score_texts, better="lower", unit="bits per byte")
+def bits(wanted: Wanted) -> FoundItems:
+    """Find the pieces of documents; a source of a domain that cannot be read is left out, with a note."""
+    sources, notes = _sources(wanted), []
+    read, found = [], []
+    for source in sources:
+        try:
+            found += documents(source, wanted.split, wanted.data)
+            read.append(source)
+        except CorpusError as error:
+            if wanted.source or len(sources) == 1:
+                raise
+            notes.append(f"{wanted.name}: left out: {error}")
+    if not found:
+        raise CorpusError(f"task {wanted.name}: nothing could be read. " + " ".join(notes))
+    pieces = list(cut({d.id: d for d in found}.values()))
+    return FoundItems(spread(pieces, wanted.limit), read, notes)
+
+
+@task_kind("exact", score_questions)
+def exact(wanted: Wanted) -> FoundItems:
+    """Find questions with a number as their answer, made-up ones or those of files, each after solved examples."""
+    if wanted.word == "gsm" and not wanted.source:
+        levels = parse_levels(wanted.levels)
+        shots = make_problems("train", wanted.shots, levels=levels)
+        begin = _before([(p.question, p.answer) for p in shots])
+        problems = problems_to_evaluate(wanted.split, levels)
+        items = [Question(p.id, begin + question_text(p.question), p.answer, tokens=MADE_UP_TOKENS) for p in problems]
+        return FoundItems(spread(items, wanted.limit), [f"word-problems:{wanted.levels}".rstrip(":")])
+    sources = _sources(wanted)
+    asked = [a for source in sources for a in questions(source, wanted.split, wanted.data)]
+    begin = _examples(wanted, sources)
+    found = {q: Question(digest(q), begin + question_text(q), a, tokens=REAL_TOKENS) for q, a in asked}
+    return FoundItems(spread(list(found.values()), wanted.limit), sources)
+
+
+@task_kind("choice", score_choices)
+def choice(wanted: Wanted) -> FoundItems:
+    """Find questions with options; whoever guesses is right as often as there are options."""
+    sources = _sources(wanted)
+    found = {c.id: c for source in sources for c in choices(source, wanted.split, wanted.data)}
+    items = spread(list(found.values()), wanted.limit)
+    return FoundItems(items, sources, chance=sum(1 / len(c.options) for c in items) / len(items))
+
+
+KINDS: tuple[TaskKind, ...] = (bits, exact, choice, lm_eval)
+"""All ways of measuring quality."""
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One entry of a specification, and how to read it.
+class NamedTask:
+    """What a name stands for.
 
     Attributes:
-        name: What tables call the task.
-        word: Its name in the catalog, or the same as ``name``.
-        levels: Of made-up problems.
-        source: Given explicitly, or nothing.
-        split: Of the items.
-        data: The folder of ``--data``.
-        limit: Items at most.
-        shots: Examples before a question.
+        name: As specifications have it.
+        kind: How quality is measured.
+        files: Where the items are, within ``--data``; of a domain the folder.
+        built_in: The source where there is no file.
     """
 
     name: str
-    word: str
-    levels: str
-    source: str
-    split: Split
-    data: Path | None
-    limit: int | None
-    shots: int
+    kind: TaskKind
+    files: str
+    built_in: str | None = None
+
+
+TASKS: tuple[NamedTask, ...] = (
+    NamedTask("text", bits, "natural/"),
+    NamedTask("natural", bits, "natural/"),
+    NamedTask("math", bits, "math/", built_in="word-problems"),
+    NamedTask("code", bits, "code/", built_in="stdlib"),
+    NamedTask("instructions", bits, "instructions/"),
+    NamedTask("mbpp", bits, "code/mbpp.jsonl.gz"),
+    NamedTask("humaneval", bits, "code/humaneval.jsonl.gz"),
+    NamedTask("gsm", exact, "", built_in="word-problems"),
+    NamedTask("gsm8k", exact, "math/gsm8k.test.jsonl.gz"),
+    NamedTask("svamp", exact, "math/svamp.jsonl.gz"),
+    NamedTask("gsm-hard", exact, "math/gsm_hard.jsonl.gz"),
+    NamedTask("aqua", choice, "math/aqua.dev.jsonl.gz+math/aqua.test.jsonl.gz"),
+    NamedTask("tal", choice, "math/tal_scq5k_en.test.jsonl.gz"),
+)
+"""Everything that a specification can name."""
+
+CATALOG = {task.name: task for task in TASKS}
 
 
 def load_tasks(
@@ -120,115 +149,49 @@ def load_tasks(
     where = Path(data).expanduser() if data is not None else None
     if where is not None and not where.is_dir():
         raise CorpusError(f"no folder at {printable(data)!r}, expected one with a folder of files for each domain.")
-    wanted = [_read(entry, split, where, limit, shots) for entry in entries]
+    wanted = [Wanted(**_read(entry), split=split, data=where, limit=limit, shots=shots) for entry in entries]
     names = [w.name for w in wanted]
     if not names or len(set(names)) < len(names):
         raise SelectionError(f"expected tasks that differ in name, got {printable(', '.join(names))!r}.")
-    return [LOADERS[_kind(w)](w) for w in wanted]
+    return [_kind(w.word).task(w) for w in wanted]
 
 
-def _read(entry: str, split: Split, data: Path | None, limit: int | None, shots: int) -> Wanted:
+def _read(entry: str) -> dict[str, str]:
+    """Return name, word, levels and source of an entry of a specification."""
     name, _, source = entry.partition("=")
     if name.startswith(HARNESS) and not source and len(name) > len(HARNESS):
-        return Wanted(name, HARNESS, "", name.removeprefix(HARNESS), split, data, limit, shots)
+        return {"name": name, "word": HARNESS, "levels": "", "source": name.removeprefix(HARNESS)}
     word, colon, levels = name.partition(":")
     if (word not in CATALOG and not source) or (colon and (word != "gsm" or source)) or not word:
-        choose("task", entry, CATALOG, further=f"{HARNESS}NAME or NAME=SOURCE")
-    return Wanted(name, word, levels, source, split, data, limit, shots)
+        choose("task", entry, CATALOG, further=f"{HARNESS}NAME, NAME=SOURCE")
+    return {"name": name, "word": word, "levels": levels, "source": source}
 
 
-def _kind(wanted: Wanted) -> Kind:
-    if wanted.word == HARNESS:
-        return "lm-eval"
-    return CATALOG[wanted.word].kind if wanted.word in CATALOG else "bits"
-
-
-def _load_bits(wanted: Wanted) -> Task:
-    sources, notes = _sources(wanted), []
-    read, found = [], []
-    for source in sources:
-        try:
-            found += documents(source, wanted.split, wanted.data)
-            read.append(source)
-        except CorpusError as error:
-            if wanted.source or len(sources) == 1:
-                raise
-            notes.append(f"{wanted.name}: left out: {error}")
-    if not found:
-        raise CorpusError(f"task {wanted.name}: nothing could be read. " + " ".join(notes))
-    pieces = list(cut({d.id: d for d in found}.values()))
-    return make_task(wanted.name, "bits", wanted.split, spread(pieces, wanted.limit), sources=read, notes=notes)
-
-
-def _load_exact(wanted: Wanted) -> Task:
-    if wanted.word == "gsm" and not wanted.source:
-        sources, items = [f"word-problems:{wanted.levels}".rstrip(":")], _made_up(wanted)
-    else:
-        sources = _sources(wanted)
-        asked = [a for source in sources for a in questions(source, wanted.split, wanted.data)]
-        begin = _examples(wanted, sources)
-        found = {q: Question(digest(q), begin + question_text(q), a, REAL_TOKENS) for q, a in asked}
-        items = list(found.values())
-    return make_task(wanted.name, "exact", wanted.split, spread(items, wanted.limit), sources=sources)
-
-
-def _load_choice(wanted: Wanted) -> Task:
-    sources = _sources(wanted)
-    found = {c.id: c for source in sources for c in choices(source, wanted.split, wanted.data)}
-    items = spread(list(found.values()), wanted.limit)
-    chance = sum(1 / len(c.options) for c in items) / len(items)
-    return make_task(wanted.name, "choice", wanted.split, items, sources=sources, chance=chance)
-
-
-def _load_harness(wanted: Wanted) -> Task:
-    item = harness_item(wanted.source, wanted.split, shots=wanted.shots, limit=wanted.limit, data=wanted.data)
-    return make_task(wanted.name, "lm-eval", wanted.split, [item], sources=[f"lm-evaluation-harness {wanted.source}"])
-
-
-LOADERS: dict[Kind, Callable[[Wanted], Task]] = {
-    "bits": _load_bits,
-    "exact": _load_exact,
-    "choice": _load_choice,
-    "lm-eval": _load_harness,
-}
+def _kind(word: str) -> TaskKind:
+    if word == HARNESS:
+        return lm_eval
+    # A name of one's own, with sources of one's own, measures text.
+    return CATALOG[word].kind if word in CATALOG else bits
 
 
 def _sources(wanted: Wanted) -> list[str]:
     """Return where a task's items are."""
     if wanted.source:
         return wanted.source.split("+")
-    entry = CATALOG[wanted.word]
+    named, data = CATALOG[wanted.word], wanted.data
     files: list[str] = []
-    if wanted.data and entry.files.endswith("/"):
-        files = _files_of_domain(wanted.data, entry.files)
-    elif wanted.data and entry.files:
-        files = entry.files.split("+")
-    if not files and entry.built_in is None:
+    if data and named.files.endswith("/"):
+        # A folder may also hold what is for evaluation only; that is a task of its own.
+        suffixes = (*JSON, ".txt", ".txt.gz")
+        there = sorted(path for path in (data / named.files).glob("*") if path.name.endswith(suffixes))
+        files = [str(path.relative_to(data)) for path in there if not is_for_evaluation(path.name)]
+    elif data and named.files:
+        files = named.files.split("+")
+    if not files and named.built_in is None:
         raise CorpusError(
-            f"task {wanted.name} needs text: pass --data FOLDER with {entry.files or 'files'}, or {wanted.name}=FILE."
+            f"task {wanted.name} needs text: pass --data FOLDER with {named.files or 'files'}, or {wanted.name}=FILE."
         )
-    return files or [str(entry.built_in)]
-
-
-def _files_of_domain(data: Path, folder: str) -> list[str]:
-    """Return a domain's files, but those that are for evaluation only, by name."""
-    suffixes = (*JSON, ".txt", ".txt.gz")
-    found = sorted(p for p in (data / folder).glob("*") if p.name.endswith(suffixes) and not is_for_evaluation(p.name))
-    return [str(p.relative_to(data)) for p in found]
-
-
-def _made_up(wanted: Wanted) -> list[Item]:
-    levels = parse_levels(wanted.levels)
-    shots = make_problems("train", wanted.shots, levels=levels)
-    begin = _before([(p.question, p.answer) for p in shots])
-    problems = _problems(wanted.split, levels)
-    return [Question(p.id, begin + question_text(p.question), p.answer, MADE_UP_TOKENS) for p in problems]
-
-
-@cache
-def _problems(split: Split, levels: tuple[int, ...]) -> tuple[Problem, ...]:
-    """Return all problems of a split; drawing them takes longer than reading a file."""
-    return tuple({p.id: p for p in make_problems(split, COUNT[split], levels=levels)}.values())
+    return files or [str(named.built_in)]
 
 
 def _examples(wanted: Wanted, sources: Sequence[str]) -> str:

@@ -14,45 +14,26 @@ from contextlib import contextmanager, redirect_stderr
 from copy import deepcopy
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import blake3
 
-from diffract.corpora import Split, digest
-from diffract.errors import CheckpointError, CorpusError, SelectionError, printable, suggest
-from diffract.evaluate.tasks import Harness, Score, half_of, spread
-
-if TYPE_CHECKING:  # tasks are read without torch
-    from diffract.evaluate.model import Subject
-    from diffract.evaluate.scoring import Budget
+from diffract.corpora import digest
+from diffract.errors import CheckpointError, CorpusError, choose, printable
+from diffract.evaluate.model import Subject
+from diffract.evaluate.scoring import BatchLimit
+from diffract.evaluate.tasks import FoundItems, Harness, Score, Wanted, half_of, spread, task_kind
 
 PIP = "pip install 'diffract-llm[lm-eval]'"
 
 FOLDER = "lm_eval"
-"""Of ``--data``: where tasks of one's own are described."""
+"""The folder of ``--data`` where tasks of one's own are described."""
 
 METRICS = ("acc_norm", "acc", "exact_match")
 """Which number counts where there are several; of other ones the first of which more is better."""
 
 
-def harness_item(name: str, split: Split, *, shots: int, limit: int | None, data: Path | None) -> Harness:
-    """Return a task of the harness as an item, with all that its scores depend on.
-
-    Raises:
-        CheckpointError: The harness is not installed.
-        CorpusError: The train split is asked for.
-    """
-    if split == "train":
-        raise CorpusError(f"lm:{printable(name)} is for evaluation only, it has no train split.")
-    try:
-        release = version("lm_eval")
-    except PackageNotFoundError as error:
-        raise CheckpointError(f"lm:{printable(name)} needs lm-evaluation-harness: {PIP}.") from error
-    folder = data / FOLDER if data is not None and (data / FOLDER).is_dir() else None
-    return Harness(name, split, shots, limit, str(folder) if folder else None, f"{release} {_content(folder)}")
-
-
-def score_harness(subject: Subject, tasks: Sequence[Harness], budget: Budget) -> list[Score]:
+def score_harness(subject: Subject, tasks: Sequence[Harness], budget: BatchLimit) -> list[Score]:
     """Return the scores of tasks' items: of each its metric per item, with the first response.
 
     Items are ``subtask:number:metric``, half of the harness's own by their content, as the split says. A group's items
@@ -60,22 +41,46 @@ def score_harness(subject: Subject, tasks: Sequence[Harness], budget: Budget) ->
 
     Raises:
         SelectionError: There is no such task.
-        CheckpointError: The harness cannot run it, or it has no metric that could be used.
+        CheckpointError: The harness cannot run the task, or it has no metric that could be used.
     """
     return [score for task in tasks for score in _scores(subject, task, budget)]
 
 
-def _scores(subject: Subject, task: Harness, budget: Budget) -> list[Score]:
+@task_kind("lm-eval", score_harness)
+def lm_eval(wanted: Wanted) -> FoundItems:
+    """Find a task of the harness: one item, with all that its scores depend on.
+
+    Raises:
+        CheckpointError: The harness is not installed.
+        CorpusError: The train split is asked for.
+    """
+    name, data = wanted.source, wanted.data
+    if wanted.split == "train":
+        raise CorpusError(f"lm:{printable(name)} is for evaluation only, it has no train split.")
+    try:
+        release = version("lm_eval")
+    except PackageNotFoundError as error:
+        raise CheckpointError(f"lm:{printable(name)} needs lm-evaluation-harness: {PIP}.") from error
+    folder = data / FOLDER if data is not None and (data / FOLDER).is_dir() else None
+    item = Harness(
+        id=name,
+        split=wanted.split,
+        shots=wanted.shots,
+        limit=wanted.limit,
+        folder=str(folder) if folder else None,
+        content=f"{release} {_content(folder)}",
+    )
+    return FoundItems([item], [f"lm-evaluation-harness {name}"])
+
+
+def _scores(subject: Subject, task: Harness, budget: BatchLimit) -> Iterator[Score]:
     with _quiet():
         leaves, chosen = _leaves(task)
         if not chosen:
             raise CheckpointError(f"lm:{printable(task.id)} has no items in the {task.split} split.")
-        found = _simple_evaluate(subject, task, {name: leaves[name] for name in chosen}, chosen, budget)
-    return [
-        score
-        for name, samples in found["samples"].items()
-        for score in _samples(name, samples, found["higher_is_better"].get(name, {}))
-    ]
+        found = _simple_evaluate(subject, task, [leaves[name] for name in chosen], samples=chosen, budget=budget)
+    for name, samples in found["samples"].items():
+        yield from _samples(name, samples, found["higher_is_better"].get(name, {}))
 
 
 def _leaves(task: Harness) -> tuple[dict[str, Any], dict[str, list[int]]]:
@@ -83,9 +88,7 @@ def _leaves(task: Harness) -> tuple[dict[str, Any], dict[str, list[int]]]:
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports] (an extra)
 
     manager = TaskManager(include_path=task.folder)
-    if task.id not in manager.all_tasks:
-        raise SelectionError(f"lm-evaluation-harness has no task {printable(task.id)!r}."
-                             f"{suggest(task.id, manager.all_tasks)}")  # fmt: skip
+    choose("task of lm-evaluation-harness", task.id, manager.all_tasks)
     with _explained(task.id):
         leaves = manager.load(task.id)["tasks"]
         chosen = {name: spread(_in_split(leaf.eval_docs, task.split), task.limit) for name, leaf in leaves.items()}
@@ -98,7 +101,7 @@ def _in_split(docs: Any, split: str) -> list[int]:
 
 
 def _simple_evaluate(
-    subject: Subject, task: Harness, leaves: Mapping[str, Any], chosen: dict[str, list[int]], budget: Budget
+    subject: Subject, task: Harness, leaves: list[Any], *, samples: dict[str, list[int]], budget: BatchLimit
 ) -> Any:
     from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports] (an extra)
     from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports] (an extra)
@@ -112,9 +115,9 @@ def _simple_evaluate(
         )
         return simple_evaluate(
             model=wrapped,
-            tasks=list(leaves.values()),
+            tasks=leaves,
             num_fewshot=task.shots or None,  # a task has a number of its own
-            samples=chosen,
+            samples=samples,
             use_cache=None,
             log_samples=True,
             bootstrap_iters=0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor
 
 from diffract.checkpoints import open_checkpoint
-from diffract.checkpoints.open import parse_hub_name
 from diffract.engine import choose_device
 from diffract.errors import CheckpointError, DiffractError, choose, printable
 
 PIP = "pip install 'diffract-llm[train]'"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_HUB = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?:@(?P<revision>[!-?A-~]+))?", re.ASCII)
 
 
 def load_model(ref: str, device: torch.device, dtype: str) -> torch.nn.Module:
@@ -31,7 +33,7 @@ def load_model(ref: str, device: torch.device, dtype: str) -> torch.nn.Module:
 
     Args:
         ref: A folder, ``org/name@revision``, or an adapter.
-        device: Where it goes.
+        device: Where the model goes.
         dtype: ``auto`` is the stored one, on a CPU float32.
 
     Raises:
@@ -55,7 +57,7 @@ def load_tokenizer(ref: str) -> Any:
     """Load a tokenizer.
 
     Raises:
-        CheckpointError: There is none.
+        CheckpointError: There is no tokenizer, or it cannot be loaded.
     """
     with _explained(ref, "tokenizer"):
         from transformers import AutoTokenizer
@@ -70,11 +72,10 @@ def _own_place(ref: str) -> tuple[str, dict[str, Any]] | None:
     if path.is_dir():
         whole = (path / "config.json").is_file() and not (path / "adapter_config.json").is_file()
         return (str(path), {}) if whole else None
-    named = None if path.exists() else parse_hub_name(ref)
-    if named is None:
+    match = None if path.exists() else _HUB.fullmatch(ref)
+    if match is None:
         return None
-    repo, revision = named
-    return repo, {"revision": revision} if revision else {}
+    return match["repo"], {"revision": match["revision"]} if match["revision"] else {}
 
 
 def _from_transformers(place: tuple[str, dict[str, Any]], dtype: Any) -> tuple[Any, list[str]]:
@@ -133,7 +134,7 @@ def _explained(ref: str, what: str) -> Iterator[None]:
 
 
 CHUNK_BYTES = 1 << 26
-"""Of a tensor on another device so much is copied at a time."""
+"""So much of a tensor on another device is copied at a time."""
 
 NOT_PART = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 """Entries of a config that do not change what a loaded model computes; its dtype is that of its tensors."""
@@ -145,7 +146,10 @@ def model_digest(model: torch.nn.Module) -> str:
     Tensors are read where they lie; tied ones are read once. One changed bit gives another digest.
     """
     hasher = blake3.blake3(max_threads=blake3.blake3.AUTO)
-    hasher.update(json.dumps([type(model).__name__, _config(model)], default=str, sort_keys=True).encode())
+    config: Any = getattr(model, "config", None)
+    config = config.to_dict() if hasattr(config, "to_dict") else {}
+    own = {k: v for k, v in config.items() if k not in NOT_PART}
+    hasher.update(json.dumps([type(model).__name__, own], default=str, sort_keys=True).encode())
     seen: dict[tuple[Any, ...], str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
@@ -175,12 +179,6 @@ def has_adapters(model: torch.nn.Module) -> bool:
     return bool(getattr(model, "peft_config", None))
 
 
-def _config(model: torch.nn.Module) -> dict[str, Any]:
-    config: Any = getattr(model, "config", None)
-    own = config.to_dict() if hasattr(config, "to_dict") else {}
-    return {k: v for k, v in own.items() if k not in NOT_PART}
-
-
 def _update(hasher: blake3.blake3, tensor: Tensor) -> None:
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
     for begun in range(0, flat.numel(), CHUNK_BYTES):
@@ -200,7 +198,7 @@ class Subject:
 
     Attributes:
         model: In evaluation mode; a causal language model of transformers.
-        tokenizer: Of transformers.
+        tokenizer: A tokenizer of transformers.
         device: Where the model is.
         context: Tokens that the model takes at once.
         name: What to call it in messages.
@@ -272,7 +270,7 @@ def load_subject(
     if found is None:
         raise CheckpointError("a loaded model needs its tokenizer: pass tokenizer=.")
     found = load_tokenizer(str(found)) if isinstance(found, str | Path) else found
-    return Subject(model.eval(), found, where, context_of(model), name)
+    return Subject(model.eval(), found, where, context=context_of(model), name=name)
 
 
 def context_of(model: torch.nn.Module) -> int:

@@ -13,9 +13,9 @@ import polars as pl
 import torch
 
 from diffract.errors import CheckpointError, RunError, printable
-from diffract.evaluate.harness import score_harness
+from diffract.evaluate.catalog import KINDS
 from diffract.evaluate.model import Subject, has_adapters, model_digest, tokenizer_digest
-from diffract.evaluate.scoring import Budget, chunks, score_choices, score_questions, score_texts
+from diffract.evaluate.scoring import BatchLimit, chunks
 from diffract.evaluate.statistics import paired, summarise
 from diffract.evaluate.tasks import VERSION, Item, Score, Task, score_table
 from diffract.settings import Progress
@@ -111,24 +111,24 @@ def _task(row: dict[str, Any]) -> Task:
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessRank:
     """Which process this is.
 
     Attributes:
-        rank: From 0 on; the first one writes and prints.
-        count: How many there are.
+        rank: The number of this process, from 0 on; the first one writes and prints.
+        count: How many processes there are.
     """
 
     rank: int = 0
     count: int = 1
 
 
-def place() -> Place:
+def place() -> ProcessRank:
     """Return which process this is; those that ``accelerate launch`` or ``torchrun`` started find each other first."""
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
-        return Place()
+        return ProcessRank()
     state = _state()
-    return Place(state.process_index, state.num_processes)
+    return ProcessRank(state.process_index, state.num_processes)
 
 
 def own_device() -> torch.device | None:
@@ -136,7 +136,7 @@ def own_device() -> torch.device | None:
     return None if int(os.environ.get("WORLD_SIZE", "1")) <= 1 else _state().device
 
 
-def gather(values: Sequence[Any], where: Place) -> list[Any]:
+def gather(values: Sequence[Any], where: ProcessRank) -> list[Any]:
     """Return the values of all processes, in the order of their ranks."""
     if where.count == 1:
         return list(values)
@@ -156,21 +156,15 @@ def _state() -> Any:
 PART = 64
 """Items that are computed, kept and shared out among processes together."""
 
-SCORERS: dict[str, Callable[[Subject, Any, Budget], list[Score]]] = {
-    "bits": score_texts,
-    "exact": score_questions,
-    "choice": score_choices,
-    "lm-eval": score_harness,
-}
-
-"""Called with the items done, all items, and the task."""
+SCORERS = {kind.name: kind.score for kind in KINDS}
+"""What scores items, by the kind of their task."""
 
 
 class Evaluator:
     """Scores a model as it stands now: its weights are digested at each call, so live edits are never confused.
 
     Attributes:
-        digests: Of the model and of its tokenizer, as they were when ``scores`` was called last.
+        digests: Digests of the model and of its tokenizer, as they were when ``scores`` was called last.
     """
 
     def __init__(
@@ -189,12 +183,12 @@ class Evaluator:
             subject: The model; its weights may change between calls of ``scores``.
             tasks: What it is scored on.
             cache: Where scores are kept, by all that they depend on.
-            batch_tokens: At once, padding included.
+            batch_tokens: Tokens of a batch at most, padding included.
             notes: Takes what the user should know.
-            progress: Takes how far work has come.
+            progress: Is told the items done, all items, and the name of the task.
         """
         self.subject, self.tasks, self.cache, self.progress = subject, tuple(tasks), cache, progress
-        self.budget = Budget(batch_tokens, notes)
+        self.budget = BatchLimit(batch_tokens, notes)
         self.digests = ("", "")
         self._place = place()
         if cache and has_adapters(subject.model):
@@ -211,28 +205,26 @@ class Evaluator:
         training = self.subject.model.training
         self.subject.model.eval()
         try:
-            model = self._model_key()
+            self.digests = model_digest(self.subject.model), tokenizer_digest(self.subject.tokenizer)
             self._done = 0
-            tables = [self._task_scores(task, model) for task in self.tasks]
+            tables = [self._task_scores(task) for task in self.tasks]
             return pl.concat([pl.DataFrame(schema=ITEM_SCORES), *tables])
         finally:
             self.subject.model.train(training)
 
-    def _model_key(self) -> list[str | int]:
-        """Return all that scores depend on but the task."""
+    def _task_scores(self, task: Task) -> pl.DataFrame:
+        """Return a task's scores; parts of equally long items are computed together."""
         subject = self.subject
         dtype = str(next(iter(subject.model.parameters())).dtype)
-        self.digests = model_digest(subject.model), tokenizer_digest(subject.tokenizer)
-        return [*self.digests, dtype, subject.device.type, subject.context, *subject.start]
-
-    def _task_scores(self, task: Task, model: list[str | int]) -> pl.DataFrame:
-        """Return a task's scores; parts of equally long items are computed together."""
+        model = [*self.digests, dtype, subject.device.type, subject.context, *subject.start]
         order = sorted(task.items, key=lambda item: (-item.length, item.id))
         scores: list[Score] = []
         for number, part in enumerate(chunks(order, PART)):
             if number % self._place.count == self._place.rank:
                 scores += self._part_scores(task, part, cache_key("scores", VERSION, PART, *model, task.key, number))
-            self._tell(len(part), task)
+            self._done += len(part)
+            if self.progress:
+                self.progress(self._done, sum(len(t.items) for t in self.tasks), task.name)
         every = {score.item: score for score in gather(scores, self._place)}
         order_of = {item.id: i for i, item in enumerate(task.items)}
         return score_table(task.name, sorted(every.values(), key=lambda s: order_of.get(s.item, 0)))
@@ -245,8 +237,3 @@ class Evaluator:
         if self.cache:
             self.cache.put(key, score_table(task.name, scores))
         return scores
-
-    def _tell(self, count: int, task: Task) -> None:
-        self._done += count
-        if self.progress:
-            self.progress(self._done, sum(len(t.items) for t in self.tasks), task.name)

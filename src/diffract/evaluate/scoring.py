@@ -1,4 +1,4 @@
-"""Work in batches as large as memory allows."""
+"""Scores of items: bits of text, answers, choices, computed in batches as large as memory allows."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from diffract.corpora import Document
 from diffract.errors import CheckpointError, CorpusError, printable
 from diffract.evaluate.model import Subject
 from diffract.evaluate.sources import is_right
-from diffract.evaluate.tasks import Choice, Piece, Question, Score
+from diffract.evaluate.tasks import MultipleChoice, Piece, Question, Score
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 @dataclass
-class Budget:
+class BatchLimit:
     """How much is computed at once.
 
     Attributes:
-        tokens: In a batch, padding included, at most; halved when memory runs out. One item is a batch in any case.
+        tokens: The most in a batch, padding included; halved when memory runs out. One item is a batch in any case.
         notes: Takes what the user should know.
     """
 
@@ -35,7 +35,7 @@ class Budget:
     notes: Callable[[str], None] | None = None
 
     def note(self, text: str) -> None:
-        """Tell something."""
+        """Tell the user something, if anybody listens."""
         if self.notes is not None:
             self.notes(text)
 
@@ -44,8 +44,8 @@ def run_batches(
     items: Sequence[T],
     length: Callable[[T], int],
     compute: Callable[[list[T]], list[R]],
-    budget: Budget,
     *,
+    budget: BatchLimit,
     most: int | None = None,
 ) -> list[R]:
     """Return the results of items in their order; long ones are computed first, and together with long ones.
@@ -94,7 +94,7 @@ def _tried(compute: Callable[[list[T]], list[R]], batch: list[T], longest: int) 
     return None
 
 
-def _halve(budget: Budget, tokens: int) -> None:
+def _halve(budget: BatchLimit, tokens: int) -> None:
     budget.tokens = max(1, tokens // 2)
     budget.note(f"out of memory: batches of {budget.tokens} tokens from here on")
     if torch.cuda.is_available():
@@ -119,9 +119,9 @@ class Prompt:
     """What a model goes on from.
 
     Attributes:
-        ids: Its tokens; the answer must leave room for one more in the context.
-        tokens: Of the answer, at most.
-        item: What to call it in a message.
+        ids: The tokens of the prompt; they leave room for one more in the context.
+        tokens: How many tokens the answer has at most.
+        item: What to call the prompt in a message.
     """
 
     ids: Sequence[int]
@@ -129,7 +129,7 @@ class Prompt:
     item: str
 
 
-def generate(subject: Subject, prompts: Sequence[Prompt], budget: Budget) -> list[str]:
+def generate(subject: Subject, prompts: Sequence[Prompt], budget: BatchLimit) -> list[str]:
     """Return the model's greedy answers, each cut at its end.
 
     Prompts are padded on the left, masked, and computed with prompts of about the same length; rounding apart, an
@@ -141,15 +141,14 @@ def generate(subject: Subject, prompts: Sequence[Prompt], budget: Budget) -> lis
     """
     answers: dict[int, str] = {}
     with _plain_generation(subject.model):
-        for tokens in sorted(
-            {p.tokens for p in prompts}
-        ):  # so that no row goes on beyond what its context has room for
+        # A batch goes on for one number of tokens, and no row may go on beyond what its context has room for.
+        for tokens in sorted({p.tokens for p in prompts}):
             own = [i for i, p in enumerate(prompts) if p.tokens == tokens]
             found = run_batches(
                 [prompts[i] for i in own],
                 lambda p: len(p.ids) + p.tokens,
                 lambda batch: _batch_answers(subject, batch),
-                budget,
+                budget=budget,
             )
             answers.update(zip(own, found, strict=True))
     return [answers[i] for i in range(len(prompts))]
@@ -185,18 +184,12 @@ def _batch_answers(subject: Subject, prompts: list[Prompt]) -> list[str]:
         stopping_criteria=[_Ended(subject, len(prompts), longest)],
         logits_processor=[_Numbers(subject, prompts)],
     )
-    answers = found[:, longest:].tolist()
-    return [shorten(_text(subject, ids)) for ids in answers]
-
-
-def _text(subject: Subject, ids: list[int]) -> str:
-    """Return what was said before the token for an end."""
-    end = subject.tokenizer.eos_token_id
-    return subject.decode(ids[: ids.index(end)] if end in ids else ids)
+    answers, end = found[:, longest:].tolist(), subject.tokenizer.eos_token_id
+    return [shorten(subject.decode(ids[: ids.index(end)] if end in ids else ids)) for ids in answers]
 
 
 def _padding(subject: Subject) -> int:
-    """Any token will do, as it is masked."""
+    # Any token will do, as it is masked.
     tokenizer = subject.tokenizer
     return next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
 
@@ -247,7 +240,7 @@ def _plain_generation(model: Any) -> Iterator[None]:
 
 
 LOGITS_BYTES = 1 << 31
-"""Of float32 logits a batch has no more."""
+"""A batch has no more bytes of float32 logits."""
 
 POSITIONS_AT_ONCE = 1024
 """The logits of so many positions are upcast at a time."""
@@ -268,7 +261,7 @@ class Row:
     item: str
 
 
-def row_bits(subject: Subject, rows: Sequence[Row], budget: Budget) -> list[float]:
+def row_bits(subject: Subject, rows: Sequence[Row], budget: BatchLimit) -> list[float]:
     """Return for each row -sum log2 p(token | those before it) over its last ``scored`` tokens.
 
     Logits are upcast to float32 for the log-softmax, sums are float64. Rows are padded on the right and masked, so that
@@ -278,7 +271,9 @@ def row_bits(subject: Subject, rows: Sequence[Row], budget: Budget) -> list[floa
         CheckpointError: A sum is NaN or infinite, or memory does not suffice for one row.
     """
     most = LOGITS_BYTES // (4 * subject.vocabulary)
-    return run_batches(rows, lambda row: len(row.ids) - 1, lambda batch: _batch_bits(subject, batch), budget, most=most)
+    return run_batches(
+        rows, lambda row: len(row.ids) - 1, lambda batch: _batch_bits(subject, batch), budget=budget, most=most
+    )
 
 
 @torch.inference_mode()
@@ -309,7 +304,7 @@ def _nats(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     return torch.stack(sums).sum()
 
 
-def score_questions(subject: Subject, questions: Sequence[Question], budget: Budget) -> list[Score]:
+def score_questions(subject: Subject, questions: Sequence[Question], budget: BatchLimit) -> list[Score]:
     """Return 1 for each question whose greedy answer ends in the right number, else 0, with the answer itself.
 
     A prompt that leaves no room for an answer in the model's context is not asked; it counts as wrong, without output.
@@ -321,15 +316,15 @@ def score_questions(subject: Subject, questions: Sequence[Question], budget: Bud
         if room > 0 and ids:
             asked[i] = Prompt(ids, room, question.id)
     answers = dict(zip(asked, generate(subject, list(asked.values()), budget), strict=True))
-    return [_score_answer(q, answers.get(i)) for i, q in enumerate(questions)]
+    scores = []
+    for i, question in enumerate(questions):
+        answer = answers.get(i)
+        right = answer is not None and is_right(answer, question.answer)
+        scores.append(Score(question.id, float(right), output=answer))
+    return scores
 
 
-def _score_answer(question: Question, answer: str | None) -> Score:
-    right = answer is not None and is_right(answer, question.answer)
-    return Score(question.id, float(right), 1.0, answer)
-
-
-def score_choices(subject: Subject, choices: Sequence[Choice], budget: Budget) -> list[Score]:
+def score_choices(subject: Subject, choices: Sequence[MultipleChoice], budget: BatchLimit) -> list[Score]:
     """Return 1 for each question whose right option is the likeliest one, else 0, with the option taken.
 
     An option's score is log p(option | prompt) by the UTF-8 bytes of the option, so that short options have no
@@ -342,20 +337,18 @@ def score_choices(subject: Subject, choices: Sequence[Choice], budget: Budget) -
             f"{shortened} options with their prompts are longer than the context; their beginnings were cut off"
         )
     kept = [Row(row.ids[-subject.context - 1 :], min(row.scored, subject.context), row.item) for row in rows]
-    bits = iter(row_bits(subject, kept, budget))
-    return [_score_choice(choice, [next(bits) for _ in choice.options]) for choice in choices]
+    bits, scores = iter(row_bits(subject, kept, budget)), []
+    for choice in choices:
+        by_byte = [next(bits) / max(1, len(option.encode())) for option in choice.options]
+        taken = by_byte.index(min(by_byte))
+        scores.append(Score(choice.id, float(taken == choice.right), output=choice.options[taken]))
+    return scores
 
 
-def _rows(subject: Subject, choice: Choice) -> list[Row]:
+def _rows(subject: Subject, choice: MultipleChoice) -> list[Row]:
     """Return prompt and option as one text, of which the option's tokens count."""
     prompt, *whole = subject.encode([choice.prompt, *(f"{choice.prompt} {option}" for option in choice.options)])
     return [Row([*subject.start, *ids], max(1, len(ids) - len(prompt)), choice.id) for ids in whole]
-
-
-def _score_choice(choice: Choice, bits: Sequence[float]) -> Score:
-    by_byte = [b / max(1, len(option.encode())) for b, option in zip(bits, choice.options, strict=True)]
-    taken = by_byte.index(min(by_byte))
-    return Score(choice.id, float(taken == choice.right), 1.0, choice.options[taken])
 
 
 PIECE_BYTES = 2048
@@ -377,13 +370,19 @@ def cut(documents: Iterable[Document]) -> Iterator[Piece]:
         except UnicodeEncodeError as error:
             raise CorpusError(f"document {document.id} is no text that UTF-8 can hold. Mend the file.") from error
         count = -(-len(content) // PIECE_BYTES)
-        ends = [_border(content, (i + 1) * len(content) // count) for i in range(count)]
+        ends = []
+        for i in range(count):
+            end = (i + 1) * len(content) // count
+            # Bytes of the form 10xxxxxx go on with a character that has begun before them.
+            while 0 < end < len(content) and content[end] & 0xC0 == 0x80:
+                end -= 1
+            ends.append(end)
         for i, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
             if end > begin:
                 yield Piece(f"{document.id}:{i}", content[begin:end].decode())
 
 
-def score_texts(subject: Subject, pieces: Sequence[Piece], budget: Budget) -> list[Score]:
+def score_texts(subject: Subject, pieces: Sequence[Piece], budget: BatchLimit) -> list[Score]:
     """Return bits and bytes of each piece.
 
     Every token counts once. The first is predicted from the tokenizer's token for a beginning (or for an end, where it
@@ -417,10 +416,3 @@ def windows(ids: Sequence[int], context: int, item: str) -> Iterator[Row]:
         end = min(done + max(1, context // 2), last)
         yield Row(ids[end - context : end + 1], end - done, item)
         done = end
-
-
-def _border(content: bytes, place: int) -> int:
-    """Return the last border of a character at or before a byte."""
-    while 0 < place < len(content) and content[place] & 0xC0 == 0x80:
-        place -= 1
-    return place

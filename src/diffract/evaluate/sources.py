@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -27,7 +28,7 @@ from diffract.corpora import (
 )
 from diffract.corpora.splits import document
 from diffract.errors import CorpusError, printable
-from diffract.evaluate.tasks import Choice, half_of
+from diffract.evaluate.tasks import MultipleChoice, half_of
 
 CALCULATOR = re.compile(r"<<[^<>\n]*>>")
 """GSM8K's marks, which show a calculator's work."""
@@ -112,19 +113,19 @@ Offered = tuple[str, Mapping[str, str], str]
 CHOICES: dict[tuple[str, ...], Callable[[Record], Offered]] = {
     ("question", "options", "correct"): lambda r: (
         r["question"],
-        dict(_lettered(o) for o in r["options"]),
+        {letter.strip(): text.strip() for letter, _, text in (o.partition(")") for o in r["options"])},
         r["correct"],
     ),
     ("problem", "options", "answer"): lambda r: (r["problem"], r["options"], r["answer"]),
 }
-"""Fields of a record (AQuA, TAL-SCQ5K) to what they offer."""
+"""Fields of a record (AQuA, whose options are such as ``A)12``; TAL-SCQ5K) to what they offer."""
 
 
 def documents(source: str, split: Split, data: Path | None) -> list[Document]:
     """Return the documents of a source that are in a split; equal ones once.
 
     Raises:
-        CorpusError: It cannot be read, holds no text, or the split has none of it.
+        CorpusError: The source cannot be read, holds no text, or the split has none of it.
     """
     path = find_file(source, data)
     if path is None:
@@ -159,7 +160,7 @@ def questions(source: str, split: Split, data: Path | None) -> list[Asked]:
     return _some(list(kept.values()), source, split)
 
 
-def choices(source: str, split: Split, data: Path | None) -> list[Choice]:
+def choices(source: str, split: Split, data: Path | None) -> list[MultipleChoice]:
     """Return the choices of a file's split; equal ones once.
 
     Raises:
@@ -191,26 +192,22 @@ def _in_split(source: str, records: Sequence[Record], made: Sequence[Document], 
     """Return those in a split, as training would split the records' texts, or of the halves.
 
     Args:
-        source: Its name.
-        records: What it holds.
-        made: One for each record.
-        split: Which.
+        source: The name of what holds the records.
+        records: What training would make texts of.
+        made: What evaluation has made of the records, one for each.
+        split: Which split is wanted.
     """
-    texts = None if is_for_evaluation(source, records) else _training_texts(records)
+    texts = None
+    if not is_for_evaluation(source, records):
+        # What training can make no texts of it never sees, so that halves are safe there too.
+        with suppress(CorpusError):
+            texts = [document(record_text(record, "")) for record in records]
     if texts is None:
         if split == "train":
             raise CorpusError(f"{printable(source)} is for evaluation only, it has no train split.")
         return [d for d in made if half_of(d.id) == split]
     wanted = {d.id for d in split_documents(texts, split)}
     return [d for d, text in zip(made, texts, strict=True) if text.id in wanted]
-
-
-def _training_texts(records: Sequence[Record]) -> list[Document] | None:
-    """Return what training makes of records, or ``None`` where it can make nothing of them."""
-    try:
-        return [document(record_text(record, "")) for record in records]
-    except CorpusError:
-        return None
 
 
 def _records(source: str, data: Path | None) -> list[Record]:
@@ -238,7 +235,7 @@ def _parsed(kinds: Mapping[tuple[str, ...], Callable[[Record], Any]], record: Re
         raise CorpusError(f"{where}: a field is not what it should be ({printable(error)}). Mend the file.") from error
 
 
-def _choice(offered: Offered, where: str) -> Choice:
+def _choice(offered: Offered, where: str) -> MultipleChoice:
     question, options, right = offered
     letters = list(options)
     if right not in letters or len(letters) < 2:
@@ -247,13 +244,9 @@ def _choice(offered: Offered, where: str) -> Choice:
             "Mend the file."
         )
     texts = tuple(str(option).strip() for option in options.values())
-    return Choice(digest(f"{question} {texts}"), question_text(question), texts, letters.index(right))
-
-
-def _lettered(option: str) -> tuple[str, str]:
-    """Return letter and text of an option such as ``A)12``."""
-    letter, _, text = option.partition(")")
-    return letter.strip(), text.strip()
+    return MultipleChoice(
+        digest(f"{question} {texts}"), question_text(question), options=texts, right=letters.index(right)
+    )
 
 
 def _plain(value: Any) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 import polars as pl
 
@@ -12,10 +13,28 @@ from diffract.corpora import Split
 from diffract.store import cache_key
 from diffract.tables import ITEM_SCORES
 
+if TYPE_CHECKING:
+    from diffract.evaluate.model import Subject
+    from diffract.evaluate.scoring import BatchLimit
+
 VERSION = 1
 """Raised when the same items would get other scores; part of every key."""
 
-Kind = Literal["bits", "exact", "choice", "lm-eval"]
+
+class Item(Protocol):
+    """What a model is scored on: a frozen dataclass, whose fields are all that its score depends on."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def id(self) -> str:
+        """The name of the item, unique in its task."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """About how long the item is; what is about equally long is computed together."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -27,7 +46,7 @@ class Piece:
 
     @property
     def length(self) -> int:
-        """About how long it is; what is about equally long is computed together."""
+        """Characters of the text."""
         return len(self.text)
 
 
@@ -42,12 +61,12 @@ class Question:
 
     @property
     def length(self) -> int:
-        """About how long it is."""
+        """Characters of the prompt."""
         return len(self.prompt)
 
 
 @dataclass(frozen=True)
-class Choice:
+class MultipleChoice:
     """A question with options, of which ``options[right]`` is right."""
 
     id: str
@@ -57,7 +76,7 @@ class Choice:
 
     @property
     def length(self) -> int:
-        """About how long it is."""
+        """Characters of the prompt with its longest option."""
         return len(self.prompt) + max(map(len, self.options))
 
 
@@ -74,11 +93,8 @@ class Harness:
 
     @property
     def length(self) -> int:
-        """It is alone."""
+        """Always 1: there is nothing that could be computed together with a whole task."""
         return 1
-
-
-Item = Piece | Question | Choice | Harness
 
 
 @dataclass(frozen=True)
@@ -97,8 +113,8 @@ class Task:
 
     Attributes:
         name: What tables call it.
-        kind: ``bits``, ``exact``, ``choice`` or ``lm-eval``.
-        split: Which split its items are of.
+        kind: The name of its kind: ``bits``, ``exact``, ``choice`` or ``lm-eval``.
+        split: Which split the items are of.
         key: Digest of all that scores depend on but the model and its tokenizer.
         better: ``lower`` or ``higher``.
         unit: ``bits per byte`` or ``accuracy``.
@@ -124,20 +140,96 @@ class Task:
         return {k: v for k, v in vars(self).items() if k != "items"} | {"items": len(self.items)}
 
 
-def make_task(
+@dataclass(frozen=True)
+class Wanted:
+    """One entry of a specification, and how its items are read.
+
+    Attributes:
+        name: What tables call the task.
+        word: What the catalog calls the task; the same as ``name`` where it has none.
+        levels: Which levels of made-up problems.
+        source: Where the items are, if that was said.
+        split: Which split the items are of.
+        data: The folder of ``--data``.
+        limit: Items at most.
+        shots: Examples before a question.
+    """
+
+    name: str
+    word: str
+    levels: str
+    source: str
+    split: Split
+    data: Path | None
+    limit: int | None
+    shots: int
+
+
+@dataclass(frozen=True)
+class FoundItems:
+    """What was found for an entry of a specification; the attributes are those of a task."""
+
+    items: Sequence[Item]
+    sources: Sequence[str]
+    notes: Sequence[str] = ()
+    chance: float | None = None
+
+
+@dataclass(frozen=True)
+class TaskKind:
+    """A way of measuring quality.
+
+    Attributes:
+        name: What manifests call the kind; part of every task's key.
+        find: Finds the items of a task.
+        score: Scores a model on items.
+        better: ``lower`` or ``higher``.
+        unit: What quality is measured in.
+    """
+
+    name: str
+    find: Callable[[Wanted], FoundItems]
+    score: Callable[[Subject, Sequence[Any], BatchLimit], list[Score]]
+    better: Literal["lower", "higher"]
+    unit: str
+
+    def task(self, wanted: Wanted) -> Task:
+        """Return the task that is wanted."""
+        found = self.find(wanted)
+        return Task(
+            name=wanted.name,
+            kind=self.name,
+            split=wanted.split,
+            key=cache_key("task", VERSION, self.name, [asdict(item) for item in found.items]),
+            better=self.better,
+            unit=self.unit,
+            chance=found.chance,
+            sources=tuple(found.sources),
+            notes=tuple(found.notes),
+            items=tuple(found.items),
+        )
+
+
+def task_kind(
     name: str,
-    kind: Kind,
-    split: str,
-    items: Sequence[Item],
+    score: Callable[[Subject, Sequence[Any], BatchLimit], list[Score]],
     *,
-    sources: Sequence[str] = (),
-    notes: Sequence[str] = (),
-    chance: float | None = None,
-) -> Task:
-    """Return a task of items."""
-    key = cache_key("task", VERSION, kind, [asdict(item) for item in items])
-    better, unit = ("lower", "bits per byte") if kind == "bits" else ("higher", "accuracy")
-    return Task(name, kind, split, key, better, unit, chance, tuple(sources), tuple(notes), tuple(items))
+    better: Literal["lower", "higher"] = "higher",
+    unit: str = "accuracy",
+) -> Callable[[Callable[[Wanted], FoundItems]], TaskKind]:
+    """Declare a kind of task at the function that finds its items.
+
+    Args:
+        name: What manifests call the kind.
+        score: Scores a model on items.
+        better: ``lower`` or ``higher``.
+        unit: What quality is measured in.
+
+    Returns:
+        A decorator that makes a record of a function. It registers nothing: ``diffract.evaluate.catalog`` lists what
+        there is.
+    """
+    return lambda find: TaskKind(name, find, score, better=better, unit=unit)
 
 
 def score_table(name: str, scores: Sequence[Score]) -> pl.DataFrame:

@@ -20,7 +20,7 @@ from diffract.edits.planning import both
 from diffract.errors import SelectionError, printable
 from diffract.evaluate import Subject, Task
 from diffract.evaluate.scoring import Row, windows
-from diffract.evaluate.tasks import Choice, Piece, Question
+from diffract.evaluate.tasks import MultipleChoice, Piece, Question
 
 SAMPLE_TOKENS = 1 << 16
 """Tokens of sample text."""
@@ -56,7 +56,7 @@ def task_texts(task: Task) -> list[str]:
                 found.append(item.text)
             case Question():
                 found.append(f"{item.prompt} {item.answer}")
-            case Choice():
+            case MultipleChoice():
                 found.append(f"{item.prompt} {item.options[item.right]}")
             case _:
                 break

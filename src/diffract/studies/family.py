@@ -16,6 +16,7 @@ import yaml
 from diffract.errors import RunError, printable
 from diffract.store import write_text
 from diffract.studies.recipe import StudyRecipe
+from diffract.train import train
 from diffract.train.recipe import load_train_recipe
 from diffract.train.records import read_run
 
@@ -27,13 +28,13 @@ FAMILY = "family"
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """One training run.
 
     Attributes:
-        name: Of its folder.
+        name: What the run and its folder are called.
         recipe: A training recipe.
-        folder: Where it goes.
+        folder: Where the run goes.
     """
 
     name: str
@@ -68,26 +69,26 @@ class Family:
         return max(self.tuned)
 
 
-def pretraining_jobs(recipe: StudyRecipe, folder: Path, data: Path | None) -> list[Job]:
+def pretraining_jobs(recipe: StudyRecipe, folder: Path, data: Path | None) -> list[TrainingJob]:
     """Return the training run that makes the bases; none where they are given."""
     if recipe.pretraining.train is None:
         return []
     settings = _common(recipe, data) | recipe.pretraining.train
-    return [Job(PRETRAINING, settings, folder / FAMILY / PRETRAINING)]
+    return [TrainingJob(PRETRAINING, settings, folder / FAMILY / PRETRAINING)]
 
 
-def continual_jobs(recipe: StudyRecipe, bases: Mapping[int, str], folder: Path, data: Path | None) -> list[Job]:
+def continual_jobs(
+    recipe: StudyRecipe, bases: Mapping[int, str], folder: Path, *, data: Path | None
+) -> list[TrainingJob]:
     """Return one training run for each budget and domain."""
-    replay = {name: part.model_dump(mode="json") for name, part in recipe.continual.replay.items()}
+    common = _common(recipe, data) | recipe.continual.train
+    replay = {f"replay of {name}": part.model_dump(mode="json") for name, part in recipe.continual.replay.items()}
     jobs = []
     for tokens in recipe.pretraining.chosen:
         for domain, part in recipe.continual.domains.items():
-            mix = {f"replay of {name}": value for name, value in replay.items()} | {
-                domain: part.model_dump(mode="json")
-            }
-            made = {"model": {"init": bases[tokens]}, "mix": mix}
+            made = {"model": {"init": bases[tokens]}, "mix": replay | {domain: part.model_dump(mode="json")}}
             name = tuned_name(domain, tokens)
-            jobs.append(Job(name, _common(recipe, data) | recipe.continual.train | made, folder / FAMILY / name))
+            jobs.append(TrainingJob(name, common | made, folder / FAMILY / name))
     return jobs
 
 
@@ -102,16 +103,26 @@ def _common(recipe: StudyRecipe, data: Path | None) -> dict[str, Any]:
     return {name: value for name, value in known.items() if value is not None}
 
 
-def make_family(recipe: StudyRecipe, folder: Path, data: Path | None, say: Say) -> Family:
+def make_family(recipe: StudyRecipe, folder: Path, data: Path | None, *, say: Say) -> Family:
     """Train what is not trained yet; a run that was killed goes on where it was.
+
+    Args:
+        recipe: What is asked.
+        folder: The folder of the study.
+        data: The folder that names of files are relative to.
+        say: Is told what is being done.
 
     Raises:
         RunError: A training run failed; the message holds what it said last.
         DiffractError: A training recipe is wrong.
     """
-    bases = recipe.pretraining.given or _trained_bases(recipe, folder, data, say)
-    jobs = run_all(continual_jobs(recipe, bases, folder, data), recipe, say)
-    finals = {job.name: list(run(job).values())[-1] for job in jobs}
+    bases = recipe.pretraining.given
+    if bases is None:
+        (job,) = run_all(pretraining_jobs(recipe, folder, data), recipe, say)
+        # A training run rounds token counts up to whole steps; the study keeps those of its recipe.
+        bases = dict(zip(recipe.pretraining.tokens, checkpoints_of(job).values(), strict=True))
+    jobs = run_all(continual_jobs(recipe, bases, folder, data=data), recipe, say)
+    finals = {job.name: list(checkpoints_of(job).values())[-1] for job in jobs}
     tuned = {
         tokens: {domain: finals[tuned_name(domain, tokens)] for domain in recipe.continual.domains}
         for tokens in recipe.pretraining.chosen
@@ -119,21 +130,17 @@ def make_family(recipe: StudyRecipe, folder: Path, data: Path | None, say: Say) 
     return Family(dict(sorted(bases.items())), tuned)
 
 
-def _trained_bases(recipe: StudyRecipe, folder: Path, data: Path | None, say: Say) -> dict[int, str]:
-    """Train the bases; a training run rounds token counts up to whole steps, the study keeps those of its recipe."""
-    (job,) = run_all(pretraining_jobs(recipe, folder, data), recipe, say)
-    return dict(zip(recipe.pretraining.tokens, run(job).values(), strict=True))
-
-
-def run(job: Job) -> dict[int, str]:
+def checkpoints_of(job: TrainingJob) -> dict[int, str]:
     """Return the checkpoints of a finished run by tokens."""
-    from diffract.train import train
-
     return {tokens: str(path) for tokens, path in train(job.recipe, job.folder).checkpoints.items()}
 
 
-def run_all(jobs: Sequence[Job], recipe: StudyRecipe, say: Say) -> Sequence[Job]:
-    """Run training in processes of its own, several side by side; return the same jobs."""
+def run_all(jobs: Sequence[TrainingJob], recipe: StudyRecipe, say: Say) -> Sequence[TrainingJob]:
+    """Run training in processes of its own, several side by side; return the same jobs.
+
+    Raises:
+        RunError: A training run failed; the message holds what it said last.
+    """
     waiting = [job for job in jobs if not read_run(job.folder, load_train_recipe(job.recipe)).get("finished")]
     begun = time.monotonic()
     with ThreadPoolExecutor(recipe.jobs) as pool:
@@ -142,7 +149,8 @@ def run_all(jobs: Sequence[Job], recipe: StudyRecipe, say: Say) -> Sequence[Job]
     return jobs
 
 
-def _run_apart(job: Job, launch: Sequence[str]) -> Job:
+def _run_apart(job: TrainingJob, launch: Sequence[str]) -> TrainingJob:
+    # Trainings side by side need processes of their own: torch's threads and accelerate's state are one for each.
     path = write_text(job.folder.with_suffix(".yaml"), yaml.safe_dump(job.recipe, sort_keys=False))
     start = list(launch) or [sys.executable]
     command = [*start, "-m", "diffract", "train", str(path), "-o", str(job.folder), "--quiet"]

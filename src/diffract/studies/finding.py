@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,9 @@ import polars as pl
 from diffract import stats
 from diffract.errors import RunError, printable
 from diffract.store import whole_folder
-from diffract.studies.recipe import Name
+
+if TYPE_CHECKING:
+    from diffract.studies.study import Study
 
 Verdict = Literal["holds", "does not hold", "cannot tell"]
 
@@ -28,7 +30,7 @@ class Number:
     """A number with its interval.
 
     Attributes:
-        name: What it is.
+        name: What the number is.
         value: The number; null if there is none.
         low: Lower end of its 95% interval, where there is one.
         high: Upper end.
@@ -49,10 +51,10 @@ class Finding:
     """One section of a study.
 
     Attributes:
-        name: Of the recipe.
+        name: What the recipe calls the finding.
         title: A heading.
         claim: What is expected elsewhere.
-        verdict: Whether it holds here.
+        verdict: Whether the claim holds here.
         because: Why that is the verdict, in words.
         control: What the numbers are held against.
         numbers: The numbers that the verdict is made of, and others worth knowing.
@@ -60,7 +62,7 @@ class Finding:
         tables: What the figures are drawn from.
     """
 
-    name: Name
+    name: str
     title: str
     claim: str
     verdict: Verdict
@@ -71,13 +73,63 @@ class Finding:
     tables: Mapping[str, pl.DataFrame] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """What the test of a claim gives; the attributes are those of a finding."""
+
+    verdict: Verdict
+    because: str
+    numbers: list[Number]
+    figures: list[tuple[str, go.Figure]] = field(default_factory=list)
+    tables: Mapping[str, pl.DataFrame] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FindingSpec:
+    """A claim and its test, which every study can ask for by name.
+
+    Attributes:
+        name: What recipes call the finding.
+        title: A heading.
+        claim: What is expected elsewhere.
+        control: What the numbers are held against.
+        test: Finds out whether the claim holds in a study.
+    """
+
+    name: str
+    title: str
+    claim: str
+    control: str
+    test: Callable[[Study], Evidence]
+
+    def __call__(self, study: Study) -> Finding:
+        """Test the claim in a study."""
+        found = vars(self.test(study))
+        return Finding(name=self.name, title=self.title, claim=self.claim, control=self.control, **found)
+
+
+def finding(*, title: str, claim: str, control: str) -> Callable[[Callable[[Study], Evidence]], FindingSpec]:
+    """Declare a finding at the function that tests it, whose name it has.
+
+    Args:
+        title: A heading.
+        claim: What is expected elsewhere.
+        control: What the numbers are held against.
+
+    Returns:
+        A decorator that makes a record of a function. It registers nothing: ``diffract.studies.findings`` lists what
+        there is.
+    """
+    return lambda test: FindingSpec(test.__name__, title, claim, control=control, test=test)
+
+
 def save_finding(finding: Finding, folder: Path, *, key: str) -> None:
     """Write a finding; the folder appears whole or not at all.
 
     Args:
         finding: What to write.
-        folder: Where.
-        key: Of what it was made from.
+        folder: Where to.
+        key: Stands for all that the finding was made from.
     """
     plain = {"format": 1, "kind": "finding", "key": key} | {
         name: value for name, value in vars(finding).items() if name not in ("figures", "tables", "numbers")
@@ -97,10 +149,10 @@ def plain_figure(figure: go.Figure) -> dict[str, Any]:
 
 
 def load_finding(folder: Path, *, key: str | None = None) -> Finding | None:
-    """Read a finding; none if there is none, or one that was made from something else.
+    """Read a finding; return none if there is none, or one that was made from something else.
 
     Raises:
-        RunError: It is damaged.
+        RunError: The folder of the finding is damaged.
     """
     if not folder.exists():
         return None

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, model_validator
 
 from diffract.settings import STRICT
-from diffract.train.recipe import Part
-
-Name = Literal[
-    "budget", "evolution", "vectors", "heads", "rewind", "truncation", "connectivity", "tracking"
-]  # fmt: skip
+from diffract.train.recipe import MixPart
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -59,9 +55,9 @@ class Continual(BaseModel):
 
     train: dict[str, Any]
     """A training recipe without model, mix and data."""
-    domains: dict[str, Part]
+    domains: dict[str, MixPart]
     """What each domain is trained on."""
-    replay: dict[str, Part] = {}
+    replay: dict[str, MixPart] = {}
     """What is mixed in everywhere, such as a tenth of the pre-training mix."""
 
 
@@ -91,13 +87,13 @@ class Paths(BaseModel):
     """Items of each task at most."""
 
 
-class Search(BaseModel):
+class SearchSettings(BaseModel):
     """How finely rewinding, truncation and paths are searched."""
 
     model_config = STRICT
 
     fractions: list[Share] = [i / 8 for i in range(9)]
-    """Of rewound heads, and of dropped directions."""
+    """Shares of heads that are rewound, and of directions that are dropped."""
     orders: list[str] = ["greedy", "reference", "magnitude", "random", "first-order", "activation"]
     """Orders in which heads are rewound."""
     seeds: Annotated[int, Field(ge=1)] = 3
@@ -114,7 +110,7 @@ class StudyRecipe(BaseModel):
     model_config = STRICT
 
     name: str
-    """What it is called."""
+    """What the study is called."""
     about: str
     """What is asked, and of which models, in a sentence or two."""
     target: str
@@ -127,10 +123,10 @@ class StudyRecipe(BaseModel):
     """What is trained from them."""
     quality: Quality
     """How they are judged."""
-    search: Search = Search()
+    search: SearchSettings = SearchSettings()
     """How finely edits are searched."""
-    findings: list[Name] = list(get_args(Name))
-    """What is tested; everything by default."""
+    findings: list[str] | None = None
+    """What is tested; everything by default, which ``load_study`` fills in with the names of the catalog."""
     data: str | None = None
     """The folder that names of files are relative to, itself relative to the recipe; --data replaces it."""
     jobs: Annotated[int, Field(ge=1)] = 1

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import torch
@@ -18,69 +17,19 @@ from plotly.offline import get_plotlyjs
 
 from diffract._version import __version__
 from diffract.corpora import HUB, STANDARD_LIBRARY, WORD_PROBLEMS
-from diffract.errors import RecipeError, RunError, printable
+from diffract.errors import RecipeError, RunError, choose, printable
 from diffract.settings import read_recipe, validated
 from diffract.store import cache_key, write_text
-from diffract.studies.family import Family, Job, Say, continual_jobs, make_family, pretraining_jobs
-from diffract.studies.finding import Finding, Number, load_finding, plain_figure, save_finding
+from diffract.studies.family import Family, Say, TrainingJob, continual_jobs, make_family, pretraining_jobs
+from diffract.studies.finding import Finding, FindingSpec, Number, load_finding, plain_figure, save_finding
+from diffract.studies.findings import FINDINGS
 from diffract.studies.recipe import StudyRecipe
+from diffract.studies.study import Study
 from diffract.train.recipe import TrainRecipe
-
-BADGES = {"holds": "yes", "does not hold": "no", "cannot tell": "open"}
-"""Verdicts by the class that colours them."""
-
-
-def write_report(recipe: StudyRecipe, family: Family, findings: list[Finding], path: Path) -> Path:
-    """Write the report; it appears whole or not at all, and needs no network.
-
-    Raises:
-        RunError: It cannot be written.
-    """
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"printable": printable, "value": value, "interval": interval}
-    text = environment.from_string(_resource("diffract.studies", "study.html.j2")).render(
-        recipe=recipe,
-        family=family,
-        findings=findings,
-        badges=BADGES,
-        version=__version__,
-        css=Markup(_resource("diffract.report", "report.css") + _resource("diffract.studies", "study.css")),
-        plotly=Markup(get_plotlyjs()),
-        figures=Markup(_embedded(findings)),
-    )
-    return write_text(path, text)
-
-
-def value(number: float | None) -> str:
-    """Return a number for people.
-
-    >>> value(0.123456), value(None), value(12345.6)
-    ('0.1235', '-', '1.235e+04')
-    """
-    return "-" if number is None else f"{number:.4g}"
-
-
-def interval(number: Number) -> str:
-    """Return the interval of a number, or nothing."""
-    return "" if number.low is None or number.high is None else f"{number.low:.3g} to {number.high:.3g}"
-
-
-def _embedded(findings: list[Finding]) -> str:
-    """Return all figures as JSON that is safe within a script element."""
-    plain: dict[str, Any] = {
-        f"{finding.name}-{index}": plain_figure(made)
-        for finding in findings
-        for index, (_, made) in enumerate(finding.figures)
-    }
-    return json.dumps(plain).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-
-
-def _resource(package: str, name: str) -> str:
-    return (files(package) / name).read_text(encoding="utf-8")
-
 
 FORMAT = 1
 MANIFEST, NUMBERS, REPORT, FINDINGS_FOLDER = "manifest.json", "numbers.json", "report.html", "findings"
+"""What lies in the folder of a study."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +37,7 @@ class StudyRun:
     """A study that is done.
 
     Attributes:
-        folder: Where it is.
+        folder: Where the study lies.
         recipe: What was asked.
         findings: What came out, in the recipe's order.
     """
@@ -107,9 +56,15 @@ def load_study(path: str | Path) -> StudyRecipe:
     """Read the recipe of a study.
 
     Raises:
-        RecipeError: It cannot be read, or says what cannot be; the message holds the path in the file.
+        RecipeError: The recipe cannot be read, or says what cannot be; the message holds the path in the file.
     """
-    return validated(StudyRecipe, read_recipe(path, "the settings of a study"), printable(path))
+    recipe = validated(StudyRecipe, read_recipe(path, "the settings of a study"), printable(path))
+    known = [finding.name for finding in FINDINGS]
+    if recipe.findings is None:
+        return recipe.model_copy(update={"findings": known})
+    for place, name in enumerate(recipe.findings):
+        choose(f"finding in {printable(path)}, findings.{place}:", name, known, error=RecipeError)
+    return recipe
 
 
 def run_study(
@@ -118,66 +73,62 @@ def run_study(
     """Run a study, or go on with one that was stopped.
 
     Args:
-        recipe: A file.
+        recipe: The file of a recipe.
         output: The study's folder. It holds the family, every score, and a folder for each finding.
         data: The folder that names of files in the recipe are relative to.
-        say: Told what is being done.
+        say: Is told what is being done.
 
     Returns:
-        Its findings. They depend on recipe, data, machine and library versions only: ``numbers.json`` of two runs are
-        equal byte for byte.
+        The findings of the study. They depend on recipe, data, machine and library versions only: ``numbers.json`` of
+        two runs are equal byte for byte.
 
     Raises:
         DiffractError: The recipe is wrong, a training run failed, or the folder belongs to another recipe.
     """
-    asked, folder = load_study(recipe), Path(output).resolve()  # recipes of training hold paths in it
+    # Recipes of training hold paths in the study's folder, and a run goes on only with the very same recipe.
+    asked, folder = load_study(recipe), Path(output).resolve()
     where = asked.data_folder(Path(recipe), data)
-    check_jobs(asked, folder, where)
+    all_jobs(asked, folder, where)
     _claim(asked, folder)
     with _threads(asked.threads):
-        family = make_family(asked, folder, where, say)
-        findings = [_finding(name, asked, family, folder, where, say) for name in asked.findings]
+        family = make_family(asked, folder, where, say=say)
+        study = Study(recipe=asked, family=family, folder=folder, data=where, say=say)
+        by_name = {spec.name: spec for spec in FINDINGS}
+        findings = [_tested(by_name[name], study) for name in asked.findings or ()]
     run = StudyRun(folder, asked, findings)
     write_text(folder / NUMBERS, numbers_text(findings))
-    write_report(asked, family.within(folder), findings, run.report)
+    write_report(run, family.within(folder))
     return run
 
 
-def all_jobs(recipe: StudyRecipe, folder: Path, data: Path | None) -> list[Job]:
-    """Return every training run of a study; bases that are not trained yet by the names that they will have."""
-    bases = recipe.pretraining.given or {tokens: f"the base of {tokens} tokens" for tokens in recipe.pretraining.tokens}
-    return [*pretraining_jobs(recipe, folder, data), *continual_jobs(recipe, bases, folder, data)]
-
-
-def check_jobs(recipe: StudyRecipe, folder: Path, data: Path | None) -> list[Job]:
-    """Validate every training recipe of a study before anything is done.
+def all_jobs(recipe: StudyRecipe, folder: Path, data: Path | None) -> list[TrainingJob]:
+    """Return every training run of a study; bases that are not trained yet by the names that they will have.
 
     Raises:
-        RecipeError: One is wrong; the message says which.
+        RecipeError: A training recipe is wrong; the message says which, before anything is done.
     """
-    jobs = all_jobs(recipe, folder, data)
+    bases = recipe.pretraining.given or {tokens: f"the base of {tokens} tokens" for tokens in recipe.pretraining.tokens}
+    jobs = [*pretraining_jobs(recipe, folder, data), *continual_jobs(recipe, bases, folder, data=data)]
     for job in jobs:
         validated(TrainRecipe, job.recipe, f"training {job.name}")
     return jobs
 
 
-def numbers_text(findings: list[Finding]) -> str:
+def numbers_text(findings: Sequence[Finding]) -> str:
     """Return all verdicts and numbers as JSON."""
     plain = {f.name: {"verdict": f.verdict, "numbers": [asdict(number) for number in f.numbers]} for f in findings}
     return json.dumps(plain, indent=1, allow_nan=False) + "\n"
 
 
-def _finding(name: Any, recipe: StudyRecipe, family: Family, folder: Path, data: Path | None, say: Say) -> Finding:
-    from diffract.studies.findings import FINDINGS
-    from diffract.studies.study import Study
-
-    key = cache_key(FORMAT, __version__, recipe.model_dump(mode="json"))
-    place = folder / FINDINGS_FOLDER / name
+def _tested(spec: FindingSpec, study: Study) -> Finding:
+    """Return a finding, from its folder where it was made from the same recipe before."""
+    key = cache_key(FORMAT, __version__, study.recipe.model_dump(mode="json"))
+    place = study.folder / FINDINGS_FOLDER / spec.name
     known = load_finding(place, key=key)
     if known is not None:
         return known
-    say(f"finding: {name}")
-    found = FINDINGS[name](Study(recipe, family, folder, data, say))
+    study.say(f"finding: {spec.name}")
+    found = spec(study)
     save_finding(found, place, key=key)
     return found
 
@@ -216,27 +167,29 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Preview:
+class StudyPreview:
     """A study that was not run.
 
     Attributes:
         recipe: What is asked.
-        jobs: Its training runs.
-        tokens: That they train on, together.
+        findings: The names of the findings that would be tested.
+        jobs: The training runs of the study.
+        tokens: How many tokens they train on, together.
         models: Checkpoints that would be scored in every task.
         missing: Files and folders of text that are not there.
         remote: References that need a network.
     """
 
     recipe: StudyRecipe
-    jobs: list[Job]
+    findings: list[str]
+    jobs: list[TrainingJob]
     tokens: int
     models: int
     missing: list[str]
     remote: list[str]
 
 
-def preview(recipe: str | Path, output: str | Path, *, data: str | Path | None = None) -> Preview:
+def preview(recipe: str | Path, output: str | Path, *, data: str | Path | None = None) -> StudyPreview:
     """Validate a study and everything that it would train, and say what it would do.
 
     Raises:
@@ -244,32 +197,78 @@ def preview(recipe: str | Path, output: str | Path, *, data: str | Path | None =
     """
     asked = load_study(recipe)
     where = asked.data_folder(Path(recipe), data)
-    jobs = check_jobs(asked, Path(output), where)
-    sources = sorted(set(_sources(asked, jobs)))
-    return Preview(
-        asked,
-        jobs,
-        sum(job.recipe["tokens"] for job in jobs),
-        len(asked.pretraining.tokens) + len(asked.pretraining.chosen) * len(asked.continual.domains),
-        [printable(s) for s in sources if not s.startswith(HUB) and not _is_there(s, where)],
-        [printable(s) for s in [*sources, *(asked.pretraining.given or {}).values()] if _is_remote(s)],
-    )
-
-
-def _sources(recipe: StudyRecipe, jobs: list[Job]) -> Iterator[str]:
-    for job in jobs:
-        for part in job.recipe["mix"].values():
-            yield from part["sources"]
-    for spec in (*recipe.quality.tasks.values(), *recipe.quality.further):
+    jobs = all_jobs(asked, Path(output), where)
+    named = {source for job in jobs for part in job.recipe["mix"].values() for source in part["sources"]}
+    for spec in (*asked.quality.tasks.values(), *asked.quality.further):
         if "=" in spec:
-            yield from spec.partition("=")[2].split("+")
-
-
-def _is_there(source: str, data: Path | None) -> bool:
-    if source.partition(":")[0] in (STANDARD_LIBRARY, WORD_PROBLEMS):
-        return True
-    return Path(source).exists() or (data is not None and (data / source).exists())
+            named.update(spec.partition("=")[2].split("+"))
+    places = [Path(), *([where] if where else [])]
+    own = [s for s in sorted(named) if s.partition(":")[0] not in (STANDARD_LIBRARY, WORD_PROBLEMS)]
+    return StudyPreview(
+        recipe=asked,
+        findings=asked.findings or [],
+        jobs=jobs,
+        tokens=sum(job.recipe["tokens"] for job in jobs),
+        models=len(asked.pretraining.tokens) + len(asked.pretraining.chosen) * len(asked.continual.domains),
+        missing=[printable(s) for s in own if not s.startswith(HUB) and not any((p / s).exists() for p in places)],
+        remote=[printable(s) for s in [*sorted(named), *(asked.pretraining.given or {}).values()] if _is_remote(s)],
+    )
 
 
 def _is_remote(ref: str) -> bool:
     return ref.startswith(HUB) or ("/" in ref and not Path(ref).exists() and "@" in ref)
+
+
+BADGES = {"holds": "yes", "does not hold": "no", "cannot tell": "open"}
+"""Verdicts by the class that colours them."""
+
+
+def write_report(run: StudyRun, family: Family) -> Path:
+    """Write the report of a study; it appears whole or not at all, and needs no network.
+
+    Args:
+        run: What was asked and found.
+        family: The checkpoints of the study, by the names that the report shows.
+
+    Raises:
+        RunError: The report cannot be written.
+    """
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters |= {"printable": printable, "value": value, "interval": interval}
+    figures = {
+        f"{finding.name}-{index}": plain_figure(made)
+        for finding in run.findings
+        for index, (_, made) in enumerate(finding.figures)
+    }
+    # The figures stand in a script element, which "</script>" in a title would end; and two line ends of Unicode are
+    # line ends in JavaScript but not in JSON.
+    safe = json.dumps(figures).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    text = environment.from_string(_resource("diffract.studies", "study.html.j2")).render(
+        recipe=run.recipe,
+        family=family,
+        findings=run.findings,
+        badges=BADGES,
+        version=__version__,
+        css=Markup(_resource("diffract.report", "report.css") + _resource("diffract.studies", "study.css")),
+        plotly=Markup(get_plotlyjs()),
+        figures=Markup(safe),
+    )
+    return write_text(run.report, text)
+
+
+def value(number: float | None) -> str:
+    """Return a number for people.
+
+    >>> value(0.123456), value(None), value(12345.6)
+    ('0.1235', '-', '1.235e+04')
+    """
+    return "-" if number is None else f"{number:.4g}"
+
+
+def interval(number: Number) -> str:
+    """Return the interval of a number, or nothing."""
+    return "" if number.low is None or number.high is None else f"{number.low:.3g} to {number.high:.3g}"
+
+
+def _resource(package: str, name: str) -> str:
+    return (files(package) / name).read_text(encoding="utf-8")

@@ -30,7 +30,7 @@ class Study:
 
     Attributes:
         recipe: What is asked.
-        family: Its checkpoints.
+        family: The checkpoints of the study.
         folder: Where everything goes.
         data: The folder that files' names are relative to.
         say: Told what is being done.
@@ -88,9 +88,9 @@ class Study:
         """Return how much better a checkpoint is than another, item by item; positive is better.
 
         Args:
-            before: What it is held against.
-            after: The checkpoint.
-            task: In what; the target's task by default.
+            before: The checkpoint that is held against.
+            after: The checkpoint that is judged.
+            task: What quality is measured in; the target's task by default.
         """
         task = task or self.target
         row = paired(self.scores(before), self.scores(after), self.tasks).row(
@@ -99,7 +99,7 @@ class Study:
         low, high = (
             sorted((row["low"], row["high"])) if task.better == "higher" else sorted((-row["high"], -row["low"]))
         )
-        return Number(f"gain in {task.name}", row["gain"], low, high, task.unit)
+        return Number(f"gain in {task.name}", row["gain"], low, high=high, unit=task.unit)
 
     def tuning(self) -> str:
         """Say what tuning on the target as a whole gained, for comparison."""
@@ -121,19 +121,16 @@ def write_noise(base: str, tuned: str, folder: Path, *, seed: int = 0) -> None:
     Args:
         base: W0.
         tuned: W1: each tensor becomes W0 + G ||W1 - W0||_F / ||G||_F.
-        folder: Where; appears whole or not at all.
-        seed: Of G.
+        folder: Where to; it appears whole or not at all.
+        seed: The seed of G.
     """
     generator = torch.Generator().manual_seed(seed)
     with open_checkpoint(base) as before, open_checkpoint(tuned) as after, whole_folder(folder) as draft:
         (draft / "config.json").write_text(json.dumps(dict(before.config)), encoding="utf-8")
         with TensorWriter(draft) as writer:
             for name in (name for name in before.names if name in after.names):
-                writer.add(name, _noisy(before.read(name), after.read(name), generator))
-
-
-def _noisy(base: torch.Tensor, tuned: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    origin = base.double()
-    noise = torch.randn(origin.shape, generator=generator, dtype=torch.float64)
-    scale = torch.linalg.vector_norm(tuned.double() - origin) / torch.linalg.vector_norm(noise)
-    return (origin + noise * scale).to(base.dtype)
+                origin = before.read(name)
+                change = after.read(name).double() - origin.double()
+                noise = torch.randn(origin.shape, generator=generator, dtype=torch.float64)
+                scale = torch.linalg.vector_norm(change) / torch.linalg.vector_norm(noise)
+                writer.add(name, (origin.double() + noise * scale).to(origin.dtype))

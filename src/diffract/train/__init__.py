@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from diffract.train.records import TrainRun
 
 _PLACES = {
-    **dict.fromkeys(("TrainPreview", "preview_training"), "loop"),
+    "TrainPreview": "loop",
+    "TrainRecipe": "recipe",
     "TrainRun": "records",
+    "load_train_recipe": "recipe",
+    "preview_training": "loop",
     "train": "loop",
-    **dict.fromkeys(("TrainRecipe", "load_train_recipe"), "recipe"),
 }
 
 __all__ = ["TrainPreview", "TrainRecipe", "TrainRun", "load_train_recipe", "preview_training", "train"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from importlib.resources import files
 from itertools import chain
 from pathlib import Path
@@ -41,24 +41,20 @@ def digest_sources(sources: Iterable[str], data: Path | None) -> str:
     The names of files belong to it, as some are refused. What is on the hub stands there with its name alone.
 
     Args:
-        sources: As ``read_documents`` takes them.
+        sources: Files, folders and names, as ``read_documents`` takes them.
         data: The folder that files' names are relative to.
 
     Raises:
         CorpusError: A source is not there.
     """
-    parts = [_reading_code().encode()]
+    # The code that reads text belongs to it: the same files make other documents where it changes.
+    resources = sorted(files("diffract.corpora").iterdir(), key=lambda found: found.name)
+    parts = [digest_parts(found.read_bytes() for found in resources if found.is_file()).encode()]
     for source in sources:
         found = source_files(source, data=data)
         parts.append((Path(source).name if found else source).encode())
         parts += [_file_digest(path) for path in found]
     return digest_parts(parts)
-
-
-@cache
-def _reading_code() -> str:
-    resources = sorted(files("diffract.corpora").iterdir(), key=lambda found: found.name)
-    return digest_parts(resource.read_bytes() for resource in resources if resource.is_file())
 
 
 def _file_digest(path: Path) -> bytes:
@@ -93,7 +89,9 @@ def read_stream(path: Path) -> np.ndarray:
 def _stream(recipe: TrainRecipe, name: str, tokenizer: PreTrainedTokenizerFast) -> Path:
     data = Path(recipe.data) if recipe.data else None
     sources = recipe.mix[name].sources
-    path = cache_folder() / "tokens" / f"{_key(sources, data, tokenizer)}.npy"
+    made_by = (f"{STREAM_FORMAT} train", tokenizer.backend_tokenizer.to_str(), str(tokenizer.eos_token_id))
+    key = digest_parts(text.encode() for text in (*made_by, digest_sources(sources, data)))
+    path = cache_folder() / "tokens" / f"{key}.npy"
     if not path.exists():
         texts = (d.text for d in chain.from_iterable(read_documents(s, "train", data=data) for s in sources))
         _write(path, texts, tokenizer)
@@ -105,18 +103,15 @@ def _stream(recipe: TrainRecipe, name: str, tokenizer: PreTrainedTokenizerFast) 
     return path
 
 
-def _key(sources: Iterable[str], data: Path | None, tokenizer: PreTrainedTokenizerFast) -> str:
-    """Digest everything that tokens follow from."""
-    made_by = (f"{STREAM_FORMAT} train", tokenizer.backend_tokenizer.to_str(), str(tokenizer.eos_token_id))
-    return digest_parts(text.encode() for text in (*made_by, digest_sources(sources, data)))
-
-
 def _write(path: Path, texts: Iterable[str], tokenizer: PreTrainedTokenizerFast) -> None:
-    """Tokenise texts into a file: the header first and, once the length is known, again."""
+    """Write the tokens of texts, each ended by the end-of-text token, a batch of texts at a time."""
     dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
     with whole_file(path) as draft, draft.open("wb") as file:
+        # How many tokens there are is known at the end only: the header is written first for its length, then again.
         start, count = _write_header(file, dtype, 0), 0
-        for tokens in _tokenised(texts, tokenizer, dtype):
+        for batch in _batches(texts):
+            encoded = tokenizer.backend_tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+            tokens = np.fromiter(chain.from_iterable((*e.ids, tokenizer.eos_token_id) for e in encoded), dtype)
             file.write(tokens.tobytes())
             count += len(tokens)
         file.seek(0)
@@ -129,14 +124,6 @@ def _write_header(file: BinaryIO, dtype: np.dtype[Any], count: int) -> int:
         file, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
     )
     return file.tell()
-
-
-def _tokenised(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast, dtype: np.dtype[Any]) -> Iterator[np.ndarray]:
-    """Yield the tokens of texts, each ended by the end-of-text token."""
-    end = [tokenizer.eos_token_id]
-    for batch in _batches(texts):
-        encoded = tokenizer.backend_tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-        yield np.fromiter(chain.from_iterable(chain(e.ids, end) for e in encoded), dtype)
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -165,7 +152,7 @@ def make_tokenizer(recipe: TrainRecipe) -> PreTrainedTokenizerFast:
     """Return the tokenizer of a recipe; one that was trained on the same text before is taken from the cache.
 
     Raises:
-        RecipeError: It cannot be loaded, or lacks what training needs.
+        RecipeError: The tokenizer cannot be loaded, or lacks what training needs.
         CorpusError: The text that it is to be trained on cannot be read.
     """
     if recipe.tokenizer is not None and recipe.tokenizer.train is not None:
@@ -179,8 +166,8 @@ def train_bpe(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     """Train a byte-level BPE tokenizer whose first token ends texts; each digit is a token of its own.
 
     Args:
-        texts: What it is trained on.
-        vocabulary: Tokens that it has at most.
+        texts: What the tokenizer is trained on.
+        vocabulary: Tokens that the tokenizer has at most.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -202,7 +189,7 @@ def load_tokenizer(named: str) -> PreTrainedTokenizerFast:
     """Load a tokenizer that ends texts and knows batches.
 
     Raises:
-        RecipeError: There is none, or it has no end-of-text token, or is none of the tokenizers library.
+        RecipeError: There is no tokenizer, it has no end-of-text token, or is none of the tokenizers library.
     """
     from transformers import AutoTokenizer
 
@@ -266,7 +253,7 @@ class Mixture:
         context: Tokens of a window.
         rows: Windows of a batch.
         steps: Batches of the run.
-        seed: Of draws and orders.
+        seed: The seed of draws and orders.
 
     Attributes:
         available: Tokens that each part has.
@@ -299,8 +286,9 @@ class Mixture:
         Returns:
             Token numbers, shape (rows, context), int64.
         """
-        places = self.places(step)[rows]
-        return np.stack([self._window(part, window) for part, window in places])
+        size = self._context
+        found = [self._streams[p][w * size : (w + 1) * size] for p, w in self.places(step)[rows]]
+        return np.stack([window.astype(np.int64) for window in found])
 
     def places(self, step: int) -> list[tuple[int, int]]:
         """Return the part and the window of each row of a step's batch."""
@@ -321,10 +309,6 @@ class Mixture:
         rows: Sequence[int] = self._before[-1].tolist()
         return {name: n / w for name, n, w in zip(self.names, rows, self.windows, strict=True)}
 
-    def _window(self, part: int, window: int) -> np.ndarray:
-        start = window * self._context
-        return self._streams[part][start : start + self._context].astype(np.int64)
-
     def _drawn_order(self, part: int, epoch: int) -> np.ndarray:
         return np.random.default_rng([self._seed, ORDERS, part, epoch]).permutation(self.windows[part])
 
@@ -333,7 +317,7 @@ def make_mixture(recipe: TrainRecipe, streams: Mapping[str, Path]) -> Mixture:
     """Return the mixture of a recipe.
 
     Args:
-        recipe: Its shares, sizes and seed.
+        recipe: Has the shares, sizes and the seed.
         streams: The file of each part's tokens.
     """
     return Mixture(

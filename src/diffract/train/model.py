@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 LONGEST = "max_position_embeddings"
+"""What most configs call the longest text; each maps the name to its own."""
 
 BY_OLD_NAMES = ("rope_theta", "rope_scaling")
 """Fields that configs no longer have but still read."""
@@ -30,7 +31,7 @@ def make_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerFast) -> PreTr
     """Return the model of a recipe in float32, new or loaded.
 
     Raises:
-        RecipeError: It cannot be made or loaded, or does not fit the tokenizer or the context.
+        RecipeError: The model cannot be made or loaded, or does not fit the tokenizer or the context.
     """
     from transformers import AutoModelForCausalLM
 
@@ -50,7 +51,7 @@ def make_config(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerFast) -> PreT
     unless the recipe says otherwise.
 
     Raises:
-        RecipeError: transformers refuses it, or it does not fit the tokenizer or the context.
+        RecipeError: transformers refuses the config, or it does not fit the tokenizer or the context.
     """
     from transformers import AutoConfig
 
@@ -90,6 +91,7 @@ def write_model(
     folder: Path,
     model: PreTrainedModel,
     state: Mapping[str, Tensor],
+    *,
     tokenizer: PreTrainedTokenizerFast,
     dtype: torch.dtype,
 ) -> None:
@@ -97,16 +99,21 @@ def write_model(
 
     Args:
         folder: Where to; it is there already.
-        model: Whose config it has.
-        state: Its weights, in float32.
-        tokenizer: Lies beside it.
+        model: The model, whose config is written.
+        state: The weights of the model, in float32.
+        tokenizer: Is written beside the model.
         dtype: What weights are stored in.
     """
-    model.save_pretrained(folder, state_dict=_converted(model, state, dtype))
+    kept = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+    # Processes may have gathered tied weights one by one; as one tensor again they are stored once.
+    ties = model.all_tied_weights_keys.items()
+    kept |= {name: kept[source] for name, source in ties if name in kept and source in kept}
+    model.save_pretrained(folder, state_dict=kept)
     path = folder / "config.json"
     stored = json.loads(path.read_text(encoding="utf-8")) | {"dtype": str(dtype).removeprefix("torch.")}
     path.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for weights in folder.glob("*.safetensors"):  # safetensors lets nobody else read what it writes
+    # safetensors lets nobody but the owner read what it writes.
+    for weights in folder.glob("*.safetensors"):
         weights.chmod(path.stat().st_mode)
     tokenizer.save_pretrained(folder)
 
@@ -143,13 +150,6 @@ def _check_fit(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, con
     longest = getattr(text, LONGEST, None)
     if longest is not None and longest < context:
         raise RecipeError(f"context {context}: the model takes {longest} tokens at most. Shorten the context.")
-
-
-def _converted(model: PreTrainedModel, state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Convert weights; tied ones, which processes may have gathered one by one, are one tensor again."""
-    found = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
-    ties = model.all_tied_weights_keys.items()
-    return found | {name: found[source] for name, source in ties if name in found and source in found}
 
 
 @contextmanager

@@ -27,12 +27,6 @@ def _as_text(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
-def _as_tokenizer(value: object) -> object:
-    """A path alone is short for a tokenizer that lies there."""
-    text = _as_text(value)
-    return {"path": text} if isinstance(text, str) else text
-
-
 Text = Annotated[Annotated[str, Field(min_length=1)], BeforeValidator(_as_text)]
 
 
@@ -61,7 +55,7 @@ class TokenizerTraining(BaseModel):
     model_config = STRICT
 
     vocabulary: Annotated[int, Field(ge=BYTES_AND_END)]
-    """Tokens that it has at most: all bytes, the end of a text, and merges."""
+    """Tokens of the tokenizer at most: all bytes, the end of a text, and merges."""
 
 
 class TokenizerSettings(BaseModel):
@@ -81,7 +75,12 @@ class TokenizerSettings(BaseModel):
         return self
 
 
-class Part(BaseModel):
+def _path_alone(value: object) -> object:
+    """Return settings of a tokenizer, for which a path alone is short."""
+    return {"path": value} if isinstance(value, str | Path) else value
+
+
+class MixPart(BaseModel):
     """One part of the mix."""
 
     model_config = STRICT
@@ -93,7 +92,7 @@ class Part(BaseModel):
 
 
 class Schedule(BaseModel):
-    """How the rate goes over the run; warmup and decay are shares of all steps."""
+    """How the learning rate goes over the run; warmup and decay are shares of all steps."""
 
     model_config = STRICT
 
@@ -102,9 +101,9 @@ class Schedule(BaseModel):
     warmup: Share = 0.05
     """The rate rises along a line over this share of the steps."""
     decay: Share = 0.2
-    """Of wsd: it falls along a line over this share, the last."""
+    """Of wsd alone: the rate falls along a line over this share of the steps, the last ones."""
     floor: Share = 0.1
-    """Of wsd and cosine: share of the rate that the last step has."""
+    """Of wsd and cosine: the last step has this share of the rate."""
 
     @model_validator(mode="after")
     def _check(self) -> Schedule:
@@ -117,7 +116,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optimizer(BaseModel):
-    """AdamW."""
+    """The settings of AdamW."""
 
     model_config = STRICT
 
@@ -126,9 +125,9 @@ class Optimizer(BaseModel):
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Decay of the running means of gradients and of their squares."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
-    """Of matrices; vectors, such as the weights of norms, do not decay."""
+    """How much matrices decay; vectors, such as the weights of norms, do not."""
     clip: Positive | None = 1.0
-    """Norm that the gradient is shortened to; null for none."""
+    """The gradient is shortened to this norm; null leaves it as it is."""
 
 
 class TrainRecipe(BaseModel):
@@ -138,12 +137,12 @@ class TrainRecipe(BaseModel):
 
     model: ModelSettings
     """Which model is trained."""
-    tokenizer: Annotated[TokenizerSettings, BeforeValidator(_as_tokenizer)] | None = None
-    """By default that of model.init."""
+    tokenizer: Annotated[TokenizerSettings, BeforeValidator(_path_alone)] | None = None
+    """Where the tokenizer comes from; by default it is that of model.init."""
     data: Text | None = None
     """The folder that names of files in sources are relative to."""
-    mix: Annotated[dict[str, Part], Field(min_length=1)]
-    """What it is trained on, by name."""
+    mix: Annotated[dict[str, MixPart], Field(min_length=1)]
+    """What the model is trained on, by name."""
     context: Annotated[int, Field(ge=2)] = 256
     """Tokens of a window."""
     batch_tokens: Count = 4096
@@ -159,11 +158,11 @@ class TrainRecipe(BaseModel):
     optimizer: Optimizer = Optimizer()
     """AdamW's settings."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
-    """Of products: bf16 where a GPU has it, float32 else. Weights are trained in float32 always."""
+    """What products are computed in: auto is bf16 where a GPU has it, else float32. Weights are float32 always."""
     save_dtype: Literal["bfloat16", "float32"] | None = None
-    """Of checkpoints; by default what the init is stored in, float32 for a new model."""
+    """What checkpoints are stored in; by default as the init is, float32 for a new model."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the new weights, of the order of the text, and of dropout."""
+    """Seed of the new weights, of the order of the text, and of dropout."""
     threads: Count | None = None
     """torch's threads on a CPU; as they are by default."""
     log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
@@ -217,10 +216,10 @@ def load_train_recipe(recipe: TrainRecipe | Mapping[str, Any] | str | Path) -> T
     """Return a validated recipe.
 
     Args:
-        recipe: One, its settings, or the YAML file that it stands in.
+        recipe: A recipe, its settings, or the YAML file that it stands in.
 
     Raises:
-        RecipeError: It cannot be read, or says what cannot be; the message holds the path in it.
+        RecipeError: The recipe cannot be read, or says what cannot be; the message holds the path in it.
     """
     if isinstance(recipe, TrainRecipe):
         return recipe
@@ -238,7 +237,7 @@ def require_extra() -> None:
     """Raise unless what training needs is installed.
 
     Raises:
-        DiffractError: It is not; the message says how to install it.
+        DiffractError: A package is missing; the message says how to install it.
     """
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
         raise DiffractError(f"training needs {', '.join(missing)}: pip install 'diffract-llm[train]'.")
@@ -264,9 +263,9 @@ def rate_factor(schedule: Schedule, step: int, steps: int) -> float:
     has floor + (1 - floor) (1 + cos(pi t)) / 2 with t = 1/(steps - w), ..., 1. So the last step has the floor.
 
     Args:
-        schedule: Its kind and shares.
-        step: Counted from 0.
-        steps: Of the whole run.
+        schedule: The kind of the schedule and its shares.
+        step: The number of the step, counted from 0.
+        steps: How many steps the whole run has.
 
     Source:
         Warm-up, stable, decay: Hu et al. 2024 (MiniCPM), with the linear decay of Hägele et al. 2024. Cosine:

@@ -1,4 +1,4 @@
-"""What a training run leaves beside its checkpoints: the manifest, and the log of losses."""
+"""What a training run keeps in its folder: manifest, checkpoints, the log of losses, and the state to go on from."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -22,7 +23,7 @@ from torch import Tensor
 from diffract._version import __version__
 from diffract.errors import DiffractError, RecipeError, RunError, printable
 from diffract.settings import Progress
-from diffract.store import whole_file, write_text
+from diffract.store import held, whole_file, write_text
 from diffract.train.recipe import TrainRecipe
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ KIND = "diffract training"
 FORMAT = 1
 """Number of the manifest's layout; a reader refuses another."""
 
-PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy")
-"""Whose versions a manifest has."""
+VERSIONED = ("torch", "transformers", "accelerate", "tokenizers", "numpy")
+"""Packages whose versions a manifest has."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ class TrainRun:
     """A finished training run.
 
     Attributes:
-        folder: Where it lies.
+        folder: Where the run lies.
         checkpoints: Folders of models, by the tokens that they have seen.
-        seconds: How long it took, without what was lost where it was taken up again.
+        seconds: How long the run took, without what was lost where it was taken up again.
         warnings: What did not go as the recipe has it.
     """
 
@@ -95,11 +96,43 @@ def begun(recipe: TrainRecipe, text: Mapping[str, str]) -> dict[str, Any]:
     """Return the manifest of a run that is not finished.
 
     Args:
-        recipe: Of the run.
+        recipe: The settings of the run.
         text: A digest of each part of the mix.
     """
-    versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+    versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in VERSIONED}}
     return {"recipe": recipe.as_dict(), "versions": versions, "text": dict(text), "finished": False}
+
+
+def checkpoint_name(recipe: TrainRecipe, step: int) -> str:
+    """Return what a checkpoint's folder is called: sorted by name, they are in order.
+
+    >>> checkpoint_name(TrainRecipe.model_construct(batch_tokens=4096, context=256, tokens=10**6), 50)
+    'step050-tokens0204800'
+    """
+    last = recipe.steps * recipe.batch_tokens
+    return f"step{step:0{len(str(recipe.steps))}d}-tokens{step * recipe.batch_tokens:0{len(str(last))}d}"
+
+
+def checkpoint_folder(folder: Path, recipe: TrainRecipe, step: int) -> Path:
+    """Return where the checkpoint after a step goes in the folder of a run."""
+    return folder / CHECKPOINTS / checkpoint_name(recipe, step)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Make the folder of a run, and keep other runs out of it.
+
+    Raises:
+        RunError: Another run is in the folder, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot write to {printable(folder)!r}: {error.strerror}. Choose another folder.") from error
+    with held(folder) as free:
+        if not free:
+            raise RunError(f"another process trains into {printable(folder)!r}. Wait for it, or choose another folder.")
+        yield
 
 
 def file_digests(folder: Path) -> dict[str, str]:
@@ -159,14 +192,17 @@ def last_state(folder: Path) -> tuple[int, Path] | None:
     return (max(found), found[max(found)]) if found else None
 
 
-def save_state(accelerator: Accelerator, folder: Path, step: int, content: dict[str, Any]) -> Path:
-    """Write the state after a step; all processes do so together.
+def save_state(accelerator: Accelerator, folder: Path, *, step: int, content: dict[str, Any]) -> None:
+    """Write the state after a step, and remove the one before; all processes do so together.
 
     Args:
-        accelerator: Whose state it is.
-        folder: Of the run.
+        accelerator: Holds model, optimizer and random numbers.
+        folder: The folder of the run.
         step: How many steps are done.
-        content: Plain values that belong to it.
+        content: Plain values that belong to the state.
+
+    Raises:
+        RunError: The state cannot be written.
     """
     path = folder / STATES / f"step{step:09d}"
     draft = path.with_suffix(".tmp")
@@ -174,22 +210,25 @@ def save_state(accelerator: Accelerator, folder: Path, step: int, content: dict[
         shutil.rmtree(draft, ignore_errors=True)
     accelerator.wait_for_everyone()
     try:
-        accelerator.save_state(str(draft), safe_serialization=False)  # tied weights stay tied
+        # Of tied weights safetensors would keep one, and the others would come back as tensors of their own.
+        accelerator.save_state(str(draft), safe_serialization=False)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             (draft / PROGRESS).write_text(json.dumps(content), encoding="utf-8")
             draft.replace(path)
-            _remove_others(path)
+            # Only now: a run that is killed before has the earlier state to go on from.
+            for other in path.parent.iterdir():
+                if other != path:
+                    shutil.rmtree(other, ignore_errors=True)
     except OSError as error:
         raise RunError(f"cannot write {printable(path)!r}: {error.strerror or error}. Make room.") from error
-    return path
 
 
 def load_state(accelerator: Accelerator, path: Path) -> dict[str, Any]:
     """Take up a state, and return the plain values that belong to it.
 
     Raises:
-        RunError: It cannot be read.
+        RunError: The state cannot be read.
     """
     try:
         content = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
@@ -201,14 +240,6 @@ def load_state(accelerator: Accelerator, path: Path) -> dict[str, Any]:
     return content
 
 
-def _remove_others(path: Path) -> None:
-    for other in path.parent.iterdir():
-        if other != path:
-            shutil.rmtree(other, ignore_errors=True)
-
-
-"""``progress(done, total, what)``, in tokens."""
-
 STEPS_AT_ONCE = 10
 """Steps whose losses a device keeps before they are asked for: each time the processor waits for it."""
 
@@ -217,12 +248,12 @@ class Journal:
     """Collects losses where they are computed, and writes them together.
 
     Args:
-        accelerator: Of the run.
-        recipe: Its settings.
-        folder: Of the run.
-        step: From which it goes on; what the log says of later ones is dropped.
-        seconds: How long it took up to there.
-        progress: Is told how far it is.
+        accelerator: Adds up the losses of all processes.
+        recipe: The settings of the run.
+        folder: The folder of the run.
+        step: From which the run goes on; what the log says of later ones is dropped.
+        seconds: How long the run took up to there.
+        progress: Is told the tokens done, all tokens and the loss.
     """
 
     def __init__(
@@ -247,8 +278,18 @@ class Journal:
         """How long the run has taken, earlier parts included."""
         return time.perf_counter() - self._begun
 
-    def note(self, step: int, rate: float, loss: Tensor, norm: Tensor) -> None:
-        """Take down a step, counted from 1: this process's part of the loss, and the norm of the gradient."""
+    def note(self, step: int, *, rate: float, loss: Tensor, norm: Tensor) -> None:
+        """Take down a step.
+
+        Args:
+            step: The number of the step, counted from 1.
+            rate: The learning rate.
+            loss: This process's part of the loss.
+            norm: The norm of the whole gradient.
+
+        Raises:
+            DiffractError: A loss or a gradient is no number.
+        """
         self._waiting.append((step, rate, loss, norm))
         if len(self._waiting) >= self._at_once:
             self.write()
@@ -269,20 +310,10 @@ class Journal:
         for (step, rate, *_), (loss, norm) in zip(taken, shown, strict=True):
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 self._append(lines)
-                self._stop(step, loss, norm)
-            lines.append(self._line(step, rate, loss, norm))
+                raise self._diverged(step, loss, norm)
+            line = {"step": step, "tokens": step * self._recipe.batch_tokens, "loss": loss, "rate": rate}
+            lines.append(line | {"grad_norm": norm, "seconds": round(self.seconds, 3)})
         self._append(lines)
-
-    def _line(self, step: int, rate: float, loss: float, norm: float) -> dict[str, float]:
-        tokens = step * self._recipe.batch_tokens
-        return {
-            "step": step,
-            "tokens": tokens,
-            "loss": loss,
-            "rate": rate,
-            "grad_norm": norm,
-            "seconds": round(self.seconds, 3),
-        }
 
     def _append(self, lines: list[dict[str, float]]) -> None:
         if not lines or not self._accelerator.is_main_process:
@@ -295,10 +326,10 @@ class Journal:
             total = self._recipe.steps * self._recipe.batch_tokens
             self._progress(lines[-1]["tokens"], total, f"loss {lines[-1]['loss']:.3f}")
 
-    def _stop(self, step: int, loss: float, norm: float) -> None:
+    def _diverged(self, step: int, loss: float, norm: float) -> DiffractError:
         good = last_state(self._folder)
         kept = f"The last good state is {str(good[1])!r}" if good else "There is no earlier state"
-        raise DiffractError(
+        return DiffractError(
             f"step {step} ({step * self._recipe.batch_tokens:,} tokens): loss {loss}, gradient norm {norm}. Training "
             f"has diverged. {kept}. Lower optimizer.rate, lengthen schedule.warmup, or lower optimizer.clip."
         )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 
 NO_TARGET = -100
+"""What torch's cross-entropy takes for a position that is not predicted."""
 
 
 def make_optimizer(model: nn.Module, recipe: TrainRecipe) -> torch.optim.AdamW:
@@ -48,79 +50,72 @@ def window_loss(model: nn.Module, ids: Tensor) -> Tensor:
     )
 
 
+@dataclass
 class Stepper:
     """Makes steps, each of a whole batch whatever the size of the pieces.
 
-    Args:
-        accelerator: Of the run.
-        model: Prepared by it.
-        optimizer: Prepared by it.
-        recipe: The run's settings.
-        micro_batch: Windows that are computed at once.
-
     Attributes:
-        micro_batch: As it is now: it is halved when memory does not suffice.
-        warnings: What was changed so.
+        accelerator: Places tensors, and speaks with other processes.
+        model: The model as the accelerator prepared it.
+        optimizer: The optimizer as the accelerator prepared it.
+        recipe: The settings of the run.
+        micro_batch: Windows that are computed at once; it is halved when memory does not suffice.
+        warnings: Says where that was done.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        recipe: TrainRecipe,
-        micro_batch: int,
-    ) -> None:
-        self._accelerator, self._model, self._optimizer, self._recipe = accelerator, model, optimizer, recipe
-        self.micro_batch = micro_batch
-        self.warnings: list[str] = []
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    recipe: TrainRecipe
+    micro_batch: int
+    warnings: list[str] = field(default_factory=list)
 
-    def step(self, ids: Tensor, rate: float) -> tuple[Tensor, Tensor]:
-        """Make one step.
+    def gradient(self, ids: Tensor) -> Tensor:
+        """Compute the gradient of a batch, in smaller pieces as long as memory does not suffice.
 
         Args:
             ids: This process's rows of the batch.
-            rate: The learning rate.
 
         Returns:
-            This process's part of the mean loss, before the step, and the norm of the whole gradient.
+            This process's part of the mean loss.
 
         Raises:
             DiffractError: Memory does not suffice for one window.
         """
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
-        loss = self._gradient_with_room(ids)
-        norm = self._accelerator.clip_grad_norm_(self._model.parameters(), self._recipe.optimizer.clip or inf)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        assert norm is not None, "only engines that are not supported give none"
-        return loss, norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-    def _gradient_with_room(self, ids: Tensor) -> Tensor:
-        """Compute the gradient, in smaller pieces as long as memory does not suffice."""
         from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
         while True:
             try:
-                return self._gradient(ids.split(self.micro_batch), ids.numel())
+                return self._gradient_of_pieces(ids)
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
                 self._halve(error)
-            self._optimizer.zero_grad()
+            # Outside of the handler, as the error's traceback holds the tensors that are to be freed.
+            self.optimizer.zero_grad()
             clear_device_cache(garbage_collection=True)
 
-    def _gradient(self, pieces: Iterable[Tensor], tokens: int) -> Tensor:
-        """Add up the gradients of pieces; processes' gradients are averaged, so each is weighted with their number."""
-        pieces, processes = list(pieces), self._accelerator.num_processes
-        positions = tokens // self._recipe.context * (self._recipe.context - 1) * processes
-        total = torch.zeros((), device=self._accelerator.device)
+    def update(self, rate: float) -> Tensor:
+        """Change the weights by the gradient and forget it; return its norm before it was shortened."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip or inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        assert norm is not None, "only engines that are not supported give none"
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _gradient_of_pieces(self, ids: Tensor) -> Tensor:
+        pieces, processes = ids.split(self.micro_batch), self.accelerator.num_processes
+        positions = ids.numel() // self.recipe.context * (self.recipe.context - 1) * processes
+        total = torch.zeros((), device=self.accelerator.device)
         for number, piece in enumerate(pieces, start=1):
+            # Processes exchange their gradients once, at the last piece: they are sums over the pieces by then.
             alone = number < len(pieces)
-            with self._accelerator.no_sync(self._model) if alone else nullcontext():
-                loss = window_loss(self._model, piece) / positions
-                self._accelerator.backward(loss * processes)
+            with self.accelerator.no_sync(self.model) if alone else nullcontext():
+                loss = window_loss(self.model, piece) / positions
+                # The exchange averages over processes, and their sum is wanted.
+                self.accelerator.backward(loss * processes)
             total += loss.detach()
         return total
 
@@ -129,7 +124,7 @@ class Stepper:
             raise DiffractError(
                 "memory does not suffice for one window. Shorten the context, or share the model (FSDP)."
             ) from error
-        if self._accelerator.num_processes > 1:
+        if self.accelerator.num_processes > 1:
             raise DiffractError(
                 f"memory does not suffice for {self.micro_batch} windows, and one process cannot change that for all. "
                 f"Set micro_batch: {self.micro_batch // 2}."
@@ -169,33 +164,23 @@ def accelerated(recipe: TrainRecipe, folder: Path) -> Iterator[Accelerator]:
 
     accelerator = None
     try:
-        accelerator = _accelerator(recipe, folder)
-        _refuse_others(accelerator)
+        accelerator = _make_accelerator(recipe, folder)
         if recipe.log:
-            accelerator.init_trackers("diffract", config=_flat(recipe))
+            # Trackers store plain values only.
+            plain = {k: v for k, v in recipe.as_dict().items() if isinstance(v, int | float | str)}
+            accelerator.init_trackers("diffract", config=plain)
         yield accelerator
     finally:
         if accelerator is not None:
             for tracker in accelerator.trackers:
                 tracker.finish()
             accelerator.free_memory()
-        AcceleratorState._reset_state(reset_partial_state=True)  # accelerate offers no public way
+        # accelerate keeps one state for the life of a process and offers no public way to begin another.
+        AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
 
 
-def wants_bf16(recipe: TrainRecipe, device: str) -> bool:
-    """Whether products are computed in bf16 on a device, named as torch does."""
-    if recipe.precision == "auto":
-        return device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-    return recipe.precision == "bf16"
-
-
-def device_name(device: torch.device) -> str:
-    """Name a device in a manifest."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _accelerator(recipe: TrainRecipe, folder: Path) -> Accelerator:
+def _make_accelerator(recipe: TrainRecipe, folder: Path) -> Accelerator:
     from accelerate import Accelerator, PartialState
     from accelerate.tracking import get_available_trackers
     from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
@@ -204,18 +189,13 @@ def _accelerator(recipe: TrainRecipe, folder: Path) -> Accelerator:
     if missing := [name for name in recipe.log if name not in available]:
         raise DiffractError(f"log: {missing[0]} is not installed: pip install {missing[0]}, or leave it out.")
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    mixed = "bf16" if wants_bf16(recipe, str(PartialState(cpu=cpu).device)) else "no"
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=cpu,  # else processes without a GPU would not know of each other
-        mixed_precision=mixed,
+        mixed_precision="bf16" if wants_bf16(recipe, torch.device(PartialState(cpu=cpu).device or "cpu")) else "no",
         log_with=list(recipe.log) or None,
         project_dir=folder,
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # micro-batches are added up here
     )
-
-
-def _refuse_others(accelerator: Accelerator) -> None:
-    """Raise for engines that want a loop of their own."""
     kind = accelerator.distributed_type.value
     if kind in ("DEEPSPEED", "MEGATRON_LM") or (kind == "FSDP" and not accelerator.is_fsdp2):
         raise DiffractError(
@@ -223,15 +203,18 @@ def _refuse_others(accelerator: Accelerator) -> None:
             "fsdp_version: 2 (docs/train.md)."
         )
     if accelerator.num_processes > 1:
-        atexit.register(_leave)
+        # torch warns at the end of a process whose group nobody has left; later runs in it need the group still.
+        atexit.register(lambda: torch.distributed.is_initialized() and torch.distributed.destroy_process_group())
+    return accelerator
 
 
-def _leave() -> None:
-    """End a group of processes as torch wants it, where that has not been done."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+def wants_bf16(recipe: TrainRecipe, device: torch.device) -> bool:
+    """Return whether products are computed in bf16 on a device."""
+    if recipe.precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return recipe.precision == "bf16"
 
 
-def _flat(recipe: TrainRecipe) -> dict[str, int | float | str]:
-    """The settings that trackers can store."""
-    return {key: value for key, value in recipe.as_dict().items() if isinstance(value, int | float | str)}
+def device_name(device: torch.device) -> str:
+    """Return what a manifest calls a device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

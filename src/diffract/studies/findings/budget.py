@@ -8,11 +8,16 @@ import plotly.graph_objects as go
 import polars as pl
 
 from diffract.plots.searches import curves
-from diffract.studies.finding import Finding, Number, better
+from diffract.studies.finding import Evidence, better, finding
 from diffract.studies.study import Study
 
 
-def budget(study: Study) -> Finding:
+@finding(
+    title="Quality after continual pre-training against the pre-training budget",
+    claim="Longer pre-training makes better continual pre-training.",
+    control="the bases themselves, without continual pre-training, on the same items",
+)
+def budget(study: Study) -> Evidence:
     """Compare the tuned models of all budgets; the bases themselves are the control."""
     tuned = {tokens: models[study.recipe.target] for tokens, models in study.family.tuned.items()}
     bases = {tokens: study.family.bases[tokens] for tokens in tuned}
@@ -30,24 +35,16 @@ def budget(study: Study) -> Finding:
         replace(gain, name=claimed, chance=without.value),
         replace(without, name="the same of the bases"),
         *(replace(study.gain(tuned[first], tuned[last], task), name=f"{claimed}, in {task.name}") for task in others),
-        *(_gain_of_tuning(study, tokens, bases[tokens], tuned[tokens]) for tokens in tuned),
+        *(replace(study.gain(bases[t], tuned[t]), name=f"gain of tuning from {t:,} tokens") for t in tuned),
     ]
     verdict, because = better(gain, f"the model tuned from {last:,} tokens is better than that from {first:,}")
-    return Finding(
-        name="budget",
-        title="Quality after continual pre-training against the pre-training budget",
-        claim="Longer pre-training makes better continual pre-training.",
-        verdict=verdict,
-        because=because,
-        control="the bases themselves, without continual pre-training, on the same items",
+    return Evidence(
+        verdict,
+        because,
         numbers=numbers,
         figures=[_figure(table, task.name, task.unit) for task in study.tasks],
         tables={"quality": table, "all_domains": _all_domains(study)},
     )
-
-
-def _gain_of_tuning(study: Study, tokens: int, base: str, tuned: str) -> Number:
-    return replace(study.gain(base, tuned), name=f"gain of tuning from {tokens:,} tokens")
 
 
 def _figure(table: pl.DataFrame, task: str, unit: str) -> tuple[str, go.Figure]:
@@ -57,7 +54,7 @@ def _figure(table: pl.DataFrame, task: str, unit: str) -> tuple[str, go.Figure]:
 
 
 def _all_domains(study: Study) -> pl.DataFrame:
-    """Quality of every tuned model in every task."""
+    """Return the quality of every base and tuned model in every task."""
     return pl.concat(
         study.quality(ref).with_columns(tokens=pl.lit(tokens), model=pl.lit(domain))
         for tokens, models in study.family.tuned.items()

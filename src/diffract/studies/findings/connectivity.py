@@ -8,30 +8,45 @@ import polars as pl
 from diffract.plots.searches import connectivity_matrix, curves, model_paths
 from diffract.run import Run
 from diffract.search import connect
-from diffract.studies.finding import Finding, Number, Verdict, rank_correlation, shown
+from diffract.studies.finding import Evidence, Number, Verdict, finding, rank_correlation, shown
 from diffract.studies.study import Study
 
 BASE = "base"
 """What paths from the base are called; the claim is about domains."""
 
 
-def connectivity(study: Study) -> Finding:
+@finding(
+    title="Connectivity of domains",
+    claim="Checkpoints of different domains from one base are connected: no barrier on the straight path.",
+    control="the straight line between the ends' qualities; a barrier is how far quality falls behind it",
+)
+def connectivity(study: Study) -> Evidence:
     """Walk from every domain to every other, from each budget."""
     runs = {tokens: _paths(study, tokens) for tokens in study.family.tuned}
     pairs = pl.concat(run.pairs.with_columns(tokens=pl.lit(tokens)) for tokens, run in runs.items())
     paths = pl.concat(run.paths.with_columns(tokens=pl.lit(tokens)) for tokens, run in runs.items())
     judged = pairs.filter(pl.col("counts"), pl.col("a") != BASE, pl.col("b") != BASE)
     last = judged.filter(pl.col("tokens") == study.family.last)
-    trend = _trend(judged)
+    barriers = [
+        Number(
+            f"barrier in {r['task']} between {r['a']} and {r['b']}", r["barrier"], r["low"], high=r["high"], chance=0.0
+        )
+        for r in last.iter_rows(named=True)
+    ]
+    means = judged.group_by("tokens").agg(pl.col("barrier").mean()).sort("tokens")
+    by_budget = [Number(f"mean barrier from {tokens:,} tokens", mean) for tokens, mean in means.iter_rows()]
+    # Pairs and tasks differ in how high their barriers are at all; only what the budget changes is to be ranked.
+    own = judged.with_columns(rest=pl.col("barrier") - pl.col("barrier").mean().over("a", "b", "task"))
+    trend = rank_correlation(
+        "rank correlation of barriers with the budget", np.log(own["tokens"].to_numpy()), own["rest"].to_numpy()
+    )
+    highest = judged.group_by("a", "b", "tokens", maintain_order=True).agg(pl.col("barrier").max())
+    rows = highest.select(name=pl.format("{} and {}", "a", "b"), x="tokens", y="barrier")
     verdict, because = _judge(last, study.recipe.quality.tolerance)
-    return Finding(
-        name="connectivity",
-        title="Connectivity of domains",
-        claim="Checkpoints of different domains from one base are connected: no barrier on the straight path.",
-        verdict=verdict,
-        because=f"{because} Barriers against the budget: {shown(trend)}.",
-        control="the straight line between the ends' qualities; a barrier is how far quality falls behind it",
-        numbers=[*_barriers(last), *_by_budget(judged), trend],
+    return Evidence(
+        verdict,
+        f"{because} Barriers against the budget: {shown(trend)}.",
+        numbers=[*barriers, *by_budget, trend],
         figures=[
             (
                 "Quality on the path of each pair from the largest budget, in every task; dotted is the line between "
@@ -39,7 +54,10 @@ def connectivity(study: Study) -> Finding:
                 model_paths(runs[study.family.last].paths),
             ),
             ("Barriers of all pairs from the largest budget.", connectivity_matrix(runs[study.family.last].pairs)),
-            ("Highest barrier of each pair of domains against the budget.", _against_budget(judged)),
+            (
+                "Highest barrier of each pair of domains against the budget.",
+                curves(rows, x="pre-training tokens", y="highest barrier", log_x=True),
+            ),
         ],
         tables={"pairs": pairs, "paths": paths, "simplex": runs[study.family.last].simplex},
     )
@@ -64,7 +82,7 @@ def _paths(study: Study, tokens: int) -> Run:
 
 
 def _judge(pairs: pl.DataFrame, tolerance: float) -> tuple[Verdict, str]:
-    """All pairs connected, or one that surely is not."""
+    """Judge whether all pairs are connected, or one surely is not."""
     by_pair = pairs.group_by("a", "b").agg(pl.col("connected").all(), pl.col("low").max())
     connected, apart = by_pair["connected"].sum(), (by_pair["low"] > tolerance).sum()
     said = (
@@ -74,29 +92,3 @@ def _judge(pairs: pl.DataFrame, tolerance: float) -> tuple[Verdict, str]:
     if connected == by_pair.height:
         return "holds", said
     return ("does not hold" if apart else "cannot tell"), said
-
-
-def _barriers(pairs: pl.DataFrame) -> list[Number]:
-    return [
-        Number(f"barrier in {r['task']} between {r['a']} and {r['b']}", r["barrier"], r["low"], r["high"], chance=0.0)
-        for r in pairs.iter_rows(named=True)
-    ]
-
-
-def _by_budget(judged: pl.DataFrame) -> list[Number]:
-    rows = judged.group_by("tokens").agg(pl.col("barrier").mean()).sort("tokens")
-    return [Number(f"mean barrier from {r['tokens']:,} tokens", r["barrier"]) for r in rows.iter_rows(named=True)]
-
-
-def _trend(judged: pl.DataFrame) -> Number:
-    """Rank correlation of barriers with the budget, after each pair and task's own mean is taken out."""
-    own = judged.with_columns(rest=pl.col("barrier") - pl.col("barrier").mean().over("a", "b", "task"))
-    return rank_correlation(
-        "rank correlation of barriers with the budget", np.log(own["tokens"].to_numpy()), own["rest"].to_numpy()
-    )
-
-
-def _against_budget(judged: pl.DataFrame):
-    table = judged.group_by("a", "b", "tokens", maintain_order=True).agg(pl.col("barrier").max())
-    rows = table.select(name=pl.format("{} and {}", "a", "b"), x="tokens", y="barrier")
-    return curves(rows, x="pre-training tokens", y="highest barrier", log_x=True)

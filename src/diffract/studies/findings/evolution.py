@@ -6,7 +6,7 @@ import polars as pl
 
 from diffract.api import trajectory
 from diffract.plots.training import evolution as draw
-from diffract.studies.finding import Finding, Number, better, median, shown
+from diffract.studies.finding import Evidence, Number, better, finding, median, shown
 from diffract.studies.study import Study
 
 METRICS = (
@@ -30,7 +30,12 @@ CAPTIONS = {
 }
 
 
-def evolution(study: Study) -> Finding:
+@finding(
+    title="Evolution of spectra over pre-training",
+    claim="Pre-training writes structure into spectra: outliers beyond random-matrix theory, peaks, a lower rank.",
+    control="the Marchenko-Pastur law fitted to the same matrix: noise has an outlier in 1% of matrices",
+)
+def evolution(study: Study) -> Evidence:
     """Follow all bases; the Marchenko-Pastur law fitted to the same matrix is the control."""
     series = [f"tokens{tokens}={ref}" for tokens, ref in study.family.bases.items()]
     study.say(f"spectra of {len(series)} bases")
@@ -43,13 +48,9 @@ def evolution(study: Study) -> Finding:
     rank = _change("effective rank gained, median over matrices", first, last, "effective_rank")
     peaks = _change("peaks gained, median over matrices", first, last, "peak_count")
     verdict, because = better(outliers, "matrices gain eigenvalues that noise would not have")
-    return Finding(
-        name="evolution",
-        title="Evolution of spectra over pre-training",
-        claim="Pre-training writes structure into spectra: outliers beyond random-matrix theory, peaks, a lower rank.",
-        verdict=verdict,
-        because=f"{because} Effective rank: {shown(rank)}; peaks: {shown(peaks)}.",
-        control="the Marchenko-Pastur law fitted to the same matrix: noise has an outlier in 1% of matrices",
+    return Evidence(
+        verdict,
+        f"{because} Effective rank: {shown(rank)}; peaks: {shown(peaks)}.",
         numbers=[
             outliers,
             rank,

@@ -10,11 +10,16 @@ import polars as pl
 from diffract import stats
 from diffract.api import heads as measure
 from diffract.plots.heads import head_maps, lorenz
-from diffract.studies.finding import RESAMPLES, Finding, Number, better
+from diffract.studies.finding import RESAMPLES, Evidence, Number, better, finding
 from diffract.studies.study import NOISE, Study
 
 
-def heads(study: Study) -> Finding:
+@finding(
+    title="Heterogeneity of attention heads",
+    claim="Few heads carry most of the change; some change in every domain, some are specific to one.",
+    control="noise of the same norm in every tensor; chance cosine of random directions",
+)
+def heads(study: Study) -> Evidence:
     """Measure how unevenly heads change, and what domains share; noise of the same norms is the control."""
     tuned, target = study.tuned, study.recipe.target
     run = measure(study.base, *(f"{name}={ref}" for name, ref in tuned.items()), cache=False)
@@ -28,13 +33,9 @@ def heads(study: Study) -> Finding:
         than=2 * (even.value or 0),
     )
     alike = run.domains
-    return Finding(
-        name="heads",
-        title="Heterogeneity of attention heads",
-        claim="Few heads carry most of the change; some change in every domain, some are specific to one.",
-        verdict=verdict,
-        because=f"{because} {_said(alike)}",
-        control="noise of the same norm in every tensor; chance cosine of random directions",
+    return Evidence(
+        verdict,
+        f"{because} {_said(alike)}",
         numbers=[*shares.values(), *_between(alike, norms), _in_common(run.models)],
         figures=[
             ("Norm of the change of every head, by domain.", head_maps(run.heads)),

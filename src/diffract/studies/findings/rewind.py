@@ -10,7 +10,7 @@ from diffract.plots.heads import head_effects
 from diffract.plots.searches import rewind_curves
 from diffract.run import Run
 from diffract.search import search_rewind
-from diffract.studies.finding import Finding, Number, better
+from diffract.studies.finding import Evidence, Number, better, finding
 from diffract.studies.study import Study
 
 SAID = ("greedy", "reference")
@@ -20,7 +20,12 @@ LEVEL = 0.05
 FORWARD = ~pl.col("reverse").fill_null(value=False)
 
 
-def rewind(study: Study) -> Finding:
+@finding(
+    title="Rewinding heads",
+    claim="Rewinding some heads to the base raises quality; many can go back without loss.",
+    control="random orders, chosen and reported in the same way; and every order reversed",
+)
+def rewind(study: Study) -> Evidence:
     """Search rewind curves of the target; random and reversed orders are the control."""
     run = _search(study)
     task, unit = study.target.name, study.target.unit
@@ -31,13 +36,9 @@ def rewind(study: Study) -> Finding:
     gains = [_gain(row, unit, random) for row in rows]
     verdict, because = better(gains[0], "rewinding these heads raises held-out quality")
     at = f"The best of the orders {', '.join(SAID)} on the selection items: {rows[0]['fraction']:.3g} of the heads."
-    return Finding(
-        name="rewind",
-        title="Rewinding heads",
-        claim="Rewinding some heads to the base raises quality; many can go back without loss.",
-        verdict=verdict,
-        because=f"{because} {at} {_furthest(chosen)} {study.tuning()}",
-        control="random orders, chosen and reported in the same way; and every order reversed",
+    return Evidence(
+        verdict,
+        f"{because} {at} {_furthest(chosen)} {study.tuning()}",
         numbers=[*gains, *_without_loss(chosen), *_of_heads(run)],
         figures=[
             (
@@ -77,7 +78,8 @@ def _search(study: Study) -> Run:
 
 def _gain(row: dict[str, Any], unit: str, random: float | None) -> Number:
     name = f"held-out gain of the best fraction, order {row['order']}"
-    return Number(name, row["held_out_gain"], row["held_out_gain_low"], row["held_out_gain_high"], unit, random)
+    low, high = row["held_out_gain_low"], row["held_out_gain_high"]
+    return Number(name, row["held_out_gain"], low, high=high, unit=unit, chance=random)
 
 
 def _median(choice: pl.DataFrame, order: str, column: str) -> float | None:
@@ -101,7 +103,7 @@ def _furthest(chosen: pl.DataFrame) -> str:
 
 
 def _of_heads(run: Run) -> list[Number]:
-    """How many heads matter alone, and how well each cheaper order ranks them."""
+    """Return how many heads matter alone, and how well each cheaper order ranks them."""
     known = run.effects.filter(pl.col("effect").is_not_null())
     sure = known.filter(pl.col("p_holm") < LEVEL)
     unit = f"of {known.height}"

@@ -11,11 +11,11 @@ import polars as pl
 from diffract.api import trajectory
 from diffract.plots.searches import curves
 from diffract.stats import holm, spearman_pvalue
-from diffract.studies.finding import FEWEST, Finding, Number, Verdict, rank_correlation, shown
+from diffract.studies.finding import FEWEST, Evidence, Number, Verdict, finding, rank_correlation, shown
 from diffract.studies.study import Study
 
 DEGREE = 3
-"""Of the polynomial in log tokens that is taken out of metric and loss."""
+"""Degree of the polynomial in log tokens that is taken out of metric and loss."""
 
 LEVEL = 0.05
 
@@ -31,7 +31,12 @@ METRICS = (
 )
 
 
-def tracking(study: Study) -> Finding:
+@finding(
+    title="Do spectral metrics track held-out loss?",
+    claim="Metrics such as alpha-hat and stable rank follow quality over training without any data.",
+    control="the number of tokens, which needs no spectrum, and what remains once its logarithm is out of both",
+)
+def tracking(study: Study) -> Evidence:
     """Correlate the median of each metric with held-out quality over all bases; the token count is the control."""
     study.say(f"held-out quality and spectra of {len(study.family.bases)} bases")
     table = _table(study)
@@ -42,13 +47,9 @@ def tracking(study: Study) -> Finding:
     beyond = {name: _beyond(name, table[name].to_numpy(), losses, tokens) for name in METRICS}
     strong = _strong(beyond, int((tokens > 0).sum()))
     verdict, because = _judge(len(losses), raw, strong, control)
-    return Finding(
-        name="tracking",
-        title="Do spectral metrics track held-out loss?",
-        claim="Metrics such as alpha-hat and stable rank follow quality over training without any data.",
-        verdict=verdict,
-        because=because,
-        control="the number of tokens, which needs no spectrum, and what remains once its logarithm is out of both",
+    return Evidence(
+        verdict,
+        because,
         numbers=[
             control,
             *(replace(n, name=f"rank correlation of {n.name} with {task}", chance=control.value) for n in raw.values()),
@@ -60,7 +61,7 @@ def tracking(study: Study) -> Finding:
 
 
 def _table(study: Study) -> pl.DataFrame:
-    """One row per base: tokens, quality in each task, median of each metric over matrices."""
+    """Return a row for each base: tokens, quality in each task, median of each metric over matrices."""
     series = [f"tokens{tokens}={ref}" for tokens, ref in study.family.bases.items()]
     run = trajectory(*series, by=r"tokens(?P<tokens>\d+)", metrics=METRICS, heads=False, cache=False)
     medians = run.metrics.group_by("tokens").agg(pl.col(name).median() for name in METRICS).sort("tokens")

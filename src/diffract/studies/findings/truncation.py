@@ -9,29 +9,30 @@ import polars as pl
 from diffract.plots.searches import truncation_curves
 from diffract.run import Run
 from diffract.search import search_truncate
-from diffract.studies.finding import Finding, Number, better
+from diffract.studies.finding import Evidence, Number, better, finding
 from diffract.studies.study import Study
 
 HALF = 0.5
-"""Of the directions are dropped by the claim."""
+"""Share of the directions that the claim drops."""
 
 DROP, BASE = "drop", "base"
 
 
-def truncation(study: Study) -> Finding:
+@finding(
+    title="Truncating the change",
+    claim="Half and more of the change's singular directions can be dropped without loss.",
+    control="the smallest directions, random ones and DARE at equal energy or equal bytes; medians over seeds",
+)
+def truncation(study: Study) -> Evidence:
     """Search truncation curves of the target; DARE and random directions at equal energy and bytes are the control."""
     run = _search(study)
     task, tolerance = study.target.name, study.recipe.quality.tolerance
     held_out = run.points.filter(pl.col("split") == "held-out", pl.col("task") == task, pl.col("rule") != BASE)
     half = {row["rule"]: _gain(row, study.target.unit) for row in _nearest(held_out, HALF).iter_rows(named=True)}
     verdict, because = better(half[DROP], f"half of the directions cost at most {tolerance:g}", than=-tolerance)
-    return Finding(
-        name="truncation",
-        title="Truncating the change",
-        claim="Half and more of the change's singular directions can be dropped without loss.",
-        verdict=verdict,
-        because=f"{because} {_furthest(run.choice)} {study.tuning()}",
-        control="the smallest directions, random ones and DARE at equal energy or equal bytes; medians over seeds",
+    return Evidence(
+        verdict,
+        f"{because} {_furthest(run.choice)} {study.tuning()}",
         numbers=[*half.values(), *_without_loss(run.choice)],
         figures=[
             (
@@ -66,14 +67,13 @@ def _nearest(points: pl.DataFrame, fraction: float) -> pl.DataFrame:
     known = points.filter(pl.col("fraction").is_not_null())
     away = (pl.col("fraction") - fraction).abs()
     at = known.filter(away == away.min().over("rule"))
-    return at.group_by("rule", maintain_order=True).agg(
-        pl.col("fraction", "energy", "bytes", "gain", "gain_low", "gain_high").median()
-    )
+    middle = pl.col(["fraction", "energy", "bytes", "gain", "gain_low", "gain_high"]).median()
+    return at.group_by("rule", maintain_order=True).agg(middle)
 
 
 def _gain(row: dict[str, Any], unit: str) -> Number:
     name = f"held-out gain at fraction {row['fraction']:.3g}, {_kept(row)}"
-    return Number(name, row["gain"], row["gain_low"], row["gain_high"], unit)
+    return Number(name, row["gain"], row["gain_low"], high=row["gain_high"], unit=unit)
 
 
 def _without_loss(choice: pl.DataFrame) -> list[Number]:

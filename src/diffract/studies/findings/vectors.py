@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import plotly.graph_objects as go
 import polars as pl
+from scipy.stats import binomtest
 
 from diffract.api import compare
 from diffract.plots.searches import curves
-from diffract.studies.finding import Finding, Number, better, median, shown
+from diffract.studies.finding import Evidence, Number, better, finding, median, shown
 from diffract.studies.study import NOISE, Study
 
 METRICS = (
@@ -17,10 +18,15 @@ METRICS = (
 )  # fmt: skip
 LEVEL = 0.05
 MOST = 0.9
-"""Of the change must be in vectors."""
+"""Share of the change that the claim has in vectors."""
 
 
-def vectors(study: Study) -> Finding:
+@finding(
+    title="Singular values against singular vectors",
+    claim="Continual pre-training hardly touches singular values; it turns singular vectors, at spectral peaks.",
+    control="noise of the same norm in every tensor; and 1 / max(m, n), what random directions put into values",
+)
+def vectors(study: Study) -> Evidence:
     """Split each matrix's change into values and vectors; noise of the same norms is the control."""
     tuned = study.tuned
     study.say(f"base against {len(tuned)} domains and noise")
@@ -31,15 +37,11 @@ def vectors(study: Study) -> Finding:
     shares = {name: _value_share(name, rows) for name, rows in of.items()}
     target = shares[study.recipe.target]
     value, low, high = (None if v is None else 1 - v for v in (target.value, target.high, target.low))
-    in_vectors = Number("share of the change in singular vectors", value, low, high)
+    in_vectors = Number("share of the change in singular vectors", value, low, high=high)
     verdict, because = better(in_vectors, "nine tenths of the change and more turn vectors", than=MOST)
-    return Finding(
-        name="vectors",
-        title="Singular values against singular vectors",
-        claim="Continual pre-training hardly touches singular values; it turns singular vectors, at spectral peaks.",
-        verdict=verdict,
-        because=f"{because} {_of_noise(shares[NOISE], target)} {_peaks(of[study.recipe.target])}",
-        control="noise of the same norm in every tensor; and 1 / max(m, n), what random directions put into values",
+    return Evidence(
+        verdict,
+        f"{because} {_of_noise(shares[NOISE], target)} {_peaks(of[study.recipe.target])}",
         numbers=[in_vectors, *shares.values(), *(_enriched(name, rows) for name, rows in of.items())],
         figures=[
             _figure(of, "value_share", "share of the change in singular values"),
@@ -67,15 +69,13 @@ def _of_noise(noise: Number, share: Number) -> str:
 
 def _enriched(name: str, rows: pl.DataFrame) -> Number:
     """Return how many matrices change more inside their peaks than by chance (interval: Clopper & Pearson 1934)."""
-    from scipy.stats import binomtest
-
     known = rows.filter(pl.col("peak_enrichment_pvalue").is_not_null())
     hits = known.filter(pl.col("peak_enrichment_pvalue") < LEVEL).height
     title = f"share of matrices whose change is enriched at peaks (p < {LEVEL}), {name}"
     if not known.height:
         return Number(title, None, chance=LEVEL)
     interval = binomtest(hits, known.height).proportion_ci()
-    return Number(title, hits / known.height, float(interval.low), float(interval.high), chance=LEVEL)
+    return Number(title, hits / known.height, float(interval.low), high=float(interval.high), chance=LEVEL)
 
 
 def _peaks(rows: pl.DataFrame) -> str:
