@@ -121,7 +121,8 @@ def name_both_axes(made: go.Figure, names: Sequence[str], **further: Any) -> go.
 
 OPACITY = 0.15
 
-LEGEND_PX, TITLE_PX = 170, 58
+LEGEND_PX, AXIS_PX = 170, 58
+"""Widths of the legend beside a figure, and of the y axis with its title where numbers are long."""
 
 
 def banded(
@@ -158,8 +159,8 @@ def banded(
 
 def beside(made: go.Figure) -> go.Figure:
     """Put the legend of many curves on the right, and leave room for long numbers on the left."""
-    made.update_annotations(xshift=-TITLE_PX, selector={"textangle": -90})
-    return made.update_layout(legend=LEGEND_RIGHT, margin={"l": TITLE_PX + 16, "r": LEGEND_PX})
+    made.update_annotations(xshift=-AXIS_PX, selector={"textangle": -90})
+    return made.update_layout(legend=LEGEND_RIGHT, margin={"l": AXIS_PX + 16, "r": LEGEND_PX})
 
 
 def curve(
