@@ -16,8 +16,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.integrate import quad
-from scipy.special import erfcx
 
 Array = NDArray[np.float64]
 Row = Mapping[str, float | None]
@@ -149,6 +147,8 @@ def log_normal(x: Array, mu: float, sigma: float, xmin: float) -> Array:
 
     Written from xmin outward, so that it holds where that share is too small for a float.
     """
+    from scipy.special import erfcx
+
     z, t = (math.log(xmin) - mu) / sigma, np.log(x / xmin)
     hazard = math.sqrt(2 / math.pi) / erfcx(z / math.sqrt(2))
     return hazard / (x * sigma) * np.exp(-t / sigma * (z + t / (2 * sigma)))
@@ -172,6 +172,8 @@ def tail_parameters(row: Row, prefix: str) -> tuple[float, ...] | None:
 
 def _log_mass(alpha: float, fall: float) -> float:
     """Logarithm of the integral of s^-alpha exp(-fall (s - 1)) over s >= 1."""
+    from scipy.integrate import quad  # takes 0.3 s to import, and a scan draws nothing
+
     if not fall > 1e-300:
         return -math.log(alpha - 1) if alpha > 1 else math.nan
 
