@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 
 from diffract.edits import Interpolate, Merge
-from diffract.edits.operations.dare import dare, seeded
+from diffract.edits.mixing import dare, seeded
 from diffract.errors import CheckpointError, RecipeError, SelectionError
 from edit_cases import Tensors, as_module, assert_bits, assert_same, edit, edited, family_pair, moved, read
 from families import GROUPED

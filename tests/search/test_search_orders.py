@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from diffract.edits import LiveModel, Rewind
-from diffract.edits.order import change_norms, reference_scores
-from diffract.edits.parts import find_units
+from diffract.edits.heads import change_norms, find_units, reference_scores
 from diffract.edits.steps import plan_step
 from diffract.errors import SelectionError
 from diffract.search.rewind import (

@@ -15,8 +15,8 @@ from diffract.errors import RecipeError, printable
 from diffract.settings import size_text
 
 if TYPE_CHECKING:
-    from diffract.edits.dry_run import Preview
     from diffract.edits.settings import Settings
+    from diffract.edits.to_files import Preview
 
 Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder to write.")]
 Dtype = Annotated[
@@ -176,7 +176,7 @@ def run_recipe(recipe: Any, output: Path | None, common: Mapping[str, Any]) -> d
     if common["dry_run"]:
         from dataclasses import asdict
 
-        from diffract.edits.dry_run import preview
+        from diffract.edits.to_files import preview
 
         found = preview(recipe)
         _show_preview(found, quiet=silent)
@@ -200,7 +200,7 @@ def _show_preview(found: Preview, *, quiet: bool) -> None:
 
 
 def _show_steps(steps: Sequence[Mapping[str, Any]], *, quiet: bool) -> None:
-    from diffract.edits.card import said
+    from diffract.edits.to_files import said
 
     for step in steps:
         say(f"{step['step']}:", quiet=quiet)

@@ -83,7 +83,7 @@ def verify(
 ) -> None:
     """Compare an edited checkpoint and its inputs with its manifest; exit code 1 where they differ."""
     with explained(debug=debug):
-        from diffract.edits.replay import verify as verify_folder
+        from diffract.edits.to_files import verify as verify_folder
 
         found = verify_folder(folder, replay=replay)
     if json:

@@ -7,21 +7,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffract.edits.dry_run import Preview, preview
     from diffract.edits.live import LiveModel
-    from diffract.edits.output import Output
-    from diffract.edits.recipe import Recipe, load_recipe, recipe_schema
-    from diffract.edits.replay import verify
+    from diffract.edits.recipe import Output, Recipe, load_recipe, recipe_schema
     from diffract.edits.settings import Interpolate, Laser, Lora, Merge, Pissa, Rewind, Svf, Truncate
-    from diffract.edits.to_files import Edited, apply
+    from diffract.edits.to_files import Edited, Preview, apply, preview, verify
 
 _PLACES = {
-    **dict.fromkeys(("Edited", "apply"), "to_files"),
+    **dict.fromkeys(("Edited", "Preview", "apply", "preview", "verify"), "to_files"),
     "LiveModel": "live",
-    "Output": "output",
-    **dict.fromkeys(("Preview", "preview"), "dry_run"),
-    **dict.fromkeys(("Recipe", "load_recipe", "recipe_schema"), "recipe"),
-    "verify": "replay",
+    **dict.fromkeys(("Output", "Recipe", "load_recipe", "recipe_schema"), "recipe"),
     **dict.fromkeys(("Interpolate", "Laser", "Lora", "Merge", "Pissa", "Rewind", "Svf", "Truncate"), "settings"),
 }
 

@@ -5,25 +5,50 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, model_validator
 
-from diffract.edits.output import Output
-from diffract.edits.settings import (
-    Interpolate,
-    Laser,
-    Lora,
-    Merge,
-    Model,
-    Pissa,
-    Rewind,
-    Settings,
-    Svf,
-    Truncate,
-)
+from diffract.checkpoints.writer import SHARD_BYTES
+from diffract.edits.settings import Interpolate, Laser, Lora, Merge, Model, Pissa, Rewind, Settings, Svf, Truncate
 from diffract.errors import printable
 from diffract.settings import STRICT, read_recipe, validated
+
+Dtype = Literal["float64", "float32", "bfloat16", "float16"]
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def parse_size(value: object) -> object:
+    """Read a size in bytes: ``5GB``, ``200 MB``, or a number.
+
+    >>> parse_size("5GB")
+    5000000000
+    """
+    if not isinstance(value, str):
+        return value
+    text = value.strip().upper().removesuffix("B").strip()
+    unit = text[-1:] if text[-1:] in UNITS else ""
+    try:
+        return int(float(text.removesuffix(unit)) * UNITS[unit])
+    except (ValueError, OverflowError):
+        raise ValueError(f"expected a size such as 5GB or 200MB, got {value!r}") from None
+
+
+Size = Annotated[
+    int, Field(ge=1), BeforeValidator(parse_size), WithJsonSchema({"type": ["string", "integer"], "examples": ["5GB"]})
+]
+
+
+class Output(BaseModel):
+    """How an edited checkpoint is written."""
+
+    model_config = STRICT
+
+    dtype: Dtype | None = None
+    """Convert floating-point tensors; their own dtype is kept by default."""
+    shard_size: Size = SHARD_BYTES
+    """Most bytes of tensors in a file, such as 5GB."""
 
 
 def _named(step: object) -> object:

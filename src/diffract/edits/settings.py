@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, WithJsonSchema, model_validator
 
-from diffract.edits.operations.rule import NoiseRule, Rule, Side
+from diffract.edits.rule import NoiseRule, Rule, Side
 from diffract.errors import printable
 from diffract.settings import STRICT
 

@@ -3,29 +3,80 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from diffract._version import __version__
-from diffract.checkpoints import Checkpoint
-from diffract.checkpoints.provenance import write_manifest
+from diffract.checkpoints import Checkpoint, TensorInfo
+from diffract.checkpoints.provenance import Verdict, read_manifest, verify_folder, write_manifest
 from diffract.checkpoints.sources import CONFIG
-from diffract.edits.bench import Bench
-from diffract.edits.card import model_card
+from diffract.edits.bench import Bench, Planned
 from diffract.edits.draft import Draft
-from diffract.edits.exports import EXPORTERS, Target
-from diffract.edits.output import Output
-from diffract.edits.planning import Planned
-from diffract.edits.recipe import Recipe, load_recipe
+from diffract.edits.lora import EXPORTERS
+from diffract.edits.peft import Target
+from diffract.edits.recipe import Output, Recipe, load_recipe
 from diffract.edits.settings import Settings
 from diffract.edits.steps import plan_step
-from diffract.edits.write import write_draft
+from diffract.edits.write import compute, jobs_of, run_jobs, write_draft, written_infos
+from diffract.engine import cores, single_threaded
+from diffract.errors import RecipeError, printable
 from diffract.settings import Progress, validated
 from diffract.store import whole_folder
+
+SHOWN = 12
+"""Names that the card lists; the manifest has all."""
+
+
+def model_card(recipe: Mapping[str, Any], steps: Sequence[Mapping[str, Any]], *, adapter: bool = False) -> str:
+    """Return the README of an edited checkpoint.
+
+    Args:
+        recipe: As it stands in a file.
+        steps: What each step did.
+        adapter: Whether it is a PEFT adapter.
+    """
+    library = "peft" if adapter else "transformers"
+    head = yaml.safe_dump({"base_model": recipe["model"], "library_name": library, "tags": ["diffract"]})
+    lines = [f"- `{step['step']}`: {_listed(step['summary'])}" for step in steps]
+    return f"""---
+{head}---
+
+# Edited checkpoint
+
+Made by diffract {__version__} from `{printable(recipe["model"])}`. `manifest.json` holds the digests of all that
+went in and came out; `diffract verify` compares them with what is there.
+
+{chr(10).join(lines) or "- nothing was changed"}
+
+## Recipe
+
+```yaml
+{yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)}```
+"""
+
+
+def _listed(summary: Mapping[str, Any]) -> str:
+    return "; ".join(f"{key} {said(value)}" for key, value in summary.items())
+
+
+def said(value: Any) -> str:
+    """Return a value of a summary as text of bounded length."""
+    if value is None:
+        return "not finite"
+    if isinstance(value, list):
+        rest = f" and {len(value) - SHOWN} more" if len(value) > SHOWN else ""
+        return printable(", ".join(map(str, value[:SHOWN])) + rest, 400)
+    if isinstance(value, dict):
+        return printable(", ".join(f"{k}={v}" for k, v in value.items()), 400)
+    return f"{value:.4g}" if isinstance(value, float) else printable(value, 400)
+
 
 RECIPE = "recipe.yaml"
 CARD = "README.md"
@@ -149,3 +200,120 @@ def _describe(recipe: Recipe, bench: Bench, plans: Plans, outputs: Mapping[str, 
     }
     write_manifest(folder, manifest)
     return {"diffract": __version__, **manifest}
+
+
+SAMPLE_SECONDS = 3.0
+"""Time spent on measuring; what is not reached is judged by what was."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a recipe would do.
+
+    Attributes:
+        steps: What each step decided.
+        tensors: How many tensors there are.
+        changed: How many of them change.
+        read_bytes: What is read, about.
+        written_bytes: Bytes of tensors that are written; of an adapter that is found out with its ranks.
+        seconds: How long it takes, about.
+    """
+
+    steps: list[dict[str, Any]]
+    tensors: int
+    changed: int
+    read_bytes: int
+    written_bytes: int | None
+    seconds: float
+
+
+def preview(recipe: Recipe | Mapping[str, Any] | str | Path) -> Preview:
+    """Say what a recipe would do; checkpoints are opened and compared, a few tensors computed, nothing is written.
+
+    Raises:
+        DiffractError: The recipe is wrong, or checkpoints do not fit.
+    """
+    recipe = as_recipe(recipe)
+    with open_bench(recipe) as bench:
+        draft, plans = plan(recipe, bench)
+        if recipe.export is not None:
+            export = recipe.export.chosen
+            split = EXPORTERS[type(export)].plan(export, bench, draft)
+            plans.append((export, split.planned))
+            draft = draft.then(split.planned.changes)
+        infos = written_infos(draft, recipe.output)
+        written = None if recipe.export is not None else sum(info.size_bytes for info in infos.values())
+        changed = {name for step in draft.steps for name in step}
+        return Preview(
+            [{key: step[key] for key in ("step", "summary")} for step in described(plans)],
+            len(infos),
+            len(changed),
+            _read_bytes(bench, draft, plans),
+            written,
+            _seconds(draft),
+        )
+
+
+def _read_bytes(bench: Bench, draft: Draft, plans: Plans) -> int:
+    """The whole model, and of every other checkpoint what changes."""
+    sizes = {name: info.size_bytes for name, info in draft.checkpoint.infos.items()}
+    others = len(bench.inputs) - 1
+    changed = {name for _, planned in plans for name in planned.changes}
+    return sum(sizes.values()) + others * sum(sizes[name] for name in changed)
+
+
+def _seconds(draft: Draft) -> float:
+    """Measure one tensor of each kind, small ones first; of kinds that were not reached, judge by work."""
+    kinds: dict[tuple[Any, ...], list[TensorInfo]] = defaultdict(list)
+    for name, info in draft.checkpoint.infos.items():
+        kinds[info.shape, info.dtype, tuple(name in step for step in draft.steps)].append(info)
+    total, begun, rates = 0.0, time.monotonic(), defaultdict(float)
+    with single_threaded():
+        for (_, _, steps), infos in sorted(kinds.items(), key=lambda item: _work(draft, item[1][0])):
+            work = _work(draft, infos[0])
+            if time.monotonic() - begun < SAMPLE_SECONDS:
+                start = time.monotonic()
+                for _ in draft.blocks(infos[0].name):
+                    pass
+                rates[steps] = (time.monotonic() - start) / work
+            total += len(infos) * work * (rates[steps] or max(rates.values()))
+    return total / cores()
+
+
+def _work(draft: Draft, info: TensorInfo) -> float:
+    """Entries, times the short side where singular directions are sought."""
+    whole = any(change.whole for change in draft.changes(info.name))
+    return max(1.0, float(info.entries * (min(info.shape[-2:]) if whole else 1)))
+
+
+def verify(folder: str | Path, *, replay: bool = False) -> Verdict:
+    """Say whether an edited checkpoint is what its manifest says: its tensors, files, recipe, and inputs.
+
+    Args:
+        folder: What an edit wrote.
+        replay: Compute the recipe anew, too, and compare what comes out.
+
+    Raises:
+        DiffractError: There is no manifest, or nothing can be opened.
+    """
+    verdict = verify_folder(folder)
+    if replay:
+        _replay(folder, verdict)
+    return verdict
+
+
+def _replay(folder: str | Path, verdict: Verdict) -> None:
+    manifest = read_manifest(folder)
+    recipe = validated(Recipe, manifest["recipe"], f"{printable(folder)}, manifest.json, recipe")
+    if recipe.export is not None:
+        raise RecipeError(f"{printable(folder)} holds an adapter; only whole checkpoints can be replayed.")
+    with open_bench(recipe) as bench:
+        draft, _ = plan(recipe, bench)
+        jobs = jobs_of(draft, written_infos(draft, recipe.output))
+        for job, digest in run_jobs(jobs, partial(compute, draft), None):
+            stated = manifest["outputs"]["."]
+            verdict.faults += [
+                f"tensor {printable(name)!r}: the recipe gives another one today"
+                for name in job.names
+                if stated.get(name) != digest
+            ]

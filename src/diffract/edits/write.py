@@ -17,7 +17,7 @@ from diffract.checkpoints.checkpoint import digest_as_read, start_digest
 from diffract.checkpoints.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from diffract.checkpoints.writer import ShardedWriter
 from diffract.edits.draft import Draft
-from diffract.edits.output import Output
+from diffract.edits.recipe import Output
 from diffract.engine import keep_freed_memory, run_tasks
 from diffract.errors import RunError
 from diffract.settings import Progress

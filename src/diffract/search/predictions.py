@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffract.edits.bench import Other
+from diffract.edits.bench import Other, both
 from diffract.edits.draft import Place, everything
-from diffract.edits.parts import Part, Units
-from diffract.edits.planning import both
+from diffract.edits.heads import Part, Units
 from diffract.errors import SelectionError, printable
 from diffract.evaluate import Subject, Task
 from diffract.evaluate.scoring import Row, windows

@@ -13,9 +13,8 @@ import polars as pl
 import torch
 
 from diffract.edits.bench import Other
-from diffract.edits.operations.rules import rounded
-from diffract.edits.order import change_norms, least_first, reference_scores, shuffled
-from diffract.edits.parts import Units, find_units
+from diffract.edits.directions import rounded
+from diffract.edits.heads import Units, change_norms, find_units, least_first, reference_scores, shuffled
 from diffract.edits.settings import Interpolate, Rewind, Shared
 from diffract.errors import SelectionError, choose
 from diffract.evaluate import Task, holm, load_tasks

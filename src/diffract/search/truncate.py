@@ -11,13 +11,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from diffract.edits.bench import Bench, Other
+from diffract.edits.bench import Bench, Other, flat
+from diffract.edits.directions import kept, random_order
 from diffract.edits.draft import place_of
-from diffract.edits.operations.dare import seeded
-from diffract.edits.operations.rules import kept, random_order
-from diffract.edits.operations.truncate import change_sigmas
-from diffract.edits.planning import flat
+from diffract.edits.mixing import seeded
 from diffract.edits.settings import Interpolate, Merge, Settings, Truncate
+from diffract.edits.spectral_edits import change_sigmas
 from diffract.engine import single_threaded
 from diffract.errors import SelectionError, choose
 from diffract.run import Run

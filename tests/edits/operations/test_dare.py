@@ -7,8 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffract.edits.operations.dare import dare, seeded
-from diffract.edits.operations.ties import elect_and_merge
+from diffract.edits.mixing import dare, elect_and_merge, seeded
 
 FALSE_ALARM = 5.5
 """Standard deviations: a right answer lies beyond with chance 4e-8, for each number that is looked at. Seeds are fixed,

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffract.edits.operations.interpolate import interpolate
+from diffract.edits.mixing import interpolate
 
 
 def test_hand_computed():

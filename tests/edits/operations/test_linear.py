@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffract.edits.operations.linear import linear, weighted_sum
+from diffract.edits.mixing import linear, weighted_sum
 
 
 def test_hand_computed():

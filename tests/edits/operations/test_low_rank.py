@@ -9,9 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffract.edits.operations.directions import decomposed, energy_share, fewer
-from diffract.edits.operations.low_rank import LowRankDelta, low_rank
-from diffract.edits.operations.rules import Rule
+from diffract.edits.directions import Rule, decomposed, energy_share, fewer
+from diffract.edits.spectral_edits import LowRankDelta, low_rank
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 SHAPES = [(20, 20), (50, 11), (11, 50), (1, 6), (6, 1)]

@@ -8,8 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffract.edits.operations.precision import exact, require_same_shape, widened, wider, work_dtype
-from diffract.edits.operations.rules import Rule, kept, rounded
+from diffract.edits.directions import Rule, exact, kept, require_same_shape, rounded, widened, wider, work_dtype
 
 
 def sigmas(*values: float) -> torch.Tensor:

@@ -9,8 +9,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from diffract.edits.operations.interpolate import interpolate
-from diffract.edits.operations.slerp import ANTIPARALLEL, PARALLEL, angle, slerp
+from diffract.edits.mixing import ANTIPARALLEL, PARALLEL, angle, interpolate, slerp
 
 
 def pair(seed: int, size: int = 60) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffract.edits.operations.iso_c import iso_c
-from diffract.edits.operations.tsv import nearest_orthonormal, tsv_merge
+from diffract.edits.spectral_merges import iso_c, nearest_orthonormal, tsv_merge
 
 DTYPES = (torch.float64, torch.float32)
 SHAPES = [(12, 12), (30, 8), (8, 30), (1, 5), (5, 1)]

@@ -6,8 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffract.edits.operations.interpolate import interpolate
-from diffract.edits.operations.task_arithmetic import task_arithmetic
+from diffract.edits.mixing import interpolate, task_arithmetic
 
 
 def test_hand_computed():

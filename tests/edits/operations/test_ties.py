@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffract.edits.operations.ties import elect_and_merge, magnitude_threshold, ties, trim
+from diffract.edits.mixing import elect_and_merge, magnitude_threshold, ties, trim
 
 DTYPES = [torch.float32, torch.float64]
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffract.edits.operations.rules import Rule
-from diffract.edits.operations.truncate import Truncated, change_sigmas, truncate
+from diffract.edits.directions import Rule
+from diffract.edits.spectral_edits import Truncated, change_sigmas, truncate
 from diffract.linalg import blas as products
 
 EPSILON = float(torch.finfo(torch.float64).eps)

@@ -9,9 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffract.edits.operations.laser import laser
-from diffract.edits.operations.pissa import pissa
-from diffract.edits.operations.svf import svf
+from diffract.edits.spectral_edits import laser, pissa, svf
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(16, 16), (40, 9), (9, 40), (1, 5), (5, 1)]

@@ -10,16 +10,23 @@ import torch
 from torch import Tensor
 
 from diffract.checkpoints.adapter import WEIGHTS
-from diffract.edits.bench import Bench, Other
+from diffract.edits.bench import Bench, Other, Planned, Row, matrix_changes
 from diffract.edits.draft import Draft, Place, everything
-from diffract.edits.exports.export import Exported, Split, Target
-from diffract.edits.exports.peft import Factors, Module, linear_modules, whole_matrix, write_adapter
-from diffract.edits.operations.low_rank import low_rank
-from diffract.edits.order import change_norms
-from diffract.edits.parts import Part, Units
-from diffract.edits.planning import Planned, Row, matrix_changes
-from diffract.edits.settings import Lora, describe
-from diffract.edits.write import Job, run_jobs
+from diffract.edits.heads import Part, Units, change_norms
+from diffract.edits.peft import (
+    Exported,
+    Exporter,
+    Factors,
+    Module,
+    Split,
+    Target,
+    linear_modules,
+    whole_matrix,
+    write_adapter,
+)
+from diffract.edits.settings import Lora, Pissa, Settings, describe
+from diffract.edits.spectral_edits import low_rank, pissa
+from diffract.edits.write import Job, run_jobs, write_draft
 from diffract.matrices import Matrix
 
 
@@ -94,3 +101,40 @@ def _summary(rows: list[Row]) -> dict[str, Any]:
         "changed tensors left out": sum(row["error"] > 0 for row in left),
         "change left out": behind,
     }
+
+
+RESIDUAL, ADAPTER = "residual", "adapter"
+
+
+def plan_pissa(settings: Pissa, bench: Bench, draft: Draft) -> Split:
+    """Return changes to the residual of every linear layer."""
+    modules, left = linear_modules(bench, settings.select)
+    by_tensor = {module.tensor: module for module in modules}
+    summary = {"modules": len(modules), "rank": settings.rank, "left whole": len(left)}
+    split = Split(Planned({}, summary), modules)
+
+    def edit(values: Tensor, matrix: Matrix, place: Place) -> Tensor:
+        module, stored = by_tensor[matrix.tensor], getattr(torch, settings.dtype)
+        oriented = values.mT if module.transposed else values
+        found = pissa(oriented, min(settings.rank, *oriented.shape), factor_dtype=stored)
+        split.factors[matrix.tensor] = Factors(module, found.B.to(stored), found.A.to(stored))
+        return found.residual.mT if module.transposed else found.residual
+
+    split.planned.changes = matrix_changes(bench, [whole_matrix(bench, m.tensor) for m in modules], edit)
+    return split
+
+
+def write_pissa(settings: Pissa, bench: Bench, draft: Draft, split: Split, target: Target) -> Exported:
+    """Write ``residual``, a whole model, and ``adapter``, which lies over it."""
+    residual, adapter = target.folder / RESIDUAL, target.folder / ADAPTER
+    residual.mkdir()
+    digests = write_draft(draft.then(split.planned.changes), residual, target.output, target.progress)
+    ordered = (split.factors.pop(module.tensor) for module in split.modules)
+    factors = write_adapter(adapter, bench, str(target.path / RESIDUAL), ordered)
+    return Exported({RESIDUAL: digests, f"{ADAPTER}/{WEIGHTS}": factors}, residual, loads_alone=True)
+
+
+EXPORTERS: dict[type[Settings], Exporter] = {
+    Lora: Exporter(plan_lora, write_lora),
+    Pissa: Exporter(plan_pissa, write_pissa),
+}

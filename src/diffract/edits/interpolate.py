@@ -7,12 +7,9 @@ from functools import cache, partial
 
 from torch import Tensor
 
-from diffract.edits.bench import Bench, Other
+from diffract.edits.bench import Bench, Other, Planned, both, weighted_places
 from diffract.edits.draft import Apply, Change, Draft, Place
-from diffract.edits.entrywise import weighted_places
-from diffract.edits.operations.interpolate import interpolate
-from diffract.edits.operations.slerp import angle, slerp
-from diffract.edits.planning import Planned, both
+from diffract.edits.mixing import angle, interpolate, slerp
 from diffract.edits.settings import Interpolate, describe
 
 Between = Callable[[Tensor, Tensor, float], Tensor]

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from diffract.edits.operations.directions import Directions, decomposed, energy_share, fewer
-from diffract.edits.operations.precision import exact, require_same_shape, widened, wider, work_dtype
-from diffract.edits.operations.rules import Rule, kept, random_order
+from diffract.edits.directions import (
+    Directions,
+    Rule,
+    decomposed,
+    energy_share,
+    exact,
+    fewer,
+    kept,
+    matmul,
+    random_order,
+    require_same_shape,
+    share_of,
+    widened,
+    wider,
+    work_dtype,
+)
 from diffract.linalg import takes_gram
 from diffract.linalg.blas import Buffer, add_grams, pieces, product, short_first, short_side
 from diffract.linalg.spectrum import GRAM_RESOLVES, gram_eigen
@@ -185,3 +199,174 @@ def _projected(tuned: Tensor, base: Tensor, P: Tensor, chosen: slice, dtype: tor
         product(basis, along, out=short_first(part, side))
         values[index[1:]] = x0.add_(part if keeps else delta.sub_(part))[0]
     return values
+
+
+@dataclass(frozen=True)
+class LowRankDelta:
+    """Factors of the kept directions of D = W1 - W0, and what they miss.
+
+    Attributes:
+        B: U_k sqrt(S_k), values of the factor dtype.
+        A: sqrt(S_k) Vh_k, likewise.
+        kept: k.
+        total: M = min(m, n).
+        change: ||D||_F.
+        error: ||D - B A||_F, from the factors themselves.
+    """
+
+    B: Float64[Tensor, "m k"]
+    A: Float64[Tensor, "k n"]
+    kept: int
+    total: int
+    change: float
+    error: float
+
+    @property
+    def error_relative(self) -> float:
+        """Error / ||D||_F; 0 if nothing changed."""
+        return self.error / self.change if self.change > 0 else 0.0
+
+
+def low_rank(
+    tuned: Float[Tensor, "m n"],
+    base: Float[Tensor, "m n"],
+    rule: Rule,
+    *,
+    factor_dtype: torch.dtype = torch.float64,
+) -> LowRankDelta:
+    """Return B = U_k sqrt(S_k) and A = sqrt(S_k) Vh_k of the kept singular directions of D = W1 - W0.
+
+    The factors are balanced, B^T B = A A^T = diag(S_k). D is formed in float64. Input of up to 32 bits goes by D's Gram
+    matrix where sigma_M > 1e-5 sigma_1, everything else by LAPACK (see ``decomposed``); either way B A of all
+    directions is D to float64 rounding. Directions that the method cannot tell from zero count as zero for the rule;
+    a rule that keeps them all the same, as ``rank`` does, gets them as they are.
+
+    Args:
+        tuned: W1, any float dtype, device and stride.
+        base: W0, of the same shape.
+        rule: Which directions to keep.
+        factor_dtype: What A and B will be stored in; the error is that of their values then.
+
+    Returns:
+        Factors of k = 0 if nothing is kept, or nothing changed.
+
+    Raises:
+        ValueError: If the shapes differ or are empty, a value is not finite, or a factor overflows its dtype.
+
+    >>> found = low_rank(torch.tensor([[9.0, 0.0], [0.0, 4.0]]), torch.zeros(2, 2), Rule(rank=1))
+    >>> (found.B @ found.A).tolist(), found.error
+    ([[9.0, 0.0], [0.0, 0.0]], 4.0)
+    """
+    require_same_shape(tuned, base)
+    delta = exact(exact(tuned) - exact(base))
+    found = decomposed(delta, gram=takes_gram(wider(tuned.dtype, base.dtype), "auto"))
+    chosen = kept(found.told, (delta.shape[0], delta.shape[1]), rule)
+    B, A = found.factors(chosen, factor_dtype)
+    whole = float(delta.norm())
+    error = float(delta.sub_(matmul(B, A)).norm()) if B.shape[1] else whole
+    return LowRankDelta(B, A, B.shape[1], len(found.S), whole, error)
+
+
+@dataclass(frozen=True)
+class PrincipalSplit:
+    """W = residual + B A.
+
+    Attributes:
+        A: sqrt(S_r) Vh_r, values of the factor dtype.
+        B: U_r sqrt(S_r), likewise.
+        residual: W - B A.
+    """
+
+    A: Float64[Tensor, "r n"]
+    B: Float64[Tensor, "m r"]
+    residual: Float64[Tensor, "m n"]
+
+
+def pissa(w: Float[Tensor, "m n"], rank: int, *, factor_dtype: torch.dtype = torch.float32) -> PrincipalSplit:
+    """Split W into the adapter B A of its top singular directions and the residual W - B A.
+
+    B = U_r sqrt(S_r) and A = sqrt(S_r) Vh_r, by LAPACK in float64, are rounded to the dtype that they are stored in
+    before the residual is taken, so that the residual holds their rounding too and the sum is W. To go back: residual
+    + B A.
+
+    Args:
+        w: Any float dtype, device and stride.
+        rank: r, from 1 to min(m, n).
+        factor_dtype: What A and B will be stored in.
+
+    Returns:
+        All in float64. A zero matrix gives zero factors.
+
+    Raises:
+        ValueError: If the rank is out of range, W is empty or not finite, or a factor overflows its dtype.
+
+    Source: Meng, Wang & Zhang 2024, "PiSSA".
+
+    >>> pissa(torch.diag(torch.tensor([9.0, 2.0])), 1).residual.diagonal()
+    tensor([0., 2.], dtype=torch.float64)
+    """
+    x = exact(w)
+    if not 1 <= rank <= min(x.shape):
+        raise ValueError(f"rank: expected 1 to {min(x.shape)} for a matrix of shape {tuple(x.shape)}; got {rank!r}")
+    B, A = decomposed(x, gram=False).factors(slice(0, rank), factor_dtype)
+    return PrincipalSplit(A, B, x - matmul(B, A))
+
+
+def svf(w: Float[Tensor, "m n"], z: float | Float[Tensor, " k"]) -> Float[Tensor, "m n"]:
+    """Return U diag(S z) Vh, by LAPACK in float64 whatever the dtype.
+
+    Args:
+        w: Any float dtype, device and stride.
+        z: One factor for all, or one for each of the M = min(m, n) singular values in descending order; any sign.
+
+    Returns:
+        In ``work_dtype`` of the input. W to rounding for z = 1, zero for z = 0 or a zero matrix. Where singular values
+        are equal and their z are not, the result depends on which vectors LAPACK takes.
+
+    Raises:
+        ValueError: If z has another length or is not finite, or W is empty or not finite.
+
+    Source: Sun, Cetin & Tang 2025, "Transformer-squared", singular value fine-tuning.
+
+    >>> svf(torch.diag(torch.tensor([3.0, 2.0])), torch.tensor([2.0, -1.0])).diagonal()
+    tensor([ 6., -2.], dtype=torch.float64)
+    """
+    x = exact(w)
+    factors = torch.as_tensor(z, dtype=torch.float64, device=x.device).detach()
+    if factors.ndim > 0 and factors.shape != (min(x.shape),):
+        raise ValueError(f"z: expected a number or {min(x.shape)} of them; got shape {tuple(factors.shape)}")
+    if not bool(factors.isfinite().all()):
+        raise ValueError("z: expected finite factors, got NaN or an infinity")
+    found = decomposed(x, gram=False)
+    return found.added(slice(None), found.S * factors).to(work_dtype(w.dtype))
+
+
+def laser(w: Float[Tensor, "m n"], rho: float) -> Truncated:
+    """Return the top floor(rho M) singular directions of W, at least 1: its best approximation of that rank.
+
+    Floor is the source's choice. rho means the decimal number that it prints as: 0.29 of 100 is 29, though the product
+    of the floats is below. By LAPACK in float64 whatever the dtype.
+
+    Args:
+        w: Any float dtype, device and stride.
+        rho: Fraction of the rank that remains, 0 to 1.
+
+    Returns:
+        The values in ``work_dtype`` of the input, and what of ||W||_F^2 they hold. W itself for rho = 1. A zero matrix
+        stays, with nothing kept.
+
+    Raises:
+        ValueError: If rho is out of range, or W is empty or not finite.
+
+    Source: Sharma, Ash & Misra 2024, "The truth is in there".
+
+    >>> import torch
+    >>> laser(torch.diag(torch.tensor([1.0, 5.0, 3.0])), 0.67).values.diagonal()
+    tensor([0., 5., 3.], dtype=torch.float64)
+    """
+    if not 0 <= rho <= 1:
+        raise ValueError(f"rho: expected a fraction from 0 to 1; got {rho!r}")
+    x = exact(w)
+    nothing = x.new_zeros(()).expand(x.shape)
+    found = truncate(x, nothing, Rule(rank=max(1, math.floor(share_of(rho, min(x.shape))))))
+    return replace(found, values=found.values.to(work_dtype(w.dtype)))

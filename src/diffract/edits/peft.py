@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,12 @@ from diffract.checkpoints import TensorWriter, tensor_digest
 from diffract.checkpoints.adapter import CONFIG, WEIGHTS
 from diffract.checkpoints.dtypes import DTYPE_NAMES
 from diffract.checkpoints.header import TensorInfo
-from diffract.edits.bench import Bench
+from diffract.edits.bench import Bench, Planned
+from diffract.edits.draft import Draft
+from diffract.edits.recipe import Output
 from diffract.errors import SelectionError, printable
 from diffract.matrices import Entry, Matrix, parse_selection
+from diffract.settings import Progress
 
 RENAMED = ("embed_out.weight",)
 """GPT-NeoX's head: files call it so, transformers since 5.0 loads it as lm_head, and an adapter would not find it."""
@@ -178,3 +181,63 @@ def write_adapter(folder: Path, bench: Bench, base: str, factors: Iterable[Facto
 def _named(found: Factors) -> Iterator[tuple[str, Tensor]]:
     for side, tensor in (("A", found.A), ("B", found.B)):
         yield f"base_model.model.{found.module.name}.lora_{side}.weight", tensor.contiguous()
+
+
+@dataclass(frozen=True)
+class Split:
+    """A model split into an adapter and what it lies over.
+
+    Attributes:
+        planned: Changes of each adapted tensor, on whose way the adapter's factors are found.
+        modules: What is adapted, in the model's order.
+        factors: By tensor, as soon as its change has been computed.
+    """
+
+    planned: Planned
+    modules: list[Module]
+    factors: dict[str, Factors] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where an export is written.
+
+    Attributes:
+        folder: The folder to fill.
+        path: What it will be called when it is whole.
+        output: How the recipe wants weights to be written.
+        progress: Called with work done, all work, and what was just finished.
+    """
+
+    folder: Path
+    path: Path
+    output: Output
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        outputs: For each file or folder of weights the digest of each tensor.
+        model: The folder that tokenizer and the like belong to.
+        loads_alone: Whether that folder is a whole model with its own configuration.
+    """
+
+    outputs: Mapping[str, Mapping[str, str]]
+    model: Path
+    loads_alone: bool
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """One way to write an edited model.
+
+    Attributes:
+        plan: Returns how the model, after all steps, is split: from settings, bench and draft.
+        write: Writes that: from settings, bench, draft, what ``plan`` returned, and where to.
+    """
+
+    plan: Callable[[Any, Bench, Draft], Split]
+    write: Callable[[Any, Bench, Draft, Split, Target], Exported]

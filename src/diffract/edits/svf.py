@@ -7,11 +7,10 @@ from collections import Counter
 from torch import Tensor
 
 from diffract.checkpoints import open_checkpoint
-from diffract.edits.bench import Bench
+from diffract.edits.bench import Bench, Planned, matrix_changes
 from diffract.edits.draft import Draft, Place
-from diffract.edits.operations.svf import svf
-from diffract.edits.planning import Planned, matrix_changes
 from diffract.edits.settings import Svf
+from diffract.edits.spectral_edits import svf
 from diffract.errors import SelectionError, printable
 from diffract.matrices import Matrix
 

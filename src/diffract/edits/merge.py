@@ -8,18 +8,21 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from diffract.edits.bench import Bench, Other
+from diffract.edits.bench import Bench, Other, Planned, flat, matrix_changes, together, weighted_places
 from diffract.edits.draft import Apply, Change, Draft, Place
-from diffract.edits.entrywise import weighted_places
-from diffract.edits.operations.dare import dare, seeded
-from diffract.edits.operations.iso_c import iso_c
-from diffract.edits.operations.linear import linear, weighted_sum
-from diffract.edits.operations.task_arithmetic import task_arithmetic
-from diffract.edits.operations.ties import elect_and_merge, magnitude_threshold, ties
-from diffract.edits.operations.tsv import tsv_merge
-from diffract.edits.planning import Planned, flat, matrix_changes, together
+from diffract.edits.interpolate import arc
+from diffract.edits.mixing import (
+    dare,
+    elect_and_merge,
+    linear,
+    magnitude_threshold,
+    seeded,
+    task_arithmetic,
+    ties,
+    weighted_sum,
+)
 from diffract.edits.settings import OF_MATRICES, Merge, describe
-from diffract.edits.steps.interpolate import arc
+from diffract.edits.spectral_merges import iso_c, tsv_merge
 from diffract.matrices import Matrix
 
 MATRIX_MERGES: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {"tsv": tsv_merge, "iso-c": iso_c}

@@ -7,12 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from diffract.edits.bench import Bench
+from diffract.edits.bench import Bench, Planned, Row, flat, matrix_changes
 from diffract.edits.draft import Draft, Place
-from diffract.edits.operations.dare import seeded
-from diffract.edits.operations.truncate import Truncated, truncate
-from diffract.edits.planning import Planned, Row, flat, matrix_changes
-from diffract.edits.settings import Truncate, describe
+from diffract.edits.mixing import seeded
+from diffract.edits.settings import Laser, Truncate, describe
+from diffract.edits.spectral_edits import Truncated, laser, truncate
 from diffract.matrices import Matrix
 
 
@@ -44,3 +43,16 @@ def kept_in_all(rows: list[Row]) -> dict[str, Any]:
         "of": sum(row["of"] for row in rows),
         "energy kept, median": median(row["energy_share"] for row in rows),
     }
+
+
+def plan_laser(step: Laser, bench: Bench, draft: Draft) -> Planned:
+    """Return what the step changes."""
+    rows: list[Row] = []
+
+    def edit(values: Tensor, matrix: Matrix, place: Place) -> Tensor:
+        found = laser(values, step.keep)
+        rows.append(kept_row(matrix, found))
+        return found.values
+
+    matrices = bench.matrices(step.select, heads=False)
+    return Planned(matrix_changes(bench, matrices, edit), {"matrices": len(matrices)}, rows, kept_in_all)

@@ -6,15 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from diffract.edits import settings
-from diffract.edits.bench import Bench
+from diffract.edits.bench import Bench, Planned
 from diffract.edits.draft import Draft
-from diffract.edits.planning import Planned
-from diffract.edits.steps.interpolate import plan_interpolate
-from diffract.edits.steps.laser import plan_laser
-from diffract.edits.steps.merge import plan_merge
-from diffract.edits.steps.rewind import plan_rewind
-from diffract.edits.steps.svf import plan_svf
-from diffract.edits.steps.truncate import plan_truncate
+from diffract.edits.interpolate import plan_interpolate
+from diffract.edits.merge import plan_merge
+from diffract.edits.rewind import plan_rewind
+from diffract.edits.svf import plan_svf
+from diffract.edits.truncate import plan_laser, plan_truncate
 
 PLANS: dict[type[settings.Settings], Callable[[Any, Bench, Draft], Planned]] = {
     settings.Interpolate: plan_interpolate,

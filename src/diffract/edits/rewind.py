@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from diffract.edits.bench import Bench
+from diffract.edits.bench import Bench, Planned
+from diffract.edits.directions import rounded
 from diffract.edits.draft import Change, Draft
-from diffract.edits.operations.rules import rounded
-from diffract.edits.order import change_norms, least_first, read_scores, reference_scores, shuffled
-from diffract.edits.parts import Units, find_units, parse_heads, places_by_tensor
-from diffract.edits.planning import Planned
+from diffract.edits.heads import (
+    Units,
+    change_norms,
+    find_units,
+    least_first,
+    parse_heads,
+    places_by_tensor,
+    read_scores,
+    reference_scores,
+    shuffled,
+)
+from diffract.edits.interpolate import straight
 from diffract.edits.settings import Rewind, describe
-from diffract.edits.steps.interpolate import straight
 from diffract.errors import SelectionError
 
 
