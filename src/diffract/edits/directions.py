@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from fractions import Fraction
 
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from diffract.edits.rule import NoiseRule, Rule
+from diffract.edits.rule import Rule, rounded
 from diffract.linalg import Sums, gram_vectors, lapack
 from diffract.linalg.blas import product
 from diffract.metrics.random_matrix import fit_bulk, rank_above_threshold
@@ -173,6 +171,7 @@ def kept(
     """
     total = len(S)
     assert total == min(shape)
+    # Of a zero matrix every rule would pick among arbitrary vectors.
     if total == 0 or not bool(S[0] > 0):
         return slice(0, 0)
     if rule.band is not None:
@@ -196,16 +195,6 @@ def random_order(S: Float64[Tensor, " M"], generator: torch.Generator) -> Int64[
     return torch.cat([shuffled, torch.arange(positive, len(S), device=S.device)])
 
 
-def share_of(fraction: float, total: int) -> Fraction:
-    """Return fraction times total, the fraction being the decimal number that it prints as."""
-    return Fraction(str(fraction)) * total
-
-
-def rounded(fraction: float, total: int) -> int:
-    """Return ``share_of`` to the nearest whole number, half up."""
-    return math.floor(share_of(fraction, total) + Fraction(1, 2))
-
-
 def _head_count(S: Tensor, shape: tuple[int, int], rule: Rule) -> int:
     """How many directions the criterion picks, the largest first."""
     total = len(S)
@@ -217,17 +206,18 @@ def _head_count(S: Tensor, shape: tuple[int, int], rule: Rule) -> int:
         return int((rule.above < S).sum())
     if rule.energy is not None:
         return _energy_count(S, rule.energy)
-    return 1 if total == 1 else _signal_count(S, shape, rule.rule)
+    # One singular value has no others to stand out from; it stays, for dropping needs evidence.
+    if total == 1:
+        return 1
+    by_threshold = rule.rule == "donoho-gavish"
+    return int(
+        rank_above_threshold(S[None], shape) if by_threshold else fit_bulk(S[None].square() / max(shape), shape).spikes
+    )
 
 
 def _energy_count(S: Tensor, share: float) -> int:
+    # All of the energy is every sigma > 0: in a running sum the smallest would be lost.
     if share == 1:
-        return int((S > 0).sum())  # in a running sum the smallest would be lost
+        return int((S > 0).sum())
     energy = S.square().cumsum(0)
     return int((energy < share * energy[-1]).sum()) + 1
-
-
-def _signal_count(S: Tensor, shape: tuple[int, int], rule: NoiseRule | None) -> int:
-    if rule == "donoho-gavish":
-        return int(rank_above_threshold(S[None], shape))
-    return int(fit_bulk(S[None].square() / max(shape), shape).spikes)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor
 
 from diffract.checkpoints.checkpoint import Range
-from diffract.edits.bench import Bench, Other, both
-from diffract.edits.draft import Place, everything, overlap, place_of
-from diffract.edits.settings import Shared, Unit
+from diffract.edits.bench import Bench, Other
+from diffract.edits.draft import Place, everything, overlap, place_of, together
+from diffract.edits.edit import Shared, Unit
 from diffract.engine import one_torch_thread
 from diffract.errors import SelectionError, printable, suggest
 from diffract.matrices import Matrix
@@ -31,7 +32,7 @@ NORMS = ("norm", "layernorm")
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorPart:
     """A part of a tensor.
 
     Attributes:
@@ -47,26 +48,63 @@ class Part:
     counts: bool = True
 
 
+class Head(NamedTuple):
+    """An attention head: its layer, which of the layer's attentions it belongs to, and its number there."""
+
+    layer: int | None
+    block: str | None
+    head: int | None
+
+    @property
+    def name(self) -> str:
+        """``L3.h5``; the block is named where it is not the one attention of a layer."""
+        return f"L{self.layer}.{'' if self.block == 'attn' else f'{self.block}.'}h{self.head}"
+
+
 @dataclass(frozen=True)
 class Units:
-    """What can be chosen, in the model's order, and all their parts."""
+    """What can be chosen, in the model's order, and all their parts.
+
+    Attributes:
+        names: Of the units.
+        parts: Of all of them.
+        heads: Where units are heads, which one each name means.
+    """
 
     names: tuple[str, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[TensorPart, ...]
+    heads: Mapping[str, Head] = field(default_factory=dict)
 
-    def chosen(self, names: Collection[str], shared: Shared) -> Iterator[Part]:
-        """Yield the parts that go with some units.
+    def known(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Return names of units that somebody gave.
+
+        Raises:
+            SelectionError: One is not in the model, or there are none.
+        """
+        for name in names:
+            if name not in self.names:
+                raise SelectionError(
+                    f"no {printable(name)!r} in this model, expected names from {self.names[0]} to {self.names[-1]}."
+                )
+        if not names:
+            raise SelectionError("the list names nothing. Write it as L3.h5,L7.h0.")
+        return names
+
+    def chosen(self, names: Collection[str], shared: Shared) -> tuple[TensorPart, ...]:
+        """Return the parts that go with some units.
 
         Args:
             names: The units.
             shared: Whether a part with several owners goes when ``all`` of them are chosen, the ``majority`` (more
                 than half), or ``never``.
         """
-        for part in self.parts:
+
+        def goes(part: TensorPart) -> bool:
             count, total = len(part.owners.intersection(names)), len(part.owners)
             need = {"all": total, "majority": total // 2 + 1, "never": total + 1}[shared] if total > 1 else 1
-            if count >= need:
-                yield part
+            return count >= need
+
+        return tuple(filter(goes, self.parts))
 
 
 def find_units(bench: Bench, unit: Unit, select: str | None) -> Units:
@@ -102,37 +140,40 @@ def _heads(bench: Bench, select: str | None) -> Units:
     There are none where queries are not cut into heads.
     """
     matrices = [m for m in bench.matrices(select, heads=True) if m.projection in HEAD_PARTS]
+    heads: dict[str, Head] = {}
     queries: dict[tuple[int | None, str | None, int | None], set[str]] = defaultdict(set)
     for m in bench.layout.matrices:
         if m.projection == "q" and m.head is not None:
-            queries[m.layer, m.block, m.kv_head].add(head_name(m.layer, m.block, m.head))
-    if not queries:  # latent attention: what is cut is the output, which is not the head
+            head = Head(m.layer, m.block, m.head)
+            heads[head.name] = head
+            queries[m.layer, m.block, m.kv_head].add(head.name)
+    # Latent attention has no rows of queries for each head: only its output is cut, which is not the head.
+    if not queries:
         return Units((), ())
     parts = []
     for m in matrices:
         own = m.projection in ("q", "o") and m.head is not None
-        owners = {head_name(m.layer, m.block, m.head)} if own else queries[m.layer, m.block, m.kv_head]
+        owners = {Head(m.layer, m.block, m.head).name} if own else queries[m.layer, m.block, m.kv_head]
         if own or (m.projection in ("k", "v") and m.kv_head is not None):
-            parts.append(Part(m.tensor, _place(bench, m), frozenset(owners)))
+            parts.append(TensorPart(m.tensor, _place(bench, m), frozenset(owners)))
+    # Biases and norms follow the rows that they belong to, so these must be known first. A norm that several heads
+    # share is met once for each of them, and must be one part: hence the key.
     known = {(part.tensor, _key(part.place)): part.owners for part in parts}
     everyone: dict[str, frozenset[str]] = defaultdict(frozenset)
     for part in parts:
         everyone[part.tensor] |= part.owners
-    attached: dict[tuple[object, ...], Part] = {}
+    attached: dict[tuple[object, ...], TensorPart] = {}
     for m in matrices:
         owners = known.get((m.tensor, _key(_place(bench, m))))
         if owners and m.projection != "o" and m.index is None:
-            for part in _attached(bench, m, owners, everyone[m.tensor]):
+            for part in _attached(bench, m, owners=owners, everyone=everyone[m.tensor]):
                 attached[part.tensor, _key(part.place)] = part
-    return Units(_ordered(parts), (*parts, *attached.values()))
+    return Units(_ordered(parts), (*parts, *attached.values()), heads)
 
 
-def head_name(layer: object, block: object, head: object) -> str:
-    """``L3.h5``; the block is named where it is not the one attention of a layer."""
-    return f"L{layer}.{'' if block == 'attn' else f'{block}.'}h{head}"
-
-
-def _attached(bench: Bench, matrix: Matrix, owners: frozenset[str], everyone: frozenset[str]) -> Iterator[Part]:
+def _attached(
+    bench: Bench, matrix: Matrix, *, owners: frozenset[str], everyone: frozenset[str]
+) -> Iterator[TensorPart]:
     """Yield the parts of a head's bias and of its norm of queries or keys, cut as its rows are.
 
     What all heads of a layer have in common belongs to all of them.
@@ -143,11 +184,13 @@ def _attached(bench: Bench, matrix: Matrix, owners: frozenset[str], everyone: fr
     for name in _companions(bench, matrix):
         size = bench.checkpoint.info(name).shape
         if size == (extent,):
-            yield Part(name, (slice(start, stop),), owners, counts=False)
+            yield TensorPart(name, (slice(start, stop),), owners, counts=False)
         elif size == (extent // head_dim, head_dim):
-            yield Part(name, (slice(start // head_dim, stop // head_dim), slice(0, head_dim)), owners, counts=False)
+            yield TensorPart(
+                name, (slice(start // head_dim, stop // head_dim), slice(0, head_dim)), owners, counts=False
+            )
         elif size == (head_dim,):
-            yield Part(name, everything(size), everyone, counts=False)
+            yield TensorPart(name, everything(size), everyone, counts=False)
 
 
 def _companions(bench: Bench, matrix: Matrix) -> Iterator[str]:
@@ -163,21 +206,24 @@ def _companions(bench: Bench, matrix: Matrix) -> Iterator[str]:
 
 
 def _matrices(bench: Bench, select: str | None) -> Units:
-    parts = [Part(m.tensor, _place(bench, m), frozenset({m.name})) for m in bench.matrices(select, heads=False)]
-    return Units(_ordered(parts), tuple(parts))
+    return _whole(bench, ((m, m.name) for m in bench.matrices(select, heads=False)))
 
 
 def _experts(bench: Bench, select: str | None) -> Units:
-    experts = [m for m in bench.matrices(select, heads=False) if m.expert is not None]
-    parts = [Part(m.tensor, _place(bench, m), frozenset({f"L{m.layer}.e{m.expert}"})) for m in experts]
-    return Units(_ordered(parts), tuple(parts))
+    experts = (m for m in bench.matrices(select, heads=False) if m.expert is not None)
+    return _whole(bench, ((m, f"L{m.layer}.e{m.expert}") for m in experts))
+
+
+def _whole(bench: Bench, named: Iterable[tuple[Matrix, str]]) -> Units:
+    parts = tuple(TensorPart(m.tensor, _place(bench, m), frozenset({name})) for m, name in named)
+    return Units(_ordered(parts), parts)
 
 
 def _tensors(bench: Bench, select: str | None) -> Units:
     kept = None if select is None else {m.tensor for m in bench.matrices(select, heads=False)}
     names = [name for name in bench.entries() if kept is None or name in kept]
     shapes = {name: bench.layout.entries[name].info.shape for name in names}
-    parts = [Part(name, everything(shapes[name]), frozenset({name})) for name in names]
+    parts = [TensorPart(name, everything(shapes[name]), frozenset({name})) for name in names]
     return Units(tuple(names), tuple(parts))
 
 
@@ -185,45 +231,29 @@ def _place(bench: Bench, matrix: Matrix) -> Place:
     return place_of(matrix, bench.layout.entries[matrix.tensor].info.shape)
 
 
-def _ordered(parts: Iterable[Part]) -> tuple[str, ...]:
-    """Names of units in the model's order: by layer, then by number."""
+def _ordered(parts: Iterable[TensorPart]) -> tuple[str, ...]:
+    """Return names of units in the model's order: by layer, then by number."""
     names = dict.fromkeys(name for part in parts for name in sorted(part.owners))
     return tuple(sorted(names, key=natural_key))
 
 
-def places_by_tensor(bench: Bench, parts: Iterable[Part]) -> dict[str, list[Place]]:
+def places_by_tensor(bench: Bench, parts: Iterable[TensorPart]) -> dict[str, list[Place]]:
     """Return the places of parts by tensor; where they fill it, it counts as one place."""
     found: dict[str, dict[object, Place]] = defaultdict(dict)
     for part in parts:
         found[part.tensor][_key(part.place)] = part.place
-    return {name: _joined(list(places.values()), bench.checkpoint.info(name).shape) for name, places in found.items()}
-
-
-def _joined(places: list[Place], shape: tuple[int, ...]) -> list[Place]:
-    filled = sum(prod(span.stop - span.start for span in place) for place in places)
-    return [everything(shape)] if filled == prod(shape) else places
+    joined = {}
+    for name, places in found.items():
+        shape = bench.checkpoint.info(name).shape
+        # One place takes one pass over whole rows; many places that fill a tensor would cut each block into pieces.
+        filled = sum(prod(span.stop - span.start for span in place) for place in places.values())
+        joined[name] = [everything(shape)] if filled == prod(shape) else list(places.values())
+    return joined
 
 
 def _key(place: Place) -> tuple[tuple[int, int], ...]:
-    """A place that can be looked up: slices cannot."""
+    """Return what a place can be looked up by: slices have no hash."""
     return tuple((span.start, span.stop) for span in place)
-
-
-def parse_heads(text: str, units: Units) -> list[str]:
-    """Read a list of units, ``L3.h5,L7.h0``.
-
-    Raises:
-        SelectionError: One is not in the model.
-    """
-    names = [word.strip() for word in text.split(",") if word.strip()]
-    for name in names:
-        if name not in units.names:
-            raise SelectionError(
-                f"no {printable(name)!r} in this model, expected names from {units.names[0]} to {units.names[-1]}."
-            )
-    if not names:
-        raise SelectionError("the list names nothing. Write it as L3.h5,L7.h0.")
-    return names
 
 
 Blocks = Callable[[str], Iterable[tuple[Range | None, Tensor]]]
@@ -241,15 +271,16 @@ def change_norms(units: Units, blocks: Blocks, base: Other) -> dict[str, float]:
         blocks: Yields W1 by tensor name.
         base: W0.
     """
-    by_tensor: dict[str, list[Part]] = defaultdict(list)
+    by_tensor: dict[str, list[TensorPart]] = defaultdict(list)
     for part in units.parts:
         if part.counts:
             by_tensor[part.tensor].append(part)
     squares = dict.fromkeys(units.names, 0.0)
+    # Blocks of a megabyte: other threads would cost more than they give, and sums must not depend on their number.
     with one_torch_thread():
         for name, parts in by_tensor.items():
             for rows, block in blocks(name):
-                tuned, origin = both(block, base.block(name, rows))
+                tuned, origin = together(block, base.block(name, rows))
                 delta = tuned - origin
                 for part in parts:
                     if inside := overlap(part.place, rows):
@@ -308,7 +339,7 @@ def read_scores(path: str, units: Units, column: str, *, model: str | None = Non
     if not rows[column].dtype.is_numeric() and rows[column].count():
         raise SelectionError(f"{printable(path)}, column {column!r}: expected numbers, got {rows[column].dtype}.")
     named = (
-        (head_name(r["layer"], r.get("block") or "attn", r["head"]), r[column]) for r in rows.iter_rows(named=True)
+        (Head(r["layer"], r.get("block") or "attn", r["head"]).name, r[column]) for r in rows.iter_rows(named=True)
     )
     found = dict(named)
     if len(found) < len(rows):

@@ -1,48 +1,61 @@
-"""Interpolate: walk from the model to another one."""
+"""Interpolate: walk from the model to another one, in a line or along an arc."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from torch import Tensor
+from pydantic import Field
 
-from diffract.edits.bench import Bench, Other, Planned, both, weighted_places
-from diffract.edits.draft import Apply, Change, Draft, Place
-from diffract.edits.mixing import angle, interpolate, slerp
-from diffract.edits.settings import Interpolate, describe
+from diffract.edits.edit import EDITED, Argument, Edit, Finite, Model, Planned, describe
 
-Between = Callable[[Tensor, Tensor, float], Tensor]
-"""``between(a, b, at)`` lies at ``at`` of the way from a to b."""
+if TYPE_CHECKING:
+    from diffract.edits.bench import Bench, Between, Other
+    from diffract.edits.draft import Draft
 
 
-def plan_interpolate(step: Interpolate, bench: Bench, draft: Draft) -> Planned:
-    """Return what the step changes."""
-    other = bench.other(step.other)
-    changes = {}
-    for name, parts in weighted_places(bench, step.select, step.at, step.groups).items():
-        make = straight(other, name) if step.method == "linear" else arc(draft, other, name)
-        moved = tuple((place, make(at)) for place, at in parts if at != 0)
-        if moved:
-            changes[name] = Change(moved)
-    return Planned(changes, {"with": describe(step.other), "tensors moved": len(changes)})
+class Interpolate(Edit):
+    """Interpolate between two checkpoints: (1 - a) of the model and a of the other."""
+
+    name: ClassVar = "interpolate"
+    usage: ClassVar = "diffract interpolate MODEL OTHER --at 0.5 -o OUT"
+    arguments: ClassVar = (EDITED, Argument("other", "OTHER", "The checkpoint at a = 1."))
+    not_options: ClassVar = ("other",)
+
+    other: Annotated[Model, Field(alias="with")]
+    """The checkpoint at a = 1."""
+    at: Finite
+    """The weight a of the other; it may leave 0 to 1."""
+    groups: dict[str, Finite] = Field(default_factory=dict)
+    """Other weights by selection, such as {'layers 0-7': 0.3, 'mlp': 0.8}; of several that fit the last counts."""
+    method: Literal["linear", "slerp"] = "linear"
+    """linear, or slerp: along the arc between two tensors."""
+    select: str | None = None
+    """Matrices that move, such as 'layers 8-, attn'; every tensor by default."""
+
+    def plan(self, bench: Bench, draft: Draft) -> Planned:
+        """Return changes of every tensor, or of the selected matrices, towards the other's."""
+        from diffract.edits.draft import Change
+        from diffract.edits.mixing import interpolate
+
+        other = bench.other(self.other)
+        changes = {}
+        for name, parts in bench.weighted_places(self.select, self.at, self.groups).items():
+            between = interpolate if self.method == "linear" else arc(draft, other, name)
+            moved = tuple((place, other.towards(name, at, between)) for place, at in parts if at != 0)
+            if moved:
+                changes[name] = Change(moved)
+        return Planned(changes, {"with": describe(self.other), "tensors moved": len(changes)})
 
 
-def straight(other: Other, name: str) -> Callable[[float], Apply]:
-    """Return what leads a tensor towards the other's, in a line, for each weight of the other."""
-    return lambda at: partial(_moved, other, name, at, interpolate)
+def arc(draft: Draft, other: Other, name: str) -> Between:
+    """Return what goes along the arc between two whole tensors; the angle is measured once, when first needed."""
+    from diffract.edits.draft import together
+    from diffract.edits.mixing import angle, slerp
 
-
-def arc(draft: Draft, other: Other, name: str) -> Callable[[float], Apply]:
-    """Return the same along the arc between the two whole tensors, whose angle is measured when it is needed."""
-
+    # The angle is of whole tensors, whatever block or part is asked for first; dry runs and heads need none of it.
     @cache
     def theta() -> float:
-        return angle(both(block, other.block(name, rows)) for rows, block in draft.blocks(name))
+        return angle(together(block, other.block(name, rows)) for rows, block in draft.blocks(name))
 
-    return lambda at: partial(_moved, other, name, at, lambda a, b, at: slerp(a, b, at, theta()))
-
-
-def _moved(other: Other, name: str, at: float, between: Between, values: Tensor, place: Place) -> Tensor:
-    end = other.read(name, place)
-    return end if at == 1 else between(*both(values, end), at)
+    return lambda a, b, at: slerp(a, b, at, theta())

@@ -327,7 +327,7 @@ SUMMED_ENTRIES = 1 << 18
 """Entries that are widened and summed at once: they stay in the cache."""
 
 
-def angle(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+def angle(pairs: Iterable[tuple[Tensor, ...]]) -> float:
     """Return the angle between two flattened tensors, arccos(<a, b> / (|a| |b|)), in radians from 0 to pi.
 
     Sums are in float64. Near 0 and near pi the cosine resolves angles down to about 1e-8.

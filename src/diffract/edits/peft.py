@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,16 @@ from diffract.checkpoints import TensorWriter, tensor_digest
 from diffract.checkpoints.adapter import CONFIG, WEIGHTS
 from diffract.checkpoints.dtypes import DTYPE_NAMES
 from diffract.checkpoints.header import TensorInfo
-from diffract.edits.bench import Bench, Planned
-from diffract.edits.draft import Draft
-from diffract.edits.recipe import Output
+from diffract.checkpoints.sources import SAFETENSORS
+from diffract.edits.bench import Bench
 from diffract.errors import SelectionError, printable
 from diffract.matrices import Entry, Matrix, parse_selection
-from diffract.settings import Progress
 
 RENAMED = ("embed_out.weight",)
 """GPT-NeoX's head: files call it so, transformers since 5.0 loads it as lm_head, and an adapter would not find it."""
+
+ONE_FILE = 1 << 62
+"""Bytes that no adapter has: PEFT reads one file, never shards."""
 
 TASKS = {"ForCausalLM": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 
@@ -41,9 +42,13 @@ class Module:
     name: str
     transposed: bool
 
+    def oriented(self, w: Tensor) -> Tensor:
+        """Return a weight as torch's linear layers have it, (out, in), or one of these as it is stored."""
+        return w.mT if self.transposed else w
+
 
 @dataclass(frozen=True)
-class Factors:
+class LoraFactors:
     """An adapter of one module: delta = B A, as torch's linear layers have it, (out, r) and (r, in)."""
 
     module: Module
@@ -75,7 +80,8 @@ def linear_modules(bench: Bench, select: str | None) -> tuple[list[Module], dict
         else:
             place = bench.layout.architecture.place(name)
             found.append(Module(name, _module_name(bench, name), bool(place and place.role.transposed)))
-    if any(m.transposed for m in found):  # a configuration says for all of them how they are stored
+    # One word of PEFT's configuration says for all modules how they are stored; GPT-2 with a head of its own has both.
+    if any(m.transposed for m in found):
         left |= {m.tensor: "stored (out, in), the others (in, out)" for m in found if not m.transposed}
         found = [m for m in found if m.transposed]
     if not found:
@@ -128,6 +134,7 @@ def adapter_config(bench: Bench, base: str, ranks: Mapping[Module, int]) -> dict
         base: What the adapter lies over.
         ranks: The rank of each module.
     """
+    # PEFT scales by alpha / rank: alpha equal to the rank, module by module, keeps B A what it is.
     top = max(ranks.values())
     pattern = {m.name: rank for m, rank in ranks.items() if rank != top}
     architecture = str((bench.checkpoint.config.get("architectures") or [""])[0])
@@ -148,96 +155,32 @@ def adapter_config(bench: Bench, base: str, ranks: Mapping[Module, int]) -> dict
     }
 
 
-def write_adapter(folder: Path, bench: Bench, base: str, factors: Iterable[Factors]) -> dict[str, str]:
+def write_adapter(folder: Path, factors: Iterable[LoraFactors], *, bench: Bench, base: str) -> dict[str, str]:
     """Write an adapter's weights and configuration; return the digest of each tensor.
 
     Args:
-        folder: Where.
+        folder: Where to write.
+        factors: Of each module, in the dtype in which they are stored. Modules of rank 0 are left out.
         bench: The model.
         base: What the adapter lies over.
-        factors: In the dtype in which they are stored. Modules of rank 0 are left out.
     """
     digests: dict[str, str] = {}
     ranks: dict[Module, int] = {}
-    with TensorWriter(folder, shard_bytes=1 << 62) as writer:
+    with TensorWriter(folder, shard_bytes=ONE_FILE) as writer:
         for found in factors:
-            if found.rank:
-                ranks[found.module] = found.rank
-                for name, tensor in _named(found):
-                    writer.add(name, tensor)
-                    digests[name] = tensor_digest(
-                        TensorInfo(name, tuple(tensor.shape), DTYPE_NAMES[tensor.dtype]), tensor
-                    )
+            if not found.rank:
+                continue
+            ranks[found.module] = found.rank
+            for side, factor in (("A", found.A), ("B", found.B)):
+                name, tensor = f"base_model.model.{found.module.name}.lora_{side}.weight", factor.contiguous()
+                writer.add(name, tensor)
+                info = TensorInfo(name, tuple(tensor.shape), DTYPE_NAMES[tensor.dtype])
+                digests[name] = tensor_digest(info, tensor)
     if not ranks:
         raise SelectionError(
             "the rule keeps no direction of any matrix: there is nothing for an adapter to hold. Keep more."
         )
-    (folder / "model.safetensors").rename(folder / WEIGHTS)
+    (folder / SAFETENSORS).rename(folder / WEIGHTS)
     text = json.dumps(adapter_config(bench, base, ranks), indent=2)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
     return digests
-
-
-def _named(found: Factors) -> Iterator[tuple[str, Tensor]]:
-    for side, tensor in (("A", found.A), ("B", found.B)):
-        yield f"base_model.model.{found.module.name}.lora_{side}.weight", tensor.contiguous()
-
-
-@dataclass(frozen=True)
-class Split:
-    """A model split into an adapter and what it lies over.
-
-    Attributes:
-        planned: Changes of each adapted tensor, on whose way the adapter's factors are found.
-        modules: What is adapted, in the model's order.
-        factors: By tensor, as soon as its change has been computed.
-    """
-
-    planned: Planned
-    modules: list[Module]
-    factors: dict[str, Factors] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where an export is written.
-
-    Attributes:
-        folder: The folder to fill.
-        path: What it will be called when it is whole.
-        output: How the recipe wants weights to be written.
-        progress: Called with work done, all work, and what was just finished.
-    """
-
-    folder: Path
-    path: Path
-    output: Output
-    progress: Progress | None = None
-
-
-@dataclass(frozen=True)
-class Exported:
-    """What was written.
-
-    Attributes:
-        outputs: For each file or folder of weights the digest of each tensor.
-        model: The folder that tokenizer and the like belong to.
-        loads_alone: Whether that folder is a whole model with its own configuration.
-    """
-
-    outputs: Mapping[str, Mapping[str, str]]
-    model: Path
-    loads_alone: bool
-
-
-@dataclass(frozen=True)
-class Exporter:
-    """One way to write an edited model.
-
-    Attributes:
-        plan: Returns how the model, after all steps, is split: from settings, bench and draft.
-        write: Writes that: from settings, bench, draft, what ``plan`` returned, and where to.
-    """
-
-    plan: Callable[[Any, Bench, Draft], Split]
-    write: Callable[[Any, Bench, Draft, Split, Target], Exported]

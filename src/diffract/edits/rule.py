@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal, get_args
 
 Side = Literal["head", "tail", "random"]
@@ -70,3 +71,13 @@ class Rule:
 def _require(holds: bool, name: str, expected: str, got: object) -> None:
     if not holds:
         raise ValueError(f"{name}: expected {expected}; got {got!r}")
+
+
+def share_of(fraction: float, total: int) -> Fraction:
+    """Return fraction times total, the fraction being the decimal number that it prints as."""
+    return Fraction(str(fraction)) * total
+
+
+def rounded(fraction: float, total: int) -> int:
+    """Return ``share_of`` to the nearest whole number, half up."""
+    return math.floor(share_of(fraction, total) + Fraction(1, 2))

@@ -1,4 +1,7 @@
-"""A tuned matrix of which only some singular directions of the change are kept."""
+"""Edits of one matrix by singular directions: some kept of its change or of itself, scaled, or made two thin factors.
+
+A change of up to 32 stored bits goes by the Gram matrix of its short side, everything else by LAPACK.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,6 @@ from torch import Tensor
 
 from diffract.edits.directions import (
     Directions,
-    Rule,
     decomposed,
     energy_share,
     exact,
@@ -21,11 +23,11 @@ from diffract.edits.directions import (
     matmul,
     random_order,
     require_same_shape,
-    share_of,
     widened,
     wider,
     work_dtype,
 )
+from diffract.edits.rule import Rule, share_of
 from diffract.linalg import takes_gram
 from diffract.linalg.blas import Buffer, add_grams, pieces, product, short_first, short_side
 from diffract.linalg.spectrum import GRAM_RESOLVES, gram_eigen
@@ -91,8 +93,9 @@ def truncate(
     stored = wider(tuned.dtype, base.dtype)
     if tuned.numel() == 0:
         raise ValueError(f"expected matrices with entries, got shape {tuple(tuned.shape)}")
+    change = _Change(tuned.detach(), base.detach(), work_dtype(stored))
     way = _by_gram if takes_gram(stored, "auto") else _by_lapack
-    return way(tuned.detach(), base.detach(), _Choice(rule, generator), work_dtype(stored))
+    return way(change, _Choice(rule, generator))
 
 
 def change_sigmas(tuned: Float[Tensor, "m n"], base: Float[Tensor, "m n"]) -> Float64[Tensor, " M"]:
@@ -107,7 +110,7 @@ def change_sigmas(tuned: Float[Tensor, "m n"], base: Float[Tensor, "m n"]) -> Fl
     """
     require_same_shape(tuned, base)
     if takes_gram(wider(tuned.dtype, base.dtype), "auto"):
-        return _told(gram_eigen(_delta_gram(tuned.detach(), base.detach()))[0][0])
+        return _told(gram_eigen(_Change(tuned.detach(), base.detach()).gram())[0][0])
     return decomposed(exact(exact(tuned.detach()) - exact(base.detach())), gram=False).told
 
 
@@ -132,73 +135,85 @@ def _told(S: Tensor) -> Tensor:
     return S.where(S[0] * GRAM_RESOLVES < S, 0.0)
 
 
-def _by_gram(tuned: Tensor, base: Tensor, choose: _Choice, dtype: torch.dtype) -> Truncated:
-    found = gram_eigen(_delta_gram(tuned, base))
+@dataclass(frozen=True)
+class _Change:
+    """D = W1 - W0, which is never held as a whole: it is formed anew in pieces along its long side.
+
+    Attributes:
+        tuned: W1.
+        base: W0.
+        dtype: Of what is made of them.
+    """
+
+    tuned: Tensor
+    base: Tensor
+    dtype: torch.dtype = torch.float64
+
+    def gram(self) -> Float64[Tensor, "1 M M"]:
+        """Return the Gram matrix of D's short side: its upper triangle."""
+        shape, device = tuple(self.tuned.shape), self.tuned.device
+        gram = torch.zeros(1, min(shape), min(shape), dtype=torch.float64, device=device)
+        for _, _, delta in self._pieces():
+            add_grams(gram, short_first(delta, short_side(shape)))
+        if not bool(gram.diagonal(dim1=-2, dim2=-1).isfinite().all()):  # sums of squares cannot cancel
+            raise ValueError("expected finite values, got NaN or an infinity in the tuned or the base matrix")
+        return gram
+
+    def untouched(self, S: Tensor, chosen: slice) -> Tensor | None:
+        """Return the matrix that the result equals to the last bit; ``None`` if it is neither."""
+        count = chosen.stop - chosen.start
+        if count == len(S) or not bool(S[0] > 0):
+            return widened(self.tuned, self.dtype)
+        return widened(self.base, self.dtype) if count == 0 else None
+
+    def projected(self, P: Tensor, chosen: slice) -> Tensor:
+        """Return W0 + P_k P_k^T D, the short side first; of the dropped ones W0 + D - P_d P_d^T D if they are fewer."""
+        side = short_side(tuple(self.tuned.shape))
+        # Whichever directions are fewer are multiplied: D less the dropped ones is D projected on the kept ones.
+        few, keeps = fewer(chosen, len(P), P.device)
+        basis, room = P[None, :, few], Buffer(P.device)
+        values = torch.empty(self.tuned.shape, dtype=self.dtype, device=self.tuned.device)
+        for index, x0, delta in self._pieces():
+            part = room.like(tuple(delta.shape))
+            along = product(basis.mT, short_first(delta, side))
+            product(basis, along, out=short_first(part, side))
+            values[index[1:]] = x0.add_(part if keeps else delta.sub_(part))[0]
+        return values
+
+    def _pieces(self) -> Iterator[tuple[tuple[slice, slice, slice], Tensor, Tensor]]:
+        """Yield pieces: where, W0 there and D there, as stacks of one; both may be overwritten."""
+        starts, changes = Buffer(self.tuned.device), Buffer(self.tuned.device)
+        for index in pieces((1, *self.tuned.shape), short_side(tuple(self.tuned.shape)), self.tuned.device):
+            x0 = starts.fill(self.base[index[1:]][None])
+            yield index, x0, changes.fill(self.tuned[index[1:]][None]).sub_(x0)
+
+
+def _by_gram(change: _Change, choose: _Choice) -> Truncated:
+    found = gram_eigen(change.gram())
     S, P = found[0][0], found[1][0]
     told = _told(S)
-    order, chosen = choose(told, tuned)
+    order, chosen = choose(told, change.tuned)
     if order is not None:
         S, P, told = S[order], P[:, order], told[order]
-    values = _untouched(tuned, base, told, chosen, dtype)
+    values = change.untouched(told, chosen)
     if values is None:
-        values = _projected(tuned, base, P, chosen, dtype)
+        values = change.projected(P, chosen)
     return Truncated(values, chosen.stop - chosen.start, len(told), energy_share(S, chosen))
 
 
-def _by_lapack(tuned: Tensor, base: Tensor, choose: _Choice, dtype: torch.dtype) -> Truncated:
-    start = exact(base)
-    delta = exact(exact(tuned) - start)
+def _by_lapack(change: _Change, choose: _Choice) -> Truncated:
+    start = exact(change.base)
+    delta = exact(exact(change.tuned) - start)
     found = decomposed(delta, gram=False)
-    order, chosen = choose(found.told, tuned)
+    order, chosen = choose(found.told, change.tuned)
     if order is not None:
         found = Directions(found.U[:, order], found.S[order], found.Vh[order], found.resolved)
-    values = _untouched(tuned, base, found.told, chosen, dtype)
+    values = change.untouched(found.told, chosen)
     if values is None:
         few, keeps = fewer(chosen, len(found.S), delta.device)
         part = found.added(few)
         values = start + (part if keeps else delta.sub_(part))
     return Truncated(values, chosen.stop - chosen.start, len(found.S), energy_share(found.S, chosen))
-
-
-def _untouched(tuned: Tensor, base: Tensor, S: Tensor, chosen: slice, dtype: torch.dtype) -> Tensor | None:
-    """Return the matrix that the result equals to the last bit; ``None`` if it is neither."""
-    count = chosen.stop - chosen.start
-    if count == len(S) or not bool(S[0] > 0):
-        return widened(tuned, dtype)
-    return widened(base, dtype) if count == 0 else None
-
-
-def _changes(tuned: Tensor, base: Tensor) -> Iterator[tuple[tuple[slice, slice, slice], Tensor, Tensor]]:
-    """Yield pieces along the long side: where, W0 there and D there, as stacks of one; both may be overwritten."""
-    starts, changes = Buffer(tuned.device), Buffer(tuned.device)
-    for index in pieces((1, *tuned.shape), short_side(tuple(tuned.shape)), tuned.device):
-        x0 = starts.fill(base[index[1:]][None])
-        yield index, x0, changes.fill(tuned[index[1:]][None]).sub_(x0)
-
-
-def _delta_gram(tuned: Tensor, base: Tensor) -> Float64[Tensor, "1 M M"]:
-    """Return the Gram matrix of D's short side: its upper triangle."""
-    side, short = short_side(tuple(tuned.shape)), min(tuned.shape)
-    gram = torch.zeros(1, short, short, dtype=torch.float64, device=tuned.device)
-    for _, _, delta in _changes(tuned, base):
-        add_grams(gram, short_first(delta, side))
-    if not bool(gram.diagonal(dim1=-2, dim2=-1).isfinite().all()):  # sums of squares cannot cancel
-        raise ValueError("expected finite values, got NaN or an infinity in the tuned or the base matrix")
-    return gram
-
-
-def _projected(tuned: Tensor, base: Tensor, P: Tensor, chosen: slice, dtype: torch.dtype) -> Tensor:
-    """Return W0 + P_k P_k^T D, the short side first; or W0 + D - P_d P_d^T D of the dropped ones if these are fewer."""
-    side = short_side(tuple(tuned.shape))
-    few, keeps = fewer(chosen, len(P), P.device)
-    basis, room = P[None, :, few], Buffer(P.device)
-    values = torch.empty(tuned.shape, dtype=dtype, device=tuned.device)
-    for index, x0, delta in _changes(tuned, base):
-        part = room.like(tuple(delta.shape))
-        along = product(basis.mT, short_first(delta, side))
-        product(basis, along, out=short_first(part, side))
-        values[index[1:]] = x0.add_(part if keeps else delta.sub_(part))[0]
-    return values
 
 
 @dataclass(frozen=True)
@@ -264,7 +279,7 @@ def low_rank(
     B, A = found.factors(chosen, factor_dtype)
     whole = float(delta.norm())
     error = float(delta.sub_(matmul(B, A)).norm()) if B.shape[1] else whole
-    return LowRankDelta(B, A, B.shape[1], len(found.S), whole, error)
+    return LowRankDelta(B, A, kept=B.shape[1], total=len(found.S), change=whole, error=error)
 
 
 @dataclass(frozen=True)

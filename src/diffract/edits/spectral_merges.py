@@ -50,6 +50,7 @@ def tsv_merge(deltas: Sequence[Float[Tensor, "m n"]]) -> Float64[Tensor, "m n"]:
     count = max(1, min(deltas[0].shape) // len(deltas))
     parts = [_top(exact(delta), count, gram=gram) for delta in deltas]
     U, S, Vh = torch.cat([u for u, _, _ in parts], 1), torch.cat([s for _, s, _ in parts]), [v for _, _, v in parts]
+    # No task changed anything.
     if len(S) == 0:
         return torch.zeros(deltas[0].shape, dtype=torch.float64, device=S.device)
     return matmul(nearest_orthonormal(U, gram=gram) * S, nearest_orthonormal(torch.cat(Vh), gram=gram))
