@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffract.edits.directions import Rule, decomposed, energy_share, fewer
+from diffract.edits.directions import decomposed, energy_share, fewer
+from diffract.edits.rule import Rule
 from diffract.edits.spectral_edits import LowRankDelta, low_rank
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)

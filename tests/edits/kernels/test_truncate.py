@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffract.edits.directions import Rule
+from diffract.edits.rule import Rule
 from diffract.edits.spectral_edits import Truncated, change_sigmas, truncate
 from diffract.linalg import blas as products
 

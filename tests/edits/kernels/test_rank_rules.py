@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffract.edits.directions import Rule, exact, kept, require_same_shape, rounded, widened, wider, work_dtype
+from diffract.edits.directions import exact, kept, require_same_shape, widened, wider, work_dtype
+from diffract.edits.rule import Rule, rounded
 
 
 def sigmas(*values: float) -> torch.Tensor:
