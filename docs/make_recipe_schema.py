@@ -5,33 +5,21 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from diffract.edits import recipe_schema, settings
+from diffract.edits import recipe_schema
+from diffract.edits.edit import Edit
+from diffract.edits.recipe import EDITS
 
 DOCS = Path(__file__).parent
-EDITS = ("Rewind", "Truncate", "Interpolate", "Merge", "Laser", "Svf", "Lora", "Pissa")
-USAGE = {
-    "rewind": "diffract rewind TUNED --to BASE --order reference --reference TEXT --fraction 0.15 -o OUT",
-    "truncate": "diffract truncate TUNED --base BASE --drop 0.5 -o OUT",
-    "interpolate": "diffract interpolate MODEL OTHER --at 0.5 -o OUT",
-    "merge": "diffract merge BASE math=PATH code=PATH --method ties -o OUT",
-    "laser": "diffract laser MODEL --select 'layers 20-, mlp.up' --keep 0.1 -o OUT",
-    "svf": "diffract svf MODEL --select mlp --z 0.9 -o OUT",
-    "lora": "diffract lora TUNED --base BASE --rank auto -o ADAPTER",
-    "pissa": "diffract pissa MODEL --rank 16 -o OUT",
-}
-ARGUMENTS = {"interpolate": ("other",), "merge": ("models", "base", "called")}
-"""Settings that the command line has as arguments."""
-
 BEGIN, END = "<!-- settings: made by make docs -->", "<!-- end of settings -->"
 
 
-def section(kind: type[settings.Settings]) -> str:
+def section(kind: type[Edit]) -> str:
     """Return the section of one command."""
     name = kind.name
-    fields = {n: f for n, f in kind.model_fields.items() if n not in ARGUMENTS.get(name, ())}
+    fields = {n: f for n, f in kind.model_fields.items() if n not in kind.not_options}
     rows = [f"| `--{n.replace('_', '-')}` | {f.description}{_default(f)} |" for n, f in fields.items()]
     table = "\n".join(["| option | meaning |", "|---|---|", *rows])
-    return f"### diffract {name}\n\n    {USAGE[name]}\n\n{kind.__doc__} [More](edits/{name}.md)\n\n{table}\n"
+    return f"### diffract {name}\n\n    {kind.usage}\n\n{kind.__doc__} [More](edits/{name}.md)\n\n{table}\n"
 
 
 def _default(field: object) -> str:
@@ -42,7 +30,7 @@ def _default(field: object) -> str:
 
 def sections() -> str:
     """Return all sections."""
-    return "\n".join(section(getattr(settings, name)) for name in EDITS)
+    return "\n".join(map(section, EDITS))
 
 
 def commands(text: str) -> str:

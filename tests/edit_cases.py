@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -53,7 +56,12 @@ def edited(folder: Path, model: Any, *steps: Any, **recipe: Any) -> Edited:
 def family_pair(
     family: str, dtype: torch.dtype = torch.float32, *, scale: float = 0.05
 ) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """A seeded model of a family in which no tensor is constant, and one tuned from it."""
+    """A seeded model of a family in which no tensor is constant, and one tuned from it; both are the test's own."""
+    return copy.deepcopy(_family_pair(family, dtype, scale))
+
+
+@cache
+def _family_pair(family: str, dtype: torch.dtype, scale: float) -> tuple[torch.nn.Module, torch.nn.Module]:
     torch.manual_seed(0)
     base = FAMILIES[family]().eval()
     moved(base, 0.02, seed=1)
@@ -71,12 +79,21 @@ def moved(model: torch.nn.Module, scale: float, *, seed: int) -> None:
 
 
 def save_pair(folder: Path, family: str, dtype: torch.dtype = torch.float32, **config: Any) -> tuple[Path, Path]:
-    """The pair of a family, as transformers writes it."""
-    base, tuned = family_pair(family, dtype)
-    for name, model in (("base", base), ("tuned", tuned)):
-        model.config.update(config)
-        model.save_pretrained(folder / name)
+    """The pair of a family, as transformers writes it: a copy of the test's own."""
+    saved = Path(_saved_pair(family, dtype, tuple(config.items())).name)
+    for name in ("base", "tuned"):
+        shutil.copytree(saved / name, folder / name)
     return folder / "base", folder / "tuned"
+
+
+@cache
+def _saved_pair(family: str, dtype: torch.dtype, config: tuple[tuple[str, Any], ...]) -> TemporaryDirectory[str]:
+    """Build and write a pair once for all tests; the folder goes when they have ended."""
+    folder = TemporaryDirectory()
+    for name, model in zip(("base", "tuned"), family_pair(family, dtype), strict=True):
+        model.config.update(dict(config))
+        model.save_pretrained(Path(folder.name) / name)
+    return folder
 
 
 def as_module(tensors: Tensors, **config: object) -> torch.nn.Module:

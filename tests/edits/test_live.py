@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from safetensors.torch import save_file
 
 from diffract.edits import Interpolate, Laser, LiveModel, Merge, Rewind, Svf, Truncate
@@ -16,6 +17,8 @@ from diffract.edits.draft import BLOCK_BYTES
 from diffract.errors import CheckpointError, DiffractError, SelectionError
 from edit_cases import Tensors, as_module, assert_same, edit, family_pair, read
 from tiny_llama import LLAMA, llama_tensors
+
+SAMPLES = Path(__file__).parents[2] / "samples" / "tiny-olmo2"
 
 Kinds = dict[str, Callable[[Any, Any], Any]]
 
@@ -208,3 +211,13 @@ def test_the_base_may_be_a_folder(tmp_path: Path) -> None:
     base.save_pretrained(tmp_path / "base")
     found = in_memory(tuned, Rewind(to=tmp_path / "base", fraction=1, unit="tensor"))
     assert_same(found, read(tmp_path / "base"))
+
+
+def test_only_what_a_head_consists_of_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cost of a head: no more entries are copied than the head has."""
+    model, base = (tf.AutoModelForCausalLM.from_pretrained(SAMPLES / name) for name in ("math", "base"))
+    copied = []
+    plain = torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, *a: (copied.append(self.numel()), plain(self, *a))[1])
+    with LiveModel(model).edited(Rewind(to=base, heads="L2.h3")):
+        assert sum(copied) == 2 * 16 * 128 + 16  # q and o, and the head's part of the queries' norm

@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 
 from diffract.edits import Interpolate, Merge
-from diffract.edits.operations.dare import dare, seeded
+from diffract.edits.mixing import dare, seeded
 from diffract.errors import CheckpointError, RecipeError, SelectionError
 from edit_cases import Tensors, as_module, assert_bits, assert_same, edit, edited, family_pair, moved, read
 from families import GROUPED
@@ -31,10 +31,10 @@ def near(found: torch.Tensor, wanted: np.ndarray, name: str = "") -> None:
     assert np.abs(array(found) - wanted).max() <= unit * np.abs(wanted).max() * 1.001 + 1e-12, name
 
 
-@pytest.fixture
-def models(tmp_path: Path) -> list[Path]:
-    """A base and three models tuned from it."""
-    return save_models(tmp_path, "qwen2", torch.float32)
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A base and three models tuned from it, which tests only read."""
+    return save_models(tmp_path_factory.mktemp("models"), "qwen2", torch.float32)
 
 
 def save_models(folder: Path, family: str, dtype: torch.dtype) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,22 +18,21 @@ import diffract
 from diffract.checkpoints import Checkpoint
 from diffract.edits import (
     Interpolate,
-    Laser,
     Lora,
-    Merge,
     Output,
-    Pissa,
     Recipe,
     Rewind,
-    Svf,
     Truncate,
     apply,
     load_recipe,
     preview,
     recipe_schema,
 )
+from diffract.edits.recipe import EDITS
 from diffract.errors import DiffractError, RecipeError
 from edit_cases import assert_same, edited, read
+
+DOCS = Path(__file__).parents[2] / "docs"
 
 GOOD: dict[str, dict[str, Any]] = {
     "nothing": {"model": "m"},
@@ -128,10 +128,24 @@ def test_the_schema_knows_what_is_right(name: str) -> None:
 
 def test_the_schema_explains_every_setting() -> None:
     schema = json.loads(recipe_schema())
+    steps, exports = (set(schema["$defs"][item]["properties"]) for item in ("StepItem", "ExportItem"))
+    assert steps == {"rewind", "truncate", "interpolate", "merge", "laser", "svf"}
+    assert exports == {"lora", "pissa"}
+    assert schema["$defs"]["Rewind"]["properties"]["to"]["description"] == "The base."
+    assert "with" in schema["$defs"]["Interpolate"]["properties"]
     for name, part in schema["$defs"].items():
         if name not in ("StepItem", "ExportItem"):
             assert all("description" in setting for setting in part["properties"].values()), name
     assert all("description" in setting for setting in schema["properties"].values())
+
+
+def test_the_published_schema_is_up_to_date() -> None:
+    assert (DOCS / "recipe.schema.json").read_text(encoding="utf-8") == recipe_schema(), "run make docs"
+
+
+def test_the_tables_of_settings_are_up_to_date() -> None:
+    page = (DOCS / "commands.md").read_text(encoding="utf-8")
+    assert runpy.run_path(str(DOCS / "make_recipe_schema.py"))["commands"](page) == page, "run make docs"
 
 
 BAD: dict[str, tuple[Any, str]] = {
@@ -211,8 +225,9 @@ BAD: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_mistakes_are_explained(name: str, tmp_path: Path, no_weights: None) -> None:
+def test_mistakes_are_explained(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, message = BAD[name]
+    monkeypatch.setattr("diffract.edits.to_files.open_bench", lambda _: pytest.fail("a checkpoint was opened"))
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     for how in (lambda: load_recipe(path), lambda: apply(recipe, tmp_path / "out"), lambda: preview(path)):
@@ -297,13 +312,11 @@ def test_settings_stay_as_they_are() -> None:
         step.at = 2  # type: ignore[misc]
 
 
-KINDS = (Interpolate, Laser, Lora, Merge, Pissa, Rewind, Svf, Truncate)
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", EDITS, ids=lambda kind: kind.name)
 def test_every_setting_is_explained(kind: Any) -> None:
     assert kind.name == kind.__name__.lower()
     assert kind.__doc__
+    assert f"diffract {kind.name} " in kind.usage
     for name, field in kind.model_fields.items():
         assert field.description, name
         assert field.description.endswith("."), name

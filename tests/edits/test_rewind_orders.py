@@ -14,6 +14,7 @@ import torch
 
 import diffract
 from diffract.edits import Rewind
+from diffract.edits.heads import Head
 from diffract.errors import RecipeError, SelectionError
 from edit_cases import Tensors, edited, family_pair, moved, read, save_pair
 
@@ -41,16 +42,21 @@ def scaled(x: np.ndarray) -> np.ndarray:
     return (x - x.min()) / (x.max() - x.min())
 
 
-@pytest.fixture
-def trio(tmp_path: Path) -> tuple[Path, Path, Path]:
+Trio = tuple[Path, Path, Path]
+
+
+def save_trio(folder: Path, family: str) -> Trio:
     """A base, and two models that were tuned from it: no two heads changed alike."""
-    folders = []
     for number in range(3):
-        model, _ = family_pair("qwen2")
+        model, _ = family_pair(family)
         moved(model, 0.05 * (number > 0), seed=10 + number)
-        model.save_pretrained(tmp_path / str(number))
-        folders.append(tmp_path / str(number))
-    return folders[0], folders[1], folders[2]
+        model.save_pretrained(folder / str(number))
+    return folder / "0", folder / "1", folder / "2"
+
+
+@pytest.fixture(scope="module")
+def trio(tmp_path_factory: pytest.TempPathFactory) -> Trio:
+    return save_trio(tmp_path_factory.mktemp("trio"), "qwen2")
 
 
 def done(out: Path, model: Path, **settings: Any) -> tuple[list[str], dict[str, float]]:
@@ -65,10 +71,11 @@ def by(values: np.ndarray) -> list[str]:
     return [NAMES[i] for i in np.argsort(values, kind="stable")]
 
 
+@pytest.mark.parametrize("family", ["qwen2", "olmo2"])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_magnitude(reverse: bool, trio: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    """Biases do not count."""
-    base, tuned, _ = trio
+def test_magnitude(reverse: bool, family: str, trio: Trio, tmp_path: Path) -> None:
+    """Biases do not count, and norms do not."""
+    base, tuned, _ = trio if family == "qwen2" else save_trio(tmp_path, family)
     wanted = changes(tuned, base)
     names, scores = done(tmp_path / "out", tuned, to=base, fraction=0.375, reverse=reverse)
     assert list(scores) == NAMES
@@ -77,7 +84,7 @@ def test_magnitude(reverse: bool, trio: tuple[Path, Path, Path], tmp_path: Path)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_reference(reverse: bool, trio: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_reference(reverse: bool, trio: Trio, tmp_path: Path) -> None:
     base, tuned, reference = trio
     wanted = scaled(changes(tuned, base)) - scaled(changes(reference, base))
     settings = {"to": base, "fraction": 0.5, "order": "reference", "reference": reference, "reverse": reverse}
@@ -86,7 +93,7 @@ def test_reference(reverse: bool, trio: tuple[Path, Path, Path], tmp_path: Path)
     assert names == by(-wanted if reverse else wanted)[:4]
 
 
-def test_random_is_seeded(trio: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_random_is_seeded(trio: Trio, tmp_path: Path) -> None:
     base, tuned, _ = trio
     drawn = [
         done(tmp_path / f"out{i}", tuned, to=base, fraction=0.5, order="random", seed=seed)[0]
@@ -100,9 +107,7 @@ def test_random_is_seeded(trio: tuple[Path, Path, Path], tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("fraction", "count"), [(0, 0), (0.06, 0), (0.0625, 1), (0.5, 4), (0.56, 4), (0.5625, 5), (1, 8)]
 )
-def test_a_fraction_is_rounded_half_up(
-    fraction: float, count: int, trio: tuple[Path, Path, Path], tmp_path: Path
-) -> None:
+def test_a_fraction_is_rounded_half_up(fraction: float, count: int, trio: Trio, tmp_path: Path) -> None:
     base, tuned, _ = trio
     assert len(done(tmp_path / "out", tuned, to=base, fraction=fraction)[0]) == count
 
@@ -121,7 +126,7 @@ EFFECTS = [0.1, -0.4, 0.3, 0.0, 0.9, -0.2, 0.3, 0.5]
 
 @pytest.mark.parametrize("kind", WRITERS)
 @pytest.mark.parametrize("reverse", [False, True])
-def test_greedy_by_measured_effects(reverse: bool, kind: str, trio: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_greedy_by_measured_effects(reverse: bool, kind: str, trio: Trio, tmp_path: Path) -> None:
     """The best effect on quality first."""
     base, tuned, _ = trio
     path = tmp_path / f"effects.{kind}"
@@ -132,7 +137,7 @@ def test_greedy_by_measured_effects(reverse: bool, kind: str, trio: tuple[Path, 
     assert names == (["L0.h1", "L1.h1"] if reverse else ["L1.h0", "L1.h3"])
 
 
-def test_heads_of_a_run(trio: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_heads_of_a_run(trio: Trio, tmp_path: Path) -> None:
     """``heads.parquet`` of `diffract.heads` gives the orders that measuring gives."""
     base, tuned, reference = trio
     run = diffract.heads(base, f"math={tuned}", f"natural={reference}")
@@ -161,6 +166,11 @@ def wrong_tables() -> dict[str, tuple[pl.DataFrame | str, dict[str, Any], str]]:
             greedy,
             r"has L2\.h0, which this model has not",
         ),
+        "no numbers at all": (
+            table(effect=pl.Series([None] * 8, dtype=pl.Float64)),
+            greedy,
+            r"8 of 8 units have no score",
+        ),
         "heads missing": (table(effect=EFFECTS).head(6), greedy, r"2 of 8 units have no score, first L1\.h2"),
         "no number": (table(effect=[*EFFECTS[:-1], None]), greedy, r"1 of 8 units have no score, first L1\.h3"),
         "a missing column": (table(efect=EFFECTS), greedy, r"no column 'effect', .*Did you mean 'efect'\?"),
@@ -179,7 +189,7 @@ def wrong_tables() -> dict[str, tuple[pl.DataFrame | str, dict[str, Any], str]]:
 
 
 @pytest.mark.parametrize("kind", wrong_tables())
-def test_tables_that_do_not_fit(kind: str, trio: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_tables_that_do_not_fit(kind: str, trio: Trio, tmp_path: Path) -> None:
     base, tuned, _ = trio
     content, settings, message = wrong_tables()[kind]
     path = tmp_path / "scores.csv"
@@ -190,7 +200,7 @@ def test_tables_that_do_not_fit(kind: str, trio: tuple[Path, Path, Path], tmp_pa
 
 
 @pytest.mark.parametrize("name", ["scores.txt", "missing.parquet", "damaged.parquet", "damaged.json"])
-def test_files_that_cannot_be_read(name: str, trio: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_files_that_cannot_be_read(name: str, trio: Trio, tmp_path: Path) -> None:
     base, tuned, _ = trio
     if name != "missing.parquet":
         (tmp_path / name).write_bytes(b"{\x00")
@@ -198,7 +208,12 @@ def test_files_that_cannot_be_read(name: str, trio: tuple[Path, Path, Path], tmp
         done(tmp_path / "out", tuned, to=base, fraction=0.5, order="greedy", scores=str(tmp_path / name))
 
 
-def test_heads_that_changed_alike_have_no_reference_score(trio: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_names_of_heads() -> None:
+    """A layer with several attentions says which: T5's decoder, for one."""
+    assert [Head(3, "attn", 5).name, Head(12, "cross", 3).name] == ["L3.h5", "L12.cross.h3"]
+
+
+def test_heads_that_changed_alike_have_no_reference_score(trio: Trio, tmp_path: Path) -> None:
     base, tuned, _ = trio
     with pytest.raises(SelectionError, match=r"8 of 8 units have no score.*everything changed alike"):
         done(tmp_path / "out", tuned, to=base, fraction=0.5, order="reference", reference=base)
@@ -213,6 +228,7 @@ def test_heads_that_changed_alike_have_no_reference_score(trio: tuple[Path, Path
         ({"fraction": 0.5, "order": "greedy"}, "order greedy needs scores"),
         ({"fraction": 0.5, "scores": "x.csv", "unit": "tensor"}, "expected unit head, got tensor"),
         ({"fraction": 1.5}, "less than or equal to 1"),
+        ({"fraction": -1}, "greater than or equal to 0"),
         ({"fraction": math.nan}, "fraction"),
         ({"fraction": 0.5, "order": "smallest"}, "'reference', 'magnitude', 'random' or 'greedy'"),
         ({"fraction": 0.5, "amount": math.inf}, "amount: input should be a finite number"),

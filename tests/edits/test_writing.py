@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 import diffract
 from diffract.edits import Interpolate, Merge, Rewind, Truncate, apply
-from diffract.errors import RunError
+from diffract.errors import DiffractError, RunError
+from diffract.store import whole_folder
 from edit_cases import assert_same, edited, read, save_pair
 from tiny_llama import llama_tensors
 
@@ -47,11 +48,12 @@ def test_shards_are_those_that_loaders_expect(tmp_path: Path) -> None:
     edited(tmp_path / "out", tuned, half(base), output={"shard_size": "4KB"})
     files = list((tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 5
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     for file in files:
         held = load_file(file)
         assert sum(tensor.nbytes for tensor in held.values()) <= 4000 or len(held) == 1
+        assert all(index["weight_map"][name] == file.name for name in held)
     assert_same(read(tmp_path / "out"), read(tmp_path / "whole"))
-    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in read(tmp_path / "out").values())
     loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert_same({name: loaded[name] for name in index["weight_map"]}, read(tmp_path / "out"))
@@ -131,12 +133,24 @@ def test_a_killed_process_leaves_nothing_that_loads(family: tuple[Path, Path], t
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     (draft,) = out.parent.iterdir()
     assert not out.exists()
+    assert draft.name.startswith("out.tmp-")
     assert any(draft.iterdir())
     with pytest.raises(diffract.CheckpointError, match=r"holds no \.safetensors"):
         diffract.open(draft)
+    with pytest.raises(ValueError, match="Unrecognized model"):
+        tf.AutoModelForCausalLM.from_pretrained(draft)
     edited(out, tuned, half(Path(base)), output={"shard_size": 4000})
     assert [path.name for path in out.parent.iterdir()] == ["out"]
     assert diffract.verify(out, replay=True).faults == []
+
+
+def test_what_somebody_else_is_writing_is_left_alone(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "out") as draft:
+        with whole_folder(tmp_path / "out") as other:
+            assert other != draft
+            (other / "manifest.json").write_text("{}")
+        assert draft.is_dir()
+        (tmp_path / "out" / "manifest.json").unlink()
 
 
 def test_existing_folders(family: tuple[Path, Path], tmp_path: Path) -> None:
@@ -144,7 +158,7 @@ def test_existing_folders(family: tuple[Path, Path], tmp_path: Path) -> None:
     edited(tmp_path / "out", tuned)
     with pytest.raises(RunError, match=r"exists\. Choose another name, or pass --force"):
         edited(tmp_path / "out", base)
-    with pytest.raises(RunError, match="--force does not replace it"):
+    with pytest.raises(RunError, match=r"no manifest\.json of diffract.*--force does not replace it"):
         apply({"model": tuned}, base, force=True)
     assert_same(read(tmp_path / "out"), read(tuned))
     apply({"model": base}, tmp_path / "out", force=True)
@@ -228,6 +242,41 @@ def test_what_was_spoiled_is_found(kind: str, family: tuple[Path, Path], tmp_pat
     assert message in faults[0]
 
 
+def test_an_input_that_is_gone_cannot_be_checked(family: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = family
+    edited(tmp_path / "out", tuned, half(base))
+    (base / "model.safetensors").unlink()
+    found = diffract.verify(tmp_path / "out")
+    assert found.faults == []
+    assert "input" in found.unchecked[0]
+
+
+@pytest.mark.parametrize("part", ["outputs", "files"])
+def test_a_manifest_cannot_lead_outside(part: str, family: tuple[Path, Path], tmp_path: Path) -> None:
+    out = edited(tmp_path / "out", family[1]).folder
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest[part]["../../secret"] = {} if part == "outputs" else "0"
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(diffract.CheckpointError, match="outside of it"):
+        diffract.verify(out)
+
+
+EMPTY = {"kind": "diffract edit", "format": 1, "outputs": {}, "inputs": {}, "files": {}}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{", "[]", '{"kind": "another"}', json.dumps({**EMPTY, "format": 99})),
+        *(json.dumps({**EMPTY, key: value}) for key in ("outputs", "inputs", "files") for value in (3, {"a": 3})),
+    ],
+)
+def test_other_manifests_are_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(DiffractError):
+        diffract.verify(tmp_path)
+
+
 def test_replay_finds_a_lie(family: tuple[Path, Path], tmp_path: Path) -> None:
     """A recipe that says something else than what was done; files and digests are all as they were."""
     base, tuned = family
@@ -258,8 +307,7 @@ def test_the_recipe_in_an_output_gives_it_again(kind: str, family: tuple[Path, P
     edited(other, tuned, Interpolate(other=base, at=-0.7, select="mlp, attn.q"))
     one = edited(tmp_path / "one", tuned, *STEPS[kind](base, other), output={"shard_size": "10KB"})
     two = apply(tmp_path / "one" / "recipe.yaml", tmp_path / "two")
-    assert one.manifest["outputs"] == two.manifest["outputs"]
-    assert one.manifest["steps"] == two.manifest["steps"]
+    assert one.manifest == two.manifest
     assert (tmp_path / "one" / "recipe.yaml").read_bytes() == (tmp_path / "two" / "recipe.yaml").read_bytes()
     assert {path.name for path in (tmp_path / "one").iterdir()} == {path.name for path in (tmp_path / "two").iterdir()}
 

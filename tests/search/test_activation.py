@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffract.edits import LiveModel
-from diffract.edits.parts import find_units
+from diffract.edits.heads import find_units
 from diffract.errors import SelectionError
 from diffract.search.predictions import Batch, Sample, activation_changes
 from edit_cases import family_pair

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffract.edits import LiveModel, Rewind
-from diffract.edits.parts import Units, find_units
+from diffract.edits.heads import Units, find_units
 from diffract.search.predictions import Batch, Sample, first_order_gains, sum_of_bits
 from edit_cases import family_pair
 

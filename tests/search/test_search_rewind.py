@@ -14,7 +14,6 @@ from polars.testing import assert_frame_equal
 
 from diffract.api import evaluate
 from diffract.edits import LiveModel, Rewind
-from diffract.edits.steps import plan_step
 from diffract.errors import CheckpointError, CorpusError, RunError, SelectionError
 from diffract.evaluate import Evaluator, holm, load_subject, load_tasks, paired
 from diffract.run import Run
@@ -99,7 +98,7 @@ def test_rewind_takes_the_greedy_order_of_the_run(finished: tuple[Run, Path]) ->
     found, folder = finished
     live = LiveModel(load_subject(MATH).model)
     step = Rewind(to=BASE, fraction=0.25, order="greedy", scores=str(folder / "run" / "effects.parquet"))
-    names = plan_step(step, live.bench, live.bench.draft()).summary["names"]
+    names = step.plan(live.bench, live.bench.draft()).summary["names"]
     rows = found.points.filter(order="greedy", reverse=False, fraction=0.25)
     assert rows["heads"].to_list() == [names] * rows.height
 

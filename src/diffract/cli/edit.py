@@ -1,9 +1,9 @@
-"""The commands that edit checkpoints: their options are the settings of steps and exports, as recipes have them."""
+"""The commands that edit checkpoints: one for each edit, whose arguments and options its record says."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,11 +12,11 @@ import typer
 from diffract.cli import options
 from diffract.cli.console import explained, progress, say, say_json
 from diffract.errors import RecipeError, printable
-from diffract.settings import size_text
+from diffract.settings import decimal_row, size_text
 
 if TYPE_CHECKING:
-    from diffract.edits.dry_run import Preview
-    from diffract.edits.settings import Settings
+    from diffract.edits.edit import Argument, Edit
+    from diffract.edits.to_files import EditPreview
 
 Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="OUT", help="Folder to write.")]
 Dtype = Annotated[
@@ -47,44 +47,41 @@ PAIRS = ("weights", "groups")
 
 NAME_WIDTH = 26
 
-MOST_AT_ONCE = 1000
-"""Checkpoints that one command makes."""
-
 Given = dict[str, Any]
-Build = Callable[[Given], Mapping[str, Any]]
 
 
-def command(kind: type[Settings], arguments: Mapping[str, Any], build: Build, *, hidden: Sequence[str] = ()) -> Any:
-    """Make a command of a step or an export.
+def command(edit: type[Edit]) -> Any:
+    """Make the command of an edit: its name, first line of help, arguments and options are those of the record.
 
     Args:
-        kind: Whose settings become options.
-        arguments: What comes before the options, by name: Typer's annotations.
-        build: Makes a recipe of what was given; settings are under ``settings``.
-        hidden: Settings that arguments stand for.
+        edit: Whose fields become options, but for those that arguments stand for.
     """
-    own = {name: field for name, field in kind.model_fields.items() if name not in hidden}
+    own = {name: field for name, field in edit.model_fields.items() if name not in edit.not_options}
 
     def run(**given: Any) -> None:
         common = {name: given.pop(name) for name in COMMON}
-        settings = {name: given.pop(name) for name in own}
+        options = {name: given.pop(name) for name in own}
         with explained(debug=common["debug"]):
-            given["settings"] = {name: value for name, value in settings.items() if value not in (None, False, [])}
-            for name in set(PAIRS) & given["settings"].keys():
-                given["settings"][name] = dict(_pair(text, f"--{name}") for text in given["settings"][name])
-            found = [_run(*made, common) for made in _outputs(build(given), common["output"])]
+            options = {name: value for name, value in options.items() if value not in (None, False, [])}
+            for name in set(PAIRS) & options.keys():
+                options[name] = dict(_pair(text, f"--{name}") for text in options[name])
+            recipe = edit.as_recipe(given, options)
+            found = [_run(*made, common) for made in _outputs(recipe, common["output"])]
             if common["json"]:
                 say_json(found if len(found) > 1 else found[0])
 
-    places = [*_arguments(arguments), *(_option(name, field) for name, field in own.items()), *_common()]
+    arguments = [_argument(argument) for argument in edit.arguments]
+    places = [*arguments, *(_option(name, field) for name, field in own.items()), *_common()]
     run.__signature__ = inspect.Signature(places)
     run.__annotations__ = {place.name: place.annotation for place in places}
-    run.__name__, run.__doc__ = kind.name, kind.__doc__
+    run.__name__, run.__doc__ = edit.name, edit.__doc__
     return run
 
 
-def _arguments(arguments: Mapping[str, Any]) -> list[inspect.Parameter]:
-    return [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, annotation=a) for n, a in arguments.items()]
+def _argument(argument: Argument) -> inspect.Parameter:
+    kind: Any = list[str] if argument.many else str
+    shown = typer.Argument(metavar=argument.metavar, help=argument.help)
+    return inspect.Parameter(argument.name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, shown])
 
 
 def _common() -> list[inspect.Parameter]:
@@ -125,34 +122,23 @@ def _pair(text: str, where: str) -> tuple[str, str]:
 
 
 def _outputs(recipe: Mapping[str, Any], output: Path | None) -> list[tuple[Mapping[str, Any], Path | None]]:
-    """Return recipes and where they go: one, or a row of them for ``--at FROM:TO:STEP``."""
+    """Return recipes and where they go: one, or a row of them for ``--at FROM:TO:STEP``.
+
+    Raises:
+        RecipeError: The row cannot be read.
+    """
     steps = recipe.get("steps") or [{}]
     at = steps[0].get("interpolate", {}).get("at", "")
     if ":" not in at:
         return [(recipe, output)]
-    found = []
-    for value in _row(at):
-        step = {"interpolate": {**steps[0]["interpolate"], "at": value}}
-        found.append(({**recipe, "steps": [step]}, output and output / f"at-{value}"))
-    return found
-
-
-def _row(text: str) -> list[str]:
-    """Read FROM:TO:STEP, both ends included, as decimal numbers.
-
-    >>> _row("0:1:0.25")
-    ['0.00', '0.25', '0.50', '0.75', '1.00']
-    """
-    from decimal import Decimal, InvalidOperation
-
     try:
-        first, last, step = (Decimal(word) for word in text.split(":"))
-        found = [str(first + i * step) for i in range(min(int((last - first) / step) + 1, MOST_AT_ONCE))]
-    except (InvalidOperation, ValueError, ArithmeticError):
-        found = []
-    if not found:
-        raise RecipeError(f"--at: expected a number or FROM:TO:STEP such as 0:1:0.1, got {printable(text)!r}.")
-    return found
+        row = [str(value) for value in decimal_row(at)]
+    except ValueError as error:
+        where = f"expected a number or FROM:TO:STEP such as 0:1:0.1, got {printable(at)!r}"
+        raise RecipeError(f"--at: {where}.") from error
+    steps = [{"interpolate": {**steps[0]["interpolate"], "at": value}} for value in row]
+    outputs = [output and output / f"at-{value}" for value in row]
+    return [({**recipe, "steps": [step]}, place) for step, place in zip(steps, outputs, strict=True)]
 
 
 def _run(recipe: Mapping[str, Any], output: Path | None, common: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,7 +162,7 @@ def run_recipe(recipe: Any, output: Path | None, common: Mapping[str, Any]) -> d
     if common["dry_run"]:
         from dataclasses import asdict
 
-        from diffract.edits.dry_run import preview
+        from diffract.edits.to_files import preview
 
         found = preview(recipe)
         _show_preview(found, quiet=silent)
@@ -192,7 +178,7 @@ def run_recipe(recipe: Any, output: Path | None, common: Mapping[str, Any]) -> d
     return {"output": str(output), "steps": edited.manifest["steps"]}
 
 
-def _show_preview(found: Preview, *, quiet: bool) -> None:
+def _show_preview(found: EditPreview, *, quiet: bool) -> None:
     _show_steps(found.steps, quiet=quiet)
     written = "the adapter" if found.written_bytes is None else size_text(found.written_bytes)
     say(f"would change {found.changed} of {found.tensors} tensors", quiet=quiet)
@@ -200,7 +186,7 @@ def _show_preview(found: Preview, *, quiet: bool) -> None:
 
 
 def _show_steps(steps: Sequence[Mapping[str, Any]], *, quiet: bool) -> None:
-    from diffract.edits.card import said
+    from diffract.edits.to_files import said
 
     for step in steps:
         say(f"{step['step']}:", quiet=quiet)

@@ -3,59 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from diffract.cli import options
 from diffract.cli.console import EXIT_INPUT, explained, say, say_json
-from diffract.cli.edit import DryRun, Force, Given, Output, command, run_recipe
-from diffract.edits.settings import Interpolate, Laser, Lora, Merge, Pissa, Rewind, Svf, Truncate
-from diffract.errors import RecipeError, printable
+from diffract.cli.edit import DryRun, Force, Output, command, run_recipe
+from diffract.edits.recipe import EDITS
 
-Tuned = Annotated[str, typer.Argument(metavar="TUNED", help="The checkpoint to edit; tokenizer and the like are its.")]
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="The checkpoint to edit; tokenizer and the like are its.")]
-End = Annotated[str, typer.Argument(metavar="OTHER", help="The checkpoint at a = 1.")]
-Merged = Annotated[
-    list[str], typer.Argument(metavar="[BASE] NAME=MODEL...", help="Their common base, and the checkpoints to merge.")
-]
-
-
-def _step(name: str) -> Any:
-    return lambda given: {"model": given["model"], "steps": [{name: given["settings"]}]}
-
-
-def _export(name: str) -> Any:
-    return lambda given: {"model": given["model"], "export": {name: given["settings"]}}
-
-
-def _interpolation(given: Given) -> dict[str, Any]:
-    return {"model": given["model"], "steps": [{"interpolate": {"with": given["other"], **given["settings"]}}]}
-
-
-def _merging(given: Given) -> dict[str, Any]:
-    """Sort out a base without a name, the first checkpoint, which is edited, and the others."""
-    base = [text for text in given["models"] if "=" not in text]
-    named = [tuple(text.split("=", 1)) for text in given["models"] if "=" in text]
-    if len(base) > 1 or len(named) < 2:
-        raise RecipeError(
-            f"merge: expected at most one base and two or more NAME=MODEL, got {printable(' '.join(given['models']))}."
-        )
-    if len(dict(named)) < len(named):
-        raise RecipeError("merge: two checkpoints have one name. Name them apart.")
-    (first, model), *others = named
-    settings = {"called": first, "models": dict(others), **({"base": base[0]} if base else {}), **given["settings"]}
-    return {"model": model, "steps": [{"merge": settings}]}
-
-
-rewind = command(Rewind, {"model": Tuned}, _step("rewind"))
-truncate = command(Truncate, {"model": Tuned}, _step("truncate"))
-interpolate = command(Interpolate, {"model": Model, "other": End}, _interpolation, hidden=("other",))
-merge = command(Merge, {"models": Merged}, _merging, hidden=("models", "base", "called"))
-laser = command(Laser, {"model": Model}, _step("laser"))
-svf = command(Svf, {"model": Model}, _step("svf"))
-lora = command(Lora, {"model": Tuned}, _export("lora"))
-pissa = command(Pissa, {"model": Model}, _export("pissa"))
+COMMANDS = tuple(command(edit) for edit in EDITS)
+"""A command for each edit."""
 
 
 def apply(
@@ -83,7 +41,7 @@ def verify(
 ) -> None:
     """Compare an edited checkpoint and its inputs with its manifest; exit code 1 where they differ."""
     with explained(debug=debug):
-        from diffract.edits.replay import verify as verify_folder
+        from diffract.edits.to_files import verify as verify_folder
 
         found = verify_folder(folder, replay=replay)
     if json:

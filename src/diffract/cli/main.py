@@ -19,10 +19,9 @@ EPILOG = """Exit codes: 0 done; 1 the input is wrong, the message says what to d
 
 app = typer.Typer(help=HELP, epilog=EPILOG, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 NEED_ARGUMENTS = (analyse.scan, analyse.compare, series.trajectory, heads.heads, look.inspect, show.report, draw.plot)
-EDITS = (edits.rewind, edits.truncate, edits.interpolate, edits.merge, edits.laser, edits.svf, edits.lora, edits.pissa)
 for command in (*NEED_ARGUMENTS, look.metrics, show.demo):
     app.command(no_args_is_help=command in NEED_ARGUMENTS, rich_help_panel="See")(command)
-for command in (*EDITS, edits.apply, edits.verify):
+for command in (*edits.COMMANDS, edits.apply, edits.verify):
     app.command(no_args_is_help=True, rich_help_panel="Act")(command)
 app.command("eval", no_args_is_help=True, rich_help_panel="Know")(evaluate.evaluate)
 app.add_typer(search.app, name="search", rich_help_panel="Know")

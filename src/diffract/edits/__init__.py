@@ -7,25 +7,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffract.edits.dry_run import Preview, preview
     from diffract.edits.live import LiveModel
-    from diffract.edits.output import Output
-    from diffract.edits.recipe import Recipe, load_recipe, recipe_schema
-    from diffract.edits.replay import verify
-    from diffract.edits.settings import Interpolate, Laser, Lora, Merge, Pissa, Rewind, Svf, Truncate
-    from diffract.edits.to_files import Edited, apply
+    from diffract.edits.recipe import (
+        Interpolate,
+        Laser,
+        Lora,
+        Merge,
+        Output,
+        Pissa,
+        Recipe,
+        Rewind,
+        Svf,
+        Truncate,
+        load_recipe,
+        recipe_schema,
+    )
+    from diffract.edits.to_files import Edited, EditPreview, apply, preview, verify
 
 _PLACES = {
-    **dict.fromkeys(("Edited", "apply"), "to_files"),
     "LiveModel": "live",
-    "Output": "output",
-    **dict.fromkeys(("Preview", "preview"), "dry_run"),
-    **dict.fromkeys(("Recipe", "load_recipe", "recipe_schema"), "recipe"),
-    "verify": "replay",
-    **dict.fromkeys(("Interpolate", "Laser", "Lora", "Merge", "Pissa", "Rewind", "Svf", "Truncate"), "settings"),
+    **dict.fromkeys(("EditPreview", "Edited", "apply", "preview", "verify"), "to_files"),
 }
+"""Names that need torch, and where they are; all others are settings."""
 
 __all__ = [
+    "EditPreview",
     "Edited",
     "Interpolate",
     "Laser",
@@ -34,7 +40,6 @@ __all__ = [
     "Merge",
     "Output",
     "Pissa",
-    "Preview",
     "Recipe",
     "Rewind",
     "Svf",
@@ -49,6 +54,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a public name from where it lives."""
-    if name not in _PLACES:
+    if name not in __all__:
         raise AttributeError(f"module 'diffract.edits' has no attribute {name!r}")
-    return getattr(import_module(f"diffract.edits.{_PLACES[name]}"), name)
+    return getattr(import_module(f"diffract.edits.{_PLACES.get(name, 'recipe')}"), name)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,11 +14,22 @@ from torch import Tensor
 
 from diffract.checkpoints import Checkpoint, Reference, open_checkpoint, row_blocks
 from diffract.checkpoints.checkpoint import Range, Recorder, read_digests, recorded
-from diffract.edits.draft import BLOCK_BYTES, Draft, Place
+from diffract.edits.draft import BLOCK_BYTES, Apply, Draft, Place, everything, place_of, together
+from diffract.edits.edit import Edit, Planned
+from diffract.edits.mixing import interpolate
 from diffract.errors import CheckpointError, printable
 from diffract.matrices import Entry, Layout, Matrix, lay_out, parse_selection, select
 
 T = TypeVar("T")
+
+Between = Callable[[Tensor, Tensor, float], Tensor]
+"""``between(a, b, at)`` lies at ``at`` of the way from a to b."""
+
+Weighted = dict[str, list[tuple[Place, float]]]
+"""For each tensor its parts, and a number for each."""
+
+Plans = list[tuple[Edit, Planned]]
+"""Edits in their order, and what each of them comes to."""
 
 SHOWN = 8
 """Differences between two models that a message lists."""
@@ -43,6 +55,18 @@ class Other:
         rows = (place[0].start, place[0].stop)
         whole = rows == (0, self.checkpoint.info(own).shape[0])
         return self.checkpoint.read(own, None if whole else rows)[(slice(None), *place[1:])]
+
+    def towards(self, name: str, at: float, between: Between = interpolate) -> Apply:
+        """Return what moves parts of a tensor of the model towards this checkpoint's; at 1 they are its very bits."""
+
+        def moved(values: Tensor, place: Place) -> Tensor:
+            end = self.read(name, place)
+            if at == 1:  # no arithmetic, which would not keep the bits of NaN and -0.0
+                return end
+            start, end = together(values, end)
+            return between(start, end, at)
+
+        return moved
 
     def block(self, name: str, rows: Range | None) -> Tensor:
         """Return a block of rows of a tensor."""
@@ -126,6 +150,7 @@ class Bench:
         Raises:
             CheckpointError: It differs; the message lists how.
         """
+        # Mappings and modules have no hash; the cache holds what was opened of them, so that no id is used twice.
         key = reference if isinstance(reference, str | Path) else id(reference)
         return self.remember(("other", key), lambda: match(self.layout, self._open(reference), self.ties))
 
@@ -137,6 +162,46 @@ class Bench:
         """Return selected matrices, attention cut into heads or not; all for ``None``."""
         layout = self.layout if heads else self.whole_layout
         return select(layout.matrices, parse_selection(text))
+
+    def weighted_places(self, text: str | None, weight: float, groups: Mapping[str, float]) -> Weighted:
+        """Return what an entrywise edit moves, and by how much; a tensor is one part where all of it moves alike.
+
+        Args:
+            text: Matrices that move; every tensor, 1-D ones included, for ``None``.
+            weight: Of all that no group names.
+            groups: Weights by selection; of several that name a matrix the last counts.
+        """
+        # Cut into heads, so that a group may be a head; where all parts of a tensor move alike they become one again.
+        kept = self.matrices(text, heads=True)
+        weights = {m.name: weight for m in kept}
+        for group, other in groups.items():
+            weights |= {m.name: other for m in self.matrices(group, heads=True) if m.name in weights}
+        by_tensor: dict[str, list[Matrix]] = defaultdict(list)
+        for m in kept:
+            by_tensor[m.tensor].append(m)
+        if text is None:
+            by_tensor |= {name: [] for name in self.entries() if name not in by_tensor}
+        found: Weighted = {}
+        for name, matrices in by_tensor.items():
+            shape, values = self.checkpoint.info(name).shape, {weights[m.name] for m in matrices} or {weight}
+            if len(values) == 1 and len(matrices) in (0, len(self.layout.entries[name].matrices)):
+                found[name] = [(everything(shape), values.pop())]
+            else:
+                found[name] = [(place_of(m, shape), weights[m.name]) for m in matrices]
+        return found
+
+    def plan(self, edits: Iterable[Edit]) -> tuple[Draft, Plans]:
+        """Return the model as edits will have changed it, one after the other, and what each comes to.
+
+        Raises:
+            DiffractError: An edit does not fit the model.
+        """
+        draft, plans = self.draft(), []
+        for edit in edits:
+            planned = edit.plan(self, draft)
+            plans.append((edit, planned))
+            draft = draft.then(planned.changes)
+        return draft, plans
 
     def remember(self, key: Hashable, make: Callable[[], T]) -> T:
         """Return what was made for this key, now or before."""
@@ -175,6 +240,7 @@ def match(layout: Layout, checkpoint: Checkpoint, ties: Mapping[str, str]) -> Ot
         CheckpointError: Tensors, shapes, or the architectures differ.
     """
     other = lay_out(checkpoint, like=layout.architecture, check_ties=False)
+    # Ties may be stored once or twice: a tensor that is not there by its own name may be there by its twin's.
     names = {name: _own_name(name, other, ties) for name in layout.entries}
     missing = [name for name, own in names.items() if own is None]
     used = set(names.values())

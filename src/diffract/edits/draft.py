@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
 
 from diffract.checkpoints import Checkpoint, TensorInfo, row_blocks
 from diffract.checkpoints.checkpoint import Range
+from diffract.edits.directions import work_dtype
 from diffract.errors import CheckpointError, DiffractError, printable
 from diffract.matrices import Matrix
 
@@ -70,6 +72,7 @@ class Draft:
 
     def spans(self, name: str) -> Iterator[Range | None]:
         """Yield the blocks of rows in which a tensor is read; they depend on the tensor and its changes alone."""
+        # What needs a whole matrix once gets it for all changes: blocks of one would be computed anew for each block.
         if any(change.whole for change in self.changes(name)):
             yield None
         else:
@@ -93,6 +96,7 @@ class Draft:
         """
         before = self._read(name, rows)
         after = self._computed(name, before, rows)
+        # Three ways: nothing was widened, or all of the block was touched (round it); else only touched parts are.
         places = (overlap(place, rows) for change in self.changes(name) for place, _ in change.parts)
         touched = [found[0] for found in places if found]
         if after.dtype == before.dtype or any(before[here].shape == before.shape for here in touched):
@@ -158,6 +162,7 @@ def _changed(block: Tensor, change: Change, rows: Range | None) -> Tensor:
     """Return a block after a change; parts that nothing touches keep their bits."""
     met = ((overlap(place, rows), apply) for place, apply in change.parts)
     parts = [(found[0], apply(block[found[0]], found[1])) for found, apply in met if found]
+    # The common case, a whole block, needs no copy of the old values.
     if len(parts) == 1 and parts[0][1].shape == block.shape:
         return parts[0][1]
     if not parts:
@@ -167,3 +172,30 @@ def _changed(block: Tensor, change: Change, rows: Range | None) -> Tensor:
     for here, values in parts:
         found[here] = values
     return found
+
+
+def together(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors in the one dtype that edits of all of them compute in."""
+    dtype = reduce(torch.promote_types, (work_dtype(t.dtype) for t in tensors))
+    return tuple(t.to(dtype) for t in tensors)
+
+
+MatrixEdit = Callable[[Tensor, Matrix, Place], Tensor]
+"""``edit(values, matrix, place)`` returns the new values (m, n) of one matrix, in the orientation that is stored."""
+
+
+def matrix_changes(draft: Draft, matrices: Iterable[Matrix], edit: MatrixEdit) -> dict[str, Change]:
+    """Return changes that edit each of some matrices, which do not overlap, by itself and whole."""
+
+    def edited(matrix: Matrix, values: Tensor, place: Place) -> Tensor:
+        return edit(flat(values), matrix, place).reshape(values.shape)
+
+    found: dict[str, list[tuple[Place, Apply]]] = defaultdict(list)
+    for m in matrices:
+        found[m.tensor].append((place_of(m, draft.checkpoint.info(m.tensor).shape), partial(edited, m)))
+    return {tensor: Change(tuple(parts), whole=True) for tensor, parts in found.items()}
+
+
+def flat(values: Tensor) -> Tensor:
+    """Return a matrix without the leading axis of one that it has in a stack of experts."""
+    return values[0] if values.ndim == 3 else values

@@ -13,8 +13,7 @@ from diffract.checkpoints import TensorInfo
 from diffract.checkpoints.dtypes import TORCH_DTYPES
 from diffract.edits.bench import Bench
 from diffract.edits.draft import Draft, Place, everything, overlap
-from diffract.edits.settings import Settings
-from diffract.edits.steps import plan_step
+from diffract.edits.edit import Edit
 from diffract.engine import SIDE_BY_SIDE_BYTES, one_torch_thread, single_threaded
 
 Saved = list[tuple[Tensor, Tensor]]
@@ -49,7 +48,7 @@ class LiveModel:
         self.bench = Bench(model, architecture=architecture, record=False)
 
     @contextmanager
-    def edited(self, *steps: Settings) -> Iterator[None]:
+    def edited(self, *steps: Edit) -> Iterator[None]:
         """Change the model for the duration of a block.
 
         Args:
@@ -58,47 +57,52 @@ class LiveModel:
         Raises:
             DiffractError: A step does not fit the model; nothing is changed then.
         """
-        saved: Saved = []
+        saved = self._change(steps)
         try:
-            self._change(steps, saved)
             yield
         finally:
-            for part, before in reversed(saved):
-                part.copy_(before)
+            _undo(saved)
 
-    def apply(self, *steps: Settings) -> None:
+    def apply(self, *steps: Edit) -> None:
         """Change the model for good.
 
         Raises:
             DiffractError: A step does not fit the model; nothing is changed then.
         """
-        saved: Saved = []
-        try:
-            self._change(steps, saved)
-        except BaseException:
-            for part, before in reversed(saved):
-                part.copy_(before)
-            raise
+        self._change(steps)
 
     @torch.no_grad()
-    def _change(self, steps: Sequence[Settings], saved: Saved) -> None:
-        draft = self.bench.draft()
-        for step in steps:
-            draft = draft.then(plan_step(step, self.bench, draft).changes)
-        for name in dict.fromkeys(name for changes in draft.steps for name in changes):
-            info = self.bench.checkpoint.info(name)
-            with draft.named(name), _threads_of_files(draft, name):
-                found = list(_new_values(draft, info, self._tensors[name]))
-            for place, values in found:
-                for tensor in self._copies(name):
-                    saved.append((tensor[place], tensor[place].clone()))
-                    tensor[place].copy_(values)
+    def _change(self, steps: Sequence[Edit]) -> Saved:
+        """Change the model and return what was there before; where that fails halfway, nothing stays changed."""
+        draft, _ = self.bench.plan(steps)
+        saved: Saved = []
+        try:
+            for name in dict.fromkeys(name for changes in draft.steps for name in changes):
+                info = self.bench.checkpoint.info(name)
+                with draft.named(name), _threads_of_files(draft, name):
+                    # All new values come before the first is stored: a step may read the tensor that it changes.
+                    found = list(_new_values(draft, info, self._tensors[name]))
+                for place, values in found:
+                    for tensor in self._copies(name):
+                        saved.append((tensor[place], tensor[place].clone()))
+                        tensor[place].copy_(values)
+        except BaseException:
+            _undo(saved)
+            raise
+        return saved
 
     def _copies(self, name: str) -> list[Tensor]:
         """Return the tensor, and those tied to it that have memory of their own."""
         twins = (self._tensors[twin] for twin, target in self.bench.ties.items() if target == name)
         own = self._tensors[name]
         return [own, *(twin for twin in twins if twin.data_ptr() != own.data_ptr())]
+
+
+@torch.no_grad()
+def _undo(saved: Saved) -> None:
+    # Backwards: of what was changed twice, what was there first is put back last.
+    for part, before in reversed(saved):
+        part.copy_(before)
 
 
 def _threads_of_files(draft: Draft, name: str) -> AbstractContextManager[None]:

@@ -3,67 +3,99 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, create_model, model_validator
 
-from diffract.edits.output import Output
-from diffract.edits.settings import (
-    Interpolate,
-    Laser,
-    Lora,
-    Merge,
-    Model,
-    Pissa,
-    Rewind,
-    Settings,
-    Svf,
-    Truncate,
-)
+from diffract.edits.edit import Edit, Model
+from diffract.edits.interpolate import Interpolate
+from diffract.edits.lora import Lora, Pissa
+from diffract.edits.merge import Merge
+from diffract.edits.rewind import Rewind
+from diffract.edits.svf import Svf
+from diffract.edits.truncate import Laser, Truncate
 from diffract.errors import printable
-from diffract.settings import STRICT, read_recipe, validated
+from diffract.settings import SHARD_BYTES, STRICT, read_recipe, validated
+
+EDITS: tuple[type[Edit], ...] = (Rewind, Truncate, Interpolate, Merge, Laser, Svf, Lora, Pissa)
+"""Every edit there is; fields of recipes, the schema, and commands follow from their order here."""
+
+Dtype = Literal["float64", "float32", "bfloat16", "float16"]
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
-def _named(step: object) -> object:
+def parse_size(value: object) -> object:
+    """Read a size in bytes: ``5GB``, ``200 MB``, or a number.
+
+    >>> parse_size("5GB")
+    5000000000
+    """
+    if not isinstance(value, str):
+        return value
+    text = value.strip().upper().removesuffix("B").strip()
+    unit = text[-1:] if text[-1:] in UNITS else ""
+    try:
+        return int(float(text.removesuffix(unit)) * UNITS[unit])
+    except (ValueError, OverflowError):
+        raise ValueError(f"expected a size such as 5GB or 200MB, got {value!r}") from None
+
+
+Size = Annotated[
+    int, Field(ge=1), BeforeValidator(parse_size), WithJsonSchema({"type": ["string", "integer"], "examples": ["5GB"]})
+]
+
+
+class Output(BaseModel):
+    """How an edited checkpoint is written."""
+
+    model_config = STRICT
+
+    dtype: Dtype | None = None
+    """Convert floating-point tensors; their own dtype is kept by default."""
+    shard_size: Size = SHARD_BYTES
+    """Most bytes of tensors in a file, such as 5GB."""
+
+
+def _named(edit: object) -> object:
     """Put what Python made under its name, as it stands in a file."""
-    return {step.name: step} if isinstance(step, Settings) else step
+    return {edit.name: edit} if isinstance(edit, Edit) else edit
 
 
 class One(BaseModel):
-    """A mapping that holds exactly one thing, under its name."""
+    """A mapping that holds exactly one edit, under its name."""
 
     model_config = STRICT
 
     @model_validator(mode="after")
     def _one(self) -> One:
-        if len(self.model_fields_set) != 1 or self.chosen is None:
+        if len(self.model_fields_set) != 1 or self._held is None:
             raise ValueError(f"expected one of {', '.join(type(self).model_fields)}, with its settings")
         return self
 
     @property
-    def chosen(self) -> Any:
-        """What it holds."""
+    def _held(self) -> Edit | None:
         return getattr(self, next(iter(self.model_fields_set), ""), None)
 
-
-class StepItem(One):
-    """One step of a recipe."""
-
-    rewind: Rewind | None = None
-    truncate: Truncate | None = None
-    interpolate: Interpolate | None = None
-    merge: Merge | None = None
-    laser: Laser | None = None
-    svf: Svf | None = None
+    @property
+    def chosen(self) -> Edit:
+        """The edit that it holds."""
+        assert self._held is not None
+        return self._held
 
 
-class ExportItem(One):
-    """What is written instead of a checkpoint."""
+def _one_of(name: str, doc: str, kinds: Sequence[type[Edit]]) -> type[One]:
+    """Make a class that holds one of some edits: a field for each, so that errors and the schema name them."""
+    # Written out, every new edit would need a line here too; made, its row in ``EDITS`` is enough.
+    fields: dict[str, Any] = {kind.name: (kind | None, None) for kind in kinds}
+    return create_model(name, __base__=One, __doc__=doc, __module__=__name__, **fields)
 
-    lora: Lora | None = None
-    pissa: Pissa | None = None
+
+StepItem = _one_of("StepItem", "One step of a recipe.", [e for e in EDITS if not e.writes_adapter])
+ExportItem = _one_of("ExportItem", "What is written instead of a checkpoint.", [e for e in EDITS if e.writes_adapter])
 
 
 class Recipe(BaseModel):
@@ -73,9 +105,9 @@ class Recipe(BaseModel):
 
     model: Model
     """The checkpoint that is edited; tokenizer, chat template and generation config are its."""
-    steps: tuple[Annotated[StepItem, BeforeValidator(_named)], ...] = ()
+    steps: tuple[Annotated[StepItem, BeforeValidator(_named)], ...] = ()  # pyright: ignore[reportInvalidTypeForm]
     """What is done, in this order."""
-    export: Annotated[ExportItem, BeforeValidator(_named)] | None = None
+    export: Annotated[ExportItem, BeforeValidator(_named)] | None = None  # pyright: ignore[reportInvalidTypeForm]
     """Write an adapter instead of a checkpoint: lora or pissa."""
     architecture: str | None = None
     """A JSON file that describes the model."""
@@ -86,21 +118,23 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
-        if self.export is not None and self.export.lora is not None and self.output != Output():
-            raise ValueError("lora writes factors, in one file and in its own dtype; it takes no output settings")
+        if self.export is not None and not self.export.chosen.takes_output and self.output != Output():
+            raise ValueError(
+                f"{self.export.chosen.name} writes factors, in one file and in its own dtype; "
+                "it takes no output settings"
+            )
         return self
+
+    @property
+    def edits(self) -> list[Edit]:
+        """All that is done, in order: the steps, and the export."""
+        return [item.chosen for item in (*self.steps, *([self.export] if self.export else []))]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the recipe as it stands in a file, without what it leaves to its defaults."""
         found = self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-        found["steps"] = [_plain(item.chosen) for item in self.steps]
-        if self.export is not None:
-            found["export"] = _plain(self.export.chosen)
+        found.setdefault("steps", [])
         return found
-
-
-def _plain(step: Settings) -> dict[str, Any]:
-    return {step.name: step.model_dump(mode="json", by_alias=True, exclude_defaults=True)}
 
 
 def load_recipe(path: str | Path) -> Recipe:

@@ -14,7 +14,7 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 
-from diffract.edits.settings import Interpolate, Merge
+from diffract.edits import Interpolate, Merge
 from diffract.errors import RunError, SelectionError, printable
 from diffract.evaluate import Task, summarise
 from diffract.run import Run

@@ -11,15 +11,12 @@ import re
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from diffract.corpora import Split
-from diffract.edits.settings import Settings
+from diffract.edits.edit import Edit
 from diffract.errors import SelectionError, printable
-
-MOST = 1000
-"""Fractions of one curve."""
+from diffract.settings import MOST_IN_ROW, decimal_row
 
 
 @dataclass(frozen=True)
@@ -32,7 +29,7 @@ class State:
     """
 
     key: Hashable
-    steps: tuple[Settings, ...] = ()
+    steps: tuple[Edit, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,25 +84,16 @@ def parse_fractions(given: str | Sequence[float]) -> tuple[float, ...]:
     ((0.0, 0.5, 1.0), (0.0, 0.25, 1.0))
     """
     try:
-        found = [float(v) for v in (_row(given) if isinstance(given, str) else given)]
-    except (ValueError, TypeError, ArithmeticError, InvalidOperation):
+        words = given.split(",") if isinstance(given, str) and ":" not in given else given
+        found = [float(v) for v in (decimal_row(words) if isinstance(words, str) else words)]
+    except (ValueError, TypeError):
         found = [-1.0]
-    if not all(0 <= v <= 1 for v in found) or len(found) > MOST:
+    if not all(0 <= v <= 1 for v in found) or len(found) > MOST_IN_ROW:
         raise SelectionError(
             f"fractions: expected FROM:TO:STEP within 0 to 1, such as 0:1:0.125, or a list such as 0,0.1,0.5; "
             f"got {printable(given)!r}."
         )
     return tuple(sorted({0.0, 1.0, *found}))
-
-
-def _row(text: str) -> list[Decimal]:
-    if ":" not in text:
-        return [Decimal(word) for word in text.split(",")]
-    first, last, step = (Decimal(word) for word in text.split(":"))
-    count = int((last - first) / step) + 1
-    if not (step > 0 and last >= first) or count > MOST:
-        raise ValueError(text)
-    return [first + i * step for i in range(count)]
 
 
 def coarse_first(count: int) -> list[int]:

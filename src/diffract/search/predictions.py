@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from diffract.edits.bench import Other
-from diffract.edits.draft import Place, everything
-from diffract.edits.parts import Part, Units
-from diffract.edits.planning import both
+from diffract.edits.draft import Place, everything, together
+from diffract.edits.heads import TensorPart, Units
 from diffract.errors import SelectionError, printable
 from diffract.evaluate import Subject, Task
 from diffract.evaluate.scoring import Row, windows
@@ -134,7 +133,7 @@ def first_order_gains(model: torch.nn.Module, base: Other, units: Units, sample:
 
     Source: the first-order term of Taylor's formula, as in Molchanov et al. 2017.
     """
-    by_tensor: dict[str, list[Part]] = defaultdict(list)
+    by_tensor: dict[str, list[TensorPart]] = defaultdict(list)
     for part in units.parts:
         by_tensor[part.tensor].append(part)
     gains = dict.fromkeys(units.names, 0.0)
@@ -175,11 +174,11 @@ def gradients_of(model: torch.nn.Module, wanted: Iterable[Tensor]) -> Iterator[N
 
 def _change(base: Other, name: str, parameter: Tensor) -> Tensor:
     """Return W0 - W1 of a tensor where it lies, in 32 bits or more."""
-    start, end = both(base.read(name, everything(tuple(parameter.shape))).to(parameter.device), parameter.detach())
+    start, end = together(base.read(name, everything(tuple(parameter.shape))).to(parameter.device), parameter.detach())
     return start - end
 
 
-def _add_gains(gains: dict[str, float], parts: Sequence[Part], slope: Tensor, change: Tensor) -> None:
+def _add_gains(gains: dict[str, float], parts: Sequence[TensorPart], slope: Tensor, change: Tensor) -> None:
     along = slope.to(change.dtype) * change
     for part in parts:
         share = -float(along[part.place].sum(dtype=torch.float64)) / len(part.owners)
@@ -203,7 +202,7 @@ def activation_changes(model: torch.nn.Module, base: Other, units: Units, sample
     Raises:
         SelectionError: The input of a projection cannot be seen.
     """
-    by_tensor: dict[str, list[Part]] = defaultdict(list)
+    by_tensor: dict[str, list[TensorPart]] = defaultdict(list)
     for part in units.parts:
         if part.counts:
             by_tensor[part.tensor].append(part)

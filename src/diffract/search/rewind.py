@@ -12,11 +12,11 @@ import numpy as np
 import polars as pl
 import torch
 
+from diffract.edits import Interpolate, Rewind
 from diffract.edits.bench import Other
-from diffract.edits.operations.rules import rounded
-from diffract.edits.order import change_norms, least_first, reference_scores, shuffled
-from diffract.edits.parts import Units, find_units
-from diffract.edits.settings import Interpolate, Rewind, Shared
+from diffract.edits.edit import Shared
+from diffract.edits.heads import Units, change_norms, find_units, least_first, reference_scores, shuffled
+from diffract.edits.rule import rounded
 from diffract.errors import SelectionError, choose
 from diffract.evaluate import Task, load_tasks
 from diffract.run import Run
@@ -153,7 +153,7 @@ def effect_table(
     adjusted = holm([rows[0]["p"] for rows in effects.rows.values()]) if effects else []
     rows = []
     for index, name in enumerate(units.names):
-        row = {**place_of_head(name), "task": tasks[0].name}
+        row = {"name": name, **units.heads[name]._asdict(), "task": tasks[0].name}
         for order in ("magnitude", "reference", "first-order", "activation"):
             row[order.replace("-", "_")] = scores.get(order, {}).get(name)
         if effects:
@@ -163,21 +163,6 @@ def effect_table(
             row |= {f"effect_{task.name}": o["gain"] for task, o in zip(tasks[1:], others, strict=True)}
         rows.append(row)
     return frame(rows, EFFECTS)
-
-
-def place_of_head(name: str) -> dict[str, Any]:
-    """Return layer, block and head from a head's name.
-
-    >>> place_of_head("L3.h5")
-    {'name': 'L3.h5', 'layer': 3, 'block': 'attn', 'head': 5}
-    """
-    layer, *block, head = name.split(".")
-    return {
-        "name": name,
-        "layer": int(layer.removeprefix("L")),
-        "block": block[0] if block else "attn",
-        "head": int(head.removeprefix("h")),
-    }
 
 
 @dataclass
@@ -266,7 +251,7 @@ class Rewinder:
         """Return the model with these heads rewound."""
         if not names:
             return TUNED
-        return State(frozenset(names), (Rewind(to=self.base, heads=",".join(names), kv=self.kv),))
+        return State(frozenset(names), (Rewind(to=self.base, heads=tuple(names), kv=self.kv),))
 
     def whole(self) -> State:
         """Return the base itself."""

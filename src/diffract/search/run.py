@@ -11,7 +11,7 @@ from typing import Any, Protocol, get_args
 import polars as pl
 import torch
 
-from diffract.edits.settings import Settings
+from diffract.edits.edit import Edit
 from diffract.edits.to_files import apply
 from diffract.errors import SelectionError, choose
 from diffract.evaluate import Evaluator, load_subject, summarise
@@ -249,7 +249,7 @@ def _write(
     return found
 
 
-def plain_step(step: Settings, start: torch.nn.Module, base: Model) -> dict[str, Any]:
+def plain_step(step: Edit, start: torch.nn.Module, base: Model) -> dict[str, Any]:
     """Return a step as a recipe has it, with the user's reference to the base in place of its copy in memory."""
 
     def plain(value: Any) -> Any:

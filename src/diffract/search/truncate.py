@@ -11,13 +11,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from diffract.edits import Interpolate, Merge, Truncate
 from diffract.edits.bench import Bench, Other
-from diffract.edits.draft import place_of
-from diffract.edits.operations.dare import seeded
-from diffract.edits.operations.rules import kept, random_order
-from diffract.edits.operations.truncate import change_sigmas
-from diffract.edits.planning import flat
-from diffract.edits.settings import Interpolate, Merge, Settings, Truncate
+from diffract.edits.directions import kept, random_order
+from diffract.edits.draft import flat, place_of
+from diffract.edits.edit import Edit
+from diffract.edits.mixing import seeded
+from diffract.edits.spectral_edits import change_sigmas
 from diffract.engine import single_threaded
 from diffract.errors import SelectionError, choose
 from diffract.run import Run
@@ -196,7 +196,7 @@ class Truncater:
         labels = {**sketch.labels, "fraction": at, **asdict(found), "drop": drop}
         return Point(at, _state(step, found), labels)
 
-    def _made(self, rule: TruncationRule, at: float, seed: int) -> tuple[Settings, Kept, float | None]:
+    def _made(self, rule: TruncationRule, at: float, seed: int) -> tuple[Edit, Kept, float | None]:
         """Return the step, what it keeps, and DARE's probability.
 
         Controls keep as many directions, as much energy or as many bytes as ``drop`` does at this fraction; of single
@@ -219,10 +219,10 @@ class Truncater:
         share = like.energy if rule == "dare-energy" else share_for_bytes(like.bytes, self.changes)
         return self._dare(share, seed)
 
-    def _truncation(self, step: Truncate) -> tuple[Settings, Kept, None]:
+    def _truncation(self, step: Truncate) -> tuple[Edit, Kept, None]:
         return step, kept_by(step, self.changes), None
 
-    def _dare(self, share: float, seed: int) -> tuple[Settings, Kept, float]:
+    def _dare(self, share: float, seed: int) -> tuple[Edit, Kept, float]:
         """Keep entries of D by chance, enlarged by 1 / share; all matrices, no vectors, as a truncation does."""
         drop = min(1 - share, 1 - 1e-9)
         step = Merge(
@@ -237,7 +237,7 @@ class Truncater:
         return step, kept_by_chance(share, self.changes), drop
 
 
-def _state(step: Settings, found: Kept) -> State:
+def _state(step: Edit, found: Kept) -> State:
     """Name a state by its settings; all and nothing are the same whatever the rule."""
     if found.energy == 1 and isinstance(step, Truncate) and step.drop == 0:
         return TUNED
