@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,29 @@ Progress = Callable[[float, float, str], None]
 """What long work reports to: it is called with the work done, all work, and what was just finished."""
 
 STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True)
+
+
+MOST_IN_ROW = 1000
+"""Numbers that ``FROM:TO:STEP`` may come to: more are a slip of the pen."""
+
+
+def decimal_row(text: str) -> list[Decimal]:
+    """Read ``FROM:TO:STEP``, both ends included, as decimal numbers: 0.3 is met exactly.
+
+    Raises:
+        ValueError: The text cannot be read, its steps lead away from its end, or it has too many numbers.
+
+    >>> [str(number) for number in decimal_row("0:1:0.25")]
+    ['0.00', '0.25', '0.50', '0.75', '1.00']
+    """
+    try:
+        first, last, step = map(Decimal, text.split(":"))
+        steps = (last - first) / step
+        if 0 <= steps < MOST_IN_ROW:
+            return [first + i * step for i in range(int(steps) + 1)]
+    except (ArithmeticError, ValueError):
+        pass  # the message below says what was expected
+    raise ValueError(f"expected FROM:TO:STEP of at most {MOST_IN_ROW} numbers, got {printable(text)!r}")
 
 
 def read_recipe(path: str | Path, expected: str) -> dict[str, Any]:
