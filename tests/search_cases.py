@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
-import torch
 
 from diffract.evaluate import Task
 from diffract.tables import ITEM_SCORES
@@ -15,21 +14,9 @@ SAMPLES = Path(__file__).parents[1] / "samples" / "tiny-olmo2"
 BASE, MATH, NATURAL, CODE = (str(SAMPLES / name) for name in ("base", "math", "natural", "code"))
 
 HELD_OUT = Task("quality", "bits", "held-out", "key of held-out", "lower", "bits per byte")
-SELECTION = Task("quality", "bits", "selection", "key of selection", "lower", "bits per byte")
 
 
 def score_frame(task: str, values: Sequence[float], prefix: str = "item", weight: float = 1.0) -> pl.DataFrame:
     """Scores of one task."""
     rows = [(task, f"{prefix}{i}", float(v), weight, None) for i, v in enumerate(values)]
     return pl.DataFrame(rows, schema=ITEM_SCORES, orient="row")
-
-
-class Judge:
-    """Scores a model by a formula of its weights, and counts how often."""
-
-    def __init__(self, model: torch.nn.Module, formula: Callable[[torch.nn.Module], Sequence[float]], split: str):
-        self.model, self.formula, self.split, self.calls = model, formula, split, 0
-
-    def scores(self) -> pl.DataFrame:
-        self.calls += 1
-        return score_frame("quality", self.formula(self.model), prefix=f"{self.split} ")

@@ -336,7 +336,15 @@ def test_a_run_folder_comes_back_whole(family: tuple[Path, Path], tmp_path: Path
     run = diffract.compare(*family)
     folder = run.save(tmp_path / "run")
     assert sorted(p.name for p in folder.iterdir()) == [
-        *("heads.parquet", "manifest.json", "metrics.parquet", "models.parquet", "report.html", "spectra.parquet", "tensors.parquet")
+        *(
+            "heads.parquet",
+            "manifest.json",
+            "metrics.parquet",
+            "models.parquet",
+            "report.html",
+            "spectra.parquet",
+            "tensors.parquet",
+        )
     ]
     same(run, diffract.load_run(folder))
     with pytest.raises(diffract.RunError, match="--force"):

@@ -9,7 +9,7 @@ import torch
 
 from diffract.edits import LiveModel, Truncate
 from diffract.errors import SelectionError
-from diffract.search.plan import Sketch
+from diffract.search.plan import SearchCurve
 from diffract.search.truncate import (
     CONTROLS,
     RULES,
@@ -21,7 +21,7 @@ from diffract.search.truncate import (
     parse_rules,
     share_for_bytes,
     total_bytes,
-    truncation_sketches,
+    truncation_curves,
 )
 from edit_cases import family_pair
 
@@ -71,12 +71,12 @@ def test_energy_is_that_of_the_edited_weights(settings: dict[str, Any]) -> None:
 def test_dare_keeps_its_share_of_energy_on_average() -> None:
     base, tuned = family_pair("llama")
     live, made = truncater(base, tuned)
-    point = made.point(Sketch({"rule": "dare-energy", "seed": 1}, (0.0, 0.5, 1.0)), 0.5)
+    point = made.point(SearchCurve("", {"rule": "dare-energy", "seed": 1}, (0.0, 0.5, 1.0)), 0.5)
     share, whole = point.labels["energy"], norms(tuned, base)
     assert share == kept_by(Truncate(base=base, drop=0.5), made.changes).energy
     assert point.labels["drop"] == pytest.approx(1 - share)
     vectors = {n: p.clone() for n, p in tuned.named_parameters() if p.ndim == 1}
-    with live.edited(*point.state.steps):
+    with live.edited(*point.steps):
         kept = norms(tuned, base) * share**2  # before it is scaled up
         assert all(torch.equal(p, vectors[n]) for n, p in tuned.named_parameters() if p.ndim == 1)
     # 20,000 entries, each kept with probability p: the share varies by sqrt(p (1 - p) 3 / 20,000) = 0.004 about
@@ -116,7 +116,9 @@ def test_a_change_that_is_zero() -> None:
 def test_controls_match_what_they_stand_beside() -> None:
     base, tuned = family_pair("llama")
     _, made = truncater(base, tuned)
-    points = {rule: made.point(Sketch({"rule": rule, "seed": 0}, (0.0, 0.5, 1.0)), 0.5).labels for rule in RULES}
+    points = {
+        rule: made.point(SearchCurve(rule, {"rule": rule, "seed": 0}, (0.0, 0.5, 1.0)), 0.5).labels for rule in RULES
+    }
     drop = points["drop"]
     assert points["random"]["directions"] == points["tail"]["directions"] == drop["directions"]
     assert points["random"]["bytes"] == points["tail"]["bytes"] == pytest.approx(points["dare-bytes"]["bytes"])
@@ -130,12 +132,12 @@ def test_controls_match_what_they_stand_beside() -> None:
 def test_ends_are_one_state_whatever_the_rule() -> None:
     base, tuned = family_pair("llama")
     _, made = truncater(base, tuned)
-    sketches = truncation_sketches([r for r in RULES if r not in ("donoho-gavish", "mp-edge")], 2, (0.0, 0.5, 1.0))
-    assert len(sketches) == 3 + 2 * 4
+    curves = truncation_curves([r for r in RULES if r not in ("donoho-gavish", "mp-edge")], 2, (0.0, 0.5, 1.0))
+    assert len(curves) == 3 + 2 * 4
     for at in (0.0, 1.0):
-        assert len({made.point(s, at).state.key for s in sketches}) == 1
-    assert len({made.point(s, 0.5).state.key for s in sketches}) == len(sketches)
-    assert [s.control for s in sketches] == [s.labels["rule"] in CONTROLS for s in sketches]
+        assert len({made.point(s, at).key for s in curves}) == 1
+    assert len({made.point(s, 0.5).key for s in curves}) == len(curves)
+    assert [s.control for s in curves] == [s.labels["rule"] in CONTROLS for s in curves]
 
 
 def test_rules_as_they_are_typed() -> None:

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from diffract.search.plan import Point, State
-from diffract.search.scorer import best, winner, without_loss
+from diffract.search.plan import Point
+from diffract.search.run import best_point, furthest_without_loss, winner
 
 
 def points(*at: float) -> list[Point]:
-    return [Point(a, State(a), {}) for a in at]
+    return [Point(a, at=a) for a in at]
 
 
 def gains(*triples: tuple[float, float, float]) -> list[dict[str, float]]:
@@ -23,8 +23,8 @@ MEASURED = gains((0, 0, 0), (0.3, 0.1, 0.5), (0.3, 0.2, 0.4), (-0.1, -0.4, 0.1),
 
 
 def test_best_is_the_highest_gain_and_of_equals_the_nearest() -> None:
-    assert best(CURVE, MEASURED).at == 0.25
-    assert best(CURVE[:1] + CURVE[3:], MEASURED[:1] + MEASURED[3:]).at == 0
+    assert best_point(CURVE, MEASURED).at == 0.25
+    assert best_point(CURVE[:1] + CURVE[3:], MEASURED[:1] + MEASURED[3:]).at == 0
 
 
 @pytest.mark.parametrize(
@@ -38,13 +38,13 @@ def test_best_is_the_highest_gain_and_of_equals_the_nearest() -> None:
     ],
 )
 def test_furthest_without_loss(tolerance: float | None, want: float) -> None:
-    assert without_loss(CURVE, MEASURED, tolerance).at == want
+    assert furthest_without_loss(CURVE, MEASURED, tolerance).at == want
 
 
 def test_the_tuned_model_is_always_without_loss() -> None:
     lost = gains((0, 0, 0), (-1, -2, -0.5))
-    assert without_loss(points(0, 1), lost, None).at == 0
-    assert without_loss(points(0, 1), lost, 0.1).at == 0
+    assert furthest_without_loss(points(0, 1), lost, None).at == 0
+    assert furthest_without_loss(points(0, 1), lost, 0.1).at == 0
 
 
 def test_controls_never_win() -> None:

@@ -13,16 +13,16 @@ import torch
 from diffract.edits import LiveModel, Rewind
 from diffract.edits.heads import change_norms, find_units, reference_scores
 from diffract.errors import SelectionError
+from diffract.search.plan import SearchCurve
 from diffract.search.rewind import (
     ORDERS,
+    HeadScores,
     Rewinder,
-    Scores,
     agreement,
-    arrange,
     in_order,
     parse_orders,
-    sketches_of,
-    variants,
+    place_of_head,
+    rewind_curves,
 )
 from edit_cases import family_pair
 
@@ -42,12 +42,14 @@ def test_names_as_they_are_typed() -> None:
 
 
 def test_every_order_but_random_is_reversed() -> None:
-    assert list(variants(("greedy", "random"), 2)) == [
+    curves = rewind_curves(("greedy", "random"), 2, (0.0, 1.0))
+    assert [tuple(curve.labels.values()) for curve in curves] == [
         ("greedy", 0, False),
         ("random", 0, False),
         ("random", 1, False),
         ("greedy", 0, True),
     ]
+    assert [curve.control for curve in curves] == [False, True, True, True]
 
 
 def test_heads_are_those_that_rewind_takes(tmp_path: Path) -> None:
@@ -57,34 +59,35 @@ def test_heads_are_those_that_rewind_takes(tmp_path: Path) -> None:
     units, other = find_units(live.bench, "head", None), live.bench.other(base)
     effects = dict(zip(units.names, np.random.default_rng(0).normal(size=8).round(1).tolist(), strict=True))
     effects["L1.h3"] = effects["L0.h1"]  # equal ones
-    rows = [{**units.heads[name]._asdict(), "effect": value} for name, value in effects.items()]
+    rows = [{**place_of_head(name), "effect": value} for name, value in effects.items()]
     pl.DataFrame(rows).write_parquet(tmp_path / "effects.parquet")
     magnitude = change_norms(units, live.bench.draft().blocks, other)
-    scores: dict[str, Scores] = {"greedy": effects, "magnitude": magnitude}
+    scores: dict[str, HeadScores] = {"greedy": effects, "magnitude": magnitude}
     scores["reference"] = reference_scores(magnitude, change_norms(units, live.bench.other(reference).blocks, other))
     extra: dict[str, dict[str, Any]] = {
         "greedy": {"scores": str(tmp_path / "effects.parquet")},
         "reference": {"reference": reference},
     }
     rewinder = Rewinder(base, units, "all")
-    for sketch in sketches_of(("greedy", "reference", "magnitude", "random"), 2, (0.0, 0.3, 0.5, 1.0)):
-        order = sketch.labels["order"]
-        for at in sketch.at:
+    for curve in rewind_curves(("greedy", "reference", "magnitude", "random"), 2, (0.0, 0.3, 0.5, 1.0)):
+        order = curve.labels["order"]
+        for at in curve.at:
             step = Rewind(
                 to=base,
                 fraction=at,
-                **{k: sketch.labels[k] for k in ("order", "reverse", "seed")},
+                **{k: curve.labels[k] for k in ("order", "reverse", "seed")},
                 **extra.get(order, {}),
             )
             want = step.plan(live.bench, live.bench.draft()).summary["names"]
-            point = rewinder.point(sketch, at, in_order(sketch, units, scores))
+            point = rewinder.point(curve, at, in_order(curve, units.names, scores))
             assert sorted(point.labels["heads"]) == sorted(want)
             assert point.labels["count"] == len(want)
 
 
 def test_a_head_without_a_score_is_an_error() -> None:
+    curve = SearchCurve("activation", {"order": "activation", "seed": 0, "reverse": False}, (0.0, 1.0))
     with pytest.raises(SelectionError, match=r"1 of 2 units have no score, first L0\.h1"):
-        arrange("activation", 0, False, ["L0.h0", "L0.h1"], {"L0.h0": 1.0, "L0.h1": float("nan")})
+        in_order(curve, ["L0.h0", "L0.h1"], {"activation": {"L0.h0": 1.0, "L0.h1": float("nan")}})
 
 
 def test_agreement_has_the_sign_of_the_order() -> None:
@@ -92,3 +95,7 @@ def test_agreement_has_the_sign_of_the_order() -> None:
     assert agreement(effects, {"a": 4.0, "b": 3.0, "c": 2.0, "d": 1.0}, "first-order") == pytest.approx(1)
     assert agreement(effects, {"a": 4.0, "b": 3.0, "c": 2.0, "d": 1.0}, "magnitude") == pytest.approx(-1)
     assert agreement(effects, {"a": 1.0, "c": 2.0, "b": 3.0, "d": 4.0}, "activation") == pytest.approx(0.8)
+
+
+def test_places_of_heads() -> None:
+    assert place_of_head("L12.cross.h3") == {"name": "L12.cross.h3", "layer": 12, "block": "cross", "head": 3}

@@ -22,8 +22,8 @@ from diffract.edits.edit import Shared, Unit
 from diffract.engine import one_torch_thread
 from diffract.errors import SelectionError, printable, suggest
 from diffract.matrices import Matrix
-from diffract.stats import reference_score
 from diffract.settings import natural_key
+from diffract.stats import reference_score
 
 HEAD_PARTS = ("q", "k", "v", "o")
 

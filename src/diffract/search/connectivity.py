@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,26 +15,12 @@ from numpy.typing import NDArray
 from diffract.edits import Interpolate, Merge
 from diffract.errors import RunError, SelectionError, printable
 from diffract.evaluate import Task, summarise
-from diffract.run import Run
-from diffract.search.plan import Estimate, Plan, Sketch, State, parse_budget
-from diffract.search.scorer import RESAMPLES, TUNED, Scorer
-from diffract.search.stage import (
-    How,
-    Model,
-    Rows,
-    Stage,
-    described,
-    finish,
-    in_memory,
-    manifest,
-    of_same_vocabulary,
-    planned,
-    set_up,
-    working,
-)
-from diffract.settings import Progress
+from diffract.search.plan import UNCHANGED, Point, SearchCurve
+from diffract.search.run import QualitySearch
+from diffract.search.scorer import RESAMPLES, Rows, Scorer
+from diffract.search.stage import Model, Stage
 from diffract.stats import interval
-from diffract.tables import ITEMS, PAIRS, PATHS, SIMPLEX, Tables, frame
+from diffract.tables import ITEMS, PAIRS, PATHS, SIMPLEX, frame
 
 Floats = NDArray[np.float64]
 
@@ -88,20 +72,29 @@ def barrier(
     """
     places = np.asarray(at, float)
     count = values.shape[1]
+    # Counts of each item in each draw: two matrix products then give all sums, of all places on the same items.
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples).astype(float)
     found = gaps(values.sum(1) / weights.sum(), places, better)
     draws = gaps((drawn @ values.T) / (drawn @ weights)[:, None], places, better)
     gap_low, gap_high = interval(draws, level)
     low, high = interval(draws.max(1), level)
     where = int(found.argmax())
-    return Barrier(found, gap_low, gap_high, float(found[where]), float(low), float(high), where)
+    return Barrier(
+        gap=found,
+        gap_low=gap_low,
+        gap_high=gap_high,
+        height=float(found[where]),
+        low=float(low),
+        high=float(high),
+        where=where,
+    )
 
 
 def gaps(quality: Floats, at: Floats, better: str) -> Floats:
     """Return how much worse than the line between the ends each place is, along the last axis."""
     line = (1 - at) * quality[..., :1] + at * quality[..., -1:]
     found = line - quality if better == "higher" else quality - line
-    found[..., [0, -1]] = 0.0  # exactly
+    found[..., [0, -1]] = 0.0  # rounding must not make a barrier of the ends themselves
     return found
 
 
@@ -123,11 +116,11 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Mixer:
-    """Makes states of the base.
+    """Makes points of the base, which is the live model.
 
     Attributes:
         models: The others by name, in memory.
-        base: The base, in memory, as it is.
+        base: The base, in memory, as it is while the live one is changed.
         scale: What mixed changes are multiplied with.
     """
 
@@ -139,25 +132,25 @@ class Mixer:
         """Return all pairs, those of tuned models first."""
         return [*combinations(self.models, 2), *((BASE, name) for name in self.models)]
 
-    def between(self, a: str, b: str, at: float) -> State:
+    def between(self, a: str, b: str, at: float) -> Point:
         """Return (1 - at) a + at b."""
-        if at == 0:
-            return self.alone(a)
-        if at == 1:
-            return self.alone(b)
+        if at in (0, 1):
+            alone = self.alone(b if at else a)
+            return Point(alone.key, alone.steps, at)
         start = () if a == BASE else (Interpolate(other=self.models[a], at=1),)
-        steps = (*start, Interpolate(other=self.models[b], at=at))
-        return State(_key({a: 1 - at, b: at}, 1.0), steps)
+        return Point(_key({a: 1 - at, b: at}, 1.0), (*start, Interpolate(other=self.models[b], at=at)), at)
 
-    def alone(self, name: str) -> State:
+    def alone(self, name: str) -> Point:
         """Return one model."""
         if name == BASE:
-            return TUNED
-        return State(_key({name: 1.0}, 1.0), (Interpolate(other=self.models[name], at=1),))
+            return UNCHANGED
+        return Point(_key({name: 1.0}, 1.0), (Interpolate(other=self.models[name], at=1),))
 
-    def mixed(self, weights: Mapping[str, float]) -> State:
+    def mixed(self, weights: Mapping[str, float]) -> Point:
         """Return base + scale * sum of w_i (model_i - base); for scale 1 that is the mean by weights that sum to 1."""
         present = {name: weight for name, weight in weights.items() if weight > 0}
+        # On its corners and edges the unscaled simplex meets the paths: they are made alike, to the last bit, so that
+        # one evaluation serves both.
         if self.scale == 1 and len(present) == 1:
             return self.alone(next(iter(present)))
         if self.scale == 1 and len(present) == 2:
@@ -170,7 +163,7 @@ class Mixer:
             weights={BASE: 0.0, **present},
             scale=self.scale,
         )
-        return State(_key(present, self.scale), (step,))
+        return Point(_key(present, self.scale), (step,))
 
 
 def simplex_weights(names: tuple[str, ...], grid: int) -> list[dict[str, float]]:
@@ -192,98 +185,8 @@ def _key(weights: Mapping[str, float], scale: float) -> tuple[object, ...]:
     return scale, tuple(sorted((name, round(weight, 9)) for name, weight in weights.items()))
 
 
-TOLERANCE = 0.01
-"""Of the barrier, in the unit of the task."""
-
 CORNERS = 3
 """Models of a simplex."""
-
-
-def connect(
-    base: Model,
-    *models: str | tuple[str, Model],
-    eval: str | Sequence[str],
-    output: str | Path | None = None,
-    steps: int = 11,
-    grid: int = 5,
-    scale: float = 1.0,
-    tolerance: float = TOLERANCE,
-    dry_run: bool = False,
-    budget: str | int | None = None,
-    data: str | Path | None = None,
-    limit: int | None = None,
-    shots: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    tokenizer: Any = None,
-    architecture: str | Path | None = None,
-    force: bool = False,
-    progress: Progress | None = None,
-) -> Run | Estimate:
-    """Measure quality on the lines between models, and on the simplex of three; nothing is chosen.
-
-    Args:
-        base: What all descend from; its tokenizer serves for all, and theirs must be the same.
-        models: Two or more, ``"math=PATH"`` or pairs of a name and a model.
-        eval: Tasks. In a pair those count that are called like its two models; where there are not two such, all do.
-        output: Write a run folder here; a search that was killed continues when it is started again.
-        steps: Places on each line, both ends included.
-        grid: Steps on an edge of the simplex.
-        scale: What the changes are multiplied with on the simplex: base + scale * sum of w_i (model_i - base).
-        tolerance: Two models are connected if the upper end of the barrier's interval is below it in all tasks that
-            count, in the unit of the task.
-        dry_run: Only say what it would cost; one evaluation is timed.
-        budget: The most evaluations (``200``), or the most time that they may take (``30m``).
-        data: A folder with a folder of files for each domain.
-        limit: Items of each task at most.
-        shots: Solved examples before each question.
-        device: ``auto`` is CUDA where there is one.
-        dtype: As of ``diffract.evaluate``.
-        tokenizer: Where it is not beside the base.
-        architecture: A JSON file that describes the model.
-        force: Replace an existing run folder.
-        progress: Called with evaluations done, all of them, and what is done now.
-
-    Returns:
-        The run; of a dry run the estimate.
-
-    Raises:
-        DiffractError: The input is wrong; the message says what, where, and what to do.
-    """
-    begun = time.monotonic()
-    named = named_models(models)
-    if steps < 3 or grid < 1 or not scale > 0 or not tolerance >= 0:
-        raise SelectionError(
-            f"expected steps from 3, grid from 1, scale above 0, tolerance from 0; got {steps}, {grid}, {scale}, "
-            f"{tolerance}."
-        )
-    most = parse_budget(budget)
-    how = How(eval, data, limit, shots, device, dtype, tokenizer, architecture)
-    with working(None if dry_run else output, force=force) as cache:
-        stage = set_up(base, how, ("held-out",))
-        mixer = _load(stage, base, named, scale)
-        search = ConnectSearch(stage.tasks["held-out"], mixer, steps, grid, tolerance)
-        plan, estimate = planned(stage, search.sketches, ends=1 + len(named), budget=most, dry_run=dry_run)
-        if estimate is not None:
-            return estimate
-        described_models = [described(BASE, "base", base, stage.subject.model)]
-        described_models += [described(name, "tuned", named[name], mixer.models[name]) for name in named]
-        scorer = stage.scorer(cache, progress)
-        frames = search.run(scorer, plan)
-        settings = how.settings() | {"steps": steps, "grid": grid, "scale": scale, "tolerance": tolerance}
-        told = manifest(
-            "connect",
-            stage,
-            described_models,
-            settings | {"budget": budget},
-            evaluations=scorer.done,
-            left_out=list(plan.left_out),
-            seconds=round(time.monotonic() - begun, 3),
-        )
-        tables = Tables(told, frames)
-        if output is not None:
-            finish(tables, output, cache, force=force)
-    return Run(tables)
 
 
 def named_models(models: Sequence[str | tuple[str, Model]]) -> dict[str, Model]:
@@ -305,66 +208,77 @@ def named_models(models: Sequence[str | tuple[str, Model]]) -> dict[str, Model]:
     return found
 
 
-def _load(stage: Stage, base: Model, named: Mapping[str, Model], scale: float) -> Mixer:
-    """Load the models, and check that they are of one shape before anything is evaluated."""
-    found = {name: of_same_vocabulary(reference, stage) for name, reference in named.items()}
-    for model in found.values():
-        stage.live.bench.other(model)
-    return Mixer(found, in_memory(base, stage), scale)
-
-
-@dataclass(frozen=True)
-class ConnectSearch:
-    """Lines between models, and a simplex.
+@dataclass
+class ConnectSearch(QualitySearch):
+    """Lines between models, and the simplex of three; nothing is chosen.
 
     Attributes:
-        tasks: Of the held-out split.
-        mixer: Makes states.
-        steps: Places on a line.
-        grid: Steps on an edge of the simplex.
-        tolerance: Of the barrier.
+        stage: The base, live.
+        steps: How many places there are on a line.
+        grid: How many steps there are on an edge of the simplex.
+        scale: What mixed changes are multiplied with.
+        tolerance: Models are connected where the barrier's interval ends below it.
+
+    Raises:
+        SelectionError: A number makes no sense.
+        DiffractError: A model cannot be loaded, or not be mixed with the others.
     """
 
-    tasks: Sequence[Task]
-    mixer: Mixer
+    stage: Stage
     steps: int
     grid: int
+    scale: float
     tolerance: float
 
-    @property
-    def places(self) -> tuple[float, ...]:
-        """Places on a line."""
-        return tuple(i / (self.steps - 1) for i in range(self.steps))
+    def __post_init__(self) -> None:
+        stage = self.stage
+        asked = stage.asked.models
+        models = {name: stage.of_same_vocabulary(model) for name, model in asked.items() if name != BASE}
+        for model in models.values():
+            stage.live.bench.other(model)  # all are of one shape, or refused before anything is evaluated
+        self.kind = "connect"
+        self.models = {BASE: stage.subject.model, **models}
+        self.mixer = Mixer(models, stage.in_memory(asked[BASE]), self.scale)
+        self.mixtures = simplex_weights(tuple(models), self.grid) if len(models) == CORNERS else []
+        self.ends_called = "ends of paths"
+        self.ends = [self.mixer.alone(name) for name in models]
+        at = tuple(i / (self.steps - 1) for i in range(self.steps))
+        self.curves = [
+            SearchCurve(f"{a} to {b}", {"a": a, "b": b}, at, group="points of paths") for a, b in self.mixer.pairs()
+        ]
+        if self.mixtures:
+            # A mixture's place is its number. All of them are measured as far as the budget goes: none is an end.
+            places = tuple(map(float, range(len(self.mixtures))))
+            self.curves.append(SearchCurve("simplex", {}, places, group="points of the simplex", ends=False))
 
-    @property
-    def mixtures(self) -> list[dict[str, float]]:
-        """Weights on the simplex; none but for three models."""
-        names = tuple(self.mixer.models)
-        return simplex_weights(names, self.grid) if len(names) == CORNERS else []
+    def told(self) -> dict[str, Any]:
+        """Return the settings that this kind alone has, as a manifest keeps them."""
+        return {"steps": self.steps, "grid": self.grid, "scale": self.scale, "tolerance": self.tolerance}
 
-    @property
-    def sketches(self) -> list[Sketch]:
-        """One for each pair, and one for the simplex, all of whose points are between its ends, which do not count."""
-        lines = [Sketch({"a": a, "b": b}, self.places, group="points of paths") for a, b in self.mixer.pairs()]
-        count = len(self.mixtures)
-        simplex = Sketch({"simplex": True}, tuple(map(float, range(count + 2))), group="points of the simplex")
-        return [*lines, simplex] if count else lines
+    def point(self, curve: SearchCurve, at: float) -> Point:
+        """Return the model at a place between two others, or the mixture of a number."""
+        if curve.ends:
+            return self.mixer.between(curve.labels["a"], curve.labels["b"], at)
+        weights = self.mixtures[int(at)]
+        found = self.mixer.mixed(weights)
+        return Point(found.key, found.steps, at, {"models": list(weights), "weights": list(weights.values())})
 
-    def run(self, scorer: Scorer, plan: Plan) -> dict[str, pl.DataFrame]:
-        """Measure what is planned, and find barriers."""
-        scorer.total = plan.evaluations
-        for state in (TUNED, *map(self.mixer.alone, self.mixer.models)):
-            scorer.score("held-out", state, "ends of paths")
-        paths: Rows = []
-        pairs: Rows = []
-        for number, (a, b) in enumerate(self.mixer.pairs()):
-            inner = plan.points.get(("held-out", number), ())
-            places = [0.0, *(self.places[i] for i in inner), 1.0]
-            one_path, one_pair = self._path(scorer, a, b, places)
-            paths += one_path
-            pairs += one_pair
-        chosen = plan.points.get(("held-out", len(self.mixer.pairs())), ())
-        simplex = [row for i in chosen for row in self._mixture(scorer, self.mixtures[i - 1])]
+    def tables(self, scorer: Scorer, curves: Sequence[SearchCurve], chosen: Rows) -> dict[str, pl.DataFrame]:
+        """Return paths, their barriers, the simplex, and items."""
+        paths, pairs, simplex = [], [], []
+        for curve in curves:
+            if curve.ends:
+                path, pair = self._path(scorer, curve)
+                paths += path
+                pairs += pair
+            else:
+                simplex += [
+                    {**point.labels, "state": scorer.number(point), **row}
+                    for point in curve.points
+                    for row in summarise(scorer.score("held-out", point), scorer.tasks["held-out"], resamples=RESAMPLES)
+                    .select("task", "quality", "low", "high")
+                    .rows(named=True)
+                ]
         return {
             "paths": frame(paths, PATHS),
             "pairs": frame(pairs, PAIRS),
@@ -372,19 +286,20 @@ class ConnectSearch:
             "items": scorer.items().select(*ITEMS),
         }
 
-    def _path(self, scorer: Scorer, a: str, b: str, places: Sequence[float]) -> tuple[Rows, Rows]:
+    def _path(self, scorer: Scorer, curve: SearchCurve) -> tuple[Rows, Rows]:
         """Return the rows of one path, and of its barriers."""
-        states = [self.mixer.between(a, b, at) for at in places]
-        frames = [scorer.score("held-out", state, f"{a} to {b}") for state in states]
-        rows = [summarise(items, self.tasks, resamples=RESAMPLES).rows(named=True) for items in frames]
-        counting = tasks_that_count(a, b, [task.name for task in self.tasks])
+        a, b, tasks = curve.labels["a"], curve.labels["b"], scorer.tasks["held-out"]
+        places = [point.at for point in curve.points]
+        frames = [scorer.score("held-out", point) for point in curve.points]
+        rows = [summarise(items, tasks, resamples=RESAMPLES).rows(named=True) for items in frames]
+        counting = tasks_that_count(a, b, [task.name for task in tasks])
         path, pair = [], []
-        for number, task in enumerate(self.tasks):
+        for number, task in enumerate(tasks):
             found = barrier(*stacked(frames, task), places, better=task.better)
             q = [own[number] for own in rows]
-            for i, at in enumerate(places):
-                line = (1 - at) * q[0]["quality"] + at * q[-1]["quality"]
-                row = {"a": a, "b": b, "at": at, "state": scorer.number(states[i]), "task": task.name, "linear": line}
+            for i, point in enumerate(curve.points):
+                line = (1 - point.at) * q[0]["quality"] + point.at * q[-1]["quality"]
+                row = {"a": a, "b": b, "at": point.at, "state": scorer.number(point), "task": task.name, "linear": line}
                 row |= {key: q[i][key] for key in ("quality", "low", "high")}
                 path.append(row | {"gap": found.gap[i], "gap_low": found.gap_low[i], "gap_high": found.gap_high[i]})
             pair.append({
@@ -394,15 +309,6 @@ class ConnectSearch:
             })  # fmt: skip
         whole = all(row["connected"] for row in pair if row["counts"])
         return path, [row | {"pair_connected": whole} for row in pair]
-
-    def _mixture(self, scorer: Scorer, weights: Mapping[str, float]) -> Rows:
-        state = self.mixer.mixed(weights)
-        items = scorer.score("held-out", state, "simplex")
-        rows = (
-            summarise(items, self.tasks, resamples=RESAMPLES).select("task", "quality", "low", "high").rows(named=True)
-        )
-        which = {"models": list(weights), "weights": list(weights.values()), "state": scorer.number(state)}
-        return [{**which, **row} for row in rows]
 
 
 def tasks_that_count(a: str, b: str, tasks: Sequence[str]) -> list[str]:

@@ -3,6 +3,8 @@
 Importance: both ends of the curves; the effect of every head alone, all or none; the curves on the selection split,
 one group after another, coarse before fine, each with two evaluations of what it chooses on the held-out split; then
 all of them on the held-out split, in the same order. The first that does not fit ends the plan.
+
+Nothing heavy is imported here: what a search costs can be read without torch.
 """
 
 from __future__ import annotations
@@ -11,67 +13,68 @@ import re
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from diffract.corpora import Split
-from diffract.edits.edit import Edit
 from diffract.errors import SelectionError, printable
 from diffract.settings import MOST_IN_ROW, decimal_row
 
+if TYPE_CHECKING:
+    from diffract.corpora import Split
+    from diffract.edits.edit import Edit
+
+Which = Literal["best", "without-loss"]
+"""What is chosen of a curve: its highest gain, or its furthest point without loss."""
+
 
 @dataclass(frozen=True)
-class State:
-    """A model as steps make it.
+class Point:
+    """A model as edits make it, and what tables say of it.
 
     Attributes:
-        key: Equal for states that are known to be the same.
-        steps: What makes it of the model that is searched; nothing for that model itself.
+        key: Equal for models that are known to be the same, wherever they are met.
+        steps: The edits that make it of the live model; none for that model itself.
+        at: Where it lies on its curve.
+        labels: What tables say of it, such as order, fraction and heads.
     """
 
     key: Hashable
     steps: tuple[Edit, ...] = ()
+    at: float = 0.0
+    labels: Mapping[str, Any] = field(default_factory=dict)
+
+
+UNCHANGED = Point("unchanged")
+"""The live model itself."""
 
 
 @dataclass(frozen=True)
-class Sketch:
-    """A curve before its states are known: what planning needs.
+class SearchCurve:
+    """A row of models between two ends.
 
     Attributes:
+        name: What is said of it while it is measured.
         labels: What tables say of all its points, such as order and seed.
         at: Where its points lie, ascending, both ends included.
         control: Whether it stands beside others to be compared with, and never gives the choice.
         group: What its points are called; where a budget does not suffice, groups that begin later are left out first.
-        needs_effects: Whether its states are known only when the effects of single heads are.
+        needs_effects: Whether its models are known only when the effects of single heads are.
+        ends: Whether its first and its last point are models that are evaluated in any case.
+        points: Its models, as far as they are planned and known.
     """
 
+    name: str
     labels: Mapping[str, Any]
     at: tuple[float, ...]
     control: bool = False
     group: str = "points of curves"
     needs_effects: bool = False
+    ends: bool = True
+    points: tuple[Point, ...] = ()
 
-
-@dataclass(frozen=True)
-class Point:
-    """A place on a curve.
-
-    Attributes:
-        at: Where.
-        state: The model there.
-        labels: What tables say of it, those of its curve included.
-    """
-
-    at: float
-    state: State
-    labels: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A curve, its points ascending."""
-
-    sketch: Sketch
-    points: tuple[Point, ...] = field(default=())
+    @property
+    def between(self) -> tuple[float, ...]:
+        """The places that cost evaluations of their own."""
+        return self.at[1:-1] if self.ends else self.at
 
 
 def parse_fractions(given: str | Sequence[float]) -> tuple[float, ...]:
@@ -84,8 +87,8 @@ def parse_fractions(given: str | Sequence[float]) -> tuple[float, ...]:
     ((0.0, 0.5, 1.0), (0.0, 0.25, 1.0))
     """
     try:
-        words = given.split(",") if isinstance(given, str) and ":" not in given else given
-        found = [float(v) for v in (decimal_row(words) if isinstance(words, str) else words)]
+        listed = given.split(",") if isinstance(given, str) and ":" not in given else given
+        found = [float(v) for v in (decimal_row(listed) if isinstance(listed, str) else listed)]
     except (ValueError, TypeError):
         found = [-1.0]
     if not all(0 <= v <= 1 for v in found) or len(found) > MOST_IN_ROW:
@@ -102,6 +105,7 @@ def coarse_first(count: int) -> list[int]:
     >>> coarse_first(7)
     [3, 1, 5, 0, 2, 4, 6]
     """
+    # Spans are halved level by level: a beginning of any length is coarse everywhere before it is fine anywhere.
     found, spans = [], [(0, count)]
     while spans:
         spans = [(a, b) for a, b in spans if a < b]
@@ -123,12 +127,12 @@ SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600}
 
 
 @dataclass(frozen=True)
-class Budget:
+class SearchBudget:
     """The most that a search may cost.
 
     Attributes:
-        evaluations: How many, of either split.
-        seconds: How long they may take, about.
+        evaluations: How many evaluations there may be, of either split.
+        seconds: How long evaluations may take together, about.
     """
 
     evaluations: int | None = None
@@ -136,24 +140,24 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SearchPlan:
     """What will be evaluated.
 
     Attributes:
-        effects: Whether the effects of single units are.
-        points: For each split and curve the numbers of its points between both ends.
-        counts: Evaluations in each split, at most: equal states are evaluated once.
-        left_out: What is not, in words.
+        effects: Whether the effects of single units are measured.
+        places: For each split and curve (by its number) where its points lie; a curve that is left out has none.
+        counts: Evaluations in each split, at most: equal models are evaluated once.
+        left_out: What the budget leaves out, in words.
     """
 
     effects: bool
-    points: Mapping[tuple[Split, int], tuple[int, ...]]
+    places: Mapping[tuple[Split, int], tuple[float, ...]]
     counts: Mapping[Split, int]
     left_out: tuple[str, ...] = ()
 
     @property
     def evaluations(self) -> int:
-        """How many evaluations that are, at most."""
+        """How many evaluations that are in all splits, at most."""
         return sum(self.counts.values())
 
 
@@ -162,10 +166,10 @@ class Estimate:
     """What a search would cost.
 
     Attributes:
-        evaluations: In each split, at most.
-        seconds_each: Of one evaluation in each split, as measured.
-        seconds: Of all.
-        left_out: What a budget left out.
+        evaluations: Evaluations in each split, at most.
+        seconds_each: How long one evaluation takes in each split, as measured.
+        seconds: How long all of them take.
+        left_out: What a budget leaves out, in words.
     """
 
     evaluations: Mapping[Split, int]
@@ -174,79 +178,90 @@ class Estimate:
     left_out: tuple[str, ...] = field(default=())
 
 
-def parse_budget(given: str | int | None) -> Budget:
+def parse_budget(given: str | int | None) -> SearchBudget:
     """Read a number of evaluations, or a time such as ``90s``, ``30m``, ``2h``.
 
     Raises:
         SelectionError: It is neither.
 
     >>> parse_budget("200"), parse_budget("1.5h")
-    (Budget(evaluations=200, seconds=None), Budget(evaluations=None, seconds=5400.0))
+    (SearchBudget(evaluations=200, seconds=None), SearchBudget(evaluations=None, seconds=5400.0))
     """
     if given is None:
-        return Budget()
+        return SearchBudget()
     text = str(given).strip()
     if text.isascii() and text.isdecimal() and int(text) > 0:
-        return Budget(evaluations=int(text))
+        return SearchBudget(evaluations=int(text))
     if found := _TIME.fullmatch(text):
-        return Budget(seconds=float(found["value"]) * SECONDS[found["unit"]])
+        return SearchBudget(seconds=float(found["value"]) * SECONDS[found["unit"]])
     raise SelectionError(f"budget: expected evaluations such as 200, or a time such as 30m; got {printable(given)!r}.")
 
 
 def make_plan(
-    sketches: Sequence[Sketch],
+    curves: Sequence[SearchCurve],
     *,
     ends: int,
     effects: int = 0,
     splits: Sequence[Split] = SPLITS,
-    budget: Budget | None = None,
+    budget: SearchBudget | None = None,
     seconds_each: Mapping[Split, float] | None = None,
-) -> Plan:
+) -> SearchPlan:
     """Return what will be evaluated.
 
     Args:
-        sketches: The curves; which states both of their ends are is known, and counted under ``ends``.
-        ends: States that are evaluated in every split in any case.
+        curves: The curves; which models both of their ends are is known, and counted under ``ends``.
+        ends: Models that are evaluated in every split in any case.
         effects: Single units whose effect is wanted, on the selection split.
         splits: What is evaluated; the held-out split alone where nothing is chosen.
         budget: The most that it may cost.
-        seconds_each: Of one evaluation in each split; needed for a budget in seconds.
+        seconds_each: How long one evaluation takes in each split; needed for a budget in seconds.
 
     Raises:
         SelectionError: The budget does not suffice for the ends and one point.
     """
-    purse = _Purse(budget or Budget(), seconds_each or {})
+    purse = _Purse(budget or SearchBudget(), seconds_each or {})
     fits = purse.take(dict.fromkeys(splits, ends))
-    alone: dict[Split, int] = {"selection": effects}
-    measured = effects > 0 and purse.affords(_sum(alone, FIRST)) and purse.take(alone)
+    # Half of the heads' effects give no order: they are measured all or not at all, and only if one point of a curve
+    # can be afforded beside them.
+    alone: Mapping[Split, int] = {"selection": effects} if effects else {}
+    measured = effects > 0 and purse.affords(Counter(alone) + Counter(FIRST)) and purse.take(alone)
     left_out = [f"effects of {effects} single heads, and what needs them"] if effects and not measured else []
-    taken: dict[tuple[Split, int], list[int]] = {}
+    known = {i: curve for i, curve in enumerate(curves) if measured or not curve.needs_effects}
+    taken: dict[tuple[Split, int], list[float]] = {}
     missed: Counter[tuple[Split, str]] = Counter()
-    for split, curve, point in _by_importance(sketches, splits, effects=measured):
-        first = split == "selection" and (split, curve) not in taken
+    for split, number, at in _by_importance(known, splits):
+        first = split == "selection" and (split, number) not in taken
         if not missed and purse.take(FIRST if first else {split: 1}):
-            taken.setdefault((split, curve), []).append(point)
+            taken.setdefault((split, number), []).append(at)
         else:
-            missed[split, sketches[curve].group] += 1
+            missed[split, curves[number].group] += 1
     if not fits or (missed and not taken):
         least = len(splits) * ends + 1 + CHOSEN * (len(splits) - 1)
         raise SelectionError(f"budget: expected more, {least} evaluations are the least.")
     left_out += [f"{count} {group} on the {split} split" for (split, group), count in missed.items()]
-    points = {key: tuple(sorted(found)) for key, found in taken.items()}
-    return Plan(measured, points, dict(purse.spent), tuple(left_out))
+    places = {}
+    for split in splits:
+        for number, curve in known.items():
+            between = taken.get((split, number), [])
+            # Where something is chosen, all curves share their ends, so that ends alone are no curve, unless there is
+            # nothing between them. Where nothing is, every pair of models has ends of its own, which are worth a row.
+            if between or (curve.ends and (not curve.between or "selection" not in splits)):
+                ends_of = {curve.at[0], curve.at[-1]} if curve.ends else set()
+                places[split, number] = tuple(sorted({*between, *ends_of}))
+    return SearchPlan(measured, places, dict(purse.spent), tuple(left_out))
 
 
 class _Purse:
     """What has been spent, and whether there is more."""
 
-    def __init__(self, budget: Budget, seconds_each: Mapping[Split, float]) -> None:
+    def __init__(self, budget: SearchBudget, seconds_each: Mapping[Split, float]) -> None:
         self.budget, self.seconds_each = budget, seconds_each
-        self.spent: dict[Split, int] = {}
+        self.spent: Counter[Split] = Counter()
 
     def affords(self, counts: Mapping[Split, int]) -> bool:
         """Whether there is enough left."""
-        after, limit, seconds = _sum(self.spent, counts), self.budget.evaluations, self.budget.seconds
-        if limit is not None and sum(after.values()) > limit:
+        after, limit, seconds = self.spent + Counter(counts), self.budget.evaluations, self.budget.seconds
+        if limit is not None and after.total() > limit:
             return False
         return seconds is None or cost(after, self.seconds_each) <= seconds
 
@@ -254,15 +269,8 @@ class _Purse:
         """Spend evaluations in each split, if there is enough left."""
         if not self.affords(counts):
             return False
-        self.spent = _sum(self.spent, counts)
+        self.spent += Counter(counts)
         return True
-
-
-def _sum(one: Mapping[Split, int], other: Mapping[Split, int]) -> dict[Split, int]:
-    found = dict(one)
-    for split, count in other.items():
-        found[split] = found.get(split, 0) + count
-    return found
 
 
 def cost(counts: Mapping[Split, int], seconds_each: Mapping[Split, float]) -> float:
@@ -270,16 +278,20 @@ def cost(counts: Mapping[Split, int], seconds_each: Mapping[Split, float]) -> fl
     return sum(count * seconds_each[split] for split, count in counts.items())
 
 
-def _by_importance(
-    sketches: Sequence[Sketch], splits: Sequence[Split], *, effects: bool
-) -> Iterator[tuple[Split, int, int]]:
-    """Yield split, curve and point between both ends."""
-    can_be = [(i, s) for i, s in enumerate(sketches) if effects or not s.needs_effects]
-    longest = max((len(s.at) for _, s in can_be), default=0)
+def _by_importance(curves: Mapping[int, SearchCurve], splits: Sequence[Split]) -> Iterator[tuple[Split, int, float]]:
+    """Yield split, number of a curve, and place between its ends; of one group a point of each curve before the next.
+
+    That way a budget that ends early leaves all curves of a group equally fine.
+    """
+    longest = max((len(curve.between) for curve in curves.values()), default=0)
     for split in splits:
-        for group in dict.fromkeys(s.group for _, s in can_be):
-            curves = [(i, coarse_first(len(s.at) - 2)) for i, s in can_be if s.group == group]
+        for group in dict.fromkeys(curve.group for curve in curves.values()):
+            members = [
+                (i, curve.between, coarse_first(len(curve.between)))
+                for i, curve in curves.items()
+                if curve.group == group
+            ]
             for level in range(longest):
-                for i, order in curves:
+                for i, between, order in members:
                     if level < len(order):
-                        yield split, i, 1 + order[level]
+                        yield split, i, between[order[level]]

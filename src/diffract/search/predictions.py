@@ -1,9 +1,9 @@
-"""What rewinding a head would gain, predicted from one backward pass."""
+"""What rewinding heads would do, predicted without measuring each: from one backward or one forward pass."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffract.edits.bench import Other
-from diffract.edits.draft import Place, everything, together
+from diffract.edits.draft import everything, together
 from diffract.edits.heads import TensorPart, Units
 from diffract.errors import SelectionError, printable
 from diffract.evaluate import Subject, Task
@@ -25,6 +25,7 @@ SAMPLE_TOKENS = 1 << 16
 """Tokens of sample text."""
 
 BATCH_TOKENS = 4096
+"""Tokens that are computed at once, padding included."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,9 @@ class Batch:
     """Sequences, padded on the right.
 
     Attributes:
-        ids: (b, t + 1) tokens.
-        known: (b, t) which of the first t are no padding.
-        scored: (b, t) which of the last t count as predictions.
+        ids: Tokens, (b, t + 1).
+        known: Which of the first t tokens are no padding, (b, t).
+        scored: Which of the last t tokens count as predictions, (b, t).
     """
 
     ids: Tensor
@@ -46,7 +47,7 @@ def task_texts(task: Task) -> list[str]:
     """Return the texts of a task's items: of questions with their answer.
 
     Raises:
-        SelectionError: Its items are not known as text.
+        SelectionError: The task's items are not known as text.
     """
     found = []
     for item in task.items:
@@ -72,8 +73,8 @@ class Sample:
     """Sample text as batches.
 
     Attributes:
-        batches: Its tokens, each predicted once.
-        size_bytes: Its length.
+        batches: The tokens of the text, each predicted once.
+        size_bytes: The length of the text.
     """
 
     batches: tuple[Batch, ...]
@@ -89,7 +90,7 @@ def take_sample(subject: Subject, texts: Sequence[str], *, tokens: int = SAMPLE_
         size += len(text.encode())
         if sum(row.scored for row in rows) >= tokens:
             break
-    rows.sort(key=lambda row: len(row.ids))
+    rows.sort(key=lambda row: len(row.ids))  # neighbours of one length need little padding
     return Sample(tuple(_batch(part, subject.device) for part in _parts(rows)), size)
 
 
@@ -126,10 +127,10 @@ def first_order_gains(model: torch.nn.Module, base: Other, units: Units, sample:
     first-order gain of rewinding them all. Exact in the limit of small changes; curvature is left out.
 
     Args:
-        model: W1, in evaluation mode; its gradients are empty afterwards.
-        base: W0.
+        model: The tuned model W1, in evaluation mode; its gradients are empty afterwards.
+        base: The base W0.
         units: The heads.
-        sample: Text.
+        sample: The text that the loss is of.
 
     Source: the first-order term of Taylor's formula, as in Molchanov et al. 2017.
     """
@@ -144,8 +145,16 @@ def first_order_gains(model: torch.nn.Module, base: Other, units: Units, sample:
             bits = sum_of_bits(model, batch)
             found = torch.autograd.grad(bits / sample.size_bytes, list(wanted.values()), allow_unused=True)
             for (name, parameter), slope in zip(wanted.items(), found, strict=True):
-                if slope is not None:
-                    _add_gains(gains, by_tensor[name], slope, _change(base, name, parameter))
+                if slope is None:
+                    continue
+                start = base.read(name, everything(tuple(parameter.shape))).to(parameter.device)
+                start, end = together(start, parameter.detach())
+                along = slope.to(start.dtype) * (start - end)
+                for part in by_tensor[name]:
+                    # Summed in 64 bits: the terms have both signs and nearly cancel.
+                    share = -float(along[part.place].sum(dtype=torch.float64)) / len(part.owners)
+                    for owner in part.owners:
+                        gains[owner] += share
     return gains
 
 
@@ -172,20 +181,6 @@ def gradients_of(model: torch.nn.Module, wanted: Iterable[Tensor]) -> Iterator[N
             parameter.requires_grad_(asked)
 
 
-def _change(base: Other, name: str, parameter: Tensor) -> Tensor:
-    """Return W0 - W1 of a tensor where it lies, in 32 bits or more."""
-    start, end = together(base.read(name, everything(tuple(parameter.shape))).to(parameter.device), parameter.detach())
-    return start - end
-
-
-def _add_gains(gains: dict[str, float], parts: Sequence[TensorPart], slope: Tensor, change: Tensor) -> None:
-    along = slope.to(change.dtype) * change
-    for part in parts:
-        share = -float(along[part.place].sum(dtype=torch.float64)) / len(part.owners)
-        for owner in part.owners:
-            gains[owner] += share
-
-
 def activation_changes(model: torch.nn.Module, base: Other, units: Units, sample: Sample) -> dict[str, float]:
     """Return for each head the root of the mean over tokens of the sum over its parts of ||D[P] x||^2.
 
@@ -194,10 +189,10 @@ def activation_changes(model: torch.nn.Module, base: Other, units: Units, sample
     this is the analogue with real input in place of white noise.
 
     Args:
-        model: W1, in evaluation mode.
-        base: W0.
+        model: The tuned model W1, in evaluation mode.
+        base: The base W0.
         units: The heads.
-        sample: Text.
+        sample: The text that is the input.
 
     Raises:
         SelectionError: The input of a projection cannot be seen.
@@ -208,46 +203,27 @@ def activation_changes(model: torch.nn.Module, base: Other, units: Units, sample
             by_tensor[part.tensor].append(part)
     squares = dict.fromkeys(units.names, 0.0)
     seen: set[str] = set()
-    tokens = sum(int(batch.known.sum()) for batch in sample.batches)
-    for batch in sample.batches:
 
-        def take(name: str, change: Tensor, transposed: bool, x: Tensor, batch: Batch = batch) -> None:
-            seen.add(name)
-            inputs = x[batch.known].float()
-            for part in by_tensor[name]:
-                square = _square(inputs, change, part.place, transposed)
-                squares.update((owner, squares[owner] + square) for owner in part.owners)
+    def look(name: str, module: Any, inputs: tuple[Tensor, ...]) -> None:
+        seen.add(name)
+        weight = module.weight.detach()
+        change = weight.float() - base.read(name, everything(tuple(weight.shape))).to(weight.device).float()
+        x = inputs[0][batch.known].float()  # of the batch that runs: hooks are called from within the loop below
+        for part in by_tensor[name]:
+            rows, cols = part.place
+            # Other modules than Linear, such as GPT-2's Conv1D, store their weight as (in, out).
+            linear = isinstance(module, torch.nn.Linear)
+            found = x[:, cols] @ change[part.place].T if linear else x[:, rows] @ change[part.place]
+            square = float(torch.linalg.vector_norm(found, dtype=torch.float64).square())
+            squares.update((owner, squares[owner] + square) for owner in part.owners)
 
-        with torch.no_grad(), _watched(model, base, by_tensor, take):
+    with ExitStack() as hooks, torch.no_grad():
+        for name in by_tensor:
+            module = model.get_submodule(name.rpartition(".")[0])
+            hooks.callback(module.register_forward_pre_hook(partial(look, name)).remove)
+        for batch in sample.batches:
             model(input_ids=batch.ids[:, :-1], attention_mask=batch.known.long(), use_cache=False)
     if unseen := [name for name in by_tensor if name not in seen]:
         raise SelectionError(f"order activation: the input of {printable(unseen[0])} cannot be seen. Leave it out.")
+    tokens = sum(int(batch.known.sum()) for batch in sample.batches)
     return {name: (value / tokens) ** 0.5 for name, value in squares.items()}
-
-
-def _square(inputs: Tensor, change: Tensor, place: Place, transposed: bool) -> float:
-    """Return the sum over tokens of ||D[P] x[P]||^2."""
-    block = change[place]
-    rows, cols = place
-    found = inputs[:, rows] @ block if transposed else inputs[:, cols] @ block.T
-    return float(torch.linalg.vector_norm(found, dtype=torch.float64).square())
-
-
-Take = Callable[[str, Tensor, bool, Tensor], None]
-
-
-@contextmanager
-def _watched(model: torch.nn.Module, base: Other, tensors: Any, take: Take) -> Iterator[None]:
-    """Have the inputs of projections looked at while the model runs."""
-    with ExitStack() as hooks:
-        for name in tensors:
-            module = model.get_submodule(name.rpartition(".")[0])
-            handle = module.register_forward_pre_hook(partial(_look, base, name, take))
-            hooks.callback(handle.remove)
-        yield
-
-
-def _look(base: Other, name: str, take: Take, module: Any, inputs: tuple[Tensor, ...]) -> None:
-    weight = module.weight.detach()
-    change = weight.float() - base.read(name, everything(tuple(weight.shape))).to(weight.device).float()
-    take(name, change, not isinstance(module, torch.nn.Linear), inputs[0])

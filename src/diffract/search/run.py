@@ -1,74 +1,265 @@
-"""What searches of heads and of directions have in common: from loaded models to a run folder."""
+"""The one loop of every search: for each curve, for each point: edit, score; choose; report."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol, get_args
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import polars as pl
 import torch
 
 from diffract.edits.edit import Edit
 from diffract.edits.to_files import apply
-from diffract.errors import SelectionError, choose
+from diffract.errors import SelectionError
 from diffract.evaluate import Evaluator, load_subject, summarise
+from diffract.evaluate.model import model_digest, tokenizer_digest
 from diffract.run import Run
-from diffract.search.plan import SPLITS, Estimate, Plan, Sketch, State, parse_budget
-from diffract.search.scorer import TUNED, Scorer, Which, winner
-from diffract.search.stage import (
-    How,
-    Model,
-    Rows,
-    Stage,
-    described,
-    finish,
-    in_memory,
-    manifest,
-    planned,
-    set_up,
-    working,
+from diffract.search.plan import (
+    SPLITS,
+    UNCHANGED,
+    Estimate,
+    Point,
+    SearchCurve,
+    SearchPlan,
+    Which,
+    cost,
+    make_plan,
+    parse_budget,
 )
-from diffract.settings import Progress
+from diffract.search.scorer import Rows, Scorer, seconds_of
+from diffract.search.stage import Model, SearchRequest, Stage, finish, set_up, working
 from diffract.store import refuse_existing
-from diffract.tables import Tables
+from diffract.tables import Tables, new_manifest
 
 PER_ITEM = 1e-9
 """Relative difference of a value that still counts as the same: sums in another order, no other weights."""
 
+NUMBERS = ("quality", "low", "high", "gain", "gain_low", "gain_high", "p")
+"""What tables say of a chosen point in each split."""
 
-def write_chosen(
-    output: str | Path,
-    stage: Stage,
-    live: pl.DataFrame,
-    model: Model,
-    steps: Sequence[Mapping[str, Any]],
-    *,
-    force: bool,
-) -> dict[str, Any]:
-    """Write a checkpoint by a recipe, load it, and score it on the held-out split.
+
+class QualitySearch(ABC):
+    """What one kind of search is about: its curves, which edits make their points, and what goes into its tables.
+
+    Attributes:
+        kind: The name of the kind of run.
+        models: The loaded models, by the names that the request has for them.
+        curves: The curves.
+        ends: The points at the ends of all curves, beside the live model itself.
+        ends_called: What is said while these are measured.
+        effects: How many single units are measured alone, if the budget suffices.
+    """
+
+    kind: str
+    models: Mapping[str, torch.nn.Module]
+    curves: Sequence[SearchCurve]
+    ends: Sequence[Point]
+    ends_called: str = "ends of curves"
+    effects: int = 0
+
+    @abstractmethod
+    def told(self) -> dict[str, Any]:
+        """Return the settings that this kind alone has, as a manifest keeps them."""
+
+    def learn(self, scorer: Scorer, *, effects: bool) -> None:  # noqa: B027 (most kinds know their curves beforehand)
+        """Find out what points depend on, such as the effects of single units, if these are planned."""
+
+    @abstractmethod
+    def point(self, curve: SearchCurve, at: float) -> Point:
+        """Return the model at a place on a curve."""
+
+    @abstractmethod
+    def tables(self, scorer: Scorer, curves: Sequence[SearchCurve], chosen: Rows) -> dict[str, pl.DataFrame]:
+        """Return the tables, once all points of the curves are scored."""
+
+    def far(self, row: Mapping[str, Any]) -> float:
+        """Return how far a chosen point goes."""
+        return row["fraction"]
+
+
+def run_search(asked: SearchRequest, open_search: Callable[[Stage], QualitySearch]) -> Run | Estimate:
+    """Search, and write what was found.
 
     Args:
-        output: The folder to write.
-        stage: How models are loaded and evaluated.
-        live: The held-out scores of the same edit in memory.
-        model: What the recipe edits.
-        steps: Of the recipe; the references in them are the user's own, not copies in memory.
-        force: Replace a folder that an edit has written.
+        asked: What is asked of every search.
+        open_search: Makes the search, once the live model is loaded.
+
+    Returns:
+        The run; of a dry run what it would cost.
+    """
+    begun = time.monotonic()
+    if asked.write is not None and not asked.dry_run:
+        refuse_existing(asked.write, force=asked.force)
+    with working(asked) as cache:
+        stage = set_up(asked)
+        search = open_search(stage)
+        if asked.write is not None and all(curve.control for curve in search.curves):
+            raise SelectionError("only controls are searched, of which none is chosen: there is nothing to write.")
+        plan, seconds_each = _planned(stage, search)
+        if asked.dry_run:
+            return Estimate(
+                evaluations=plan.counts,
+                seconds_each=seconds_each,
+                seconds=cost(plan.counts, seconds_each),
+                left_out=plan.left_out,
+            )
+        scorer = stage.scorer(cache)
+        scorer.total = plan.evaluations
+        for point in (UNCHANGED, *search.ends):
+            for split in asked.splits:
+                scorer.score(split, point, search.ends_called)
+        search.learn(scorer, effects=plan.effects)
+        curves = {
+            number: replace(curve, points=tuple(search.point(curve, at) for at in places))
+            for number, curve in enumerate(search.curves)
+            if (places := plan.places.get((asked.splits[0], number)))
+        }
+        chosen: Rows = []
+        # The selection split is done whole, and points are chosen, before any curve is looked at on the held-out one.
+        for split in asked.splits:
+            for number, curve in curves.items():
+                places = plan.places.get((split, number), ())
+                for point in curve.points:
+                    if point.at in places:
+                        scorer.score(split, point, curve.name)
+            if split == "selection":
+                chosen = choose_points(scorer, curves.values(), asked.tolerance)
+        frames = search.tables(scorer, list(curves.values()), chosen)
+        told: dict[str, Any] = {"evaluations": scorer.done, "left_out": list(plan.left_out)}
+        if "selection" in asked.splits:
+            best = winner(chosen, asked.choose_by, search.far)
+            told |= {"chosen": best, "written": _written(stage, search, scorer, best)}
+        seconds = round(time.monotonic() - begun, 3)
+        tables = Tables(_manifest(stage, search, seconds=seconds, **told), frames)
+        finish(tables, asked, cache)
+    return Run(tables)
+
+
+def _planned(stage: Stage, search: QualitySearch) -> tuple[SearchPlan, dict[Any, float]]:
+    """Return what will be evaluated, and how long one evaluation takes where that is asked for."""
+    budget = parse_budget(stage.asked.budget)
+    timed = stage.asked.dry_run or budget.seconds is not None
+    seconds_each = seconds_of(stage.evaluators(None)) if timed else {}
+    plan = make_plan(
+        search.curves,
+        ends=1 + len(search.ends),
+        effects=search.effects,
+        splits=stage.asked.splits,
+        budget=budget,
+        seconds_each=seconds_each,
+    )
+    return plan, seconds_each
+
+
+def _manifest(stage: Stage, search: QualitySearch, **told: Any) -> dict[str, Any]:
+    """Return the manifest of a search, once all is done: what can be a note is known, and no model is edited."""
+    models = []
+    for name, model in search.models.items():
+        given = stage.asked.models[name]
+        reference = type(given).__name__ if isinstance(given, torch.nn.Module) else str(given)
+        role = "base" if name == "base" else "tuned"
+        models.append({"model": name, "role": role, "reference": reference, "digest": model_digest(model)})
+    return new_manifest(
+        search.kind,
+        models=models,
+        settings=stage.asked.told() | search.told(),
+        tokenizer=tokenizer_digest(stage.subject.tokenizer),
+        tasks={split: [task.settings() for task in tasks] for split, tasks in stage.tasks.items()},
+        warnings=list(dict.fromkeys(stage.notes)),
+        **told,
+    )
+
+
+def choose_points(scorer: Scorer, curves: Iterable[SearchCurve], tolerance: float | None) -> Rows:
+    """Return two rows for each curve: its best point and the furthest without loss, with numbers of both splits.
+
+    The task that is first decides. What is chosen is scored on the held-out split, if it was not yet.
+    """
+    found = []
+    for curve in curves:
+        gains = [scorer.rows("selection", point)[0] for point in curve.points]
+        chosen: dict[Which, Point] = {
+            "best": best_point(curve.points, gains),
+            "without-loss": furthest_without_loss(curve.points, gains, tolerance),
+        }
+        for which, point in chosen.items():
+            row = {"task": gains[0]["task"], **point.labels, "which": which, "state": scorer.number(point)}
+            row["control"] = curve.control
+            for split in SPLITS:
+                scorer.score(split, point, split)
+                numbers, prefix = scorer.rows(split, point)[0], split.replace("-", "_")
+                row |= {f"{prefix}_{name}": numbers[name] for name in NUMBERS}
+            found.append(row)
+    return found
+
+
+def best_point(points: Sequence[Point], gains: Sequence[Mapping[str, Any]]) -> Point:
+    """Return the point of the highest gain, of equal ones the nearest to the tuned model; that one gains 0."""
+    pairs = zip(points, gains, strict=True)
+    return max(pairs, key=lambda pair: (pair[1]["gain"], -pair[0].at))[0]
+
+
+def furthest_without_loss(
+    points: Sequence[Point], gains: Sequence[Mapping[str, Any]], tolerance: float | None
+) -> Point:
+    """Return the furthest point without loss; the tuned model has none.
+
+    Without a tolerance that is: no loss is shown, the paired interval of the gain reaches 0 (its upper end is not
+    below). With a tolerance t: a loss of more than t is excluded, the interval's lower end is at least -t.
+    """
+
+    def is_without_loss(gain: Mapping[str, Any]) -> bool:
+        return gain["gain_high"] >= 0 if tolerance is None else gain["gain_low"] >= -tolerance
+
+    pairs = zip(points, gains, strict=True)
+    return max((p for p, gain in pairs if p.at == 0 or is_without_loss(gain)), key=lambda p: p.at)
+
+
+def winner(rows: Iterable[Mapping[str, Any]], which: str, far: Callable[[Mapping[str, Any]], float]) -> Any:
+    """Return the row that is chosen of all curves that are no controls, by the selection split; the first of equals.
+
+    ``best`` has the highest gain, ``without-loss`` goes furthest.
+    """
+    measure = far if which == "without-loss" else lambda row: row["selection_gain"]
+    return max((row for row in rows if row["which"] == which and not row["control"]), key=measure, default=None)
+
+
+def _written(
+    stage: Stage, search: QualitySearch, scorer: Scorer, row: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
+    """Write what was chosen, where that is asked for: a checkpoint with the same edits as the live model had.
 
     Returns:
         For the manifest: where it is, whether every item's score is the live model's, and both qualities.
     """
-    recipe = {"model": model, "steps": list(steps), **_architecture(stage)}
-    apply(recipe, output, force=force)
-    tasks = stage.tasks["held-out"]
-    subject = load_subject(output, device=stage.how.device, dtype=stage.how.dtype, tokenizer=stage.how.tokenizer)
-    found = Evaluator(subject, tasks, batch_tokens=stage.how.batch_tokens).scores()
+    asked, tasks = stage.asked, stage.tasks["held-out"]
+    if asked.write is None:
+        return None
+    if row is None:
+        stage.notes.append(f"{asked.write} is not written: the budget sufficed for controls alone")
+        return None
+    point, base = scorer.points[row["state"]], asked.models["base"]
+    recipe = {
+        "model": asked.models["tuned"],
+        "steps": [plain_step(step, search.models["base"], base) for step in point.steps],
+        **({} if asked.architecture is None else {"architecture": str(asked.architecture)}),
+    }
+    apply(recipe, asked.write, force=asked.force)
+    subject = load_subject(asked.write, device=asked.device, dtype=asked.dtype, tokenizer=asked.tokenizer)
+    live, found = scorer.score("held-out", point), Evaluator(subject, tasks).scores()
     qualities = [summarise(items, tasks, resamples=1)["quality"].to_list() for items in (live, found)]
     rows = [{"task": task.name, "live": a, "written": b} for task, a, b in zip(tasks, *qualities, strict=True)]
-    return {"folder": str(output), "same_scores": same_scores(live, found), "held_out": rows}
+    same = same_scores(live, found)
+    if not same:
+        both = ", ".join(f"{row['task']} {row['written']:.6g} against {row['live']:.6g}" for row in rows)
+        stage.notes.append(
+            f"{asked.write} does not score as the live model did ({both}); weights that are computed, not taken from "
+            "the base, are rounded to the stored dtype when they are written"
+        )
+    return {"folder": str(asked.write), "same_scores": same, "held_out": rows}
 
 
 def same_scores(one: pl.DataFrame, other: pl.DataFrame) -> bool:
@@ -76,177 +267,6 @@ def same_scores(one: pl.DataFrame, other: pl.DataFrame) -> bool:
     both = one.join(other, on=["task", "item"], how="full", suffix="_b")
     near = (pl.col("value") - pl.col("value_b")).abs() <= PER_ITEM * pl.col("value").abs()
     return bool(both.select(near.fill_null(value=False).all()).item())
-
-
-def _architecture(stage: Stage) -> dict[str, str]:
-    return {} if stage.how.architecture is None else {"architecture": str(stage.how.architecture)}
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is asked of every search.
-
-    Attributes:
-        seeds: How many random ones of each kind.
-        tolerance: Of loss, see ``choice.without_loss``.
-        choose_by: Which point is written.
-        budget: The most that it may cost.
-        output: The run folder.
-        write: The checkpoint to write.
-        dry_run: Whether only the cost is wanted.
-        force: Replace what is there.
-        progress: Takes how far work has come.
-
-    Raises:
-        SelectionError: A value makes no sense.
-    """
-
-    seeds: int
-    tolerance: float | None
-    choose_by: str
-    budget: str | int | None
-    output: str | Path | None
-    write: str | Path | None
-    dry_run: bool
-    force: bool
-    progress: Progress | None
-
-    def __post_init__(self) -> None:
-        choose("choice", self.choose_by, get_args(Which))
-        parse_budget(self.budget)
-        if self.seeds < 1:
-            raise SelectionError(f"seeds: expected 1 or more, got {self.seeds}.")
-        if self.tolerance is not None and not self.tolerance >= 0:
-            raise SelectionError(f"tolerance: expected a loss from 0, got {self.tolerance}.")
-
-    def settings(self) -> dict[str, Any]:
-        """Return them as a manifest keeps them."""
-        return {name: getattr(self, name) for name in ("seeds", "tolerance", "choose_by", "budget")}
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a search has found.
-
-    Attributes:
-        frames: Its tables by name.
-        chosen: Rows of what was chosen.
-    """
-
-    frames: dict[str, pl.DataFrame]
-    chosen: Rows
-
-
-class Search(Protocol):
-    """A search over states of a model.
-
-    Attributes:
-        kind: What the manifest calls it.
-        sketches: Its curves.
-    """
-
-    kind: str
-    sketches: list[Sketch]
-
-    @property
-    def effects(self) -> int:
-        """How many single units it measures."""
-        ...
-
-    @property
-    def ends(self) -> Sequence[State]:
-        """States at the ends of its curves, beside the tuned model."""
-        ...
-
-    def settings(self) -> dict[str, Any]:
-        """Return its settings as a manifest keeps them."""
-        ...
-
-    def run(self, scorer: Scorer, plan: Plan, tolerance: float | None) -> Found:
-        """Measure and choose."""
-        ...
-
-    def far(self, row: Mapping[str, Any]) -> float:
-        """Say how far a chosen point goes."""
-        ...
-
-
-def run_search(
-    base: Model, tuned: Model, how: How, asked: Asked, make: Callable[[Stage, torch.nn.Module], Search]
-) -> Run | Estimate:
-    """Search, and write what was found.
-
-    Args:
-        base: What the model was tuned from.
-        tuned: The model.
-        how: How models are loaded and evaluated.
-        asked: What else is wanted.
-        make: Makes the search of a live model and the base in memory.
-    """
-    begun = time.monotonic()
-    if asked.write is not None and not asked.dry_run:
-        refuse_existing(asked.write, force=asked.force)
-    with working(None if asked.dry_run else asked.output, force=asked.force) as cache:
-        stage = set_up(tuned, how)
-        start = in_memory(base, stage)
-        search = make(stage, start)
-        if asked.write is not None and all(sketch.control for sketch in search.sketches):
-            raise SelectionError("only controls are searched, of which none is chosen: there is nothing to write.")
-        plan, estimate = planned(
-            stage,
-            search.sketches,
-            ends=1 + len(search.ends),
-            effects=search.effects,
-            budget=parse_budget(asked.budget),
-            dry_run=asked.dry_run,
-        )
-        if estimate is not None:
-            return estimate
-        models = [described("base", "base", base, start), described("tuned", "tuned", tuned, stage.subject.model)]
-        scorer = stage.scorer(cache, asked.progress)
-        found = _measured(search, scorer, plan, asked.tolerance)
-        best = winner(found.chosen, asked.choose_by, search.far)
-        written = None
-        if asked.write is not None and best is not None:
-            written = _write(asked, stage, scorer, best, (base, start, tuned))
-        elif asked.write is not None:
-            stage.notes.append(f"{asked.write} is not written: the budget sufficed for controls alone")
-        notes = {"chosen": best, "written": written, "left_out": list(plan.left_out)}
-        settings = how.settings() | search.settings() | asked.settings()
-        seconds = round(time.monotonic() - begun, 3)
-        told = manifest(search.kind, stage, models, settings, seconds=seconds, evaluations=scorer.done, **notes)
-        tables = Tables(told, found.frames)
-        if asked.output is not None:
-            finish(tables, asked.output, cache, force=asked.force)
-    return Run(tables)
-
-
-def _measured(search: Search, scorer: Scorer, plan: Plan, tolerance: float | None) -> Found:
-    """Score both ends of all curves, the tuned model first, and search."""
-    scorer.total = plan.evaluations
-    for state in (TUNED, *search.ends):
-        for split in SPLITS:
-            scorer.score(split, state, "ends of curves")
-    return search.run(scorer, plan, tolerance)
-
-
-def _write(
-    asked: Asked, stage: Stage, scorer: Scorer, row: Mapping[str, Any], models: tuple[Model, torch.nn.Module, Model]
-) -> dict[str, Any]:
-    """Write what was chosen: a checkpoint with the same steps as the live model had."""
-    base, start, tuned = models
-    state = scorer.states[row["state"]]
-    steps = [plain_step(step, start, base) for step in state.steps]
-    assert asked.write is not None
-    live = scorer.score("held-out", state)
-    found = write_chosen(asked.write, stage, live, tuned, steps, force=asked.force)
-    if not found["same_scores"]:
-        both = ", ".join(f"{row['task']} {row['written']:.6g} against {row['live']:.6g}" for row in found["held_out"])
-        stage.notes.append(
-            f"{asked.write} does not score as the live model did ({both}); weights that are computed, not taken from "
-            "the base, are rounded to the stored dtype when they are written"
-        )
-    return found
 
 
 def plain_step(step: Edit, start: torch.nn.Module, base: Model) -> dict[str, Any]:

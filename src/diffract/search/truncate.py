@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
-from pathlib import Path
 from typing import Any, Literal, get_args
 
+import polars as pl
 import torch
 from torch import Tensor
 
@@ -20,16 +20,14 @@ from diffract.edits.mixing import seeded
 from diffract.edits.spectral_edits import change_sigmas
 from diffract.engine import single_threaded
 from diffract.errors import SelectionError, choose
-from diffract.run import Run
-from diffract.search.plan import SPLITS, Estimate, Plan, Point, Sketch, State, parse_fractions
-from diffract.search.run import Asked, Found, run_search
-from diffract.search.scorer import TUNED, Scorer, Which
-from diffract.search.stage import How, Model, Stage, build, measure
-from diffract.settings import Progress
+from diffract.search.plan import UNCHANGED, Point, SearchCurve
+from diffract.search.run import QualitySearch
+from diffract.search.scorer import Rows, Scorer
+from diffract.search.stage import Stage
 from diffract.tables import ITEMS, ON_TRUNCATION, QUALITY, TRUNCATION_CHOICE, frame
 
 PLACE_BYTES = 4
-"""Where a single entry is in its matrix."""
+"""Bytes that say where a single entry is in its matrix."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +35,10 @@ class MatrixChange:
     """The change of one matrix.
 
     Attributes:
-        name: Of the matrix.
-        shape: Of it.
+        name: The name of the matrix.
+        shape: The shape of the matrix.
         sigmas: Singular values of D, descending.
-        entry_bytes: Of one stored entry.
+        entry_bytes: Bytes of one stored entry.
     """
 
     name: str
@@ -50,12 +48,12 @@ class MatrixChange:
 
     @property
     def energy(self) -> float:
-        """||D||_F^2."""
+        """The energy ||D||_F^2 of the change D."""
         return float(self.sigmas.square().sum())
 
     @property
     def size_bytes(self) -> int:
-        """Of all of D."""
+        """Bytes that all of D takes."""
         return self.entry_bytes * prod(self.shape)
 
 
@@ -152,18 +150,17 @@ def parse_rules(given: str | Sequence[str] | None) -> tuple[TruncationRule, ...]
         SelectionError: One is unknown.
     """
     words = RULES if given is None else given.split(",") if isinstance(given, str) else given
-    wanted = [word.strip() for word in words if word.strip()]
-    for word in wanted:
-        choose("rule", word, RULES)
+    wanted = [choose("rule", word.strip(), RULES) for word in words if word.strip()]
     if not wanted:
         raise SelectionError(f"expected rules, got none. Known: {', '.join(RULES)}.")
     return tuple(rule for rule in RULES if rule in wanted)
 
 
-def truncation_sketches(rules: Sequence[TruncationRule], seeds: int, at: tuple[float, ...]) -> list[Sketch]:
+def truncation_curves(rules: Sequence[TruncationRule], seeds: int, at: tuple[float, ...]) -> list[SearchCurve]:
     """Return the curves of rules; those by chance once for each seed."""
     return [
-        Sketch(
+        SearchCurve(
+            rule,
             {"rule": rule, "seed": seed},
             (0.0, 1.0) if rule in SINGLE else at,
             control=rule in CONTROLS,
@@ -176,56 +173,62 @@ def truncation_sketches(rules: Sequence[TruncationRule], seeds: int, at: tuple[f
 
 @dataclass(frozen=True)
 class Truncater:
-    """Makes states of a tuned model.
+    """Makes points of a tuned model of whose change a part is kept.
 
     Attributes:
-        base: What it was tuned from, in memory.
-        changes: Of its matrices.
+        base: What the model was tuned from, in memory.
+        changes: The changes of its matrices.
     """
 
     base: torch.nn.Module
     changes: Sequence[MatrixChange]
 
-    def whole(self) -> State:
+    def whole(self) -> Point:
         """Return the base itself, vectors included."""
-        return State("base", (Interpolate(other=self.base, at=1),))
+        return Point("base", (Interpolate(other=self.base, at=1),), labels={"rule": "base"})
 
-    def point(self, sketch: Sketch, at: float) -> Point:
-        """Return a point of a curve."""
-        step, found, drop = self._made(sketch.labels["rule"], at, sketch.labels["seed"])
-        labels = {**sketch.labels, "fraction": at, **asdict(found), "drop": drop}
-        return Point(at, _state(step, found), labels)
-
-    def _made(self, rule: TruncationRule, at: float, seed: int) -> tuple[Edit, Kept, float | None]:
-        """Return the step, what it keeps, and DARE's probability.
+    def point(self, curve: SearchCurve, at: float) -> Point:
+        """Return the model at a fraction, as a rule makes it.
 
         Controls keep as many directions, as much energy or as many bytes as ``drop`` does at this fraction; of single
-        rules the one state is at 1.
+        rules the one model is at 1.
         """
+        rule, seed = curve.labels["rule"], curve.labels["seed"]
+        if rule.startswith("dare") and 0 < at < 1:
+            like = kept_by(Truncate(base=self.base, drop=at), self.changes)
+            share = like.energy if rule == "dare-energy" else share_for_bytes(like.bytes, self.changes)
+            # DARE scales what it keeps by 1 / (1 - drop), so that something must be kept.
+            drop = min(1 - share, 1 - 1e-9)
+            step, found = self._dare(drop, seed), kept_by_chance(share, self.changes)
+        else:
+            step, drop = self._truncation(rule, at, seed), None
+            found = kept_by(step, self.changes)
+        labels = {**curve.labels, "fraction": at, **asdict(found), "drop": drop}
+        if found.energy == 1 and isinstance(step, Truncate) and step.drop == 0:
+            return Point(UNCHANGED.key, (), at, labels=labels)
+        # Named by its settings: where two curves ask for the same edit, one evaluation serves both.
+        told = {name: getattr(step, name) for name in step.model_fields_set if name not in ("base", "models")}
+        return Point((step.name, str(sorted(told.items()))), (step,), at, labels=labels)
+
+    def _truncation(self, rule: TruncationRule, at: float, seed: int) -> Truncate:
+        """Return the truncation of a rule at a fraction; at 0 and 1 all rules with a number are one."""
         if rule in SINGLE and at == 1:
-            return self._truncation(Truncate(base=self.base, rule=rule))  # pyright: ignore[reportArgumentType]
+            return Truncate(base=self.base, rule=rule)  # pyright: ignore[reportArgumentType]
         plain = Truncate(base=self.base, drop=at)
-        if at in (0, 1) or rule in ("drop", "random"):
-            chance: dict[str, Any] = {"side": "random", "seed": seed} if rule == "random" and 0 < at < 1 else {}
-            return self._truncation(plain.model_copy(update=chance))
+        if at in (0, 1) or rule == "drop":
+            return plain
+        if rule == "random":
+            return Truncate(base=self.base, drop=at, side="random", seed=seed)
         if rule == "tail":
-            return self._truncation(Truncate(base=self.base, band=(at, 1.0)))
+            return Truncate(base=self.base, band=(at, 1.0))
         if rule == "energy":
-            return self._truncation(Truncate(base=self.base, energy=1 - at))
-        like = kept_by(plain, self.changes)
-        if rule == "random-energy":
-            share = min(1.0, max(like.energy, 1e-12))
-            return self._truncation(Truncate(base=self.base, energy=share, side="random", seed=seed))
-        share = like.energy if rule == "dare-energy" else share_for_bytes(like.bytes, self.changes)
-        return self._dare(share, seed)
+            return Truncate(base=self.base, energy=1 - at)
+        share = min(1.0, max(kept_by(plain, self.changes).energy, 1e-12))  # an edit cannot be asked for no energy
+        return Truncate(base=self.base, energy=share, side="random", seed=seed)
 
-    def _truncation(self, step: Truncate) -> tuple[Edit, Kept, None]:
-        return step, kept_by(step, self.changes), None
-
-    def _dare(self, share: float, seed: int) -> tuple[Edit, Kept, float]:
-        """Keep entries of D by chance, enlarged by 1 / share; all matrices, no vectors, as a truncation does."""
-        drop = min(1 - share, 1 - 1e-9)
-        step = Merge(
+    def _dare(self, drop: float, seed: int) -> Edit:
+        """Return the edit that keeps entries of D by chance; of all matrices, no vectors, as a truncation does."""
+        return Merge(
             models={"base": self.base},
             base=self.base,
             method="dare",
@@ -234,136 +237,50 @@ class Truncater:
             seed=seed,
             select=ALL_MATRICES,
         )
-        return step, kept_by_chance(share, self.changes), drop
-
-
-def _state(step: Edit, found: Kept) -> State:
-    """Name a state by its settings; all and nothing are the same whatever the rule."""
-    if found.energy == 1 and isinstance(step, Truncate) and step.drop == 0:
-        return TUNED
-    told = {name: getattr(step, name) for name in step.model_fields_set if name not in ("base", "models")}
-    return State((step.name, str(sorted(told.items()))), (step,))
-
-
-def search_truncate(
-    base: Model,
-    tuned: Model,
-    *,
-    rules: str | Sequence[str] | None = None,
-    eval: str | Sequence[str] = "math",
-    output: str | Path | None = None,
-    fractions: str | Sequence[float] = "0:1:0.125",
-    seeds: int = 3,
-    tolerance: float | None = None,
-    choose_by: Which = "best",
-    write: str | Path | None = None,
-    dry_run: bool = False,
-    budget: str | int | None = None,
-    data: str | Path | None = None,
-    limit: int | None = None,
-    shots: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    tokenizer: Any = None,
-    architecture: str | Path | None = None,
-    force: bool = False,
-    progress: Progress | None = None,
-) -> Run | Estimate:
-    """Drop singular directions of the change by several rules, and measure what that does to quality.
-
-    What is chosen is chosen on the selection split; the held-out split reports.
-
-    Args:
-        base: What the model was tuned from.
-        tuned: The model that is searched.
-        rules: As a list or separated by commas; all by default. ``drop`` keeps the largest directions, ``energy`` the
-            fewest that hold a share, ``donoho-gavish`` and ``mp-edge`` what rises above noise. Controls, matched to
-            ``drop`` at each fraction: ``tail`` keeps as many of the smallest; ``random`` as many by chance, so as many
-            bytes; ``random-energy`` by chance until they hold as much energy; ``dare-energy`` and ``dare-bytes`` single
-            entries by chance, scaled up, that hold as much energy or take as many bytes.
-        eval: Tasks; the first decides.
-        output: Write a run folder here; a search that was killed continues when it is started again.
-        fractions: Of directions that are dropped, ``FROM:TO:STEP`` or a list.
-        seeds: How many of each control by chance.
-        tolerance: As of ``search_rewind``.
-        choose_by: ``best``, or ``without-loss``: the fewest bytes.
-        write: Write the chosen checkpoint here.
-        dry_run: Only say what it would cost; one evaluation of each split is timed.
-        budget: The most evaluations (``200``), or the most time that they may take (``30m``).
-        data: A folder with a folder of files for each domain.
-        limit: Items of each task at most, in each split.
-        shots: Solved examples before each question.
-        device: ``auto`` is CUDA where there is one.
-        dtype: As of ``diffract.evaluate``.
-        tokenizer: Where it is not beside the tuned model.
-        architecture: A JSON file that describes the model.
-        force: Replace an existing run folder, and the checkpoint.
-        progress: Called with evaluations done, all of them, and what is done now.
-
-    Returns:
-        The tables of the run; of a dry run the estimate.
-
-    Raises:
-        DiffractError: The input is wrong; the message says what, where, and what to do.
-    """
-    wanted, at = parse_rules(rules), parse_fractions(fractions)
-    how = How(eval, data, limit, shots, device, dtype, tokenizer, architecture)
-    asked = Asked(seeds, tolerance, choose_by, budget, output, write, dry_run, force, progress)
-    return run_search(base, tuned, how, asked, lambda stage, start: TruncateSearch(stage, start, wanted, at, seeds))
 
 
 @dataclass
-class TruncateSearch:
+class TruncateSearch(QualitySearch):
     """A search over what is kept of a change.
 
     Attributes:
         stage: The live model.
-        base: What it was tuned from, in memory.
         rules: Which say what is kept.
         at: Fractions that are dropped.
-        seeds: How many of each control by chance.
     """
 
     stage: Stage
-    base: torch.nn.Module
     rules: tuple[TruncationRule, ...]
     at: tuple[float, ...]
-    seeds: int
 
     def __post_init__(self) -> None:
-        bench = self.stage.live.bench
-        self.truncater = Truncater(self.base, matrix_changes_of(bench, bench.other(self.base)))
-        self.kind: str = "search truncate"
-        self.sketches: list[Sketch] = truncation_sketches(self.rules, self.seeds, self.at)
+        stage, bench = self.stage, self.stage.live.bench
+        base = stage.in_memory(stage.asked.models["base"])
+        self.kind = "search truncate"
+        self.models = {"base": base, "tuned": stage.subject.model}
+        self.truncater = Truncater(base, matrix_changes_of(bench, bench.other(base)))
+        self.curves = truncation_curves(self.rules, stage.asked.seeds, self.at)
+        # All of the change dropped is the end of every curve but those of rules that make one model.
+        ends = [*truncation_curves(["drop"], 1, (0.0, 1.0)), *(c for c in self.curves if c.labels["rule"] in SINGLE)]
+        self.ends = [*(self.truncater.point(curve, 1.0) for curve in ends), self.truncater.whole()]
 
-    @property
-    def effects(self) -> int:
-        """How many single units it measures."""
-        return 0
-
-    @property
-    def ends(self) -> list[State]:
-        """All of the change dropped, rules that make one state, and the base."""
-        single = [s for s in self.sketches if s.labels["rule"] in SINGLE]
-        dropped = Sketch({"rule": "drop", "seed": 0}, (0.0, 1.0))
-        return [*(self.truncater.point(s, 1.0).state for s in [dropped, *single]), self.truncater.whole()]
-
-    def settings(self) -> dict[str, Any]:
-        """Return its settings as a manifest keeps them."""
+    def told(self) -> dict[str, Any]:
+        """Return the settings that this kind alone has, as a manifest keeps them."""
         return {"rules": list(self.rules), "fractions": list(self.at)}
 
     def far(self, row: Mapping[str, Any]) -> float:
-        """Say how far a chosen point goes: how few bytes it takes."""
+        """Return how far a chosen point goes: how few bytes it takes."""
         return -row["bytes"]
 
-    def run(self, scorer: Scorer, plan: Plan, tolerance: float | None) -> Found:
-        """Measure curves, and choose."""
-        curves = build(self.sketches, plan, self.truncater.point)
-        points, chosen = measure(scorer, self.sketches, curves, plan, tolerance)
-        base = [{"rule": "base", **row} for split in SPLITS for row in scorer.rows(split, self.truncater.whole())]
-        frames = {
-            "points": frame(points + base, ON_TRUNCATION | QUALITY),
+    def point(self, curve: SearchCurve, at: float) -> Point:
+        """Return the model at a fraction, as the curve's rule makes it."""
+        return self.truncater.point(curve, at)
+
+    def tables(self, scorer: Scorer, curves: Sequence[SearchCurve], chosen: Rows) -> dict[str, pl.DataFrame]:
+        """Return points of curves and of the base, what was chosen, and items."""
+        points = [point for curve in curves for point in curve.points]
+        return {
+            "points": frame(scorer.labelled([*points, self.truncater.whole()]), ON_TRUNCATION | QUALITY),
             "choice": frame(chosen, TRUNCATION_CHOICE),
             "items": scorer.items().select(*ITEMS),
         }
-        return Found(frames, chosen)
