@@ -52,23 +52,25 @@ def scan(
     """Compute spectra and metrics of every matrix and attention head of a checkpoint.
 
     Args:
-        ref: A file, a folder, ``org/name@revision``, a mapping of arrays, an ``nn.Module``, or an open checkpoint.
-            Text may begin with ``name=``, which then names the model in the tables.
-        metrics: Names of metrics or groups of the catalog (as a list, or separated by commas), or metrics of one's own.
-            By default norms, ranks, shape, change and agreement; ``"all"`` is everything but p-values. Only what
-            these need is computed.
+        ref: A file, a folder, or ``org/name@revision`` on the hub; ``name=MODEL`` names it in the tables. In Python
+            also a mapping of arrays, an ``nn.Module``, or an open checkpoint.
+        metrics: Names of metrics or of groups of them, separated by commas. By default norms, ranks, shape, change and
+            agreement; ``all`` is everything but p-values. Only what they need is computed. In Python also a list, or
+            metrics of one's own.
         select: Which matrices, such as ``"layers 0-7, attn.q, attn.o"``; all by default.
         heads: Cut attention projections into heads.
         circuits: Analyse the circuits W_q^T W_k and W_o W_v of each head too, as rows ``qk`` and ``ov``.
-        vectors: Keep singular vectors too.
-        architecture: A JSON file that describes the model; by default its config.json's ``model_type`` decides.
+        vectors: Keep singular vectors too, as float32 safetensors in the run folder. In Python also in memory, without
+            one.
+        architecture: A JSON file that describes the model (docs/architectures.md); by default its config.json's
+            ``model_type`` decides.
         adapter_base: The base of an adapter, where its config does not name one that can be opened.
-        download: Fetch a hub reference whole instead of reading byte ranges.
+        download: Fetch models of the hub whole instead of reading byte ranges.
         method: ``auto``, or ``exact`` for LAPACK throughout.
         device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
-        engine: ``local``.
-        cache: Use results that are known from earlier, and keep new ones.
-        output: Write a run folder here; vectors then go straight to disk.
+        engine: What runs the work; ``local`` is the only engine so far.
+        cache: Use results that are known from earlier, and keep new ones; ``DIFFRACT_CACHE_DIR`` says where.
+        output: Write a run folder here, with report.html.
         force: Replace an existing run folder.
         progress: Called with work done, all work, and what was just finished.
 
@@ -127,24 +129,27 @@ def compare(
     Tensors are paired by exact name and shape.
 
     Args:
-        base: What the others descend from: a file, a folder, ``org/name@revision``, a mapping of arrays, an
-            ``nn.Module``, or an open checkpoint. Text may begin with ``name=``.
-        tuned: One or more, given like the base; ``"math=PATH"`` names one in the tables.
-        metrics: Names of metrics or groups of the catalog (as a list, or separated by commas), or metrics of one's own,
-            of pairs too. By default norms, ranks, shape, change and agreement; ``"all"`` is everything but p-values.
+        base: What the others descend from: a file, a folder, or ``org/name@revision`` on the hub; ``name=MODEL`` names
+            it in the tables. In Python also a mapping of arrays, an ``nn.Module``, or an open checkpoint.
+        tuned: One or more, given like the base; ``math=MODEL`` names one in the tables.
+        metrics: Names of metrics or of groups of them, separated by commas. By default norms, ranks, shape, change and
+            agreement; ``all`` is everything but p-values. Only what they need is computed. In Python also a list, or
+            metrics of one's own, of pairs too.
         select: Which matrices, such as ``"layers 0-7, attn.q, attn.o"``; all by default.
         heads: Cut attention projections into heads.
         circuits: Analyse the qk and ov circuits of each head too, of every model by itself.
-        vectors: Keep singular vectors too.
-        architecture: A JSON file that describes the model; by default its config.json's ``model_type`` decides.
-        adapter_base: The base of adapters among them, where their config does not name one that can be opened.
+        vectors: Keep singular vectors too, as float32 safetensors in the run folder. In Python also in memory, without
+            one.
+        architecture: A JSON file that describes the model (docs/architectures.md); by default its config.json's
+            ``model_type`` decides.
+        adapter_base: The base of adapters among the models, where their config does not name one that can be opened.
         allow_unmatched: Go on when more than embeddings have no partner.
-        download: Fetch hub references whole instead of reading byte ranges.
+        download: Fetch models of the hub whole instead of reading byte ranges.
         method: ``auto``, or ``exact`` for LAPACK throughout.
         device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
-        engine: ``local``.
-        cache: Use results that are known from earlier, and keep new ones.
-        output: Write a run folder here; vectors then go straight to disk.
+        engine: What runs the work; ``local`` is the only engine so far.
+        cache: Use results that are known from earlier, and keep new ones; ``DIFFRACT_CACHE_DIR`` says where.
+        output: Write a run folder here, with report.html.
         force: Replace an existing run folder.
         progress: Called with work done, all work, and what was just finished.
 
@@ -198,25 +203,27 @@ def trajectory(
     """Follow a training run: scan every checkpoint, and compare each with the one before. Two are open at a time.
 
     Args:
-        refs: The checkpoints in any order, or one folder of checkpoint folders or files. ``"step500=PATH"`` gives one a
+        refs: The checkpoints in any order, or one folder of checkpoint folders or files. ``step500=MODEL`` gives one a
             name, and a step that its own name does not tell.
         by: What orders them: ``step`` (by stage and step, read from revisions, names and ``trainer_state.json``),
             ``tokens``, ``name``, ``given`` (as they are given), or a regular expression with a group ``step`` or
             ``tokens``, and ``stage`` where steps begin anew.
         against: What each is compared with: ``previous`` or ``first``.
-        metrics: Names of metrics or groups of the catalog (as a list, or separated by commas), or metrics of one's own,
-            of pairs too. By default norms, ranks, shape, change and agreement; ``"all"`` is everything but p-values.
+        metrics: Names of metrics or of groups of them, separated by commas. By default norms, ranks, shape, change and
+            agreement; ``all`` is everything but p-values. Only what they need is computed. In Python also a list, or
+            metrics of one's own, of pairs too.
         select: Which matrices, such as ``"layers 0-7, attn.q, attn.o"``; all by default.
         heads: Cut attention projections into heads.
-        architecture: A JSON file that describes the model; by default its config.json's ``model_type`` decides.
-        adapter_base: The base of adapters among them, where their config does not name one that can be opened.
+        architecture: A JSON file that describes the model (docs/architectures.md); by default its config.json's
+            ``model_type`` decides.
+        adapter_base: The base of adapters among the models, where their config does not name one that can be opened.
         allow_unmatched: Go on when more than embeddings have no partner.
-        download: Fetch hub references whole instead of reading byte ranges.
+        download: Fetch models of the hub whole instead of reading byte ranges.
         method: ``auto``, or ``exact`` for LAPACK throughout.
         device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
-        engine: ``local``.
-        cache: Use results that are known from earlier, and keep new ones.
-        output: Write a run folder here.
+        engine: What runs the work; ``local`` is the only engine so far.
+        cache: Use results that are known from earlier, and keep new ones; ``DIFFRACT_CACHE_DIR`` says where.
+        output: Write a run folder here, with report.html.
         force: Replace an existing run folder.
         progress: Called with work done, all work, and what was just finished.
 
@@ -271,21 +278,22 @@ def heads(
 ) -> Run:
     """Find out which attention heads change, in one domain or in all.
 
-    One pass over the attention tensors; entries only, no spectra. A head's change D is that of its slices together;
-    several query heads that share a key-value head each count its slices.
+    This is one pass over the entries of the attention tensors, without spectra. A head's change is that of its slices
+    together; several query heads that share a key-value head each count its slices.
 
     Args:
-        base: What the others descend from: a file, a folder, ``org/name@revision``, a mapping of arrays, an
-            ``nn.Module``, or an open checkpoint. Text may begin with ``name=``.
-        tuned: One or more, one for each domain; ``"math=PATH"`` names one. Numbers between domains need two.
-        projections: Which slices of a head count, of q, k, v and o.
-        architecture: A JSON file that describes the model; by default its config.json's ``model_type`` decides.
-        adapter_base: The base of adapters among them, where their config does not name one that can be opened.
+        base: What the others descend from: a file, a folder, or ``org/name@revision`` on the hub; ``name=MODEL`` names
+            it in the tables. In Python also a mapping of arrays, an ``nn.Module``, or an open checkpoint.
+        tuned: One or more, one for each domain; ``math=MODEL`` names one. Numbers between domains need two.
+        projections: Which slices of a head count: some of q, k, v and o, separated by commas. In Python a list.
+        architecture: A JSON file that describes the model (docs/architectures.md); by default its config.json's
+            ``model_type`` decides.
+        adapter_base: The base of adapters among the models, where their config does not name one that can be opened.
         allow_unmatched: Go on when attention tensors have no partner; their heads get a status and no numbers.
-        download: Fetch hub references whole instead of reading byte ranges.
+        download: Fetch models of the hub whole instead of reading byte ranges.
         device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
-        engine: ``local``.
-        cache: Use results that are known from earlier, and keep new ones.
+        engine: What runs the work; ``local`` is the only engine so far.
+        cache: Use results that are known from earlier, and keep new ones; ``DIFFRACT_CACHE_DIR`` says where.
         output: Write a run folder here.
         force: Replace an existing run folder.
         progress: Called with work done, all work, and what was just finished.
@@ -337,17 +345,19 @@ def evaluate(
     """Evaluate a model: scores of every item, and the quality in each task with its interval.
 
     Args:
-        ref: A folder with a model of transformers, ``org/name@revision`` on the hub, an adapter, or a loaded model.
-        tasks: Names of tasks, as a list or separated by commas; see ``diffract.evaluate.load_tasks``.
-        split: ``held-out`` to report, ``selection`` to choose by.
+        ref: A folder with a model of transformers, an adapter folder, or ``org/name@revision`` on the hub. In Python
+            also a loaded model.
+        tasks: Names of tasks, separated by commas, such as ``math,gsm:1-2,wiki=FILE,lm:NAME`` (docs/evaluate.md). In
+            Python also a list, see ``diffract.evaluate.load_tasks``.
+        split: ``held-out`` to report, ``selection`` to choose by, or ``train``.
         data: A folder with a folder of files for each domain.
         limit: Items of each task at most.
         shots: Solved examples before each question.
         device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
-        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``, see ``diffract.evaluate.load_subject``.
-        tokenizer: A reference, or a loaded tokenizer, where none is beside the model.
+        dtype: ``auto`` (as stored, but ``float32`` on a CPU), ``float32``, ``bfloat16`` or ``float16``.
+        tokenizer: Where the tokenizer is, if it is not beside the model. In Python also a loaded one.
         batch_tokens: Tokens that are computed at once, padding included.
-        cache: Use scores that are known from earlier, and keep new ones.
+        cache: Use scores that are known from earlier, and keep new ones; ``DIFFRACT_CACHE_DIR`` says where.
         output: Write a run folder here.
         force: Replace an existing run folder.
         progress: Called with items done, all items, and the task.
@@ -485,15 +495,17 @@ def inspect(
     adapter_base: Reference | None = None,
     download: bool = False,
 ) -> Inspection:
-    """Look at a checkpoint without reading its weights.
+    """Say what is in a checkpoint, how it is sliced, and what a scan costs, from its headers alone.
 
     Args:
-        ref: A file, a folder, ``org/name@revision``, a mapping of arrays, an ``nn.Module``, or an open checkpoint.
+        ref: A file, a folder, or ``org/name@revision`` on the hub. In Python also a mapping of arrays, an
+            ``nn.Module``, or an open checkpoint.
         select: Which matrices, such as ``"layers 0-7, attn.q, attn.o"``; all by default.
         heads: Cut attention projections into heads.
-        architecture: A JSON file that describes the model; by default its config.json's ``model_type`` decides.
+        architecture: A JSON file that describes the model (docs/architectures.md); by default its config.json's
+            ``model_type`` decides.
         adapter_base: The base of an adapter, where its config does not name one that can be opened.
-        download: Fetch a hub reference whole instead of reading byte ranges.
+        download: Fetch models of the hub whole instead of reading byte ranges.
 
     Raises:
         DiffractError: The checkpoint cannot be opened or contradicts its configuration.

@@ -133,7 +133,7 @@ def test_errors_are_messages() -> None:
 
 def test_looking_at_a_search_needs_no_torch() -> None:
     code = (
-        "import sys, diffract.search, diffract.search.plan, diffract.search.tables, diffract.cli.search; "
+        "import sys, diffract.search, diffract.search.plan, diffract.cli.main; "
         "print({'torch', 'transformers', 'plotly'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from diffract.errors import DiffractError, printable
-from diffract.settings import Progress, size_text
+
+if TYPE_CHECKING:
+    from diffract.settings import Progress
 
 QUIET_SECONDS = 2.0
 """Nothing is said of what takes less."""
@@ -55,19 +57,49 @@ def progress(label: str, *, quiet: bool, unit: str = "") -> Iterator[Progress | 
     Args:
         label: What to call the work.
         quiet: Show nothing.
-        unit: What is counted, in the plural; by default it is not said.
+        unit: What is counted, in the plural; by default bytes or operations are counted, and their name is not said.
     """
     if quiet:
         yield None
     elif sys.stderr.isatty():
-        with _bar(label, unit) as update:
+        with _bar(label, Pace(unit)) as update:
             yield update
     else:
-        yield _lines(label, unit)
+        yield _lines(label, Pace(unit))
+
+
+class Pace:
+    """How fast work goes on.
+
+    Attributes:
+        unit: What is counted.
+        begun: When the work began.
+        done: How much of it was done when it was last told.
+    """
+
+    def __init__(self, unit: str) -> None:
+        self.unit, self.begun, self.done = unit, time.monotonic(), 0.0
+
+    def seconds(self, done: float, now: float) -> float:
+        """Return how long the work has taken."""
+        # One command may do several works, such as a row of checkpoints: each is timed from its own beginning, or the
+        # time left would be guessed from the rate of the one before.
+        if done < self.done:
+            self.begun = now
+        self.done = done
+        return now - self.begun
+
+    def rate(self, seconds: float) -> str:
+        """Return how much is done in a second."""
+        from diffract.settings import size_text
+
+        if seconds <= 0:
+            return ""
+        return f"{self.done / seconds:.2g} {self.unit}/s" if self.unit else size_text(self.done / seconds, "/s")
 
 
 @contextmanager
-def _bar(label: str, unit: str) -> Iterator[Progress]:
+def _bar(label: str, pace: Pace) -> Iterator[Progress]:
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -80,57 +112,53 @@ def _bar(label: str, unit: str) -> Iterator[Progress]:
         TimeRemainingColumn(),
         TextColumn("[dim]{task.fields[what]}"),
     )
-    begun = time.monotonic()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task(label, total=None, rate="", what="", visible=False)
 
         def update(done: float, total: float, what: str) -> None:
-            seconds = time.monotonic() - begun
-            name = escape(printable(what, 40))
-            bars.update(
-                task,
-                completed=done,
-                total=total,
-                rate=_rate(done, seconds, unit),
-                what=name,
-                visible=seconds > QUIET_SECONDS,
-            )
+            seconds = pace.seconds(done, time.monotonic())
+            fields = {"rate": pace.rate(seconds), "what": escape(printable(what, 40))}
+            bars.update(task, completed=done, total=total, visible=seconds > QUIET_SECONDS, **fields)
 
         yield update
 
 
-def _lines(label: str, unit: str) -> Progress:
-    begun = last = time.monotonic()
+def _lines(label: str, pace: Pace) -> Callable[[float, float, str], None]:
+    begun = last = pace.begun
 
     def update(done: float, total: float, what: str) -> None:
         nonlocal last
         now = time.monotonic()
+        seconds = pace.seconds(done, now)
         if now - last < (QUIET_SECONDS if last == begun else LINE_SECONDS):
             return
         last = now
-        left = (now - begun) * (total - done) / done if done else 0.0
-        rate = _rate(done, now - begun, unit)
-        typer.echo(f"{label}: {done / total:.0%}, {rate}, {left:.0f} s left ({printable(what, 80)})", err=True)
+        left = seconds * (total - done) / done if done else 0.0
+        typer.echo(
+            f"{label}: {done / total:.0%}, {pace.rate(seconds)}, {left:.0f} s left ({printable(what, 80)})", err=True
+        )
 
     return update
 
 
-def _rate(done: float, seconds: float, unit: str) -> str:
-    if seconds <= 0:
-        return ""
-    return f"{done / seconds:.2g} {unit}/s" if unit else size_text(done / seconds, "/s")
-
-
-def say(text: str, *, quiet: bool = False) -> None:
+def say(text: str) -> None:
     """Print a line of results."""
-    if not quiet:
-        typer.echo(text)
+    typer.echo(text)
 
 
-def say_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", quiet: bool = False) -> None:
+def note(text: str) -> None:
+    """Print a line that is no result to standard error: what is being done, or what is wrong."""
+    typer.echo(text, err=True)
+
+
+def warn(texts: Sequence[str]) -> None:
+    """Print warnings."""
+    for text in texts:
+        note(f"warning: {printable(text, 500)}")
+
+
+def say_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "") -> None:
     """Print a table; the first column is text, the others are numbers."""
-    if quiet:
-        return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -150,12 +178,11 @@ def say_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, default=str, allow_nan=False))
 
 
-def warn(texts: list[str], *, quiet: bool) -> None:
-    """Print warnings."""
-    for text in [] if quiet else texts:
-        typer.echo(f"warning: {printable(text, 500)}", err=True)
-
-
 def number(value: float | None, digits: int = 3) -> str:
-    """A number for people."""
+    """Return a number for people."""
     return "-" if value is None else f"{value:.{digits}g}"
+
+
+def percent(share: float | None) -> str:
+    """Return a share for people, as whole percent."""
+    return "-" if share is None else f"{share:.0%}"

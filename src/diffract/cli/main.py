@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from diffract._version import __version__
-from diffract.cli import analyse, draw, edits, evaluate, heads, look, search, series, show, study, train
+from diffract.cli.commands import COMMANDS, GROUPS, all_commands
+from diffract.cli.generate import Command, function_of, parameters
 
 HELP = """See what a training stage did to a language model's weights.
 
@@ -17,17 +20,56 @@ A MODEL is a safetensors, .bin, .pt or .npz file, a folder of them, a PEFT LoRA 
 EPILOG = """Exit codes: 0 done; 1 the input is wrong, the message says what to do; 2 wrong usage;
 3 an error in diffract; 130 interrupted (run the same command again: it continues)."""
 
-app = typer.Typer(help=HELP, epilog=EPILOG, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-NEED_ARGUMENTS = (analyse.scan, analyse.compare, series.trajectory, heads.heads, look.inspect, show.report, draw.plot)
-for command in (*NEED_ARGUMENTS, look.metrics, show.demo):
-    app.command(no_args_is_help=command in NEED_ARGUMENTS, rich_help_panel="See")(command)
-for command in (*edits.COMMANDS, edits.apply, edits.verify):
-    app.command(no_args_is_help=True, rich_help_panel="Act")(command)
-app.command("eval", no_args_is_help=True, rich_help_panel="Know")(evaluate.evaluate)
-app.add_typer(search.app, name="search", rich_help_panel="Know")
-app.command(no_args_is_help=True, rich_help_panel="Know")(search.connect)
-app.command(no_args_is_help=True, rich_help_panel="Know")(train.train)
-app.add_typer(study.app, name="study", rich_help_panel="Know")
+PLAIN = {"add_completion": False, "pretty_exceptions_enable": False}
+
+
+def _add(app: typer.Typer, command: Command, panel: str | None = None) -> None:
+    """Add a command to an application; without a word it shows its help, if it needs any argument."""
+    needs = any(parameter.argument for parameter in parameters(command))
+    name = command.name.rpartition(" ")[2]
+    app.command(name, no_args_is_help=needs, rich_help_panel=panel)(function_of(command))
+
+
+class LazyCommands(Mapping[str, Any]):
+    """Commands by name, each made when it is asked for.
+
+    Making them all costs more than all else that ``diffract scan`` does before it imports torch, and settings of edits
+    import pydantic, which no other help page needs.
+    """
+
+    def __getitem__(self, name: str) -> Any:
+        if name in GROUPS:
+            app = typer.Typer(name=name, help=GROUPS[name], no_args_is_help=True, **PLAIN)
+            members = [command for command in COMMANDS if command.name.startswith(f"{name} ")]
+            for command in members:
+                _add(app, command)
+            group = typer.main.get_group(app)
+            group.rich_help_panel = members[0].panel
+            return group
+        # Names of edits come last, for they cost an import.
+        found = next((c for commands in (COMMANDS, all_commands()) for c in commands if c.name == name), None)
+        if found is None:
+            raise KeyError(name)
+        app = typer.Typer(**PLAIN)
+        _add(app, found, found.panel)
+        return typer.main.get_command(app)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from dict.fromkeys(command.name.partition(" ")[0] for command in all_commands())
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class Diffract(TyperGroup):
+    """The group of all commands."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = LazyCommands()  # pyright: ignore[reportAttributeAccessIssue] (nothing is ever added to it)
+
+
+app = typer.Typer(cls=Diffract, help=HELP, epilog=EPILOG, no_args_is_help=True, **PLAIN)
 
 
 def _version(wanted: bool) -> None:

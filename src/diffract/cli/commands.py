@@ -1,0 +1,368 @@
+"""The commands, a row each; and what a command does where that is more than one call of a function."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffract.cli import text
+from diffract.cli.generate import Command
+from diffract.errors import CheckpointError, RecipeError, printable
+
+if TYPE_CHECKING:
+    from diffract.checkpoints import Reference
+    from diffract.settings import Progress
+
+DOMAINS = ("natural", "math", "code", "instructions")
+"""Continuations of the base in the sample family."""
+
+SIZES = ("width", "height", "scale")
+"""Options of a figure that concern its file and not what is drawn."""
+
+MOST_AT_ONCE = 1000
+"""Checkpoints that one command makes."""
+
+
+def demo(
+    output: str | Path = "demo-run",
+    *,
+    samples: str | Path = "samples/tiny-olmo2",
+    force: bool = True,
+    progress: Progress | None = None,
+) -> Any:
+    """Compare a small trained model with its four continuations by all metrics, with a report at the end.
+
+    Args:
+        output: Where the run goes.
+        samples: The sample family, which comes with the source repository.
+        force: Replace an existing run folder.
+        progress: Called with work done, all work, and what was just finished.
+    """
+    from diffract import api
+
+    family = Path(samples)
+    if not (family / "base").is_dir():
+        raise CheckpointError(
+            f"no sample family at {str(samples)!r}. Run this in a clone of the repository, or pass --samples."
+        )
+    tuned = [f"{domain}={family / domain}" for domain in DOMAINS]
+    return api.compare(f"base={family / 'base'}", *tuned, metrics="all", output=output, force=force, progress=progress)
+
+
+def report(run: str | Path, output: str | Path | None = None) -> Path:
+    """Redraw report.html from a saved run; needs no weights and no torch.
+
+    Args:
+        run: The folder of a run of scan, compare, trajectory or heads.
+        output: Where to write; RUN/report.html by default.
+    """
+    from diffract import report as page
+    from diffract.tables import load
+
+    return page.write(load(run), output or Path(run) / "report.html")
+
+
+def plot(kind: str, run: str | Path, output: str | Path, **options: Any) -> Path:
+    """Draw one figure of a run; needs no weights and no torch.
+
+    Args:
+        kind: What to draw; --list shows what there is.
+        run: The folder of a run.
+        output: The file, which ends in .html (self-contained), .png, .svg or .pdf.
+        options: What is drawn, and how large.
+    """
+    from diffract import plots
+
+    plots.check_ending(output)  # before the figure is computed
+    size = {name: options.pop(name) for name in SIZES}
+    return plots.save(plots.plot(kind, run, **options), output, **size)
+
+
+def metrics(*, facts: bool = False) -> dict[str, Any]:
+    """Show the catalog of metrics: name, meaning, unit, range, source.
+
+    Args:
+        facts: List what a metric of one's own can be made of.
+    """
+    from diffract.metrics import FACTS, GROUPS, installed_metrics
+
+    if facts:
+        return {"facts": [{"name": name, "needs": f.need, "summary": f.summary} for name, f in FACTS.items()]}
+    shown = ("needs", "summary", "unit", "range", "source")
+    rows = [
+        {"name": m.name, "group": group, "of": "pair" if m.pair else "matrix", **{n: getattr(m, n) for n in shown}}
+        for group, members in GROUPS.items()
+        for m in members
+    ]
+    return {"metrics": rows, "extensions": sorted(installed_metrics())}
+
+
+def evaluate(
+    ref: str,
+    *,
+    output: str | Path | None = None,
+    against: str | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> text.Evaluated:
+    """Say how good a model is at text, questions and choices, with intervals; and against another one.
+
+    Args:
+        ref: A folder with a model of transformers, an adapter folder, or org/name@revision on the hub.
+        output: Write a run folder here.
+        against: A model, or a run of eval, to compare with item by item.
+        progress: Called with items done, all items, and the task.
+        options: How both are evaluated.
+    """
+    from diffract import api
+    from diffract.evaluate import compare_scores
+    from diffract.run import load_run
+
+    found = api.evaluate(ref, output=output, progress=progress, **options)
+    if against is None:
+        return found, None, None
+    if (Path(against) / "items.parquet").is_file():
+        other = load_run(against)
+    else:
+        other = api.evaluate(against, progress=progress, **options)
+    return found, other, compare_scores(other.tables, found.tables)
+
+
+def train(
+    recipe: str, output: str | Path | None = None, *, dry_run: bool = False, progress: Progress | None = None
+) -> Any:
+    """Train a model, a new one or one that goes on, by a recipe.
+
+    Args:
+        recipe: A YAML file (docs/train.md).
+        output: The folder of the run; a run that was stopped goes on there.
+        dry_run: Say parameters, steps, tokens and epochs; train nothing.
+        progress: Called with tokens done, all tokens, and the loss.
+    """
+    from diffract import train as training
+
+    if output is None or dry_run:
+        return training.preview_training(recipe)
+    return training.train(recipe, output, progress=progress)
+
+
+def study(recipe: str, output: str | Path, *, dry_run: bool = False, data: str | Path | None = None, say: Any) -> Any:
+    """Run a study from its recipe, or go on with one that was stopped.
+
+    Args:
+        recipe: A YAML file (docs/studies.md), such as studies/tiny.yaml.
+        output: The folder of the study.
+        dry_run: Say what would be done, and do nothing.
+        data: The folder that names of files in the recipe are relative to.
+        say: Called with what is being done.
+    """
+    from diffract.studies import runner
+
+    if dry_run:
+        return runner.preview(recipe, output, data=data)
+    return runner.run_study(recipe, output, data=data, say=say)
+
+
+def apply(
+    recipe: Any,
+    output: str | Path | None = None,
+    *,
+    dry_run: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> list[Any]:
+    """Apply a recipe: any sequence of edits in one pass over the weights.
+
+    Args:
+        recipe: A YAML file (docs/recipes.md).
+        output: The folder to write.
+        dry_run: Say what would change, how many bytes, how long; write nothing.
+        force: Replace a folder that an edit has written.
+        progress: Called with bytes done, all bytes, and what was just finished.
+    """
+    from diffract import edits
+
+    if output is None or dry_run:
+        return [edits.preview(recipe)]
+    return [edits.apply(recipe, output, force=force, progress=progress)]
+
+
+def edit(
+    record: Any,
+    *,
+    output: Path | None = None,
+    output_dtype: str | None = None,
+    shard_size: str = "5GB",
+    architecture: str | Path | None = None,
+    adapter_base: Reference | None = None,
+    progress: Progress | None = None,
+    **given: Any,
+) -> list[Any]:
+    """Apply one edit, or a row of them for ``--at FROM:TO:STEP``.
+
+    Args:
+        record: The edit.
+        output: The folder to write.
+        output_dtype: Convert weights to float32, bfloat16 or float16; each tensor keeps its own dtype by default.
+        shard_size: Most bytes of tensors in a file.
+        architecture: A JSON file that describes the model (docs/architectures.md).
+        adapter_base: The base of a LoRA adapter, where its config does not name one that can be opened.
+        progress: Called with bytes done, all bytes, and what was just finished.
+        given: The edit's arguments and settings, and how ``apply`` is to be called.
+    """
+    how = {"progress": progress, **{name: given.pop(name) for name in ("dry_run", "force")}}
+    arguments = {argument.name: given.pop(argument.name) for argument in record.arguments}
+    # What is as it is by default is left out: a recipe, and the manifest with it, says what was asked.
+    asked = {n: v for n, v in given.items() if v not in (None, False, []) and v != str(record.model_fields[n].default)}
+    for name, value in asked.items():
+        if isinstance(value, list):
+            asked[name] = dict(_pair(entry, f"--{name}") for entry in value)
+    recipe = record.as_recipe(arguments, asked)
+    written = {"shard_size": shard_size, **({"dtype": output_dtype} if output_dtype else {})}
+    further = {"architecture": architecture, "adapter_base": adapter_base}
+    recipe |= {"output": written, **{name: str(value) for name, value in further.items() if value is not None}}
+    if ":" not in asked.get("at", ""):
+        return apply(recipe, output, **how)
+    found = []
+    for at in decimal_row(asked["at"]):
+        one = {**recipe, "steps": [{record.name: {**recipe["steps"][0][record.name], "at": at}}]}
+        found += apply(one, output and output / f"at-{at}", **how)
+    return found
+
+
+def _pair(entry: str, where: str) -> tuple[str, str]:
+    name, equals, value = entry.rpartition("=")
+    if not equals or not name:
+        raise RecipeError(f"{where}: expected NAME=VALUE, got {printable(entry)!r}.")
+    return name, value
+
+
+def decimal_row(entry: str) -> list[str]:
+    """Read FROM:TO:STEP, both ends included, as decimal numbers.
+
+    >>> decimal_row("0:1:0.25")
+    ['0.00', '0.25', '0.50', '0.75', '1.00']
+    """
+    from decimal import Decimal
+
+    try:
+        first, last, step = (Decimal(word) for word in entry.split(":"))
+        found = [str(first + i * step) for i in range(min(int((last - first) / step) + 1, MOST_AT_ONCE))]
+    except (ValueError, ArithmeticError):
+        found = []
+    if not found:
+        raise RecipeError(f"--at: expected a number or FROM:TO:STEP such as 0:1:0.1, got {printable(entry)!r}.")
+    return found
+
+
+HERE = "diffract.cli.commands"
+
+SEARCH = Command(
+    name="search",
+    panel="Know",
+    functions=(),
+    show=text.show_search,
+    summary=text.sum_up_search,
+    metavars={"order": "NAMES", "models": "NAME=MODEL..."},
+    helps={
+        "device": "auto (CUDA where there is one), cpu or cuda.",
+        "dtype": "auto (as stored, but float32 on a CPU), float32, bfloat16 or float16.",
+        "tokenizer": "Where the tokenizer is, if it is not beside the model.",
+    },
+    least={"limit": 1, "shots": 0},
+    label="search",
+    unit="evaluations",
+)
+"""What the searches have in common."""
+
+EDIT = Command(
+    name="edit",
+    panel="Act",
+    functions=(f"{HERE}:edit", f"{HERE}:apply"),
+    show=text.show_edits,
+    summary=text.sum_up_edits,
+    metavars={"output": "OUT"},
+    hidden=("record", "recipe"),
+    label="edit",
+)
+"""What the commands of all edits have in common."""
+
+COMMANDS = (
+    Command("scan", "See", ("diffract.api:scan",), text.show_analysis, text.sum_up_analysis),
+    Command("compare", "See", ("diffract.api:compare",), text.show_analysis, text.sum_up_analysis),
+    Command("trajectory", "See", ("diffract.api:trajectory",), text.show_trajectory, text.sum_up_analysis),
+    Command("heads", "See", ("diffract.api:heads",), text.show_heads, text.sum_up_heads),
+    Command("inspect", "See", ("diffract.api:inspect",), text.show_inspection, lambda found, given: found.as_dict()),
+    Command("report", "See", (f"{HERE}:report",), text.show_path("report"), metavars={"output": "FILE"}),
+    Command(
+        name="plot",
+        panel="See",
+        functions=(f"{HERE}:plot", "diffract.plots:plot", "diffract.plots:save"),
+        show=text.show_path("plot"),
+        metavars={"output": "FILE"},
+        helps={"list": "Show the kinds with their options, and exit."},
+        least={"width": 100, "height": 100, "scale": 0.1},
+        hidden=("made", "path"),
+        listing=text.list_plots,
+    ),
+    Command("metrics", "See", (f"{HERE}:metrics",), text.show_metrics, lambda found, given: found, hidden=("quiet",)),
+    Command("demo", "See", (f"{HERE}:demo",), text.show_analysis, text.sum_up_analysis, label="compare"),
+    replace(EDIT, name="apply", functions=(f"{HERE}:apply",), hidden=()),
+    Command(
+        name="verify",
+        panel="Act",
+        functions=("diffract.edits:verify",),
+        show=text.show_verdict,
+        summary=lambda found, given: vars(found),
+        metavars={"folder": "OUT"},
+        fails=text.tell_faults,
+    ),
+    Command(
+        name="eval",
+        panel="Know",
+        functions=(f"{HERE}:evaluate", "diffract.api:evaluate"),
+        show=text.show_evaluation,
+        summary=text.sum_up_evaluation,
+        metavars={"against": "OTHER"},
+        unit="items",
+    ),
+    replace(
+        SEARCH, name="connect", functions=("diffract.search:connect",), least={**SEARCH.least, "steps": 3, "grid": 1}
+    ),
+    Command(
+        name="train",
+        panel="Know",
+        functions=(f"{HERE}:train",),
+        show=text.show_training,
+        summary=text.sum_up_training,
+        metavars={"output": "OUT"},
+    ),
+    replace(SEARCH, name="search rewind", functions=("diffract.search:search_rewind",)),
+    replace(SEARCH, name="search truncate", functions=("diffract.search:search_truncate",)),
+    Command("study run", "Know", (f"{HERE}:study",), text.show_study, text.sum_up_study),
+)
+"""Every command but those of edits, in the order in which they are listed."""
+
+GROUPS: Mapping[str, str] = {
+    "search": "Search by measured quality: which heads, how many directions.",
+    "study": "Train a family of models and test every finding on it.",
+}
+"""Commands that hold others."""
+
+
+def edit_commands() -> Iterator[Command]:
+    """Yield a command for each edit: its arguments, options and texts are those of its record."""
+    from diffract.cli.edit_records import EDITS
+
+    for record in EDITS:
+        yield replace(EDIT, name=record.name, edit=record)
+
+
+def all_commands() -> Iterator[Command]:
+    """Yield every command, edits before the others that act."""
+    for command in COMMANDS:
+        if command.name == "apply":
+            yield from edit_commands()
+        yield command
