@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from diffract.cli.main import app
+from diffract.cli.main import app, listed
 
 PAGES = Path(__file__).with_name("help.txt")
 WIDTH, INDENT = 100, 30
@@ -31,11 +31,17 @@ def page(path: str, command: Any) -> str:
     blocks = [" ".join([path, *arguments]), (command.help or "").strip()]
     blocks += ["\n".join(entry(parameter) for parameter in command.params)]
     if hasattr(command, "commands"):
-        found = command.commands.items()
-        panels = {name: panel if isinstance(panel := c.rich_help_panel, str) else "" for name, c in found}
-        blocks.append("\n".join(f"  {name:<{INDENT - 2}}{panel}".rstrip() for name, panel in panels.items()))
+        blocks.append("\n".join(f"  {name:<{INDENT - 2}}{line(path, name)}".rstrip() for name in command.commands))
     blocks.append(command.epilog or "")
     return "\n\n".join(block for block in blocks if block)
+
+
+def line(path: str, name: str) -> str:
+    """What the list of all commands shows of one."""
+    if path != "diffract":
+        return ""
+    command = listed(name)
+    return f"{command.rich_help_panel}: {command.help}".replace("\n\n", "\n").partition("\n")[0]
 
 
 def entry(parameter: Any) -> str:
@@ -61,6 +67,13 @@ def pages() -> str:
 
 def test_every_page_is_as_it_was() -> None:
     assert pages() == PAGES.read_text(encoding="utf-8")
+
+
+def test_texts_are_not_read_as_markup() -> None:
+    for _, command in commands(typer.main.get_command(app)):
+        for text in (command.help or "", *(parameter.help or "" for parameter in command.params)):
+            assert "[" not in text
+            assert "``" not in text
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def test_truncate_and_connect_say_what_they_found(tmp_path: Path) -> None:
     assert "connected below 0.01" in done.stdout
     report = run.invoke(app, ["report", str(tmp_path / "connected")])
     assert report.exit_code == 1
-    assert "holds a run of `diffract connect`" in report.stderr
+    assert "a run of `diffract connect` has no report" in report.stderr
 
 
 def test_costs_are_said_beforehand(tmp_path: Path) -> None:

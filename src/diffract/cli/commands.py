@@ -21,8 +21,6 @@ DOMAINS = ("natural", "math", "code", "instructions")
 SIZES = ("width", "height", "scale")
 """Options of a figure that concern its file and not what is drawn."""
 
-MOST_AT_ONCE = 1000
-"""Checkpoints that one command makes."""
 
 
 def demo(
@@ -225,8 +223,14 @@ def edit(
     recipe |= {"output": written, **{name: str(value) for name, value in further.items() if value is not None}}
     if ":" not in asked.get("at", ""):
         return apply(recipe, output, **how)
+    from diffract.settings import decimal_row
+
+    try:
+        row = [str(at) for at in decimal_row(asked["at"])]
+    except ValueError as error:
+        raise RecipeError(f"--at: {error}.") from error
     found = []
-    for at in decimal_row(asked["at"]):
+    for at in row:
         one = {**recipe, "steps": [{record.name: {**recipe["steps"][0][record.name], "at": at}}]}
         found += apply(one, output and output / f"at-{at}", **how)
     return found
@@ -237,24 +241,6 @@ def _pair(entry: str, where: str) -> tuple[str, str]:
     if not equals or not name:
         raise RecipeError(f"{where}: expected NAME=VALUE, got {printable(entry)!r}.")
     return name, value
-
-
-def decimal_row(entry: str) -> list[str]:
-    """Read FROM:TO:STEP, both ends included, as decimal numbers.
-
-    >>> decimal_row("0:1:0.25")
-    ['0.00', '0.25', '0.50', '0.75', '1.00']
-    """
-    from decimal import Decimal
-
-    try:
-        first, last, step = (Decimal(word) for word in entry.split(":"))
-        found = [str(first + i * step) for i in range(min(int((last - first) / step) + 1, MOST_AT_ONCE))]
-    except (ValueError, ArithmeticError):
-        found = []
-    if not found:
-        raise RecipeError(f"--at: expected a number or FROM:TO:STEP such as 0:1:0.1, got {printable(entry)!r}.")
-    return found
 
 
 HERE = "diffract.cli.commands"
@@ -289,13 +275,15 @@ EDIT = Command(
 )
 """What the commands of all edits have in common."""
 
+ANALYSIS = Command("scan", "See", ("diffract.api:scan",), show=text.show_analysis, summary=text.sum_up_analysis)
+
 COMMANDS = (
-    Command("scan", "See", ("diffract.api:scan",), text.show_analysis, text.sum_up_analysis),
-    Command("compare", "See", ("diffract.api:compare",), text.show_analysis, text.sum_up_analysis),
-    Command("trajectory", "See", ("diffract.api:trajectory",), text.show_trajectory, text.sum_up_analysis),
-    Command("heads", "See", ("diffract.api:heads",), text.show_heads, text.sum_up_heads),
-    Command("inspect", "See", ("diffract.api:inspect",), text.show_inspection, lambda found, given: found.as_dict()),
-    Command("report", "See", (f"{HERE}:report",), text.show_path("report"), metavars={"output": "FILE"}),
+    ANALYSIS,
+    replace(ANALYSIS, name="compare", functions=("diffract.api:compare",)),
+    replace(ANALYSIS, name="trajectory", functions=("diffract.api:trajectory",), show=text.show_trajectory),
+    Command("heads", "See", ("diffract.api:heads",), show=text.show_heads, summary=text.sum_up_heads),
+    Command("inspect", "See", ("diffract.api:inspect",), show=text.show_inspection, summary=text.everything),
+    Command("report", "See", (f"{HERE}:report",), show=text.show_path("report"), metavars={"output": "FILE"}),
     Command(
         name="plot",
         panel="See",
@@ -307,15 +295,22 @@ COMMANDS = (
         hidden=("made", "path"),
         listing=text.list_plots,
     ),
-    Command("metrics", "See", (f"{HERE}:metrics",), text.show_metrics, lambda found, given: found, hidden=("quiet",)),
-    Command("demo", "See", (f"{HERE}:demo",), text.show_analysis, text.sum_up_analysis, label="compare"),
+    Command(
+        name="metrics",
+        panel="See",
+        functions=(f"{HERE}:metrics",),
+        show=text.show_metrics,
+        summary=text.everything,
+        hidden=("quiet",),
+    ),
+    replace(ANALYSIS, name="demo", functions=(f"{HERE}:demo",), label="compare"),
     replace(EDIT, name="apply", functions=(f"{HERE}:apply",), hidden=()),
     Command(
         name="verify",
         panel="Act",
         functions=("diffract.edits:verify",),
         show=text.show_verdict,
-        summary=lambda found, given: vars(found),
+        summary=text.everything,
         metavars={"folder": "OUT"},
         fails=text.tell_faults,
     ),
@@ -341,7 +336,7 @@ COMMANDS = (
     ),
     replace(SEARCH, name="search rewind", functions=("diffract.search:search_rewind",)),
     replace(SEARCH, name="search truncate", functions=("diffract.search:search_truncate",)),
-    Command("study run", "Know", (f"{HERE}:study",), text.show_study, text.sum_up_study),
+    Command("study run", "Know", (f"{HERE}:study",), show=text.show_study, summary=text.sum_up_study),
 )
 """Every command but those of edits, in the order in which they are listed."""
 
@@ -354,7 +349,7 @@ GROUPS: Mapping[str, str] = {
 
 def edit_commands() -> Iterator[Command]:
     """Yield a command for each edit: its arguments, options and texts are those of its record."""
-    from diffract.cli.edit_records import EDITS
+    from diffract.edits.recipe import EDITS
 
     for record in EDITS:
         yield replace(EDIT, name=record.name, edit=record)

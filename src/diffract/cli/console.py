@@ -117,7 +117,7 @@ def _bar(label: str, pace: Pace) -> Iterator[Progress]:
 
         def update(done: float, total: float, what: str) -> None:
             seconds = pace.seconds(done, time.monotonic())
-            fields = {"rate": pace.rate(seconds), "what": escape(printable(what, 40))}
+            fields: dict[str, Any] = {"rate": pace.rate(seconds), "what": escape(printable(what, 40))}
             bars.update(task, completed=done, total=total, visible=seconds > QUIET_SECONDS, **fields)
 
         yield update

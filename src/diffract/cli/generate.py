@@ -238,12 +238,14 @@ def read_docstring(doc: str) -> tuple[str, dict[str, str]]:
 def _plain(text: str) -> str:
     """Take the marks off code; text of several words keeps quotes, as a shell wants it."""
     words = " ".join(text.split()).partition(ONLY_PYTHON)[0].strip()
-    return re.sub(r"``(.*?)``", r"\1", re.sub(r'``"(\S*)"``', r"\1", re.sub(r'``"(.*?)"``', r"'\1'", words)))
+    return re.sub(r"``(.*?)``", r"\1", re.sub(r'``"(.*?)"``', r"'\1'", re.sub(r'``"(\S*?)"``', r"\1", words)))
 
 
 def edit_signature(edit: Any) -> Signature:
     """Return what the record of an edit asks for. Values are text, which the recipe's own validation reads."""
-    arguments = [Parameter(a.name, "text", REQUIRED, a.help, True, a.many, a.metavar) for a in edit.arguments]
+    arguments = [
+        Parameter(a.name, "text", help=a.help, argument=True, many=a.many, metavar=a.metavar) for a in edit.arguments
+    ]
     options = []
     for name, setting in edit.model_fields.items():
         if name in edit.not_options:
@@ -295,7 +297,7 @@ def function_of(command: Command) -> Callable[..., None]:
     places = [_typed(parameter, command) for parameter in taken]
     if command.listing is not None:
         places.append(_listing(command.listing, command.helps["list"]))
-    run.__signature__ = inspect.Signature(places)  # pyright: ignore[reportFunctionMemberAccess] (what Typer reads)
+    run.__signature__ = inspect.Signature(places)
     run.__annotations__ = {place.name: place.annotation for place in places}
     run.__doc__ = next(signatures(command)).text
     return run
@@ -303,7 +305,8 @@ def function_of(command: Command) -> Callable[..., None]:
 
 def _typed(parameter: Parameter, command: Command) -> inspect.Parameter:
     """Write a parameter as Typer reads it."""
-    name, default = parameter.name, parameter.default
+    name = parameter.name
+    default: Any = parameter.default
     kind, metavar = TYPES[parameter.kind]
     if parameter.argument:
         metavar = name.upper() + "..." * parameter.many
@@ -316,7 +319,7 @@ def _typed(parameter: Parameter, command: Command) -> inspect.Parameter:
         flags = [f"{flag}/--no-{flag[2:]}" if default is True else flag, *filter(None, [SHORT.get(name)])]
         shown = typer.Option(*flags, metavar=metavar or None, help=text, min=command.least.get(name))
     if parameter.kind == "names":
-        default = ",".join(default)
+        default = ",".join(parameter.default)
     if parameter.kind == "path" and isinstance(default, str):
         default = Path(default)
     annotation = Annotated[kind | None if default is None else kind, shown]

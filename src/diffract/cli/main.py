@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
@@ -10,7 +11,7 @@ from typer.core import TyperGroup
 
 from diffract._version import __version__
 from diffract.cli.commands import COMMANDS, GROUPS, all_commands
-from diffract.cli.generate import Command, function_of, parameters
+from diffract.cli.generate import Command, function_of, parameters, signatures
 
 HELP = """See what a training stage did to a language model's weights.
 
@@ -20,7 +21,7 @@ A MODEL is a safetensors, .bin, .pt or .npz file, a folder of them, a PEFT LoRA 
 EPILOG = """Exit codes: 0 done; 1 the input is wrong, the message says what to do; 2 wrong usage;
 3 an error in diffract; 130 interrupted (run the same command again: it continues)."""
 
-PLAIN = {"add_completion": False, "pretty_exceptions_enable": False}
+PLAIN: dict[str, Any] = {"add_completion": False, "pretty_exceptions_enable": False}
 
 
 def _add(app: typer.Typer, command: Command, panel: str | None = None) -> None:
@@ -30,29 +31,43 @@ def _add(app: typer.Typer, command: Command, panel: str | None = None) -> None:
     app.command(name, no_args_is_help=needs, rich_help_panel=panel)(function_of(command))
 
 
-class LazyCommands(Mapping[str, Any]):
-    """Commands by name, each made when it is asked for.
+def made(name: str) -> Any:
+    """Make the command, or the group of commands, of a name."""
+    app = typer.Typer(name=name, help=GROUPS.get(name), no_args_is_help=True, **PLAIN)
+    if name in GROUPS:
+        for command in COMMANDS:
+            if command.name.startswith(f"{name} "):
+                _add(app, command)
+        return typer.main.get_group(app)
+    # Records of edits are imported for the names of edits only.
+    found = next((c for commands in (COMMANDS, all_commands()) for c in commands if c.name == name), None)
+    if found is None:
+        raise KeyError(name)
+    _add(app, found, found.panel)
+    return typer.main.get_command(app)
 
-    Making them all costs more than all else that ``diffract scan`` does before it imports torch, and settings of edits
-    import pydantic, which no other help page needs.
+
+def listed(name: str) -> Any:
+    """Make what a list shows of a command or a group: its name, its first line and its panel."""
+    command = next(command for command in all_commands() if command.name.partition(" ")[0] == name)
+    app = typer.Typer(**PLAIN)
+    text = GROUPS.get(name) or next(signatures(command)).text
+    app.command(name, help=text, rich_help_panel=command.panel)(lambda: None)
+    return typer.main.get_command(app)
+
+
+@dataclass(frozen=True)
+class LazyCommands(Mapping[str, Any]):
+    """Commands by name, each made when it is asked for; a command would have to wait for all the others.
+
+    Attributes:
+        make: Makes one.
     """
 
+    make: Callable[[str], Any]
+
     def __getitem__(self, name: str) -> Any:
-        if name in GROUPS:
-            app = typer.Typer(name=name, help=GROUPS[name], no_args_is_help=True, **PLAIN)
-            members = [command for command in COMMANDS if command.name.startswith(f"{name} ")]
-            for command in members:
-                _add(app, command)
-            group = typer.main.get_group(app)
-            group.rich_help_panel = members[0].panel
-            return group
-        # Names of edits come last, for they cost an import.
-        found = next((c for commands in (COMMANDS, all_commands()) for c in commands if c.name == name), None)
-        if found is None:
-            raise KeyError(name)
-        app = typer.Typer(**PLAIN)
-        _add(app, found, found.panel)
-        return typer.main.get_command(app)
+        return self.make(name)
 
     def __iter__(self) -> Iterator[str]:
         yield from dict.fromkeys(command.name.partition(" ")[0] for command in all_commands())
@@ -66,7 +81,13 @@ class Diffract(TyperGroup):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.commands = LazyCommands()  # pyright: ignore[reportAttributeAccessIssue] (nothing is ever added to it)
+        self.commands = LazyCommands(made)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help page. Its list needs no options, and to make those of all commands takes longest."""
+        self.commands = LazyCommands(listed)
+        super().format_help(ctx, formatter)
+        self.commands = LazyCommands(made)
 
 
 app = typer.Typer(cls=Diffract, help=HELP, epilog=EPILOG, no_args_is_help=True, **PLAIN)

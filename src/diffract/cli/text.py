@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     import polars as pl
 
     from diffract.api import Inspection
-    from diffract.edits.dry_run import Preview as EditPreview
-    from diffract.edits.replay import Verdict
+    from diffract.checkpoints.provenance import Verdict
+    from diffract.edits import EditPreview
     from diffract.edits.to_files import Edited
     from diffract.run import Run
     from diffract.search import Estimate
     from diffract.studies import StudyRun
-    from diffract.studies.runner import Preview as StudyPreview
+    from diffract.studies.runner import StudyPreview
     from diffract.train import TrainPreview, TrainRun
 
 Given = Mapping[str, Any]
@@ -60,7 +60,12 @@ SEARCH_TABLES = {
 NAME_WIDTH = 26
 
 
-def kept(manifest: Mapping[str, Any], *further: str) -> dict[str, Any]:
+def everything(found: Any, given: Given) -> Any:
+    """Return all that was found."""
+    return found if isinstance(found, dict) else asdict(found)
+
+
+def kept(manifest: Mapping[str, Any], further: Sequence[str] = ()) -> dict[str, Any]:
     """Return what every summary takes from a manifest, and what else there is of it."""
     names = ("kind", "seconds", "settings", *further, "warnings")
     return {name: manifest[name] for name in names if name in manifest}
@@ -271,20 +276,19 @@ def show_path(what: str) -> Callable[[Path, Given], None]:
 
 def show_edits(found: Sequence[Edited | EditPreview], given: Given) -> None:
     """Print what each step did or would do, and what was written or would be."""
-    from diffract.edits.card import said
+    from diffract.edits.to_files import said
     from diffract.settings import size_text
 
+    edited: Any
     for edited in found:
         for step in sum_up_edit(edited)["steps"]:
             say(f"{step['step']}:")
             for key, value in step["summary"].items():
                 say(f"  {key:<{NAME_WIDTH}} {said(value)}")
         if given["dry_run"]:
-            preview: Any = edited
-            written = "the adapter" if preview.written_bytes is None else size_text(preview.written_bytes)
-            read = size_text(preview.read_bytes)
-            say(f"would change {preview.changed} of {preview.tensors} tensors")
-            say(f"would read {read}, write {written}, in about {preview.seconds:.3g} s")
+            written = "the adapter" if edited.written_bytes is None else size_text(edited.written_bytes)
+            say(f"would change {edited.changed} of {edited.tensors} tensors")
+            say(f"would read {size_text(edited.read_bytes)}, write {written}, in about {edited.seconds:.3g} s")
         else:
             say(f"written: {edited.folder} (details in manifest.json)")
 
@@ -355,7 +359,7 @@ def sum_up_evaluation(found: Evaluated, given: Given) -> dict[str, Any]:
     run, other, differences = found
     against = {"models": other.manifest["models"], "summary": other.summary.to_dicts()} if other else None
     return {
-        **kept(run.manifest, "models", "tasks"),
+        **kept(run.manifest, ("models", "tasks")),
         "summary": run.summary.to_dicts(),
         "against": against,
         "differences": differences.to_dicts() if differences is not None else None,
@@ -391,7 +395,8 @@ def sum_up_search(found: Run | Estimate, given: Given) -> dict[str, Any]:
         return vars(found)
     run: Any = found
     tables = {name: run[name].to_dicts() for name in SEARCH_TABLES[run.kind]}
-    return {**kept(run.manifest, "evaluations", "left_out", "chosen", "written"), **tables, "run": place(given)}
+    manifest = kept(run.manifest, ("evaluations", "left_out", "chosen", "written"))
+    return {**manifest, **tables, "run": place(given)}
 
 
 def _show_choice(run: Run) -> None:
