@@ -96,7 +96,12 @@ class MetricPlan:
 
 
 LARGE = 512
-"""Short side from which the largest sigma alone is cheaper by iteration than by the eigensolver."""
+"""Short side from which the largest sigma alone is cheaper by iteration than by the eigensolver.
+
+Product and eigensolver take 1.6 times as long as product and iteration at 512 x 512, 3.7 at 2048 x 2048, 1.9 at
+2048 x 8192, 5.9 at 4096 x 4096 and 3.0 at 4096 x 11008 (processor time of one thread) if one direction stands out.
+Where none does, as in pure noise, the iteration gives up and costs up to as much again.
+"""
 
 NULL_SEED = 0
 """Seed of the order in which the permutation null puts the entries."""
@@ -125,7 +130,7 @@ def single_facts(stack: Stack, plan: MetricPlan, device: torch.device) -> StackF
     by_gram = takes_gram(stack.dtype, plan.method)
     products = by_gram and plan.needs("U", "Vh", *SPECTRA)
     sums = Sums(stack.count, stack.shape, powers=plan.powers, products=products, device=device)
-    for piece in stack.pieces():
+    for piece in stack.pieces():  # the one pass over a matrix that may be too large to be held
         sums.add(piece.to(device))
     finite = sums.moments.second.isfinite()
     grams = _safe(sums.gram, finite) if products else None
@@ -138,27 +143,57 @@ def single_facts(stack: Stack, plan: MetricPlan, device: torch.device) -> StackF
         svd = _values(grams, stack, finite)
     elif plan.needs("sigma_max"):
         facts["sigma_max"] = _values(grams, stack, finite).S[:, 0] if grams is None else _largest(grams)
-    facts |= _whole_facts(stack, plan, device, finite)
+    facts |= _whole_facts(stack, plan, finite)
     return StackFacts(Facts(facts | _spectrum_facts(svd)), finite, svd)
 
 
-def pair_facts(
-    base: Stack, tuned: Stack, plan: MetricPlan, device: torch.device, *, change: LowRank | None = None
-) -> tuple[StackFacts, StackFacts]:
-    """Find out what the metrics of a base, of its tuned matrix and of the pair need.
+@dataclass(frozen=True)
+class StackPair:
+    """Matrices of a base and the same ones of a checkpoint that descends from it.
 
-    Args:
+    Attributes:
         base: W0.
         tuned: W1.
-        plan: What is wanted.
-        device: Where to compute.
         change: D as factors, where it is known so: it then counts, and W1 = W0 + D is not rounded.
+    """
+
+    base: Stack
+    tuned: Stack
+    change: LowRank | None = None
+
+    def takes_gram(self, method: Method) -> bool:
+        """Whether products of the short sides serve for both."""
+        return takes_gram(self.base.dtype, method) and takes_gram(self.tuned.dtype, method)
+
+    def pieces(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor | LowRank]]:
+        """Yield pieces of W0, each with that of W1, or of D where it is known as factors."""
+        if self.change is None:
+            for one, other in zip(self.base.pieces(), self.tuned.pieces(), strict=True):
+                yield one.to(device), other.to(device)
+            return
+        moved, start = LowRank(self.change.B.to(device), self.change.A.to(device)), 0
+        for one in self.base.pieces():
+            yield one.to(device), moved.rows(start, start + one.shape[1])
+            start += one.shape[1]
+
+    def by_lapack(self, places: list[int], finite: Tensor) -> PairSpectrum:
+        """Return spectra and overlaps of some of the pairs from the matrices themselves."""
+        at, device = torch.tensor(places), finite.device
+        one = _safe(self.base.whole()[at].to(device), finite[places])
+        other = _safe(self.tuned.whole()[at].to(device), finite[places])
+        if self.change is not None:
+            other = one.double() + (self.change.B[at] @ self.change.A[at]).to(device)
+        return pair_from_matrices(one, other)
+
+
+def pair_facts(pair: StackPair, plan: MetricPlan, device: torch.device) -> tuple[StackFacts, StackFacts]:
+    """Find out what the metrics of a base, of its tuned matrix and of the pair need.
 
     Returns:
         What is known of the base, and of the tuned and the pair.
     """
-    exact = not (takes_gram(base.dtype, plan.method) and takes_gram(tuned.dtype, plan.method))
-    sums = _sum_pairs(base, tuned, plan, device, change, exact=exact)
+    base, tuned = pair.base, pair.tuned
+    sums = _sum_pairs(pair, plan, device)
     first, second = sums.base_moments, sums.tuned_moments
     finite0 = first.second.isfinite()
     finite = finite0 & second.second.isfinite()
@@ -168,106 +203,71 @@ def pair_facts(
     facts1 |= {"base_squares": first.second, "delta_squares": sums.delta_squares}
     facts1 |= {"changed": sums.changed, "rounding_squares": sums.rounding_squares}
     if plan.needs("delta_sigmas"):
-        facts1["delta_sigmas"] = _delta_sigmas(sums, base, tuned, change, finite, exact=exact)
-    pair = None
+        facts1["delta_sigmas"] = _delta_sigmas(pair, sums, finite, method=plan.method)
+    spectra = None
     if plan.needs(*SPECTRA, *OVERLAPS):
-        pair = _compare_spectra(sums, base, tuned, change, plan, finite, exact=exact)
-        facts1["base_sigmas"] = pair.base.S
-        facts1["base_resolved"] = pair.base.resolved
-        if pair.left_overlap is not None:
-            facts1 |= _overlap_facts(pair)
-    found0 = StackFacts(Facts(facts0 | _spectrum_facts(pair and pair.base)), finite0, pair and pair.base)
-    found1 = StackFacts(Facts(facts1 | _spectrum_facts(pair and pair.tuned)), finite, pair and pair.tuned)
+        spectra = _compare_spectra(pair, sums, finite, plan=plan)
+        facts1["base_sigmas"] = spectra.base.S
+        facts1["base_resolved"] = spectra.base.resolved
+        if spectra.left_overlap is not None:
+            facts1 |= _overlap_facts(spectra)
+    found0 = StackFacts(Facts(facts0 | _spectrum_facts(spectra and spectra.base)), finite0, spectra and spectra.base)
+    found1 = StackFacts(Facts(facts1 | _spectrum_facts(spectra and spectra.tuned)), finite, spectra and spectra.tuned)
     for found, stack in ((found0, base), (found1, tuned)):
-        found.facts.update(_whole_facts(stack, plan, device, found.finite))
-        if plan.needs("U", "Vh"):
+        found.facts.update(_whole_facts(stack, plan, found.finite))
+        if plan.needs("U", "Vh"):  # a pair's overlaps come without vectors of the long side
             own = single_facts(stack, plan, device).facts
             found.facts.update({name: own[name] for name in ("U", "Vh")})
     return found0, found1
 
 
-def _whole_facts(stack: Stack, plan: MetricPlan, device: torch.device, finite: Tensor) -> dict[str, Tensor]:
+def _whole_facts(stack: Stack, plan: MetricPlan, finite: Tensor) -> dict[str, Tensor]:
     """Return facts for which all entries must be at hand at once."""
-    facts = {}
+    facts, device = {}, finite.device
     if plan.needs("matrix"):
         facts["matrix"] = stack.whole().to(device).double()
-    if plan.needs("null_sigmas"):
-        facts["null_sigmas"] = _null_sigmas(stack, plan, device, finite)
+    if plan.needs("null_sigmas") and stack.streamed:  # such a tensor is never held whole
+        facts["null_sigmas"] = torch.full(
+            (stack.count, min(stack.shape)), torch.nan, dtype=torch.float64, device=device
+        )
+    elif plan.needs("null_sigmas"):
+        whole = _safe(stack.whole().to(device), finite)
+        # the short side first, which is faster; shuffled entries have no orientation that would matter
+        shuffled = permuted(whole, _null_order(stack.shape, device)).view(stack.count, *sorted(stack.shape))
+        facts["null_sigmas"] = spectrum(shuffled, method=plan.method).S
     return facts
-
-
-def _null_sigmas(stack: Stack, plan: MetricPlan, device: torch.device, finite: Tensor) -> Tensor:
-    """Return singular values of the permuted matrices; NaN for those that are too large to be held."""
-    if stack.streamed:
-        return torch.full((stack.count, min(stack.shape)), torch.nan, dtype=torch.float64, device=device)
-    whole = _safe(stack.whole().to(device), finite)
-    order = _null_order(stack.shape, device)
-    shuffled = permuted(whole, order).view(stack.count, min(stack.shape), max(stack.shape))  # short side first: faster
-    return spectrum(shuffled, method=plan.method).S
 
 
 @lru_cache(maxsize=2)
 def _null_order(shape: tuple[int, int], device: torch.device) -> Tensor:
-    """The order of entries that makes the null of every matrix of a shape."""
+    """Return the order of entries that makes the null of every matrix of a shape; it is costly to draw."""
     return entry_order(shape, seed=NULL_SEED, device=device)
 
 
-def _sum_pairs(
-    base: Stack, tuned: Stack, plan: MetricPlan, device: torch.device, change: LowRank | None, *, exact: bool
-) -> PairSums:
-    vectors = not exact and plan.needs(*SPECTRA, *OVERLAPS)
+def _sum_pairs(pair: StackPair, plan: MetricPlan, device: torch.device) -> PairSums:
+    by_gram = pair.takes_gram(plan.method)
+    vectors = by_gram and plan.needs(*SPECTRA, *OVERLAPS)
     sums = PairSums(
-        base.count,
-        base.shape,
+        pair.base.count,
+        pair.base.shape,
         powers=plan.powers,
-        delta=vectors or (not exact and change is None and plan.needs("delta_sigmas")),
+        delta=vectors or (by_gram and pair.change is None and plan.needs("delta_sigmas")),
         vectors=vectors,
-        rounding=tuned.rounding(),
+        rounding=pair.tuned.rounding(),
         device=device,
     )
-    for one, other in _piece_pairs(base, tuned, change, device):
+    for one, other in pair.pieces(device):
         sums.add(one, other)
     return sums
 
 
-def _piece_pairs(
-    base: Stack, tuned: Stack, change: LowRank | None, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor | LowRank]]:
-    if change is None:
-        for one, other in zip(base.pieces(), tuned.pieces(), strict=True):
-            yield one.to(device), other.to(device)
-        return
-    moved, start = LowRank(change.B.to(device), change.A.to(device)), 0
-    for one in base.pieces():
-        yield one.to(device), moved.rows(start, start + one.shape[1])
-        start += one.shape[1]
-
-
-def _compare_spectra(
-    sums: PairSums,
-    base: Stack,
-    tuned: Stack,
-    change: LowRank | None,
-    plan: MetricPlan,
-    finite: Tensor,
-    *,
-    exact: bool,
-) -> PairSpectrum:
+def _compare_spectra(pair: StackPair, sums: PairSums, finite: Tensor, *, plan: MetricPlan) -> PairSpectrum:
     """Return spectra, and overlaps where they are wanted; by LAPACK where Gram matrices are too coarse for vectors."""
-
-    def by_lapack(places: list[int]) -> PairSpectrum:
-        at, device = torch.tensor(places), finite.device
-        one = _safe(base.whole()[at].to(device), finite[places])
-        other = _safe(tuned.whole()[at].to(device), finite[places])
-        if change is not None:
-            other = one.double() + (change.B[at] @ change.A[at]).to(device)
-        return pair_from_matrices(one, other)
-
-    if exact:
-        return by_lapack(list(range(base.count)))
-    pair = pair_from_sums(sums) if plan.needs(*OVERLAPS) else pair_values(sums)
-    weak = [] if base.streamed else weak_pairs(pair)
-    return replace_pairs(pair, weak, by_lapack(weak)) if weak else pair
+    if not pair.takes_gram(plan.method):
+        return pair.by_lapack(list(range(pair.base.count)), finite)
+    found = pair_from_sums(sums) if plan.needs(*OVERLAPS) else pair_values(sums)
+    weak = [] if pair.base.streamed else weak_pairs(found)
+    return replace_pairs(found, weak, pair.by_lapack(weak, finite)) if weak else found
 
 
 def _overlap_facts(pair: PairSpectrum) -> dict[str, Tensor]:
@@ -283,13 +283,12 @@ def _overlap_facts(pair: PairSpectrum) -> dict[str, Tensor]:
     }
 
 
-def _delta_sigmas(
-    sums: PairSums, base: Stack, tuned: Stack, change: LowRank | None, finite: Tensor, *, exact: bool
-) -> Tensor:
-    if change is not None:
-        return factored_spectrum(change.B, change.A).S.to(finite.device)
-    if exact:
-        difference = tuned.whole().double() - base.whole().double()
+def _delta_sigmas(pair: StackPair, sums: PairSums, finite: Tensor, *, method: Method) -> Tensor:
+    """Return the singular values of D by the most direct way that is open."""
+    if pair.change is not None:  # from the thin factors, so that D is never formed
+        return factored_spectrum(pair.change.B, pair.change.A).S.to(finite.device)
+    if not pair.takes_gram(method):
+        difference = pair.tuned.whole().double() - pair.base.whole().double()
         return lapack(_safe(difference.to(finite.device), finite), vectors=False).S
     return gram_values(sums.delta_gram).S
 
@@ -304,6 +303,7 @@ def _largest(grams: Tensor) -> Tensor:
     """Largest singular values: the square root of each Gram matrix's largest eigenvalue."""
     if grams.shape[-1] < LARGE:
         return gram_values(grams).S[:, 0]
+    # of a Gram matrix these are the squares of the sigmas; one that does not converge costs TOP_STEPS more than none
     tops = [top_spectrum(g, 1, steps=TOP_STEPS) for g in mirrored(grams)]
     found = [t.S if t.converged else gram_values(g[None]).S[0, :1].square() for t, g in zip(tops, grams, strict=True)]
     return torch.cat(found).sqrt()

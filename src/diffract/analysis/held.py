@@ -74,6 +74,7 @@ class Held:
             return Stack(count, shape, dtype, lambda: iter((view,)))
         if batch[0].index is not None:
             return Stack(count, shape, dtype, lambda: iter((self._indexed(batch),)))
+        # pieces follow the long side, and a file gives ranges of rows only: a wide matrix has to be read whole
         if batch[0].is_whole and shape[0] > shape[1]:
             return Stack(count, shape, dtype, self._row_blocks, streamed=True)
         return Stack(count, shape, dtype, lambda: iter((cut(self.checkpoint.read(self.name), batch),)))

@@ -73,7 +73,7 @@ def analyse(
 
     Args:
         references: What to open; text may begin with ``name=``.
-        options: How.
+        options: How, as the public functions say.
         allow_unmatched: Whether more than embeddings may be without a partner.
         vectors_to: Takes the singular vectors, ``add(name, tensor)``, where they are to be saved.
 
@@ -92,6 +92,7 @@ def analyse(
             raise CheckpointError(f"{layouts[0].checkpoint.reference} holds no matrix that could be analysed.")
         if options.circuits:
             tasks += circuit_tasks(layouts)
+        # the cache keeps no vectors, so whatever is to be saved has to be computed
         cache = stack.enter_context(Cache(cache_folder())) if options.cache and not options.vectors else None
         worker = Worker([layout.checkpoint for layout in layouts], plan, device, cache)
 
@@ -129,7 +130,7 @@ def open_all(references: Sequence[Reference], options: Options, stack: ExitStack
     split = [split_name(r) for r in references]
     layouts: list[Layout] = []
     for _, reference in split:
-        like = layouts[0].architecture if layouts else None
+        like = layouts[0].architecture if layouts else None  # weights alone, as from memory, do not tell their heads
         layouts.append(open_layout(reference, options, stack, like=like))
     given = [name for name, _ in split]
     return _unique_names(given, layouts), layouts

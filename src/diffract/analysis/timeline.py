@@ -202,7 +202,8 @@ def _refuse_untold(stops: Sequence[Stop], ordering: Ordering) -> None:
     looked = ", ".join(repr(printable(text)) for text in untold[0].looked_at) or "nothing: it has no name"
     wanted = f"what {printable(ordering.pattern.pattern)!r} finds" if ordering.pattern else f"a name like {EXAMPLES}"
     other = "tokens" if ordering.key == "step" else "step"
-    hint = f" Every one tells {other}: pass --by {other}." if _all_tell(stops, other) else ""
+    told = all(getattr(stop.place, other) is not None for stop in stops)
+    hint = f" Every one tells {other}: pass --by {other}." if told else ""
     raise SelectionError(
         f"{len(untold)} of {len(stops)} checkpoints tell no {ordering.key}, first {_named(untold[0])} (looked at "
         f"{looked}). Expected {wanted}.{hint} Rename it, call it {ordering.key}1000=MODEL, leave it out, or pass "
@@ -218,10 +219,6 @@ def _refuse_mixed_stages(stops: Sequence[Stop]) -> None:
             f"{_named(inside)} tells a stage and {_named(without[0])} none, so that their steps cannot be compared. "
             "Call it stage1-step1000=MODEL, leave it out, or pass --by given."
         )
-
-
-def _all_tell(stops: Sequence[Stop], what: str) -> bool:
-    return all(getattr(stop.place, what) is not None for stop in stops)
 
 
 def _named(stop: Stop) -> str:

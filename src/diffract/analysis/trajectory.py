@@ -40,7 +40,7 @@ PEAKS_APPEAR = {
 }
 
 
-def place(tables: Tables, order: int, at: Milestone, against: str | None, change: dict[str, float | None]) -> Tables:
+def place(tables: Tables, order: int, at: Milestone, *, against: str | None, change: dict[str, float | None]) -> Tables:
     """Return one checkpoint's tables with its place in the series.
 
     Args:
@@ -199,7 +199,7 @@ def follow(
             own = tables.metrics
             change = {} if base is None else model_numbers(base, own, changed_heads(base, own))
             compared = visit.base_stop.name if visit.base_stop else None
-            found.append(place(tables, len(found), visit.stop.place, compared, change))
+            found.append(place(tables, len(found), visit.stop.place, against=compared, change=change))
             del visit, layouts, tasks, worker, member  # nothing of a checkpoint may live on while the next is opened
     settings = {**options.settings(), "by": by, "against": against, "device": device.type}
     manifest = {"kind": "trajectory", "settings": settings, "seconds": round(time.monotonic() - begun, 3)}

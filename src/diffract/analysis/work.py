@@ -11,7 +11,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from diffract.analysis.facts import MetricPlan, StackFacts, bundle, pair_facts, single_facts
+from diffract.analysis.facts import MetricPlan, StackFacts, StackPair, bundle, pair_facts, single_facts
 from diffract.analysis.held import Held
 from diffract.checkpoints import Checkpoint, Factors, TensorInfo, as_bytes
 from diffract.engine import run_tasks
@@ -90,7 +90,7 @@ class CircuitTask:
     """The circuits of one kind in one attention block of one model.
 
     Attributes:
-        model: Which checkpoint.
+        model: The place of the checkpoint among those that are analysed.
         circuits: What they are called, one per query head.
         left: W_q, or W_o, of each query head.
         right: W_k, or W_v, of each key-value head.
@@ -232,6 +232,7 @@ def run_all(
         for part in outcome.parts:
             if keep:
                 keep(part)
+            # vectors take more memory than the weights themselves, so they must not pile up
             parts.append(replace(part, vectors={}))
         done += task.cost
         if progress:
@@ -246,7 +247,7 @@ class Worker:
     Attributes:
         checkpoints: Base first, or the only one. The factors of an adapter among them are its change from that base.
         plan: What is computed.
-        device: Where.
+        device: Where it computes.
         cache: Results that are known already; it holds no vectors, so it must be ``None`` where these are wanted.
     """
 
@@ -263,26 +264,29 @@ class Worker:
             case HeadTask():
                 return Outcome([self._grams(task)])
         held = {i: Held(self.checkpoints[i], task.tensor) for i in (task.model, *task.tuned)}
+        # digests of the very bytes that are analysed: a file that changes meanwhile spoils no result that is kept
         do = self._apart if self.plan.apart else self._compare if task.tuned else self._scan
         digests = {i: one.digest for i, one in held.items()}
         return Outcome([part for batch in batches(task.matrices) for part in do(task, batch, held)], digests)
 
     def _scan(self, task: TensorTask, batch: tuple[Matrix, ...], held: Mapping[int, Held]) -> list[Part]:
         one = held[task.model]
-        keys = self._keys([task.model], batch, "scan", one.digest)
+        keys = self._keys([task.model], batch, ["scan", one.digest])
         return self._known_or_new(keys, batch, lambda: [single_facts(one.stack(batch), self.plan, self.device)])
 
     def _compare(self, task: TensorTask, batch: tuple[Matrix, ...], held: Mapping[int, Held]) -> list[Part]:
         """Return the parts of the base, once, and of each tuned checkpoint."""
         base, parts = held[task.model], []
         for i in task.tuned:
-            tuned, change = held[i], self._change(i, task.tensor, batch)
+            tuned, factors = held[i], self.checkpoints[i].factors
+            change = cut_factors(factors[task.tensor](), batch) if task.tensor in factors else None
 
             def compute(tuned: Held = tuned, change: LowRank | None = change) -> Sequence[StackFacts]:
-                return pair_facts(base.stack(batch), tuned.stack(batch), self.plan, self.device, change=change)
+                pair = StackPair(base.stack(batch), tuned.stack(batch), change)
+                return pair_facts(pair, self.plan, self.device)
 
-            keys = self._keys([task.model, i], batch, "compare", base.digest, tuned.digest, factor_digest(change))
-            found = self._known_or_new(keys, batch, compute)
+            content = ["compare", base.digest, tuned.digest, factor_digest(change)]
+            found = self._known_or_new(self._keys([task.model, i], batch, content), batch, compute)
             parts += found if not parts else found[1:]
         return parts
 
@@ -297,12 +301,7 @@ class Worker:
         added = [column for column in change.get_columns() if column.name not in own.rows.columns]
         return [replace(own, rows=own.rows.hstack(added))]
 
-    def _change(self, model: int, tensor: str, batch: tuple[Matrix, ...]) -> LowRank | None:
-        """Return the factors of an adapter's change, for each matrix of a batch."""
-        factors = self.checkpoints[model].factors
-        return cut_factors(factors[tensor](), batch) if tensor in factors else None
-
-    def _keys(self, models: Sequence[int], batch: tuple[Matrix, ...], *content: str) -> dict[int, str]:
+    def _keys(self, models: Sequence[int], batch: tuple[Matrix, ...], content: Sequence[str]) -> dict[int, str]:
         """Return the keys of a batch's results, one for each model in its role."""
         rest = [[m.slice_key for m in batch], self.plan.key, self.device.type]
         return {i: cache_key(*content, *rest, role) for role, i in enumerate(models)}
@@ -313,7 +312,7 @@ class Worker:
         """Return the parts of a batch, one for each model, from the cache if it holds them all."""
         known = [self.cache.get(key) for key in keys.values()] if self.cache else []
         found = [Part(i, batch, rows) for i, rows in zip(keys, known, strict=False) if rows is not None]
-        if len(found) == len(keys):
+        if len(found) == len(keys):  # half of a pair, as a killed run may leave it, saves no work
             return found
         parts = []
         for i, facts in zip(keys, compute(), strict=True):
@@ -330,13 +329,14 @@ class Worker:
         held = {m.tensor: Held(checkpoint, m.tensor) for m in (*task.left, *task.right)}
         metrics = tuple(filter(has_meaning, self.plan.metrics))
         worker = replace(self, plan=replace(self.plan, metrics=metrics, vectors=False))
-        content = [[held[m.tensor].digest, m.slice_key, m.kv_head] for m in (*task.left, *task.right)]
-        key = cache_key("circuit", task.circuits[0].projection, content, worker.plan.key, self.device.type)
+        factors = [[held[m.tensor].digest, m.slice_key, m.kv_head] for m in (*task.left, *task.right)]
+        content = ["circuit", task.circuits[0].projection, factors]
+        key = cache_key(*content, worker.plan.key, self.device.type)
         return worker._known_or_new({task.model: key}, task.circuits, lambda: [self._circuit_facts(task, held)])
 
     def _circuit_facts(self, task: CircuitTask, held: Mapping[str, Held]) -> StackFacts:
         left, right = (_stack(held, part).to(self.device) for part in (task.left, task.right))
-        if task.circuits[0].projection == "ov":
+        if task.circuits[0].projection == "ov":  # W_o W_v is L^T R with L = W_o^T
             left = left.mT
         places = {m.kv_head: i for i, m in enumerate(task.right)}
         index = torch.tensor([places[m.kv_head] for m in task.left], device=self.device)
@@ -355,8 +355,12 @@ class Worker:
         """Return the inner products (k, k) of W0 and of the k - 1 changes, of each slice, as one row of k * k."""
         base = Held(self.checkpoints[task.model], task.tensor)
         changed = [self._changed(i, task.tensor) for i in task.tuned]
-        key = self._grams_key(task, base, changed) if self.cache else ""
-        rows = self.cache.get(key) if self.cache else None
+        key, rows = "", None
+        if self.cache:  # without one the digests, a pass over all bytes, are not needed
+            changes = [factor_digest(one) if isinstance(one, Factors) else one.digest for one in changed]
+            content = ["heads", GRAMS_VERSION, base.digest, changes, [m.slice_key for m in task.matrices]]
+            key = cache_key(*content, self.device.type)
+            rows = self.cache.get(key)
         if rows is None:
             flat = change_sums(task, base, changed, self.device).flatten(1).cpu().numpy()
             rows = pl.DataFrame({GRAMS: pl.Series(flat, dtype=pl.Array(pl.Float64, flat.shape[1]))})
@@ -368,11 +372,6 @@ class Worker:
         """Return a checkpoint's tensor; of an adapter the change as factors, which are never multiplied out."""
         checkpoint = self.checkpoints[model]
         return checkpoint.factors[name]() if name in checkpoint.factors else Held(checkpoint, name)
-
-    def _grams_key(self, task: HeadTask, base: Held, changed: Sequence[Held | Factors]) -> str:
-        content = [factor_digest(one) if isinstance(one, Factors) else one.digest for one in changed]
-        slices = [m.slice_key for m in task.matrices]
-        return cache_key("heads", GRAMS_VERSION, base.digest, content, slices, self.device.type)
 
 
 def cut_factors(factors: Factors, batch: Sequence[Matrix]) -> LowRank:
@@ -387,8 +386,8 @@ def cut_factors(factors: Factors, batch: Sequence[Matrix]) -> LowRank:
 
 
 def factor_digest(change: LowRank | Factors | None) -> str:
-    """Different factors may round to the same merged weights."""
-    if change is None:
+    """Return a digest of a change that is known as factors, nothing where there is none."""
+    if change is None:  # else the merged weights' digest would not do: different factors may round to the same
         return ""
     hasher = blake3.blake3()
     for factor in (change.B, change.A):
@@ -398,16 +397,18 @@ def factor_digest(change: LowRank | Factors | None) -> str:
 
 
 def _stack(held: Mapping[str, Held], matrices: Sequence[Matrix]) -> torch.Tensor:
-    """Same-shaped matrices as one stack; heads may be tensors of their own."""
+    """Return same-shaped matrices as one stack; heads may be tensors of their own."""
     tensors = list(dict.fromkeys(m.tensor for m in matrices))
     return torch.cat([held[name].stack([m for m in matrices if m.tensor == name]).whole() for name in tensors])
 
 
 def change_sums(task: HeadTask, base: Held, changed: Sequence[Held | Factors], device: torch.device) -> Tensor:
     """Return the inner products (slices, k, k), summed over blocks of rows; each stored row is read once."""
-    size = 1 + len(changed)
+    size, (count, width) = 1 + len(changed), task.info.shape
     total = torch.zeros(len(task.matrices), size, size, dtype=torch.float64, device=device)
-    for start, stop in _spans(task.info):
+    step = count if task.info.size_bytes <= KEEP_BYTES else max(1, BLOCK_ENTRIES // width)
+    for start in range(0, count, step):
+        stop = min(start + step, count)
         rows = base.rows(start, stop).to(device)
         others = [
             Factors(one.B[start:stop].to(device), one.A.to(device))
@@ -415,18 +416,12 @@ def change_sums(task: HeadTask, base: Held, changed: Sequence[Held | Factors], d
             else one.rows(start, stop).to(device)
             for one in changed
         ]
-        places, parts = _inside(task, start, stop)
+        places, parts = _inside(task, start, stop)  # a slice may begin in one block and end in another
         for batch in batches(parts):
             here, places = places[: len(batch)], places[len(batch) :]
-            total[here] += change_grams(cut(rows, batch), [_cut(one, batch) for one in others])
+            changes = [cut_factors(one, batch) if isinstance(one, Factors) else cut(one, batch) for one in others]
+            total[here] += change_grams(cut(rows, batch), changes)
     return total
-
-
-def _spans(info: TensorInfo) -> Iterator[tuple[int, int]]:
-    rows, cols = info.shape
-    step = rows if info.size_bytes <= KEEP_BYTES else max(1, BLOCK_ENTRIES // cols)
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
 
 
 def _inside(task: HeadTask, start: int, stop: int) -> tuple[list[int], list[Matrix]]:
@@ -441,7 +436,3 @@ def _inside(task: HeadTask, start: int, stop: int) -> tuple[list[int], list[Matr
             places.append(place)
             parts.append(replace(m, rows=(first, last), shape=shape))
     return places, parts
-
-
-def _cut(one: Tensor | Factors, batch: Sequence[Matrix]) -> Tensor | LowRank:
-    return cut_factors(one, batch) if isinstance(one, Factors) else cut(one, batch)

@@ -52,7 +52,7 @@ class ConfigReader:
         parts = [self._lookup(part.strip()) for part in key.split("+")]
         if any(p is None for p in parts):
             return None
-        values = [p for p in parts if isinstance(p, int) and not isinstance(p, bool)]
+        values = [p for p in parts if isinstance(p, int) and not isinstance(p, bool)]  # JSON's true is an int, too
         if len(values) < len(parts):
             raise ArchitectureError(f"config.json: expected whole numbers for {key!r}, got {parts!r}.")
         return sum(values)
@@ -101,7 +101,7 @@ def read_dimensions(spec: Spec, config: Mapping[str, Any]) -> Dimensions:
         )
     if head_dim is None and heads and width:
         head_dim = _divide(width, heads)
-    return Dimensions(settings.first(keys.layers), width, heads, kv_heads, head_dim)
+    return Dimensions(settings.first(keys.layers), width, heads, kv_heads=kv_heads, head_dim=head_dim)
 
 
 def _divide(width: int, heads: int) -> int:
@@ -151,8 +151,8 @@ class Architecture:
         if self.spec is None:
             return None
         for bare in _bare_names(self.spec, name):
-            for pattern, role in _patterns(self.spec):
-                if match := pattern.fullmatch(bare):
+            for template, role in self.spec.tensors.items():
+                if match := _compile(template).fullmatch(bare):
                     return TensorPlace(role, **{k: int(v) for k, v in match.groupdict().items()})
         return None
 
@@ -204,7 +204,7 @@ def resolve(config: Mapping[str, Any], *, spec_file: str | Path | None = None) -
 
 
 def _bind(spec: Spec, config: Mapping[str, Any]) -> Architecture:
-    return Architecture(spec.family, read_dimensions(spec, config), spec.note, spec, config)
+    return Architecture(spec.family, read_dimensions(spec, config), spec.note, spec=spec, config=config)
 
 
 def require_heads(architecture: Architecture) -> Dimensions:
@@ -218,10 +218,6 @@ def require_heads(architecture: Architecture) -> Dimensions:
         f"(looked for {', '.join(map(str, keys.heads)) if keys else 'none'}). "
         "Add them to config.json, pass --architecture FILE with defaults, or --no-heads to take whole matrices."
     )
-
-
-def _patterns(spec: Spec) -> list[tuple[re.Pattern[str], Role]]:
-    return [(_compile(template), role) for template, role in spec.tensors.items()]
 
 
 @cache

@@ -137,7 +137,7 @@ def _pairs(weights: Checkpoint, base: Checkpoint, config: Mapping[str, Any], ref
             raise CheckpointError(
                 f"{reference}: two adapted modules mean {printable(name)!r} of the base. Fetch it again."
             )
-        _check_fit(base.info(name), weights.info(a), weights.info(b), transposed, reference)
+        _check_fit(base.info(name), (weights.info(b), weights.info(a)), transposed=transposed, reference=reference)
         found[name] = Pair(a, b, _scale(config, module, weights.info(a).shape[0], reference), transposed)
     return found
 
@@ -190,8 +190,9 @@ def _scale(config: Mapping[str, Any], module: str, rank: int, reference: str) ->
         ) from error
 
 
-def _check_fit(base: TensorInfo, a: TensorInfo, b: TensorInfo, transposed: bool, reference: str) -> None:
+def _check_fit(base: TensorInfo, factors: tuple[TensorInfo, TensorInfo], *, transposed: bool, reference: str) -> None:
     """Refuse factors whose product has another shape than the base tensor, and what is no floating point."""
+    b, a = factors
     expected = base.shape[::-1] if transposed else base.shape
     matrices = len(a.shape) == len(b.shape) == len(expected) == 2 and a.shape[0] == b.shape[1] > 0
     if not matrices or (b.shape[0], a.shape[1]) != expected:

@@ -71,7 +71,7 @@ def open_pairs(
         found[name] = _as_array(value, f"{reference}, {printable(name)!r}")
     infos = {name: _describe(name, array, reference) for name, array in found.items()}
     sources: dict[str, Source] = {name: Memory(array) for name, array in found.items()}
-    return Checkpoint(reference, infos, sources, config or {}, _ties(found))
+    return Checkpoint(reference, infos, sources, config=config or {}, tied=_ties(found))
 
 
 def open_module(module: torch.nn.Module, *, reference: str = "<module>") -> Checkpoint:

@@ -124,6 +124,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     def close(self) -> None:
         """Release files and connections. Nothing may be reading any more; further calls do nothing."""
+        # by identity: many tensors share a source, and a source need not be hashable
         for source in {id(s): s for s in self.sources.values()}.values():
             source.close()
 
@@ -169,7 +170,7 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     """Return a tensor's bytes in row-major order, without a copy where it lies so."""
     import torch
 
-    flat = tensor.detach().contiguous().reshape(-1)
+    flat = tensor.detach().contiguous().reshape(-1)  # bytes by torch's view, since NumPy has no bfloat16 and float8
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
@@ -242,7 +243,7 @@ class Recorder:
     def read(self, info: TensorInfo, rows: Range | None) -> torch.Tensor:
         """Return entries ``rows`` of the leading axis."""
         tensor = self.sources[info.name].read(info, rows)
-        with self.lock:
+        with self.lock:  # of the table only: each tensor has a lock of its own, so that hashing goes side by side
             if info.name not in self.seen:
                 self.seen[info.name] = _Progress(start_digest(info))
             progress = self.seen[info.name]

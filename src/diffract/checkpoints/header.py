@@ -179,7 +179,7 @@ def _tensor(name: str, entry: Any, start: int, file: str) -> TensorInfo:
             "Save the tensor in one of them."
         )
     _check_numbers(shape, begin, end, where)
-    info = TensorInfo(name, tuple(shape), dtype, file, start + begin)
+    info = TensorInfo(name, tuple(shape), dtype, file=file, offset=start + begin)
     if end - begin != info.size_bytes:
         raise CheckpointError(
             f"{where}: offsets {begin}..{end} hold {end - begin} bytes, but {dtype} of shape {shape} "

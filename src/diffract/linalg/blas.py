@@ -64,7 +64,7 @@ def row_dots(x: Tensor, y: Tensor) -> list[float]:
 
     Args:
         x: (b, k), float64, on the CPU; rows contiguous.
-        y: Likewise.
+        y: (b, k), as ``x``.
     """
     assert x.stride(1) == y.stride(1) == 1
     ddot, one, k = _routine("ddot", 5, ctypes.c_double), _int(1), _int(x.shape[1])
@@ -176,6 +176,7 @@ def rounding_squares(x: Entries, mantissa_bits: int, smallest_exponent: int, scr
     sign and significand bits cleared.
     """
     power = scratch.like(tuple(x.shape))
+    # by its bits, as log2 would round to the next power of two just below it
     torch.bitwise_and(x.view(torch.int64), 0x7FF0000000000000, out=power.view(torch.int64))
     power.clamp_(min=2.0**smallest_exponent)
     return dots(power, power) * (4.0**-mantissa_bits / 12)

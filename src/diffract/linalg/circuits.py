@@ -80,6 +80,7 @@ def _finite(factors: Float[Tensor, "b h d"]) -> tuple[Tensor, Tensor]:
 
 def _roots(factors: Float[Tensor, "b h d"], method: Method) -> tuple[Tensor, Tensor]:
     """Return C (b, h, min(h, d)) with C C^T = L L^T for each factor L, and whether it came from the Gram matrix."""
+    # more rows than columns make a singular Gram matrix, which has no Cholesky factor
     if not takes_gram(factors.dtype, method) or factors.shape[1] > factors.shape[2]:
         return _qr_root(factors), torch.zeros(len(factors), dtype=torch.bool, device=factors.device)
     x = factors.double()

@@ -55,6 +55,7 @@ def pair_from_sums(sums: PairSums) -> PairSpectrum:
     across = product(mixed, P1).addcmul_(S0.square()[:, :, None], short)  # P0^T (W0 W0^T) = S0^2 P0^T
     long = across.mul_(inverse0[:, :, None]).mul_(inverse1[:, None, :])
     diagonal = (mixed * P0.mT).sum(-1) * inverse0
+    # vectors of the short side are at hand as they are; those of the long side only through the cross product
     if sums.side == "rows":
         energy = (product(P0.mT, sums.delta_gram) * P0.mT).sum(-1)
         left, right = short, long

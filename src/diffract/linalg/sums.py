@@ -54,7 +54,7 @@ class Sums:
         shape: Of each matrix.
         powers: Highest power of the entries that is summed: 0, 2 or 4.
         products: Whether the Gram matrix of the short side is summed.
-        device: Where to compute.
+        device: Where the sums are computed.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class PairSums:
         delta: Whether the Gram matrix of D is summed.
         vectors: Whether the Gram matrices of W0 and W0 with D are summed, from which that of W1 follows.
         rounding: Stored bits of the significand of W1's dtype, and the exponent of its smallest normal number.
-        device: Where to compute.
+        device: Where the sums are computed.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class PairSums:
             self.base[:, batch] += power_sums(x0, self._scratch, self.highest)
             self.tuned[:, batch] += power_sums(x1, self._scratch, self.highest)
             self.rounding_squares[batch] += rounding_squares(x1, *self.rounding, self._scratch)
-            x1.sub_(x0)
+            x1.sub_(x0)  # in place, as W1 is not needed any more and memory is the limit
             self.changed[batch] += changed_count(x1)
             self.delta_squares[batch] += dots(x1, x1)
 

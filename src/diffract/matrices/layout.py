@@ -34,7 +34,7 @@ class Layout:
     """A checkpoint as it is understood.
 
     Attributes:
-        checkpoint: It.
+        checkpoint: What was laid out.
         architecture: How its names are read.
         entries: Its tensors, in file order.
         warnings: What a reader should know.

@@ -97,6 +97,7 @@ def cut(tensor: Tensor, matrices: Sequence[Matrix], first_index: int = 0) -> Ten
     views = [_view(tensor, m, first_index) for m in matrices]
     first = views[0]
     offsets = [view.storage_offset() for view in views]
+    # heads of one projection lie evenly spaced, so that most stacks are views and cost no copy
     steps = {b - a for a, b in pairwise(offsets)} or {0}
     if len(steps) == 1 and min(steps) >= 0:
         return first.as_strided((len(views), *first.shape), (steps.pop(), *first.stride()), offsets[0])

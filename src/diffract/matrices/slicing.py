@@ -90,6 +90,7 @@ def _cuts(name: str, shape: Range, architecture: Architecture, place: TensorPlac
 
 def _is_head_part(part: str) -> bool:
     block, _, projection = part.rpartition(".")
+    # an encoder's and a decoder's attention are blocks of their own, "encoder.attn"
     return block.split(".")[-1] in ("attn", "cross_attn") and projection in ("q", "k", "v", "o")
 
 
