@@ -108,7 +108,7 @@ def analyse(
         kind = "compare" if len(layouts) > 1 else "scan"
         manifest = {"kind": kind, "settings": {**options.settings(), "device": device.type}}
         manifest["seconds"] = round(time.monotonic() - begun, 3)
-        return assemble(members, parts, digests, plan, manifest)
+        return assemble(members, parts, digests, plan=plan, manifest=manifest)
 
 
 def other_digests(

@@ -194,7 +194,9 @@ def follow(
             own = {(0, name): digest for (i, name), digest in digests.items() if i == len(layouts) - 1}
             own |= other_digests(layouts[-1:], own, complete=options.select is None)
             member = Member(visit.stop.name, "checkpoint", layouts[-1])
-            tables = assemble([member], [replace(part, model=0) for part in parts], own, plan, {"kind": "trajectory"})
+            tables = assemble(
+                [member], [replace(part, model=0) for part in parts], own, plan=plan, manifest={"kind": "trajectory"}
+            )
             base = found[0 if against == "first" else -1].metrics if found else None
             own = tables.metrics
             change = {} if base is None else model_numbers(base, own, changed_heads(base, own))
