@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import polars as pl
 import pytest
@@ -68,6 +71,32 @@ def test_which_metric_counts() -> None:
     assert _metric("x", sample, {"ppl": False, "f1": True}) == "f1"
     with pytest.raises(CheckpointError, match="NAME=FILE measures bits per byte"):
         _metric("x", sample, {"ppl": False, "word_perplexity": True})
+
+
+def test_the_items_of_a_split_are_asked(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the harness that gets everything right."""
+    asked: list[int] = []
+
+    def simple_evaluate(*, samples: dict[str, list[int]], tasks: list[Any], **_: Any) -> dict[str, Any]:
+        assert len(tasks) == len(samples) == 1
+        asked.extend(samples["sums"])
+        right = [{"doc_id": i, "acc": 1.0, "filtered_resps": ["yes"]} for i in samples["sums"]]
+        return {"samples": {"sums": right}, "higher_is_better": {"sums": {"acc": True}}}
+
+    loaded = {"tasks": {"sums": SimpleNamespace(eval_docs=[{"question": i} for i in range(12)])}}
+    manager = SimpleNamespace(all_tasks=["sums"], load=lambda _name: loaded)
+    for name, module in {
+        "lm_eval": SimpleNamespace(simple_evaluate=simple_evaluate),
+        "lm_eval.tasks": SimpleNamespace(TaskManager=lambda include_path: manager),
+        "lm_eval.models.huggingface": SimpleNamespace(HFLM=lambda **_: None),
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr("diffract.evaluate.harness.version", lambda _name: "0")
+    found = [Evaluator(subject, load_tasks("lm:sums", split=split)).scores() for split in ("held-out", "selection")]
+    assert sorted(asked) == list(range(12))
+    assert [name for table in found for name in table["item"]] == [f"sums:{i}:acc" for i in asked]
+    with pytest.raises(SelectionError, match=r"unknown task of lm-evaluation-harness 'sum', .* Did you mean 'sums'"):
+        Evaluator(subject, load_tasks("lm:sum")).scores()
 
 
 @needs_harness
