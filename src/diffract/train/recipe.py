@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
+from diffract.checkpoints.open import parse_hub_name
 from diffract.errors import DiffractError, RecipeError
 from diffract.settings import STRICT, read_recipe, validated
 
@@ -249,10 +250,7 @@ def hub_parts(named: str) -> tuple[str, str | None]:
     >>> hub_parts("org/name@step1000")
     ('org/name', 'step1000')
     """
-    if Path(named).exists():
-        return named, None
-    name, _, revision = named.partition("@")
-    return name, revision or None
+    return (None if Path(named).exists() else parse_hub_name(named)) or (named, None)
 
 
 def rate_factor(schedule: Schedule, step: int, steps: int) -> float:
