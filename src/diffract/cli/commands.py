@@ -22,7 +22,6 @@ SIZES = ("width", "height", "scale")
 """Options of a figure that concern its file and not what is drawn."""
 
 
-
 def demo(
     output: str | Path = "demo-run",
     *,
