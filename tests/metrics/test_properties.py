@@ -18,7 +18,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from diffract.analysis.facts import Plan, pair_facts, single_facts
+from diffract.analysis.facts import MetricPlan, pair_facts, single_facts
 from diffract.analysis.held import Stack
 from diffract.metrics import CATALOG, GROUPS, heavy_tails
 from diffract.metrics.pair import best_match_chance, cosine_chance, principal_angle_chance
@@ -288,7 +288,7 @@ def compute(
     found = {}
     for pair in (False, True):
         metrics = tuple(CATALOG[name] for name in names if CATALOG[name].pair == pair)
-        plan = Plan(metrics, method=method)
+        plan = MetricPlan(metrics, method=method)
         if pair:
             facts = pair_facts(stack_of(base), stack_of(tuned), plan, CPU)[1].facts
         else:
@@ -467,7 +467,7 @@ def test_bootstrapped_p_values_are_invariant_and_in_range(name: str) -> None:
     base, _ = make_pair(24, 30, 0.3, 4, torch.float64)
 
     def value(w: torch.Tensor) -> float:
-        facts = single_facts(stack_of(w), Plan((CATALOG[name],), method="exact"), CPU).facts
+        facts = single_facts(stack_of(w), MetricPlan((CATALOG[name],), method="exact"), CPU).facts
         return CATALOG[name](*(facts[fact] for fact in CATALOG[name].facts)).item()
 
     found = value(base)
@@ -490,7 +490,7 @@ def together(method: str) -> dict[str, float]:
 def test_a_metric_alone_gives_what_it_gives_among_all(name: str, method: str) -> None:
     base, tuned = make_pair(34, 40, 0.3, 4, torch.float32)
     m = CATALOG[name]
-    plan = Plan((m,), method=method)
+    plan = MetricPlan((m,), method=method)
     if m.pair:
         facts = pair_facts(stack_of(base), stack_of(tuned), plan, CPU)[1].facts
     else:

@@ -21,7 +21,6 @@ from diffract.search.rewind import (
     agreement,
     in_order,
     parse_orders,
-    place_of_head,
     rewind_curves,
 )
 from edit_cases import family_pair
@@ -59,7 +58,7 @@ def test_heads_are_those_that_rewind_takes(tmp_path: Path) -> None:
     units, other = find_units(live.bench, "head", None), live.bench.other(base)
     effects = dict(zip(units.names, np.random.default_rng(0).normal(size=8).round(1).tolist(), strict=True))
     effects["L1.h3"] = effects["L0.h1"]  # equal ones
-    rows = [{**place_of_head(name), "effect": value} for name, value in effects.items()]
+    rows = [{**units.heads[name]._asdict(), "effect": value} for name, value in effects.items()]
     pl.DataFrame(rows).write_parquet(tmp_path / "effects.parquet")
     magnitude = change_norms(units, live.bench.draft().blocks, other)
     scores: dict[str, HeadScores] = {"greedy": effects, "magnitude": magnitude}
@@ -95,7 +94,3 @@ def test_agreement_has_the_sign_of_the_order() -> None:
     assert agreement(effects, {"a": 4.0, "b": 3.0, "c": 2.0, "d": 1.0}, "first-order") == pytest.approx(1)
     assert agreement(effects, {"a": 4.0, "b": 3.0, "c": 2.0, "d": 1.0}, "magnitude") == pytest.approx(-1)
     assert agreement(effects, {"a": 1.0, "c": 2.0, "b": 3.0, "d": 4.0}, "activation") == pytest.approx(0.8)
-
-
-def test_places_of_heads() -> None:
-    assert place_of_head("L12.cross.h3") == {"name": "L12.cross.h3", "layer": 12, "block": "cross", "head": 3}

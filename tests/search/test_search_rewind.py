@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -178,12 +179,14 @@ def test_a_search_that_was_stopped_goes_on(
 
 def test_a_killed_process_is_continued(tmp_path: Path) -> None:
     """SIGKILL in the middle of evaluations: the same command finishes from what the other has left."""
+    texts = [json.dumps({"text": f"{n} and {n} is {2 * n}."}) for n in range(99)]
+    (tmp_path / "own.jsonl").write_text("\n".join(texts))
     code = (
         "import sys; from diffract.search import search_rewind as s; "
-        "s(sys.argv[1], sys.argv[2], order='greedy', eval='math', limit=3, fractions='0,0.5,1', output=sys.argv[3],"
-        "  progress=lambda done, total, what: print(done, flush=True))"
+        "s(sys.argv[1], sys.argv[2], order='greedy', eval='own=own.jsonl', data=sys.argv[4], limit=3,"
+        "  fractions='0,0.5,1', output=sys.argv[3], progress=lambda done, total, what: print(done, flush=True))"
     )
-    command = [sys.executable, "-c", code, BASE, MATH, str(tmp_path / "run")]
+    command = [sys.executable, "-c", code, BASE, MATH, str(tmp_path / "run"), str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:

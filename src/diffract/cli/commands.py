@@ -227,7 +227,8 @@ def edit(
     try:
         row = [str(at) for at in decimal_row(asked["at"])]
     except ValueError as error:
-        raise RecipeError(f"--at: {error}.") from error
+        expected = f"expected a number or FROM:TO:STEP such as 0:1:0.1, got {printable(asked['at'])!r}"
+        raise RecipeError(f"--at: {expected}.") from error
     found = []
     for at in row:
         one = {**recipe, "steps": [{record.name: {**recipe["steps"][0][record.name], "at": at}}]}

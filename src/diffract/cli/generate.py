@@ -188,15 +188,20 @@ def read_signature(reference: str) -> Signature:
 
 
 @cache
-def _definition(module: str, name: str) -> tuple[str, ast.AST]:
-    """Find what a name stands for, in the source of its module or of the one that it is imported from."""
+def _statements(module: str) -> list[ast.stmt]:
+    """Read the statements of a module, and those that stand within an ``if`` of it."""
     import diffract
 
     place = Path(diffract.__file__).parent.joinpath(*module.split(".")[1:])
     file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    # Packages import what they export only for type checkers, within an ``if``, and at run time when it is used.
-    for node in (*tree.body, *(inner for outer in tree.body if isinstance(outer, ast.If) for inner in outer.body)):
+    # Packages import what they export for type checkers only, within an ``if``; at run time it is imported when used.
+    return [*tree.body, *(inner for outer in tree.body if isinstance(outer, ast.If) for inner in outer.body)]
+
+
+def _definition(module: str, name: str) -> tuple[str, ast.AST]:
+    """Find what a name stands for, in the source of its module or of the one that it is imported from."""
+    for node in _statements(module):
         if isinstance(node, ast.FunctionDef) and node.name == name:
             return module, node
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):

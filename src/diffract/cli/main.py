@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any
 
 import typer
@@ -31,6 +32,7 @@ def _add(app: typer.Typer, command: Command, panel: str | None = None) -> None:
     app.command(name, no_args_is_help=needs, rich_help_panel=panel)(function_of(command))
 
 
+@cache
 def made(name: str) -> Any:
     """Make the command, or the group of commands, of a name."""
     app = typer.Typer(name=name, help=GROUPS.get(name), no_args_is_help=True, **PLAIN)
@@ -47,6 +49,7 @@ def made(name: str) -> Any:
     return typer.main.get_command(app)
 
 
+@cache
 def listed(name: str) -> Any:
     """Make what a list shows of a command or a group: its name, its first line and its panel."""
     command = next(command for command in all_commands() if command.name.partition(" ")[0] == name)

@@ -102,21 +102,6 @@ def agreement(effects: HeadScores, scores: HeadScores, order: str) -> float:
     return float(spearman(gains, found if order in BEST_FIRST else -found))
 
 
-def place_of_head(name: str) -> dict[str, Any]:
-    """Return layer, block and head from a head's name.
-
-    >>> place_of_head("L3.h5")
-    {'name': 'L3.h5', 'layer': 3, 'block': 'attn', 'head': 5}
-    """
-    layer, *block, head = name.split(".")
-    return {
-        "name": name,
-        "layer": int(layer.removeprefix("L")),
-        "block": block[0] if block else "attn",
-        "head": int(head.removeprefix("h")),
-    }
-
-
 @dataclass(frozen=True)
 class Rewinder:
     """Makes points of a tuned model whose heads go back.
@@ -259,7 +244,7 @@ class RewindSearch(QualitySearch):
         adjusted = iter(holm([rows[0]["p"] for rows in self.alone.values()]) if self.alone else [])
         rows = []
         for name in self.units.names:
-            row = {**place_of_head(name), "task": tasks[0].name}
+            row = {"name": name, **self.units.heads[name]._asdict(), "task": tasks[0].name}
             for order in ("magnitude", "reference", "first-order", "activation"):
                 row[order.replace("-", "_")] = self.scores.get(order, {}).get(name)
             if self.alone:

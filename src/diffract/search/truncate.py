@@ -15,7 +15,6 @@ from diffract.edits import Interpolate, Merge, Truncate
 from diffract.edits.bench import Bench, Other
 from diffract.edits.directions import kept, random_order
 from diffract.edits.draft import flat, place_of
-from diffract.edits.edit import Edit
 from diffract.edits.mixing import seeded
 from diffract.edits.spectral_edits import change_sigmas
 from diffract.engine import single_threaded
@@ -226,7 +225,7 @@ class Truncater:
         share = min(1.0, max(kept_by(plain, self.changes).energy, 1e-12))  # an edit cannot be asked for no energy
         return Truncate(base=self.base, energy=share, side="random", seed=seed)
 
-    def _dare(self, drop: float, seed: int) -> Edit:
+    def _dare(self, drop: float, seed: int) -> Merge:
         """Return the edit that keeps entries of D by chance; of all matrices, no vectors, as a truncation does."""
         return Merge(
             models={"base": self.base},
