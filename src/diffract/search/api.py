@@ -67,8 +67,8 @@ def search_rewind(
         seeds: How many random orders stand beside the others.
         kv: When a key-value head that several query heads share goes back: with ``all`` of them, with the
             ``majority``, or ``never``.
-        tolerance: The largest loss that counts as none: the interval of the gain must exclude more. Without a
-            tolerance, no loss is one that is not shown: the interval reaches 0.
+        tolerance: The largest loss that still counts as no loss: the interval of a point's gain must exclude a larger
+            one. By default a point is without loss where none is shown: its interval reaches 0.
         choose_by: Which point is written: ``best``, of the highest gain, or ``without-loss``, the furthest that loses
             nothing.
         write: The folder to write the chosen checkpoint to, which is then loaded and scored.
@@ -173,8 +173,8 @@ def search_truncate(
         output: The run folder to write. A search that was killed continues when it is started again.
         fractions: The shares of directions that are dropped, as ``FROM:TO:STEP`` or as a list such as ``0,0.1,0.5``.
         seeds: How many of each control by chance stand beside the others.
-        tolerance: The largest loss that counts as none: the interval of the gain must exclude more. Without a
-            tolerance, no loss is one that is not shown: the interval reaches 0.
+        tolerance: The largest loss that still counts as no loss: the interval of a point's gain must exclude a larger
+            one. By default a point is without loss where none is shown: its interval reaches 0.
         choose_by: Which point is written: ``best``, of the highest gain, or ``without-loss``, the fewest bytes that
             lose nothing.
         write: The folder to write the chosen checkpoint to, which is then loaded and scored.
