@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from diffract.analysis.facts import MetricPlan, pair_facts, single_facts
+from diffract.analysis.facts import MetricPlan, StackPair, pair_facts, single_facts
 from diffract.analysis.held import Stack
 from diffract.metrics import CATALOG, GROUPS
 from diffract.metrics.catalog import DEFAULT
@@ -37,7 +37,7 @@ def single(w: torch.Tensor, method: str = "auto") -> dict[str, float]:
 
 def compare(base: torch.Tensor, tuned: torch.Tensor, method: str = "auto") -> dict[str, float]:
     metrics = tuple(CATALOG[name] for name in PAIR)
-    _, found = pair_facts(stack_of(base), stack_of(tuned), MetricPlan(metrics, method=method), CPU)
+    _, found = pair_facts(StackPair(stack_of(base), stack_of(tuned)), MetricPlan(metrics, method=method), CPU)
     return {m.name: m(*(found.facts[fact] for fact in m.facts)).item() for m in metrics}
 
 

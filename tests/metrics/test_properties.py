@@ -18,7 +18,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from diffract.analysis.facts import MetricPlan, pair_facts, single_facts
+from diffract.analysis.facts import MetricPlan, StackPair, pair_facts, single_facts
 from diffract.analysis.held import Stack
 from diffract.metrics import CATALOG, GROUPS, heavy_tails
 from diffract.metrics.pair import best_match_chance, cosine_chance, principal_angle_chance
@@ -290,7 +290,7 @@ def compute(
         metrics = tuple(CATALOG[name] for name in names if CATALOG[name].pair == pair)
         plan = MetricPlan(metrics, method=method)
         if pair:
-            facts = pair_facts(stack_of(base), stack_of(tuned), plan, CPU)[1].facts
+            facts = pair_facts(StackPair(stack_of(base), stack_of(tuned)), plan, CPU)[1].facts
         else:
             facts = single_facts(stack_of(tuned), plan, CPU).facts
         found |= {m.name: m(*(facts[fact] for fact in m.facts)) for m in metrics}
@@ -492,7 +492,7 @@ def test_a_metric_alone_gives_what_it_gives_among_all(name: str, method: str) ->
     m = CATALOG[name]
     plan = MetricPlan((m,), method=method)
     if m.pair:
-        facts = pair_facts(stack_of(base), stack_of(tuned), plan, CPU)[1].facts
+        facts = pair_facts(StackPair(stack_of(base), stack_of(tuned)), plan, CPU)[1].facts
     else:
         facts = single_facts(stack_of(tuned), plan, CPU).facts
     alone = m(*(facts[fact] for fact in m.facts)).item()
