@@ -8,7 +8,7 @@ from typing import TypeVar
 
 K = TypeVar("K", bound=str)
 
-SHOWN = 12
+SHOWN = 20
 """Names that a message lists; a model has thousands of matrices."""
 
 
