@@ -213,9 +213,12 @@ def edit(
     arguments = {argument.name: given.pop(argument.name) for argument in record.arguments}
     # What is as it is by default is left out: a recipe, and the manifest with it, says what was asked.
     asked = {n: v for n, v in given.items() if v not in (None, False, []) and v != str(record.model_fields[n].default)}
-    for name, value in asked.items():
-        if isinstance(value, list):
-            asked[name] = dict(_pair(entry, f"--{name}") for entry in value)
+    for name, entries in asked.items():
+        if isinstance(entries, list):
+            pairs = [entry.rpartition("=") for entry in entries]
+            if wrong := [entry for entry, (before, *_) in zip(entries, pairs, strict=True) if not before]:
+                raise RecipeError(f"--{name}: expected NAME=VALUE, got {printable(wrong[0])!r}.")
+            asked[name] = {before: after for before, _, after in pairs}
     recipe = record.as_recipe(arguments, asked)
     written = {"shard_size": shard_size, **({"dtype": output_dtype} if output_dtype else {})}
     further = {"architecture": architecture, "adapter_base": adapter_base}
@@ -236,13 +239,6 @@ def edit(
     return found
 
 
-def _pair(entry: str, where: str) -> tuple[str, str]:
-    name, equals, value = entry.rpartition("=")
-    if not equals or not name:
-        raise RecipeError(f"{where}: expected NAME=VALUE, got {printable(entry)!r}.")
-    return name, value
-
-
 HERE = "diffract.cli.commands"
 
 SEARCH = Command(
@@ -252,11 +248,6 @@ SEARCH = Command(
     show=text.show_search,
     summary=text.sum_up_search,
     metavars={"order": "NAMES", "models": "NAME=MODEL..."},
-    helps={
-        "device": "auto (CUDA where there is one), cpu or cuda.",
-        "dtype": "auto (as stored, but float32 on a CPU), float32, bfloat16 or float16.",
-        "tokenizer": "Where the tokenizer is, if it is not beside the model.",
-    },
     least={"limit": 1, "shots": 0},
     label="search",
     unit="evaluations",
@@ -270,6 +261,7 @@ EDIT = Command(
     show=text.show_edits,
     summary=text.sum_up_edits,
     metavars={"output": "OUT"},
+    helps={"groups": "Other weights by selection, such as 'layers 0-7=0.3'; of several that fit the last counts."},
     hidden=("record", "recipe"),
     label="edit",
 )

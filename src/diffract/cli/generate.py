@@ -182,6 +182,7 @@ def read_signature(reference: str) -> Signature:
     if given.vararg is not None:
         several = given.vararg
         arguments.append(Parameter(several.arg, "text", REQUIRED, helps.get(several.arg, ""), argument=True, many=True))
+    # It is what most people look for on a page, and Python has it near the end.
     options.sort(key=lambda option: option.name != "output")
     told = next((place.arg for place, _ in places if place.arg in TOLD), "")
     return Signature(text, (*arguments, *options), told)
@@ -213,7 +214,10 @@ def _definition(module: str, name: str) -> tuple[str, ast.AST]:
 
 def _value(module: str, node: ast.expr) -> Any:
     """Return a default that is written out, or that is a constant of its module."""
-    return _value(*_definition(module, node.id)) if isinstance(node, ast.Name) else ast.literal_eval(node)  # pyright: ignore[reportArgumentType]
+    found: Any = node
+    while isinstance(found, ast.Name):
+        module, found = _definition(module, found.id)
+    return ast.literal_eval(found)
 
 
 def kind_of(annotation: ast.expr | None) -> str:

@@ -239,7 +239,7 @@ def verify(folder: str | Path, *, replay: bool = False) -> Verdict:
     """Say whether an edited checkpoint is what its manifest says: its tensors, files, recipe, and inputs.
 
     Args:
-        folder: What an edit wrote.
+        folder: The folder that an edit wrote.
         replay: Compute the recipe anew, too, and compare what comes out.
 
     Raises:

@@ -67,12 +67,12 @@ def plot(
         model: A name in the tables; the first tuned one by default, where a figure shows one.
         metric: A column; ``delta_relative`` or ``effective_rank`` by default.
         reference: The model that ``scores`` holds the others against; the first by default.
-        projection: Such as ``q`` or ``attn.q``.
-        layer: Whose matrices ``ridge`` pools.
-        over: ``tokens``, ``step`` or ``order``; the first that is known for every checkpoint.
-        axes: Of y and x: ``log-log`` or ``lin-log`` for ``density``, those and ``lin-lin``, ``log-lin`` for
-            ``evolution``.
-        task: Of a search; the first, that decided, by default.
+        projection: The projection that is shown, such as ``q`` or ``attn.q``.
+        layer: The layer whose matrices ``ridge`` pools.
+        over: The time axis: ``tokens``, ``step`` or ``order``; by default the first that every checkpoint knows.
+        axes: The scales of y and x: ``log-log`` or ``lin-log`` for ``density``; for ``evolution`` also ``lin-lin`` and
+            ``log-lin``.
+        task: The task of a search; by default the first, which decided.
 
     Raises:
         SelectionError: A name is not known, or the kind does not take an option.

@@ -33,8 +33,8 @@ def save(
     Args:
         made: Of any function of ``diffract.plots``.
         path: Ends in ``.html`` (self-contained), ``.png``, ``.svg`` or ``.pdf``.
-        width: In pixels of the layout; the figure's own, or 900.
-        height: In pixels of the layout; the figure's own by default.
+        width: The width in pixels of the layout; by default the figure's own, or 900.
+        height: The height in pixels of the layout; by default the figure's own.
         scale: Pixels of a PNG per pixel of the layout.
 
     Raises:
