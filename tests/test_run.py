@@ -40,7 +40,7 @@ def test_what_is_saved_comes_back(kind: str, tmp_path: Path) -> None:
 
 def test_a_study_is_read_from_its_numbers() -> None:
     run = diffract.load_run(EARLIER / "study")
-    assert run["findings"].rows() == [("budget", "holds"), ("heads", "cannot tell")]
+    assert run["findings"].rows() == [("budget", "holds", None), ("heads", "cannot tell", None)]
     assert run["numbers"].row(0) == ("budget", "gain", 0.05, 0.04, 0.06, "bits per byte", 0.0)
     assert run["numbers"]["value"].to_list() == [0.05, None]
 

@@ -6,9 +6,9 @@ Nothing heavy is imported before a function is called: commands read their optio
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from diffract.checkpoints import Reference
     from diffract.corpora import Split
     from diffract.linalg import Method
-    from diffract.matrices import Entry, Layout
     from diffract.metrics import Metric
     from diffract.run import Run
     from diffract.settings import Progress
@@ -84,24 +83,7 @@ def scan(
     >>> scan({"w": np.diag([3.0, 4.0])}, cache=False)["metrics"]["spectral_norm"].to_list()
     [4.0]
     """
-    from diffract.analysis import Options
-
-    options = Options(
-        metrics=metrics,
-        select=select,
-        heads=heads,
-        circuits=circuits,
-        vectors=vectors,
-        architecture=architecture,
-        adapter_base=adapter_base,
-        download=download,
-        method=method,
-        device=device,
-        engine=engine,
-        cache=cache,
-        progress=progress,
-    )
-    return _analysed([ref], options, output, force=force)
+    return _analysed([ref], _options(locals()), output, force=force)
 
 
 def compare(
@@ -159,25 +141,9 @@ def compare(
     Raises:
         DiffractError: The input is wrong; the message says what, where, and what to do.
     """
-    from diffract.analysis import Options
-
+    options = _options(locals())
     if not tuned:
         raise SelectionError("compare needs a base and at least one tuned checkpoint. Use scan for one alone.")
-    options = Options(
-        metrics=metrics,
-        select=select,
-        heads=heads,
-        circuits=circuits,
-        vectors=vectors,
-        architecture=architecture,
-        adapter_base=adapter_base,
-        download=download,
-        method=method,
-        device=device,
-        engine=engine,
-        cache=cache,
-        progress=progress,
-    )
     return _analysed([base, *tuned], options, output, force=force, allow_unmatched=allow_unmatched)
 
 
@@ -238,22 +204,10 @@ def trajectory(
     >>> trajectory(*series, by="given", cache=False)["models"]["delta_relative"].to_list()
     [None, 1.0, 0.5]
     """
-    from diffract.analysis import Options, follow
+    from diffract.analysis import follow
     from diffract.run import Run, write
 
-    options = Options(
-        metrics=metrics,
-        select=select,
-        heads=heads,
-        architecture=architecture,
-        adapter_base=adapter_base,
-        download=download,
-        method=method,
-        device=device,
-        engine=engine,
-        cache=cache,
-        progress=progress,
-    )
+    options = _options(locals())
     with _output(output, force=force) as draft:
         found = follow(refs, options, by=by, against=against, allow_unmatched=allow_unmatched)
         if draft is not None:
@@ -304,20 +258,12 @@ def heads(
     Raises:
         DiffractError: The input is wrong; the message says what, where, and what to do.
     """
-    from diffract.analysis import Options, analyse_heads
+    from diffract.analysis import analyse_heads
     from diffract.run import Run, write
 
+    options = _options(locals())
     if not tuned:
         raise SelectionError("heads needs a base and at least one tuned checkpoint.")
-    options = Options(
-        architecture=architecture,
-        adapter_base=adapter_base,
-        download=download,
-        device=device,
-        engine=engine,
-        cache=cache,
-        progress=progress,
-    )
     with _output(output, force=force) as draft:
         found = analyse_heads([base, *tuned], options, projections=projections, allow_unmatched=allow_unmatched)
         if draft is not None:
@@ -385,10 +331,22 @@ def evaluate(
     return found
 
 
+def _options(given: Mapping[str, Any]) -> Options:
+    """Return the settings of an analysis among a verb's arguments, which have the same names there.
+
+    Verbs write their settings out, so that editors and the command line know them; to hand each one on by name would
+    be the same list once more.
+    """
+    from diffract.analysis import Options
+
+    return Options(**{field.name: given[field.name] for field in fields(Options) if field.name in given})
+
+
 class _Collected(dict[str, "Tensor"]):
     """Vectors in memory, taken as a writer takes them."""
 
     def add(self, name: str, tensor: Tensor) -> None:
+        """Keep a tensor."""
         self[name] = tensor
 
 
@@ -511,44 +469,34 @@ def inspect(
         DiffractError: The checkpoint cannot be opened or contradicts its configuration.
     """
     from diffract.checkpoints import open_checkpoint
-    from diffract.matrices import lay_out
+    from diffract.matrices import lay_out, scan_cost, workspace_bytes
 
     checkpoint = open_checkpoint(ref, base=adapter_base, download=download)
     try:
         layout = lay_out(checkpoint, select_text=select, heads=heads, spec_file=architecture, check_ties=False)
-        return _summarise(layout)
     finally:
         if checkpoint is not ref:
             checkpoint.close()
-
-
-def _summarise(layout: Layout) -> Inspection:
-    from diffract.matrices import scan_cost, workspace_bytes
-
     entries = list(layout.entries.values())
     analysed = [entry for entry in entries if entry.matrices]
+    kinds = Counter(
+        (".".join(dict.fromkeys(p for p in (m.block, m.projection) if p)) or "other", m.shape, m.dtype)
+        for entry in analysed
+        for m in entry.matrices
+    )
     work = sum(scan_cost(entry.matrices) for entry in analysed)
     return Inspection(
-        reference=layout.checkpoint.reference,
+        reference=checkpoint.reference,
         family=layout.architecture.family,
         dimensions=asdict(layout.architecture.dimensions),
         parameters=sum(entry.info.entries for entry in entries),
         size_bytes=sum(entry.info.size_bytes for entry in entries),
         tensors=len(entries),
         matrices=sum(len(entry.matrices) for entry in analysed),
-        kinds=_kinds(analysed),
+        kinds=tuple(MatrixKind(*kind, count) for kind, count in kinds.items()),
         left_out=dict(Counter(entry.outcome for entry in entries if not entry.matrices)),
         multiplications=work,
         seconds_per_core=work / SCAN_RATE,
         peak_bytes=max((workspace_bytes(e.matrices, e.info.size_bytes) for e in analysed), default=0),
         warnings=layout.warnings,
     )
-
-
-def _kinds(entries: list[Entry]) -> tuple[MatrixKind, ...]:
-    counted = Counter(
-        (".".join(dict.fromkeys(p for p in (m.block, m.projection) if p)) or "other", m.shape, m.dtype)
-        for entry in entries
-        for m in entry.matrices
-    )
-    return tuple(MatrixKind(*key, count) for key, count in counted.items())

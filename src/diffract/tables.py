@@ -328,7 +328,9 @@ SIMPLEX: dict[str, Any] = {
 """Columns of ``simplex``: held-out quality of base + scale * sum of ``weights`` times (``models`` - base)."""
 
 
-FINDINGS: dict[str, Any] = {"finding": pl.String, "verdict": pl.String}
+FINDINGS: dict[str, Any] = {"finding": pl.String, "verdict": pl.String, "because": pl.String}
+"""Columns of a study's ``findings``: ``because`` is the reason in words, null where the finding's folder is not there.
+"""
 
 NUMBERS: dict[str, Any] = {
     "finding": pl.String,
@@ -341,8 +343,8 @@ NUMBERS: dict[str, Any] = {
 }
 """Columns of a study's ``numbers``: what each verdict rests on, its 95% interval, and what the control gives."""
 
-STUDY_NUMBERS = "numbers.json"
-"""File of a study's folder with all verdicts and numbers."""
+STUDY_NUMBERS, EVIDENCE = "numbers.json", "findings"
+"""File of a study's folder with all verdicts and numbers; folder of what each finding rests on."""
 
 MANIFEST = ("diffract", "kind", "created", "seconds", "settings", "models", "metrics", "warnings")
 """What every manifest holds besides the layout's number."""
@@ -473,7 +475,7 @@ def load(folder: str | Path, *kinds: str, only: Sequence[str] | None = None) -> 
             f"run folder {str(folder)!r} holds a run of `diffract {manifest['kind']}`, "
             f"expected one of {' or '.join(expected)}."
         )
-    if manifest["kind"] == "study":
+    if manifest["kind"] == "study" and not (folder / "findings.parquet").is_file():  # which a saved copy has
         return Tables(manifest, _read_study(folder))
     schemas = KINDS[manifest["kind"]]
     # A comparison of before there was a table of heads: its metrics say what stood in it.
@@ -526,7 +528,7 @@ def _read(folder: Path, name: str, schema: Mapping[str, Any]) -> pl.DataFrame:
         table = pl.read_parquet(folder / f"{name}.parquet")
     except (OSError, ValueError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise _damaged(folder, str(error)) from error
-    if lost := [column for column, dtype in schema.items() if table.schema.get(column) != _dtype(dtype)]:
+    if lost := [column for column, dtype in schema.items() if table.schema.get(column) != dtype]:
         raise _damaged(folder, f"{name}.parquet lacks {', '.join(lost)}")
     return table
 
@@ -536,7 +538,11 @@ def _read_study(folder: Path) -> dict[str, pl.DataFrame]:
     _require(folder, [STUDY_NUMBERS])
     try:
         found = json.loads((folder / STUDY_NUMBERS).read_text(encoding="utf-8"))
-        findings = [{"finding": name, "verdict": own["verdict"]} for name, own in found.items()]
+        reasons = {
+            path.parent.name: json.loads(path.read_text(encoding="utf-8"))["because"]
+            for path in folder.glob(f"{EVIDENCE}/*/manifest.json")
+        }
+        findings = [{"finding": n, "verdict": own["verdict"], "because": reasons.get(n)} for n, own in found.items()]
         numbers = [{"finding": name, **number} for name, own in found.items() for number in own["numbers"]]
         return {"findings": frame(findings, FINDINGS), "numbers": frame(numbers, NUMBERS)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, pl.exceptions.PolarsError) as error:
@@ -545,8 +551,3 @@ def _read_study(folder: Path) -> dict[str, pl.DataFrame]:
 
 def _damaged(folder: Path, why: str) -> RunError:
     return RunError(f"run folder {str(folder)!r} is damaged: {why}. Run the command that made it again.")
-
-
-def _dtype(dtype: Any) -> pl.DataType:
-    """A column type as an instance."""
-    return dtype() if isinstance(dtype, type) else dtype

@@ -16,10 +16,10 @@ import yaml
 from diffract.checkpoints import TensorWriter, open_checkpoint
 from diffract.errors import RecipeError, RunError
 from diffract.studies.family import Family, TrainingJob, run_all
-from diffract.studies.finding import Finding, Number, load_finding, save_finding
+from diffract.studies.finding import Evidence, Number, load_evidence, save_evidence
 from diffract.studies.findings import FINDINGS
 from diffract.studies.recipe import StudyRecipe
-from diffract.studies.runner import StudyRun, all_jobs, load_study, numbers_text, preview, write_report
+from diffract.studies.runner import all_jobs, load_study, numbers_text, preview, study_report
 from diffract.studies.study import write_noise
 
 RECIPES = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
@@ -93,38 +93,36 @@ def test_a_failed_training_run_is_said_with_its_last_words(tmp_path: Path, monke
         run_all([TrainingJob("broken", broken, tmp_path / "broken")], recipe, lambda text: None)
 
 
-def finding(**changes: Any) -> Finding:
-    kept: dict[str, Any] = {
-        "name": "budget",
-        "title": "A title",
-        "claim": "A claim",
-        "verdict": "holds",
-        "because": "x <script>alert(1)</script>",
-        "control": "none",
-        "numbers": [Number("n", 1.5, 1.0, 2.0, "nats", 0.5), Number("none", None)],
-        "figures": [("caption </script>", go.Figure(go.Scatter(x=[1], y=[2], name="</script>")))],
-        "tables": {"t": pl.DataFrame({"a": [1]})},
-    }
-    return Finding(**kept | changes)
+BUDGET = next(finding for finding in FINDINGS if finding.name == "budget")
 
 
-def test_a_finding_comes_back_as_it_was(tmp_path: Path) -> None:
-    made = finding()
-    save_finding(made, tmp_path / "f", key="k")
-    back = load_finding(tmp_path / "f", key="k")
+def evidence() -> Evidence:
+    return Evidence(
+        "holds",
+        "x <script>alert(1)</script>",
+        numbers=[Number("n", 1.5, low=1.0, high=2.0, unit="nats", chance=0.5), Number("none", None)],
+        figures=[("caption </script>", go.Figure(go.Scatter(x=[1], y=[2], name="</script>")))],
+        tables={"t": pl.DataFrame({"a": [1]})},
+    )
+
+
+def test_what_a_finding_rests_on_comes_back_as_it_was(tmp_path: Path) -> None:
+    made = evidence()
+    save_evidence(made, tmp_path / "f", key="k")
+    back = load_evidence(tmp_path / "f", key="k")
     assert back is not None
     assert (back.numbers, back.verdict, back.because) == (made.numbers, made.verdict, made.because)
     assert back.tables["t"].equals(made.tables["t"])
     assert back.figures[0][1].data[0].y == (2,)
-    assert load_finding(tmp_path / "f", key="another") is None
-    assert load_finding(tmp_path / "g", key="k") is None
+    assert load_evidence(tmp_path / "f", key="another") is None
+    assert load_evidence(tmp_path / "g", key="k") is None
     (tmp_path / "f" / "manifest.json").write_text("{")
     with pytest.raises(RunError, match="damaged"):
-        load_finding(tmp_path / "f", key="k")
+        load_evidence(tmp_path / "f", key="k")
 
 
 def test_numbers_are_plain_json() -> None:
-    found = json.loads(numbers_text([finding()]))
+    found = json.loads(numbers_text({BUDGET: evidence()}))
     assert found["budget"]["verdict"] == "holds"
     assert found["budget"]["numbers"][0]["low"] == 1.0
 
@@ -149,10 +147,10 @@ def test_noise_has_the_norm_of_the_change_and_no_direction_of_it(tmp_path: Path)
     assert abs(cosine) < 5 / np.sqrt(64 * 96)  # five standard deviations of random directions
 
 
-def test_the_report_escapes_what_it_shows(tmp_path: Path) -> None:
+def test_the_report_escapes_what_it_shows() -> None:
     recipe = StudyRecipe.model_validate(micro(name="<b>bold</b>"))
     family = Family({100: "a<i>"}, {100: {"math": "m"}})
-    text = write_report(StudyRun(tmp_path, recipe, [finding()]), family).read_text()
+    text = study_report(recipe, family, {BUDGET: evidence()})
     assert "<script>alert(1)" not in text
     assert "<b>bold" not in text
     assert "a<i>" not in text

@@ -15,7 +15,7 @@ from diffract.studies.finding import Number, better, median, rank_correlation
     [(0.1, 0.3, "holds"), (-0.3, -0.1, "does not hold"), (-0.1, 0.3, "cannot tell"), (0.0, 0.3, "cannot tell")],
 )
 def test_a_verdict_needs_the_whole_interval_on_one_side(low: float, high: float, verdict: str) -> None:
-    assert better(Number("gain", (low + high) / 2, low, high), "it is better")[0] == verdict
+    assert better(Number("gain", (low + high) / 2, low=low, high=high), "it is better")[0] == verdict
 
 
 def test_a_number_without_an_interval_cannot_tell() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from diffract.run import load_run
 from diffract.studies import family, run_study
 from diffract.studies.family import Family, TrainingJob
 from diffract.studies.findings import FINDINGS
@@ -83,20 +84,25 @@ def test_a_study_goes_on_where_it_was_stopped_and_ends_with_the_same_numbers(
     run = run_study(recipe, tmp_path / "run", say=again.append)
     assert not [text for text in again if "trained" in text]
     assert "finding: budget" not in again
-    assert [finding.name for finding in run.findings] == QUICK
-    assert all(finding.numbers and finding.figures for finding in run.findings)
-    text = run.report.read_text()
-    assert all(finding.title in text for finding in run.findings)
+    assert run.kind == "study"
+    assert run.findings["finding"].to_list() == QUICK
+    assert all(run.findings["because"])
+    assert set(run.numbers["finding"]) == set(QUICK)
+    text = (tmp_path / "run" / "report.html").read_text()
+    assert all(finding.title in text for finding in FINDINGS if finding.name in QUICK)
+    saved = load_run(run.save(tmp_path / "copy"))
+    assert saved.findings.equals(run.findings)
+    assert saved.numbers.equals(run.numbers)
 
 
 @pytest.mark.slow
 def test_all_findings_twice(tmp_path: Path) -> None:
     recipe = micro(tmp_path, [spec.name for spec in FINDINGS])
     run, again = (run_study(recipe, tmp_path / name) for name in ("run", "again"))
-    assert (run.folder / "numbers.json").read_text() == (again.folder / "numbers.json").read_text()
-    assert all(finding.verdict in ("holds", "does not hold", "cannot tell") for finding in run.findings)
-    assert all(finding.numbers and finding.figures for finding in run.findings)
-    assert {f.name for f in run.findings} >= {"rewind", "truncation", "connectivity"}
+    assert len({(tmp_path / name / "numbers.json").read_text() for name in ("run", "again")}) == 1
+    assert run.findings.equals(again.findings)
+    assert set(run.findings["verdict"]) <= {"holds", "does not hold", "cannot tell"}
+    assert set(run.numbers["finding"]) == {finding.name for finding in FINDINGS}
 
 
 def test_a_family_knows_its_largest_budget() -> None:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from diffract.edits.to_files import Edited
     from diffract.run import Run
     from diffract.search import Estimate
-    from diffract.studies import StudyRun
     from diffract.studies.runner import StudyPreview
     from diffract.train import TrainPreview, TrainRun
 
@@ -28,34 +27,19 @@ Given = Mapping[str, Any]
 """What was given for a command's arguments and options, by name."""
 
 EVOLVING = {
-    "delta_relative": "change",
-    "value_share": "in values",
-    "head_top10_share": "top heads",
-    "stable_rank_median": "stable rank",
-    "peaked_matrices": "peaked",
+    "delta_relative": ("change", "of the weights relative to {against} (Frobenius norm)"),
+    "value_share": ("in values", "share of it in singular values"),
+    "head_top10_share": ("top heads", "share of it in the top tenth of heads"),
+    "stable_rank_median": ("stable rank", "median over matrices"),
+    "peaked_matrices": ("peaked", "matrices with at least two spectral peaks"),
 }
-"""What is shown of a trajectory's ``models``, as far as it was computed, and what the table calls it."""
-
-LEGEND = {
-    "change": "of the weights relative to {against} (Frobenius norm)",
-    "in values": "share of it in singular values",
-    "top heads": "share of it in the top tenth of heads",
-    "stable rank": "median over matrices",
-    "peaked": "matrices with at least two spectral peaks",
-}
+"""What is shown of a trajectory's ``models``, as far as it was computed: what the table calls it, and what that is."""
 
 SHOWN_HEADS = 5
 """Heads of each domain that are shown."""
 
-CHOSEN = ("best at", "selection", "held-out", "95%", "no loss to", "held-out")
-"""What is said of a curve: its best point, and the furthest without loss."""
-
-SEARCH_TABLES = {
-    "search rewind": ("choice", "orders", "effects"),
-    "search truncate": ("choice",),
-    "connect": ("pairs",),
-}
-"""Tables of a search that its summary holds."""
+IN_SUMMARY = ("choice", "orders", "effects", "pairs")
+"""Tables of a search that its summary holds, if there."""
 
 NAME_WIDTH = 26
 
@@ -76,6 +60,12 @@ def place(given: Given, name: str = "") -> str | None:
     return str(given["output"] / name) if given["output"] else None
 
 
+def say_place(given: Given, what: str, name: str = "") -> None:
+    """Print where a run, or a file in it, was written, if anywhere."""
+    if (written := place(given, name)) is not None:
+        say(f"{what}: {written}")
+
+
 # scan, compare, trajectory
 
 
@@ -84,8 +74,7 @@ def show_analysis(run: Run, given: Given) -> None:
     warn(run.manifest["warnings"])
     for row in run.models.iter_rows(named=True):
         say(_model_sentence(row))
-    if given["output"] is not None:
-        say(f"report: {place(given, 'report.html')}")
+    say_place(given, "report", "report.html")
 
 
 def sum_up_analysis(run: Run, given: Given) -> dict[str, Any]:
@@ -114,12 +103,11 @@ def show_trajectory(run: Run, given: Given) -> None:
     warn(run.manifest["warnings"])
     rows = run.models.to_dicts()
     shown = [name for name in ("stage", "step", "tokens", *EVOLVING) if any(row.get(name) is not None for row in rows)]
-    headers = ["checkpoint", *(EVOLVING.get(name, name) for name in shown)]
+    headers = ["checkpoint", *(EVOLVING.get(name, [name])[0] for name in shown)]
     say_table(headers, [[row["model"], *(_evolving(name, row[name]) for name in shown)] for row in rows])
-    if known := [f"{header} {LEGEND[header]}" for header in headers if header in LEGEND]:
+    if known := [" ".join(EVOLVING[name]) for name in shown if name in EVOLVING]:
         say("; ".join(known).format(against=f"the {given['against']} checkpoint"))
-    if given["output"] is not None:
-        say(f"report: {place(given, 'report.html')}")
+    say_place(given, "report", "report.html")
 
 
 def _evolving(name: str, value: Any) -> str:
@@ -148,8 +136,7 @@ def show_heads(run: Run, given: Given) -> None:
         say_table(["", *domains["model"]], _agreement(run), title=title)
         agnostic = percent(domains["agnostic_share"][0])
         say(f"Domain-agnostic part of the attention's change, all domains together: {agnostic} (chance 0%)")
-    if given["output"] is not None:
-        say(f"run: {place(given)}")
+    say_place(given, "run")
 
 
 def sum_up_heads(run: Run, given: Given) -> dict[str, Any]:
@@ -343,8 +330,7 @@ def show_evaluation(found: Evaluated, given: Given) -> None:
         lines = [_difference(row, before[row["task"]]) for row in differences.iter_rows(named=True)]
         headers = ["task", "other", "difference", "95% interval", "", "p", "p (Holm)"]
         say_table(headers, lines, title=f"Against {other.manifest['models'][0]['reference']}, item by item:")
-    if given["output"] is not None:
-        say(f"run: {place(given)}")
+    say_place(given, "run")
 
 
 def _difference(row: Mapping[str, Any], before: float) -> list[str]:
@@ -386,7 +372,7 @@ def show_search(found: Run | Estimate, given: Given) -> None:
         _show_connections(run)
     else:
         _show_choice(run)
-    say(f"run: {place(given)}")
+    say_place(given, "run")
 
 
 def sum_up_search(found: Run | Estimate, given: Given) -> dict[str, Any]:
@@ -394,7 +380,7 @@ def sum_up_search(found: Run | Estimate, given: Given) -> dict[str, Any]:
     if given["dry_run"]:
         return vars(found)
     run: Any = found
-    tables = {name: run[name].to_dicts() for name in SEARCH_TABLES[run.kind]}
+    tables = {name: run[name].to_dicts() for name in IN_SUMMARY if name in run.tables}
     manifest = kept(run.manifest, ("evaluations", "left_out", "chosen", "written"))
     return {**manifest, **tables, "run": place(given)}
 
@@ -415,7 +401,7 @@ def _show_choice(run: Run) -> None:
         interval = f"{number(best['held_out_gain_low'])} to {number(best['held_out_gain_high'])}"
         gains = [number(best["selection_gain"]), number(best["held_out_gain"]), interval]
         rows.append([name, f"{best[at]:.3g}", *gains, f"{far[at]:.3g}", number(far["held_out_gain"])])
-    say_table([what, *CHOSEN], rows)
+    say_table([what, "best at", "selection", "held-out", "95%", "no loss to", "held-out"], rows)
     if what == "rule":
         say("points are the share of the change's bytes that is kept")
     elif run.orders.height:
@@ -448,17 +434,24 @@ def _show_connections(run: Run) -> None:
 
 def show_training(found: TrainRun | TrainPreview, given: Given) -> None:
     """Print the last loss and where the model lies; of a dry run parameters, steps, tokens and epochs."""
-    if given["dry_run"]:
-        _show_training_preview(found)
-        return
     from diffract.settings import size_text
 
-    run: Any = found
-    warn(run.warnings)
-    last = _last(run)
-    rate = size_text(last["tokens"] / run.seconds, " tokens/s")
-    say(f"loss {last['loss']:.4f} after {last['tokens']:,} tokens in {run.seconds:.0f} s ({rate})")
-    say(f"written: {run.final}")
+    known: Any = found
+    if given["dry_run"]:
+        say(f"{known.parameters:,} parameters, vocabulary of {known.vocabulary:,}")
+        say(f"{known.steps:,} steps of {known.batch_tokens:,} tokens: {known.tokens:,} tokens")
+        rows = [
+            [name, f"{part['share']:.1%}", f"{part['available']:,}", f"{part['tokens']:,}", number(part["epochs"])]
+            for name, part in known.parts.items()
+        ]
+        say_table(["part", "share", "tokens there", "tokens taken", "epochs"], rows)
+        say(f"checkpoints after {', '.join(f'{tokens:,}' for tokens in known.checkpoints)} tokens")
+        return
+    warn(known.warnings)
+    last = _last(known)
+    rate = size_text(last["tokens"] / known.seconds, " tokens/s")
+    say(f"loss {last['loss']:.4f} after {last['tokens']:,} tokens in {known.seconds:.0f} s ({rate})")
+    say(f"written: {known.final}")
 
 
 def sum_up_training(found: TrainRun | TrainPreview, given: Given) -> dict[str, Any]:
@@ -482,35 +475,33 @@ def _last(run: TrainRun) -> dict[str, Any]:
     return read_log(run.log)[-1]
 
 
-def _show_training_preview(found: Any) -> None:
-    say(f"{found.parameters:,} parameters, vocabulary of {found.vocabulary:,}")
-    say(f"{found.steps:,} steps of {found.batch_tokens:,} tokens: {found.tokens:,} tokens")
-    rows = [
-        [name, f"{part['share']:.1%}", f"{part['available']:,}", f"{part['tokens']:,}", number(part["epochs"])]
-        for name, part in found.parts.items()
-    ]
-    say_table(["part", "share", "tokens there", "tokens taken", "epochs"], rows)
-    say(f"checkpoints after {', '.join(f'{tokens:,}' for tokens in found.checkpoints)} tokens")
-
-
-def show_study(found: StudyRun | StudyPreview, given: Given) -> None:
+def show_study(found: Run | StudyPreview, given: Given) -> None:
     """Print the verdict on each finding; of a dry run what would be trained and scored."""
-    if given["dry_run"]:
-        _show_study_preview(found, sum_up_study(found, given))
+    known: Any = found
+    if not given["dry_run"]:
+        say_table(["finding", "verdict"], known.findings.select("finding", "verdict").rows())
+        for name, because in known.findings.select("finding", "because").rows():
+            say(f"{name}: {because}")
+        say_place(given, "report", "report.html")
         return
-    run: Any = found
-    say_table(["finding", "verdict"], [[finding.name, finding.verdict] for finding in run.findings])
-    for finding in run.findings:
-        say(f"{finding.name}: {finding.because}")
-    say(f"report: {run.report}")
+    summary = sum_up_study(found, given)
+    say_table(["training run", "tokens"], [[name, f"{count:,}"] for name, count in summary["training_runs"].items()])
+    side = f", {known.recipe.jobs} side by side" if known.recipe.jobs > 1 else ""
+    say(f"{len(known.jobs)} training runs{side}, {known.tokens:,} tokens together")
+    say(f"{known.models} checkpoints scored in {', '.join(summary['tasks'])}")
+    say(f"findings: {', '.join(summary['findings'])}")
+    for text in known.missing:
+        say(f"missing: {text} (--data says where files are)")
+    for text in known.remote:
+        say(f"from the network: {text}")
 
 
-def sum_up_study(found: StudyRun | StudyPreview, given: Given) -> dict[str, Any]:
+def sum_up_study(found: Run | StudyPreview, given: Given) -> dict[str, Any]:
     """Return the verdict on each finding; of a dry run what would be trained and scored."""
     known: Any = found
     if not given["dry_run"]:
-        verdicts = {finding.name: finding.verdict for finding in known.findings}
-        return {"run": str(known.folder), "report": str(known.report), "verdicts": verdicts}
+        verdicts = dict(known.findings.select("finding", "verdict").iter_rows())
+        return {"run": place(given), "report": place(given, "report.html"), "verdicts": verdicts}
     return {
         "study": known.recipe.name,
         "training_runs": {job.name: job.recipe["tokens"] for job in known.jobs},
@@ -521,15 +512,3 @@ def sum_up_study(found: StudyRun | StudyPreview, given: Given) -> dict[str, Any]
         "missing": known.missing,
         "from_the_network": known.remote,
     }
-
-
-def _show_study_preview(found: Any, summary: Mapping[str, Any]) -> None:
-    say_table(["training run", "tokens"], [[name, f"{count:,}"] for name, count in summary["training_runs"].items()])
-    side = f", {found.recipe.jobs} side by side" if found.recipe.jobs > 1 else ""
-    say(f"{len(found.jobs)} training runs{side}, {found.tokens:,} tokens together")
-    say(f"{found.models} checkpoints scored in {', '.join(summary['tasks'])}")
-    say(f"findings: {', '.join(summary['findings'])}")
-    for text in found.missing:
-        say(f"missing: {text} (--data says where files are)")
-    for text in found.remote:
-        say(f"from the network: {text}")

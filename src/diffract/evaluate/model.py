@@ -159,7 +159,9 @@ def model_digest(model: torch.nn.Module) -> str:
         twin = seen.setdefault(place, name) if tensor.numel() else name
         hasher.update(json.dumps([name, str(tensor.dtype), list(tensor.shape), twin]).encode())
         if twin == name:
-            _update(hasher, tensor.detach())
+            flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+            for begun in range(0, flat.numel(), CHUNK_BYTES):
+                hasher.update(flat[begun : begun + CHUNK_BYTES].cpu().numpy().data)
     return hasher.hexdigest()
 
 
@@ -177,12 +179,6 @@ def tokenizer_digest(tokenizer: Any) -> str:
 def has_adapters(model: torch.nn.Module) -> bool:
     """Return whether a model holds adapters of PEFT: their scales and switches are not among what is digested."""
     return bool(getattr(model, "peft_config", None))
-
-
-def _update(hasher: blake3.blake3, tensor: Tensor) -> None:
-    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-    for begun in range(0, flat.numel(), CHUNK_BYTES):
-        hasher.update(flat[begun : begun + CHUNK_BYTES].cpu().numpy().data)
 
 
 CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len", "seq_length")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -40,6 +40,7 @@ class Number:
 
     name: str
     value: float | None
+    _: KW_ONLY
     low: float | None = None
     high: float | None = None
     unit: str = ""
@@ -47,36 +48,17 @@ class Number:
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One section of a study.
+class Evidence:
+    """What the test of a claim gives.
 
     Attributes:
-        name: What the recipe calls the finding.
-        title: A heading.
-        claim: What is expected elsewhere.
         verdict: Whether the claim holds here.
         because: Why that is the verdict, in words.
-        control: What the numbers are held against.
         numbers: The numbers that the verdict is made of, and others worth knowing.
         figures: Captions and figures.
         tables: What the figures are drawn from.
     """
 
-    name: str
-    title: str
-    claim: str
-    verdict: Verdict
-    because: str
-    control: str
-    numbers: list[Number]
-    figures: list[tuple[str, go.Figure]] = field(default_factory=list)
-    tables: Mapping[str, pl.DataFrame] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What the test of a claim gives; the attributes are those of a finding."""
-
     verdict: Verdict
     because: str
     numbers: list[Number]
@@ -85,7 +67,7 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class FindingSpec:
+class Finding:
     """A claim and its test, which every study can ask for by name.
 
     Attributes:
@@ -102,13 +84,8 @@ class FindingSpec:
     control: str
     test: Callable[[Study], Evidence]
 
-    def __call__(self, study: Study) -> Finding:
-        """Test the claim in a study."""
-        found = vars(self.test(study))
-        return Finding(name=self.name, title=self.title, claim=self.claim, control=self.control, **found)
 
-
-def finding(*, title: str, claim: str, control: str) -> Callable[[Callable[[Study], Evidence]], FindingSpec]:
+def finding(*, title: str, claim: str, control: str) -> Callable[[Callable[[Study], Evidence]], Finding]:
     """Declare a finding at the function that tests it, whose name it has.
 
     Args:
@@ -120,25 +97,29 @@ def finding(*, title: str, claim: str, control: str) -> Callable[[Callable[[Stud
         A decorator that makes a record of a function. It registers nothing: ``diffract.studies.findings`` lists what
         there is.
     """
-    return lambda test: FindingSpec(test.__name__, title, claim, control=control, test=test)
+    return lambda test: Finding(test.__name__, title, claim, control=control, test=test)
 
 
-def save_finding(finding: Finding, folder: Path, *, key: str) -> None:
-    """Write a finding; the folder appears whole or not at all.
+def save_evidence(found: Evidence, folder: Path, *, key: str) -> None:
+    """Write what a test gave; the folder appears whole or not at all.
 
     Args:
-        finding: What to write.
+        found: What to write.
         folder: Where to.
-        key: Stands for all that the finding was made from.
+        key: Stands for all that the evidence was made from.
     """
-    plain = {"format": 1, "kind": "finding", "key": key} | {
-        name: value for name, value in vars(finding).items() if name not in ("figures", "tables", "numbers")
+    plain = {
+        "format": 1,
+        "kind": "finding",
+        "key": key,
+        "verdict": found.verdict,
+        "because": found.because,
+        "numbers": [asdict(number) for number in found.numbers],
+        "figures": [{"caption": caption, "figure": plain_figure(made)} for caption, made in found.figures],
+        "tables": list(found.tables),
     }
-    plain["numbers"] = [asdict(number) for number in finding.numbers]
-    plain["figures"] = [{"caption": caption, "figure": plain_figure(made)} for caption, made in finding.figures]
-    plain["tables"] = list(finding.tables)
     with whole_folder(folder, force=True) as draft:
-        for name, table in finding.tables.items():
+        for name, table in found.tables.items():
             table.write_parquet(draft / f"{name}.parquet")
         (draft / "manifest.json").write_text(json.dumps(plain), encoding="utf-8")
 
@@ -148,8 +129,8 @@ def plain_figure(figure: go.Figure) -> dict[str, Any]:
     return json.loads(str(figure.to_json()))
 
 
-def load_finding(folder: Path, *, key: str | None = None) -> Finding | None:
-    """Read a finding; return none if there is none, or one that was made from something else.
+def load_evidence(folder: Path, *, key: str) -> Evidence | None:
+    """Read what a test gave; return none if there is nothing, or it was made from something else.
 
     Raises:
         RunError: The folder of the finding is damaged.
@@ -158,12 +139,15 @@ def load_finding(folder: Path, *, key: str | None = None) -> Finding | None:
         return None
     try:
         plain: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if key is not None and plain.pop("key") != key:
+        if plain["key"] != key:
             return None
-        kept = {name: plain[name] for name in ("name", "title", "claim", "verdict", "because", "control")}
-        figures = [(f["caption"], plotly.io.from_json(json.dumps(f["figure"]))) for f in plain["figures"]]
-        tables = {name: pl.read_parquet(folder / f"{name}.parquet") for name in plain["tables"]}
-        return Finding(**kept, numbers=[Number(**n) for n in plain["numbers"]], figures=figures, tables=tables)
+        return Evidence(
+            plain["verdict"],
+            plain["because"],
+            numbers=[Number(**number) for number in plain["numbers"]],
+            figures=[(f["caption"], plotly.io.from_json(json.dumps(f["figure"]))) for f in plain["figures"]],
+            tables={name: pl.read_parquet(folder / f"{name}.parquet") for name in plain["tables"]},
+        )
     except (OSError, KeyError, ValueError, TypeError, pl.exceptions.PolarsError) as error:
         raise RunError(
             f"{str(folder)!r} is damaged ({printable(error)}). Remove it and run the study again."
@@ -178,7 +162,7 @@ FEWEST = 5
 def shown(number: Number) -> str:
     """Return a number with its interval, for a sentence.
 
-    >>> shown(Number("gain", 0.25, 0.125, 0.5, "bits per byte"))
+    >>> shown(Number("gain", 0.25, low=0.125, high=0.5, unit="bits per byte"))
     '0.25 bits per byte (95% interval 0.125 to 0.5)'
     """
     unit = f" {number.unit}" if number.unit else ""
@@ -209,10 +193,8 @@ def median(name: str, values: Sequence[float | None], *, unit: str = "", chance:
     known = np.array([v for v in values if v is not None], dtype=float)
     if not len(known):
         return Number(name, None, unit=unit, chance=chance)
-    if np.ptp(known) == 0:
-        return Number(name, float(known[0]), float(known[0]), float(known[0]), unit, chance)
     low, high = stats.bootstrap(partial(np.median, axis=-1), known, resamples=RESAMPLES)
-    return Number(name, float(np.median(known)), low, high, unit, chance)
+    return Number(name, float(np.median(known)), low=low, high=high, unit=unit, chance=chance)
 
 
 def rank_correlation(name: str, a: npt.ArrayLike, b: npt.ArrayLike, *, given: int = 0) -> Number:
@@ -232,4 +214,5 @@ def rank_correlation(name: str, a: npt.ArrayLike, b: npt.ArrayLike, *, given: in
     rho = float(stats.spearman(np.asarray(a, float), np.asarray(b, float)))
     if count < FEWEST:
         return Number(name, rho, chance=0.0)
-    return Number(name, rho, *stats.spearman_interval(rho, count), chance=0.0)
+    low, high = stats.spearman_interval(rho, count)
+    return Number(name, rho, low=low, high=high, chance=0.0)

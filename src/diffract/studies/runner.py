@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -18,38 +18,19 @@ from plotly.offline import get_plotlyjs
 from diffract._version import __version__
 from diffract.corpora import HUB, STANDARD_LIBRARY, WORD_PROBLEMS
 from diffract.errors import RecipeError, RunError, choose, printable
+from diffract.run import Run, load_run
 from diffract.settings import read_recipe, validated
 from diffract.store import cache_key, write_text
 from diffract.studies.family import Family, Say, TrainingJob, continual_jobs, make_family, pretraining_jobs
-from diffract.studies.finding import Finding, FindingSpec, Number, load_finding, plain_figure, save_finding
+from diffract.studies.finding import Evidence, Finding, Number, load_evidence, plain_figure, save_evidence
 from diffract.studies.findings import FINDINGS
 from diffract.studies.recipe import StudyRecipe
 from diffract.studies.study import Study
+from diffract.tables import EVIDENCE, STUDY_NUMBERS
 from diffract.train.recipe import TrainRecipe
 
 FORMAT = 1
-MANIFEST, NUMBERS, REPORT, FINDINGS_FOLDER = "manifest.json", "numbers.json", "report.html", "findings"
-"""What lies in the folder of a study."""
-
-
-@dataclass(frozen=True)
-class StudyRun:
-    """A study that is done.
-
-    Attributes:
-        folder: Where the study lies.
-        recipe: What was asked.
-        findings: What came out, in the recipe's order.
-    """
-
-    folder: Path
-    recipe: StudyRecipe
-    findings: list[Finding]
-
-    @property
-    def report(self) -> Path:
-        """The report, one HTML file."""
-        return self.folder / REPORT
+MANIFEST, REPORT = "manifest.json", "report.html"
 
 
 def load_study(path: str | Path) -> StudyRecipe:
@@ -69,7 +50,7 @@ def load_study(path: str | Path) -> StudyRecipe:
 
 def run_study(
     recipe: str | Path, output: str | Path, *, data: str | Path | None = None, say: Say = lambda text: None
-) -> StudyRun:
+) -> Run:
     """Run a study, or go on with one that was stopped.
 
     Args:
@@ -79,8 +60,8 @@ def run_study(
         say: Is told what is being done.
 
     Returns:
-        The findings of the study. They depend on recipe, data, machine and library versions only: ``numbers.json`` of
-        two runs are equal byte for byte.
+        The run: tables ``findings`` and ``numbers``. They depend on recipe, data, machine and library versions only:
+        ``numbers.json`` of two runs are equal byte for byte.
 
     Raises:
         DiffractError: The recipe is wrong, a training run failed, or the folder belongs to another recipe.
@@ -93,12 +74,11 @@ def run_study(
     with _threads(asked.threads):
         family = make_family(asked, folder, where, say=say)
         study = Study(recipe=asked, family=family, folder=folder, data=where, say=say)
-        by_name = {spec.name: spec for spec in FINDINGS}
-        findings = [_tested(by_name[name], study) for name in asked.findings or ()]
-    run = StudyRun(folder, asked, findings)
-    write_text(folder / NUMBERS, numbers_text(findings))
-    write_report(run, family.within(folder))
-    return run
+        by_name = {finding.name: finding for finding in FINDINGS}
+        found = {by_name[name]: _tested(by_name[name], study) for name in asked.findings or ()}
+    write_text(folder / STUDY_NUMBERS, numbers_text(found))
+    write_text(folder / REPORT, study_report(asked, family.within(folder), found))
+    return load_run(folder)
 
 
 def all_jobs(recipe: StudyRecipe, folder: Path, data: Path | None) -> list[TrainingJob]:
@@ -114,22 +94,24 @@ def all_jobs(recipe: StudyRecipe, folder: Path, data: Path | None) -> list[Train
     return jobs
 
 
-def numbers_text(findings: Sequence[Finding]) -> str:
+def numbers_text(found: Mapping[Finding, Evidence]) -> str:
     """Return all verdicts and numbers as JSON."""
-    plain = {f.name: {"verdict": f.verdict, "numbers": [asdict(number) for number in f.numbers]} for f in findings}
+    plain = {
+        finding.name: {"verdict": evidence.verdict, "numbers": [asdict(number) for number in evidence.numbers]}
+        for finding, evidence in found.items()
+    }
     return json.dumps(plain, indent=1, allow_nan=False) + "\n"
 
 
-def _tested(spec: FindingSpec, study: Study) -> Finding:
-    """Return a finding, from its folder where it was made from the same recipe before."""
+def _tested(finding: Finding, study: Study) -> Evidence:
+    """Return what a test gives, from the finding's folder where it was made from the same recipe before."""
     key = cache_key(FORMAT, __version__, study.recipe.model_dump(mode="json"))
-    place = study.folder / FINDINGS_FOLDER / spec.name
-    known = load_finding(place, key=key)
-    if known is not None:
-        return known
-    study.say(f"finding: {spec.name}")
-    found = spec(study)
-    save_finding(found, place, key=key)
+    place = study.folder / EVIDENCE / finding.name
+    found = load_evidence(place, key=key)
+    if found is None:
+        study.say(f"finding: {finding.name}")
+        found = finding.test(study)
+        save_evidence(found, place, key=key)
     return found
 
 
@@ -203,6 +185,7 @@ def preview(recipe: str | Path, output: str | Path, *, data: str | Path | None =
         if "=" in spec:
             named.update(spec.partition("=")[2].split("+"))
     places = [Path(), *([where] if where else [])]
+    refs = [*sorted(named), *(asked.pretraining.given or {}).values()]
     own = [s for s in sorted(named) if s.partition(":")[0] not in (STANDARD_LIBRARY, WORD_PROBLEMS)]
     return StudyPreview(
         recipe=asked,
@@ -211,49 +194,42 @@ def preview(recipe: str | Path, output: str | Path, *, data: str | Path | None =
         tokens=sum(job.recipe["tokens"] for job in jobs),
         models=len(asked.pretraining.tokens) + len(asked.pretraining.chosen) * len(asked.continual.domains),
         missing=[printable(s) for s in own if not s.startswith(HUB) and not any((p / s).exists() for p in places)],
-        remote=[printable(s) for s in [*sorted(named), *(asked.pretraining.given or {}).values()] if _is_remote(s)],
+        remote=[printable(s) for s in refs if s.startswith(HUB) or ("@" in s and "/" in s and not Path(s).exists())],
     )
-
-
-def _is_remote(ref: str) -> bool:
-    return ref.startswith(HUB) or ("/" in ref and not Path(ref).exists() and "@" in ref)
 
 
 BADGES = {"holds": "yes", "does not hold": "no", "cannot tell": "open"}
 """Verdicts by the class that colours them."""
 
 
-def write_report(run: StudyRun, family: Family) -> Path:
-    """Write the report of a study; it appears whole or not at all, and needs no network.
+def study_report(recipe: StudyRecipe, family: Family, found: Mapping[Finding, Evidence]) -> str:
+    """Return the report of a study, a page that needs no network.
 
     Args:
-        run: What was asked and found.
+        recipe: What was asked.
         family: The checkpoints of the study, by the names that the report shows.
-
-    Raises:
-        RunError: The report cannot be written.
+        found: The evidence of each finding, in the order of the page.
     """
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {"printable": printable, "value": value, "interval": interval}
     figures = {
         f"{finding.name}-{index}": plain_figure(made)
-        for finding in run.findings
-        for index, (_, made) in enumerate(finding.figures)
+        for finding, evidence in found.items()
+        for index, (_, made) in enumerate(evidence.figures)
     }
     # The figures stand in a script element, which "</script>" in a title would end; and two line ends of Unicode are
     # line ends in JavaScript but not in JSON.
     safe = json.dumps(figures).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    text = environment.from_string(_resource("diffract.studies", "study.html.j2")).render(
-        recipe=run.recipe,
+    return environment.from_string(_resource("diffract.studies", "study.html.j2")).render(
+        recipe=recipe,
         family=family,
-        findings=run.findings,
+        found=found,
         badges=BADGES,
         version=__version__,
         css=Markup(_resource("diffract.report", "report.css") + _resource("diffract.studies", "study.css")),
         plotly=Markup(get_plotlyjs()),
         figures=Markup(safe),
     )
-    return write_text(run.report, text)
 
 
 def value(number: float | None) -> str:

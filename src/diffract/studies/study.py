@@ -99,7 +99,7 @@ class Study:
         low, high = (
             sorted((row["low"], row["high"])) if task.better == "higher" else sorted((-row["high"], -row["low"]))
         )
-        return Number(f"gain in {task.name}", row["gain"], low, high=high, unit=task.unit)
+        return Number(f"gain in {task.name}", row["gain"], low=low, high=high, unit=task.unit)
 
     def tuning(self) -> str:
         """Say what tuning on the target as a whole gained, for comparison."""

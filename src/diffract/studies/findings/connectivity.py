@@ -29,7 +29,11 @@ def connectivity(study: Study) -> Evidence:
     last = judged.filter(pl.col("tokens") == study.family.last)
     barriers = [
         Number(
-            f"barrier in {r['task']} between {r['a']} and {r['b']}", r["barrier"], r["low"], high=r["high"], chance=0.0
+            f"barrier in {r['task']} between {r['a']} and {r['b']}",
+            r["barrier"],
+            low=r["low"],
+            high=r["high"],
+            chance=0.0,
         )
         for r in last.iter_rows(named=True)
     ]

@@ -32,11 +32,12 @@ def heads(study: Study) -> Evidence:
         "the top tenth of heads carries twice what it would carry of noise and more",
         than=2 * (even.value or 0),
     )
-    alike = run.domains
+    alike, agnostic = run.domains, run.models.filter(role="tuned")["agnostic_share"][0]
+    shared = Number("share of attention's change that all domains have in common", agnostic, chance=0.0)
     return Evidence(
         verdict,
         f"{because} {_said(alike)}",
-        numbers=[*shares.values(), *_between(alike, norms), _in_common(run.models)],
+        numbers=[*shares.values(), *_between(alike, norms), shared],
         figures=[
             ("Norm of the change of every head, by domain.", head_maps(run.heads)),
             (
@@ -52,15 +53,12 @@ def _between(alike: pl.DataFrame, norms: dict[str, np.ndarray]) -> Iterator[Numb
     """Yield what two domains have in common: which heads change, and in which direction."""
     for row in alike.iter_rows(named=True):
         pair = f"{row['a']} and {row['b']}"
-        yield Number(
-            f"rank correlation of heads' changes, {pair}", *_spearman(norms[row["a"]], norms[row["b"]]), chance=0.0
-        )
+        both = norms[row["a"]], norms[row["b"]]
+        # A pair of heads is drawn together; the interval is over heads.
+        low, high = stats.bootstrap(stats.spearman, *both, resamples=RESAMPLES // 4)
+        rho = float(stats.spearman(*both))
+        yield Number(f"rank correlation of heads' changes, {pair}", rho, low=low, high=high, chance=0.0)
         yield Number(f"cosine of attention's changes, {pair}", row["cosine"], chance=row["cosine_chance"])
-
-
-def _in_common(models: pl.DataFrame) -> Number:
-    share = models.filter(role="tuned")["agnostic_share"][0]
-    return Number("share of attention's change that all domains have in common", share, chance=0.0)
 
 
 def _norms(table: pl.DataFrame, name: str) -> np.ndarray:
@@ -73,12 +71,7 @@ def _top_share(name: str, norms: np.ndarray) -> Number:
     low, high = stats.bootstrap(stats.top_share, squares, resamples=RESAMPLES)
     title = f"share of the squared change in the top tenth of heads, {name}"
     even = stats.top_count(len(norms)) / len(norms)
-    return Number(title, float(stats.top_share(squares)), low, high, chance=even)
-
-
-def _spearman(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
-    """Return Spearman's correlation with a paired bootstrap interval over heads."""
-    return float(stats.spearman(a, b)), *stats.bootstrap(stats.spearman, a, b, resamples=RESAMPLES // 4)
+    return Number(title, float(stats.top_share(squares)), low=low, high=high, chance=even)
 
 
 def _said(alike: pl.DataFrame) -> str:

@@ -79,7 +79,7 @@ def _search(study: Study) -> Run:
 def _gain(row: dict[str, Any], unit: str, random: float | None) -> Number:
     name = f"held-out gain of the best fraction, order {row['order']}"
     low, high = row["held_out_gain_low"], row["held_out_gain_high"]
-    return Number(name, row["held_out_gain"], low, high=high, unit=unit, chance=random)
+    return Number(name, row["held_out_gain"], low=low, high=high, unit=unit, chance=random)
 
 
 def _median(choice: pl.DataFrame, order: str, column: str) -> float | None:

@@ -73,7 +73,7 @@ def _nearest(points: pl.DataFrame, fraction: float) -> pl.DataFrame:
 
 def _gain(row: dict[str, Any], unit: str) -> Number:
     name = f"held-out gain at fraction {row['fraction']:.3g}, {_kept(row)}"
-    return Number(name, row["gain"], row["gain_low"], high=row["gain_high"], unit=unit)
+    return Number(name, row["gain"], low=row["gain_low"], high=row["gain_high"], unit=unit)
 
 
 def _without_loss(choice: pl.DataFrame) -> list[Number]:

@@ -37,7 +37,7 @@ def vectors(study: Study) -> Evidence:
     shares = {name: _value_share(name, rows) for name, rows in of.items()}
     target = shares[study.recipe.target]
     value, low, high = (None if v is None else 1 - v for v in (target.value, target.high, target.low))
-    in_vectors = Number("share of the change in singular vectors", value, low, high=high)
+    in_vectors = Number("share of the change in singular vectors", value, low=low, high=high)
     verdict, because = better(in_vectors, "nine tenths of the change and more turn vectors", than=MOST)
     return Evidence(
         verdict,
@@ -75,7 +75,7 @@ def _enriched(name: str, rows: pl.DataFrame) -> Number:
     if not known.height:
         return Number(title, None, chance=LEVEL)
     interval = binomtest(hits, known.height).proportion_ci()
-    return Number(title, hits / known.height, float(interval.low), high=float(interval.high), chance=LEVEL)
+    return Number(title, hits / known.height, low=float(interval.low), high=float(interval.high), chance=LEVEL)
 
 
 def _peaks(rows: pl.DataFrame) -> str:
