@@ -58,48 +58,33 @@ from diffract.store import whole_folder
 FORMAT = 1
 """Number of the run-folder layout; a reader refuses a newer one."""
 
+
+def _of(dtype: Any, *names: str) -> dict[str, Any]:
+    """Columns of one type, in the order in which they are named."""
+    return dict.fromkeys(names, dtype)
+
+
 LABELS: dict[str, Any] = {
-    "model": pl.String,
-    "name": pl.String,
-    "tensor": pl.String,
+    **_of(pl.String, "model", "name", "tensor"),
     "layer": pl.Int32,
-    "block": pl.String,
-    "projection": pl.String,
-    "head": pl.Int32,
-    "kv_head": pl.Int32,
-    "expert": pl.Int32,
-    "rows": pl.Int64,
-    "cols": pl.Int64,
+    **_of(pl.String, "block", "projection"),
+    **_of(pl.Int32, "head", "kv_head", "expert"),
+    **_of(pl.Int64, "rows", "cols"),
     "dtype": pl.String,
 }
 """Columns that say which matrix a row speaks of; ``(model, name)`` is unique."""
 
-OUTCOME: dict[str, Any] = {
-    "status": pl.String,
-    "method": pl.String,
-    "resolved": pl.Float64,
-    "warning": pl.String,
-}
+OUTCOME: dict[str, Any] = {**_of(pl.String, "status", "method"), "resolved": pl.Float64, "warning": pl.String}
 """``status`` ok | zero | non_finite | unpaired; ``method`` of the spectrum, and the smallest sigma that it resolves;
 ``warning``: what speaks against the fitted power law, where there is one.
 """
 
-SPECTRA: dict[str, Any] = {
-    "model": pl.String,
-    "name": pl.String,
-    "quantity": pl.String,
-    "values": pl.List(pl.Float64),
-}
+SPECTRA: dict[str, Any] = {**_of(pl.String, "model", "name", "quantity"), "values": pl.List(pl.Float64)}
 
 MODELS: dict[str, Any] = {
-    "model": pl.String,
-    "role": pl.String,
-    "reference": pl.String,
-    "family": pl.String,
-    "parameters": pl.Int64,
-    "size_bytes": pl.Int64,
-    "tensors": pl.Int32,
-    "matrices": pl.Int32,
+    **_of(pl.String, "model", "role", "reference", "family"),
+    **_of(pl.Int64, "parameters", "size_bytes"),
+    **_of(pl.Int32, "tensors", "matrices"),
     "digest": pl.String,
 }
 """``role`` is ``model`` (scan), ``base`` or ``tuned`` (compare), ``checkpoint`` (trajectory); model-level numbers
@@ -113,13 +98,11 @@ AGAINST: dict[str, Any] = {"against": pl.String}
 """Column of ``models`` in a trajectory: which checkpoint each is compared with; null for the first."""
 
 TENSORS: dict[str, Any] = {
-    "model": pl.String,
-    "tensor": pl.String,
+    **_of(pl.String, "model", "tensor"),
     "shape": pl.List(pl.Int64),
     "dtype": pl.String,
     "size_bytes": pl.Int64,
-    "outcome": pl.String,
-    "note": pl.String,
+    **_of(pl.String, "outcome", "note"),
 }
 """``outcome``: analysed | retyped | unmatched | resized | tied | not_selected | vector | not_matrix | not_float |
 empty.
@@ -129,22 +112,17 @@ analysed alone.
 """
 
 DOMAINS: dict[str, Any] = {
-    "a": pl.String,
-    "b": pl.String,
+    **_of(pl.String, "a", "b"),
     "heads": pl.Int32,
     "entries": pl.Int64,
-    "spearman": pl.Float64,
-    "cosine": pl.Float64,
-    "cosine_chance": pl.Float64,
-    "cosine_chance_abs": pl.Float64,
+    **_of(pl.Float64, "spearman", "cosine", "cosine_chance", "cosine_chance_abs"),
 }
 """Columns of ``domains``: Spearman's correlation of ``head_delta`` over ``heads`` heads, and the cosine of the changes
 themselves over ``entries`` entries, every slice once. The cosine of random directions has mean 0, standard deviation
 ``cosine_chance`` = 1 / sqrt(entries) and mean absolute value ``cosine_chance_abs``, about sqrt(2 / (pi entries))."""
 
 REFERENCE_SCORES: dict[str, Any] = {
-    "domain": pl.String,
-    "reference": pl.String,
+    **_of(pl.String, "domain", "reference"),
     "layer": pl.Int32,
     "block": pl.String,
     "head": pl.Int32,
@@ -152,14 +130,12 @@ REFERENCE_SCORES: dict[str, Any] = {
 }
 """Columns of ``scores``: scale01(``head_delta`` of the domain) - scale01(that of the reference), in [-1, 1]."""
 
-LORENZ: dict[str, Any] = {"model": pl.String, "heads_share": pl.Float64, "change_share": pl.Float64}
+LORENZ: dict[str, Any] = {"model": pl.String, **_of(pl.Float64, "heads_share", "change_share")}
 """Columns of ``lorenz``: what the least changed ``heads_share`` of heads have of the sum of ||D||_F^2."""
 
 ITEM_SCORES: dict[str, Any] = {
-    "task": pl.String,
-    "item": pl.String,
-    "value": pl.Float64,
-    "weight": pl.Float64,
+    **_of(pl.String, "task", "item"),
+    **_of(pl.Float64, "value", "weight"),
     "output": pl.String,
 }
 """Columns of a table of scores; ``(task, item)`` is unique.
@@ -171,31 +147,19 @@ and ``weight`` 1. ``output`` is what the model answered, where it answers.
 
 SUMMARY: dict[str, Any] = {
     "task": pl.String,
-    "quality": pl.Float64,
-    "low": pl.Float64,
-    "high": pl.Float64,
+    **_of(pl.Float64, "quality", "low", "high"),
     "items": pl.Int64,
-    "unit": pl.String,
-    "better": pl.String,
+    **_of(pl.String, "unit", "better"),
     "chance": pl.Float64,
 }
 """Columns of ``summary``; ``low`` and ``high`` are the interval's ends, ``chance`` the quality of guessing."""
 
 QUALITY: dict[str, Any] = {
     "state": pl.Int32,
-    "split": pl.String,
-    "task": pl.String,
-    "quality": pl.Float64,
-    "low": pl.Float64,
-    "high": pl.Float64,
+    **_of(pl.String, "split", "task"),
+    **_of(pl.Float64, "quality", "low", "high"),
     "items": pl.Int64,
-    "difference": pl.Float64,
-    "diff_low": pl.Float64,
-    "diff_high": pl.Float64,
-    "gain": pl.Float64,
-    "gain_low": pl.Float64,
-    "gain_high": pl.Float64,
-    "p": pl.Float64,
+    **_of(pl.Float64, "difference", "diff_low", "diff_high", "gain", "gain_low", "gain_high", "p"),
 }
 """Columns of ``points`` after those that say which: quality and its interval over ``items`` items; against the tuned
 model the ``difference``, the ``gain``, their paired intervals, and the two-sided p-value.
@@ -217,18 +181,10 @@ EFFECTS: dict[str, Any] = {
     "name": pl.String,
     "layer": pl.Int32,
     "block": pl.String,
-    "head": pl.Int32,
-    "state": pl.Int32,
+    **_of(pl.Int32, "head", "state"),
     "task": pl.String,
-    "effect": pl.Float64,
-    "low": pl.Float64,
-    "high": pl.Float64,
-    "p": pl.Float64,
-    "p_holm": pl.Float64,
-    "magnitude": pl.Float64,
-    "reference": pl.Float64,
-    "first_order": pl.Float64,
-    "activation": pl.Float64,
+    **_of(pl.Float64, "effect", "low", "high", "p", "p_holm"),
+    **_of(pl.Float64, "magnitude", "reference", "first_order", "activation"),
 }
 """Columns of ``effects``: ``effect`` is the gain of rewinding this head alone on the selection split, with its paired
 interval; ``p`` is two-sided, ``p_holm`` the same for all heads together (Holm). Null where it was not measured. What
@@ -266,9 +222,7 @@ ON_TRUNCATION: dict[str, Any] = {
     "seed": pl.Int32,
     "fraction": pl.Float64,
     "directions": pl.Int64,
-    "energy": pl.Float64,
-    "bytes": pl.Float64,
-    "drop": pl.Float64,
+    **_of(pl.Float64, "energy", "bytes", "drop"),
 }
 """Columns of ``points`` and ``choice`` of a truncation search: ``fraction`` of directions that the curve drops (of rule
 ``energy``: of the energy), or of those of the curve ``drop`` that a control is matched to. Of the change D = W1 - W0 of
@@ -280,36 +234,21 @@ TRUNCATION_CHOICE: dict[str, Any] = ON_TRUNCATION | _CHOSEN
 
 
 PATHS: dict[str, Any] = {
-    "a": pl.String,
-    "b": pl.String,
+    **_of(pl.String, "a", "b"),
     "at": pl.Float64,
     "state": pl.Int32,
     "task": pl.String,
-    "quality": pl.Float64,
-    "low": pl.Float64,
-    "high": pl.Float64,
-    "linear": pl.Float64,
-    "gap": pl.Float64,
-    "gap_low": pl.Float64,
-    "gap_high": pl.Float64,
+    **_of(pl.Float64, "quality", "low", "high", "linear", "gap", "gap_low", "gap_high"),
 }
 """Columns of ``paths``: quality of (1 - at) a + at b on the held-out split; ``linear`` is the line between the ends'
 qualities there, and ``gap`` how much worse than it the model is, positive is worse.
 """
 
 PAIRS: dict[str, Any] = {
-    "a": pl.String,
-    "b": pl.String,
-    "task": pl.String,
+    **_of(pl.String, "a", "b", "task"),
     "counts": pl.Boolean,
-    "quality_a": pl.Float64,
-    "quality_b": pl.Float64,
-    "barrier": pl.Float64,
-    "low": pl.Float64,
-    "high": pl.Float64,
-    "at": pl.Float64,
-    "connected": pl.Boolean,
-    "pair_connected": pl.Boolean,
+    **_of(pl.Float64, "quality_a", "quality_b", "barrier", "low", "high", "at"),
+    **_of(pl.Boolean, "connected", "pair_connected"),
 }
 """Columns of ``pairs``: ``barrier`` is the largest ``gap`` on the path, both ends included, so at least 0, and ``at``
 where it is. ``connected``: the interval's upper end is below the tolerance; ``pair_connected``: in every task that
@@ -321,9 +260,7 @@ SIMPLEX: dict[str, Any] = {
     "weights": pl.List(pl.Float64),
     "state": pl.Int32,
     "task": pl.String,
-    "quality": pl.Float64,
-    "low": pl.Float64,
-    "high": pl.Float64,
+    **_of(pl.Float64, "quality", "low", "high"),
 }
 """Columns of ``simplex``: held-out quality of base + scale * sum of ``weights`` times (``models`` - base)."""
 
@@ -333,11 +270,8 @@ FINDINGS: dict[str, Any] = {"finding": pl.String, "verdict": pl.String, "because
 """
 
 NUMBERS: dict[str, Any] = {
-    "finding": pl.String,
-    "name": pl.String,
-    "value": pl.Float64,
-    "low": pl.Float64,
-    "high": pl.Float64,
+    **_of(pl.String, "finding", "name"),
+    **_of(pl.Float64, "value", "low", "high"),
     "unit": pl.String,
     "chance": pl.Float64,
 }

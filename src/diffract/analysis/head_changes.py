@@ -197,7 +197,7 @@ def domain_table(names: Sequence[str], heads: Grams, slices: Grams) -> pl.DataFr
             "cosine_chance": delta_cosine_chance(entries) if entries else math.nan,
             "cosine_chance_abs": cosine_chance(entries) if entries else math.nan,
         })  # fmt: skip
-    return _without_nan(pl.DataFrame(rows, schema=tables.DOMAINS, orient="row"))
+    return pl.DataFrame(rows, schema=tables.DOMAINS, orient="row").with_columns(pl.selectors.float().fill_nan(None))
 
 
 def score_table(names: Sequence[str], places: pl.DataFrame, heads: Grams) -> pl.DataFrame:
@@ -255,10 +255,7 @@ def _shaped(frames: Sequence[pl.DataFrame], schema: dict[str, Any]) -> pl.DataFr
     """One table with the columns of a schema; what is no number becomes null."""
     if not frames:
         return pl.DataFrame(schema=schema)
-    return _without_nan(pl.concat(frames).select(pl.col(name).cast(dtype) for name, dtype in schema.items()))
-
-
-def _without_nan(table: pl.DataFrame) -> pl.DataFrame:
+    table = pl.concat(frames).select(pl.col(name).cast(dtype) for name, dtype in schema.items())
     return table.with_columns(pl.selectors.float().fill_nan(None))
 
 
@@ -359,7 +356,12 @@ def _assemble(members: Sequence[Member], slices: Slices, manifest: dict[str, Any
     numbers = domain_numbers(heads, single)
     models = frame([rows[0], *(row | own for row, own in zip(rows[1:], numbers, strict=True))], MODELS)
     table = head_table(names, places, heads)
-    described = describe(members, models, manifest, glossary=GLOSSARY, warnings=[*notes, *_row_warnings(table)])
+    texts = {
+        "non_finite": "heads hold NaN or Inf; they have no numbers",
+        "unpaired": "heads lack a slice in the tuned checkpoint; they have no numbers",
+    }
+    doubts = status_warnings(table, texts, "{model} layer {layer} head {head}")
+    described = describe(members, models, manifest, glossary=GLOSSARY, warnings=[*notes, *doubts])
     frames = {
         "heads": table,
         "domains": domain_table(names, heads, single),
@@ -369,11 +371,3 @@ def _assemble(members: Sequence[Member], slices: Slices, manifest: dict[str, Any
         "tensors": tensor_table(members),
     }
     return Tables(described, frames)
-
-
-def _row_warnings(heads: pl.DataFrame) -> list[str]:
-    texts = {
-        "non_finite": "heads hold NaN or Inf; they have no numbers",
-        "unpaired": "heads lack a slice in the tuned checkpoint; they have no numbers",
-    }
-    return status_warnings(heads, texts, "{model} layer {layer} head {head}")

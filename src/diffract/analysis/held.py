@@ -73,16 +73,19 @@ class Held:
             view = cut(self._tensor, batch)
             return Stack(count, shape, dtype, lambda: iter((view,)))
         if batch[0].index is not None:
-            return Stack(count, shape, dtype, lambda: iter((self._indexed(batch),)))
+            # a stack of experts or layers is read from the first that is wanted to the last, not as a whole
+            indices = [m.index for m in batch if m.index is not None]
+            first, last = min(indices), max(indices)
+            return Stack(
+                count,
+                shape,
+                dtype,
+                lambda: iter((cut(self.checkpoint.read(self.name, (first, last + 1)), batch, first),)),
+            )
         # pieces follow the long side, and a file gives ranges of rows only: a wide matrix has to be read whole
         if batch[0].is_whole and shape[0] > shape[1]:
             return Stack(count, shape, dtype, self._row_blocks, streamed=True)
         return Stack(count, shape, dtype, lambda: iter((cut(self.checkpoint.read(self.name), batch),)))
-
-    def _indexed(self, batch: Sequence[Matrix]) -> Tensor:
-        indices = [m.index for m in batch if m.index is not None]
-        first = min(indices)
-        return cut(self.checkpoint.read(self.name, (first, max(indices) + 1)), batch, first)
 
     def _row_blocks(self) -> Iterator[Tensor]:
         rows, cols = self.info.shape

@@ -22,6 +22,9 @@ from diffract.metrics.peaks import peak_count
 
 POOLED = "pooled_peak_count"
 
+TOLD = ("summary", "unit", "range", "source", "version")
+"""What the manifest says of a metric, besides its group."""
+
 MEANING = {
     "summary": "peaks in the density of ln sigma of all heads of a layer and projection together, on each one's row",
     "unit": "count",
@@ -42,22 +45,20 @@ def pooled_peaks(metrics: pl.DataFrame, spectra: pl.DataFrame) -> pl.DataFrame:
     """
     if "peak_count" not in metrics.columns:
         return metrics
-    heads = metrics.filter(pl.any_horizontal(pl.col("head", "kv_head").is_not_null()), pl.col("status") == "ok")
+    cut = pl.any_horizontal(pl.col("head", "kv_head").is_not_null())
+    heads = metrics.filter(cut, pl.col("status") == "ok")
     sigmas = spectra.filter(quantity="sigma").select("model", "name", "values")
     joined = heads.join(sigmas, on=["model", "name"], how="inner").select(*POOL_PLACE, "resolved", "values")
-    rows = [_pool(place, group) for place, group in joined.group_by(*POOL_PLACE, maintain_order=True) if len(group) > 1]
+    rows = []
+    for place, group in joined.group_by(*POOL_PLACE, maintain_order=True):
+        if len(group) > 1:
+            known = zip(group["values"], group["resolved"], strict=True)
+            pool = np.concatenate([np.where(v.to_numpy() > floor, v.to_numpy(), 0.0) for v, floor in known])
+            rows.append((*place, peak_count(torch.from_numpy(pool)[None]).item()))
     schema = {name: metrics.schema[name] for name in POOL_PLACE} | {POOLED: pl.Float64}
-    found = pl.DataFrame(rows, schema=schema, orient="row")
-    cut = pl.any_horizontal(pl.col("head", "kv_head").is_not_null())
+    found = pl.DataFrame(rows, schema=schema, orient="row").with_columns(pl.col(POOLED).fill_nan(None))
     marked = metrics.join(found, on=[*POOL_PLACE], how="left", nulls_equal=True, maintain_order="left")
     return marked.with_columns(pl.when(cut).then(POOLED).alias(POOLED))
-
-
-def _pool(place: tuple[Any, ...], group: pl.DataFrame) -> dict[str, Any]:
-    known = zip(group["values"], group["resolved"], strict=True)
-    pool = np.concatenate([np.where(v.to_numpy() > floor, v.to_numpy(), 0.0) for v, floor in known])
-    count = peak_count(torch.from_numpy(pool)[None]).item()
-    return dict(zip(POOL_PLACE, place, strict=True)) | {POOLED: None if np.isnan(count) else count}
 
 
 def model_numbers(base: pl.DataFrame, tuned: pl.DataFrame, heads: pl.DataFrame) -> dict[str, float | None]:
@@ -71,12 +72,9 @@ def model_numbers(base: pl.DataFrame, tuned: pl.DataFrame, heads: pl.DataFrame) 
         tuned: The tuned model's metric rows.
         heads: Its rows of the ``heads`` table.
     """
+    squares = pl.col("frobenius_norm") ** 2 if "frobenius_norm" in base.columns else pl.lit(None, pl.Float64)
     pairs = tuned.filter(pl.col("status") != "unpaired").join(
-        base.select("name", base_squares=pl.col("frobenius_norm") ** 2)
-        if "frobenius_norm" in base.columns
-        else base.select("name", base_squares=pl.lit(None, pl.Float64)),
-        on="name",
-        how="left",
+        base.select("name", base_squares=squares), on="name", how="left"
     )
     numbers = {"changed_share": _mean(pairs, "delta_changed_share", pl.col("rows") * pl.col("cols"))}
     if "delta_frobenius" not in pairs.columns:
@@ -159,21 +157,17 @@ def assemble(
     metrics = pooled_peaks(metrics, spectra)
     groups = {m.name: group for group, members in GROUPS.items() for m in members}
     glossary = {
-        m.name: {
-            "summary": m.summary,
-            "unit": m.unit,
-            "range": m.range,
-            "source": m.source,
-            "version": m.version,
-            "group": groups.get(m.name, ""),
-        }
-        for m in plan.metrics
+        m.name: {name: getattr(m, name) for name in TOLD} | {"group": groups.get(m.name, "")} for m in plan.metrics
     }
     if POOLED in metrics.columns:
         glossary[POOLED] = MEANING
     described = describe(members, models, manifest, glossary=glossary, warnings=row_warnings(metrics))
     frames = {"metrics": metrics, "spectra": spectra, "models": models, "tensors": tensor_table(members)}
     return tables.Tables(described, frames | ({"heads": heads} if manifest["kind"] == "compare" else {}))
+
+
+SHAPE = ("heads", "kv_heads", "head_dim", "layers", "width")
+"""Dimensions that the manifest tells of each model."""
 
 
 def describe(
@@ -193,9 +187,15 @@ def describe(
         glossary: What the numbers mean.
         warnings: What the numbers gave rise to; those of the models stand before them.
     """
+    described = []
+    for member, row in zip(members, models.iter_rows(named=True), strict=True):
+        architecture = member.layout.architecture
+        shape = {name: getattr(architecture.dimensions, name) for name in SHAPE}
+        own = {k: row[k] for k in ("model", "role", "reference", "digest", "parameters", "size_bytes")}
+        described.append(own | {"architecture": {"family": architecture.family, **shape, "note": architecture.note}})
     return tables.new_manifest(
         **known,
-        models=[_describe(m, row) for m, row in zip(members, models.iter_rows(named=True), strict=True)],
+        models=described,
         metrics=dict(glossary),
         warnings=[f"{m.name}: {w}" for m in members for w in m.layout.warnings] + list(warnings),
     )
@@ -225,19 +225,9 @@ def _metrics(members: Sequence[Member], parts: Sequence[Part]) -> pl.DataFrame:
         numbers = part.rows.select(pl.exclude(f"^{CURVE}.*$"))
         frames.append(pl.concat([pl.DataFrame(labels, schema=tables.LABELS), numbers], how="horizontal"))
     alone = pl.col("_alone") & (pl.col("status") == "ok")
-    rows = pl.concat(frames, how="diagonal")
-    marked = rows.join(_unpaired(members), on=["model", "tensor"], how="left", maintain_order="left")
-    return marked.with_columns(status=pl.when(alone).then(pl.lit("unpaired")).otherwise("status")).drop("_alone")
-
-
-def _unpaired(members: Sequence[Member]) -> pl.DataFrame:
-    found = [
-        {"model": member.name, "tensor": name, "_alone": True}
-        for member in members
-        for name, entry in member.layout.entries.items()
-        if entry.outcome in ("unmatched", "resized")
-    ]
-    return pl.DataFrame(found, schema={"model": pl.String, "tensor": pl.String, "_alone": pl.Boolean})
+    outcomes = tensor_table(members).select("model", "tensor", _alone=pl.col("outcome").is_in(["unmatched", "resized"]))
+    rows = pl.concat(frames, how="diagonal").join(outcomes, on=["model", "tensor"], how="left", maintain_order="left")
+    return rows.with_columns(status=pl.when(alone).then(pl.lit("unpaired")).otherwise("status")).drop("_alone")
 
 
 def _spectra(members: Sequence[Member], parts: Sequence[Part]) -> pl.DataFrame:
@@ -258,19 +248,26 @@ def _spectra(members: Sequence[Member], parts: Sequence[Part]) -> pl.DataFrame:
 def _models(
     members: Sequence[Member], metrics: pl.DataFrame, heads: pl.DataFrame, digests: Mapping[tuple[int, str], str]
 ) -> pl.DataFrame:
-    base = metrics.filter(pl.col("model") == members[0].name)
+    base = metrics.filter(model=members[0].name)
     rows = []
     for i, member in enumerate(members):
-        own = metrics.filter(pl.col("model") == member.name)
-        row = model_row(member, len(own), _model_digest(i, member, digests))
-        tuned = member.role == "tuned"
-        numbers = model_numbers(base, own, heads.filter(pl.col("model") == member.name)) if tuned else {}
-        rows.append(row | numbers | tail_summaries(own))
+        own, names = metrics.filter(model=member.name), sorted(member.layout.entries)
+        numbers = model_numbers(base, own, heads.filter(model=member.name)) if member.role == "tuned" else {}
+        digest = None  # of a model of which only a part was read nothing can be said
+        if all((i, name) in digests for name in names):
+            digest = blake3.blake3("".join(f"{n}\0{digests[i, n]}\n" for n in names).encode()).hexdigest()
+        rows.append(model_row(member, len(own), digest) | numbers | tail_summaries(own))
     return tables.frame(rows, tables.MODELS)
 
 
 def model_row(member: Member, matrices: int, digest: str | None = None) -> dict[str, Any]:
-    """Return what a model is: its row in ``models``, without numbers."""
+    """Return what a model is: its row in ``models``, without numbers.
+
+    Args:
+        member: The model.
+        matrices: How many were analysed.
+        digest: Of all tensors' names and digests, in order of the names; ``None`` if some were not read.
+    """
     infos = [entry.info for entry in member.layout.entries.values()]
     return {
         "model": member.name,
@@ -283,28 +280,6 @@ def model_row(member: Member, matrices: int, digest: str | None = None) -> dict[
         "matrices": matrices,
         "digest": digest,
     }
-
-
-def _model_digest(index: int, member: Member, digests: Mapping[tuple[int, str], str]) -> str | None:
-    """Digest of all tensors' names and digests, in order of the names; ``None`` if some were not read."""
-    names = sorted(member.layout.entries)
-    if not all((index, name) in digests for name in names):
-        return None
-    return blake3.blake3("".join(f"{n}\0{digests[index, n]}\n" for n in names).encode()).hexdigest()
-
-
-def _describe(member: Member, row: Mapping[str, Any]) -> dict[str, Any]:
-    architecture = member.layout.architecture
-    d = architecture.dimensions
-    shape = {
-        "heads": d.heads,
-        "kv_heads": d.kv_heads,
-        "head_dim": d.head_dim,
-        "layers": d.layers,
-        "width": d.width,
-    }
-    known = {k: row[k] for k in ("model", "role", "reference", "digest", "parameters", "size_bytes")}
-    return known | {"architecture": {"family": architecture.family, **shape, "note": architecture.note}}
 
 
 def tensor_table(members: Sequence[Member]) -> pl.DataFrame:

@@ -179,20 +179,18 @@ def _told(patterns: Sequence[re.Pattern[str]], texts: Sequence[str]) -> int | No
 
 
 def _own_place(pattern: re.Pattern[str], text: str) -> Milestone:
-    match = pattern.search(text)
-    groups = {name: value for name, value in match.groupdict().items() if value is not None} if match else {}
-    return Milestone(**{name: _own_amount(value, text) for name, value in groups.items()})
-
-
-def _own_amount(value: str, text: str) -> int:
-    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)([KMBTkmbt]?)", value, re.ASCII)
-    found = amount(match[1], match[2]) if match else None
-    if found is None:
-        raise SelectionError(
-            f"--by finds {printable(value)!r} in {printable(text)!r}, expected a number such as 1000 or 21B. "
-            "Narrow the group to the digits."
-        )
-    return found
+    told, found = pattern.search(text), {}
+    for name, value in told.groupdict().items() if told else ():
+        if value is None:
+            continue
+        match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)([KMBTkmbt]?)", value, re.ASCII)
+        found[name] = amount(match[1], match[2]) if match else None
+        if found[name] is None:
+            raise SelectionError(
+                f"--by finds {printable(value)!r} in {printable(text)!r}, expected a number such as 1000 or 21B. "
+                "Narrow the group to the digits."
+            )
+    return Milestone(**found)
 
 
 def _refuse_untold(stops: Sequence[Stop], ordering: Ordering) -> None:
@@ -243,7 +241,13 @@ def find_series(references: Sequence[Reference], by: str) -> tuple[list[Stop], l
         DiffractError: There are fewer than two, or their order does not follow from ``by``.
     """
     ordering = parse_by(by)
-    chosen, warnings = _expand(references)
+    chosen, warnings = list(references), []
+    folder = _local(chosen[0]) if len(chosen) == 1 else None
+    if folder is not None and folder.is_dir():
+        found = find_checkpoints(folder)
+        chosen, left_out = list(found.paths), some(found.left_out)
+        if found.left_out:
+            warnings = [f"{printable(folder)}: {len(chosen)} checkpoints; left out are {left_out}."]
     if len(chosen) < 2:
         only = f", {printable(chosen[0])!r}" if chosen and isinstance(chosen[0], str | Path) else ""
         raise CheckpointError(
@@ -252,16 +256,6 @@ def find_series(references: Sequence[Reference], by: str) -> tuple[list[Stop], l
         )
     stops = _with_unique_names([_stop(reference, ordering.pattern) for reference in chosen])
     return arrange(stops, ordering), warnings
-
-
-def _expand(references: Sequence[Reference]) -> tuple[list[Reference], list[str]]:
-    """The checkpoints of the folder, if only one is named; anything else as it is."""
-    folder = _local(references[0]) if len(references) == 1 else None
-    if folder is None or not folder.is_dir():
-        return list(references), []
-    found = find_checkpoints(folder)
-    warning = f"{printable(folder)}: {len(found.paths)} checkpoints; left out are {some(found.left_out)}."
-    return list(found.paths), [warning] if found.left_out else []
 
 
 def _local(reference: Reference) -> Path | None:
@@ -287,8 +281,7 @@ def _stop(reference: Reference, pattern: re.Pattern[str] | None) -> Stop:
 
 def _labels(reference: Reference) -> list[str]:
     """What tells a checkpoint apart: a revision and its repository, or the last part of a path."""
-    path = _local(reference)
-    if path is not None:
+    if path := _local(reference):
         stem = path.stem if path.name.endswith(ALONE) and path.is_file() else _folder_name(path)
         return [_folder_name(path.parent), stem] if path.is_file() and stem in USUAL else [stem]
     text = reference.reference if isinstance(reference, Checkpoint) else reference
@@ -309,18 +302,15 @@ def _with_state(stop: Stop) -> Stop:
     state = trainer_state(path) if path else {}
     if not state:
         return stop
-    step, tokens = (_count(state.get(key)) for key in ("global_step", "num_input_tokens_seen"))
+    told = (state.get(key) for key in ("global_step", "num_input_tokens_seen"))
+    step, tokens = (n if isinstance(n, int) and not isinstance(n, bool) and n >= 0 else None for n in told)
     place = stop.place
-    filled = Milestone(
-        place.stage,
-        step if place.step is None else place.step,
-        (tokens or None) if place.tokens is None else place.tokens,
+    filled = replace(
+        place,
+        step=step if place.step is None else place.step,
+        tokens=(tokens or None) if place.tokens is None else place.tokens,
     )
     return replace(stop, place=filled, looked_at=(*stop.looked_at, STATE))
-
-
-def _count(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
 def _with_unique_names(stops: Sequence[Stop]) -> list[Stop]:
@@ -332,15 +322,12 @@ def _with_unique_names(stops: Sequence[Stop]) -> list[Stop]:
     often = given + Counter(found[0] for stop, found in zip(stops, labels, strict=True) if not stop.name)
     taken, named = set(given), []
     for stop, found in zip(stops, labels, strict=True):
-        wanted = found[0] if often[found[0]] == 1 else _long_name(stop.reference, found)
+        path = _local(stop.reference)
+        longer = "/".join(path.absolute().parts[-2:]) if path else "@".join(reversed(found))
+        wanted = found[0] if often[found[0]] == 1 else longer
         name, number = stop.name or wanted, 2
         while not stop.name and name in taken:
             name, number = f"{wanted}-{number}", number + 1
         taken.add(name)
         named.append(replace(stop, name=name))
     return named
-
-
-def _long_name(reference: Reference, labels: Sequence[str]) -> str:
-    path = _local(reference)
-    return "/".join(path.absolute().parts[-2:]) if path else "@".join(reversed(labels))

@@ -52,7 +52,10 @@ def place(tables: Tables, order: int, at: Milestone, *, against: str | None, cha
     """
     where = {"order": order, "stage": at.stage, "step": at.step, "tokens": at.tokens}
     columns = [pl.lit(where[name], dtype).alias(name) for name, dtype in TIMELINE.items()]
-    numbers = [pl.lit(value, pl.Float64).alias(name) for name, value in (change | _middles(tables.metrics)).items()]
+    numbers = [pl.lit(value, pl.Float64).alias(name) for name, value in change.items()]
+    if "stable_rank" in tables.metrics.columns:  # a single row or column always has stable rank 1
+        middle = tables.metrics.filter(pl.min_horizontal("rows", "cols") > 1)["stable_rank"].median()
+        numbers.append(pl.lit(middle, pl.Float64).alias("stable_rank_median"))
     models = tables.models.with_columns(*columns, pl.lit(against, pl.String).alias(*AGAINST), *numbers)
     manifest = {**tables.manifest, "models": [{**m, **where, "against": against} for m in tables.manifest["models"]]}
     return Tables(manifest, tables.frames | {"metrics": tables.metrics.with_columns(*columns), "models": models})
@@ -73,7 +76,8 @@ def join(found: Sequence[Tables], manifest: dict[str, Any], warnings: Sequence[s
     described = found[-1].manifest["metrics"]
     if PEAKS in numbers:
         metrics = metrics.join(peaks_appear(metrics), on="name", how="left", maintain_order="left")
-        models = models.join(_peaked(metrics), on="model", how="left", maintain_order="left")
+        peaked = metrics.group_by("model").agg(peaked_matrices=(pl.col(PEAKS) >= 2).sum().cast(pl.Float64))
+        models = models.join(peaked, on="model", how="left", maintain_order="left")
         described = {**described, "peaks_appear": PEAKS_APPEAR}
     models = models.select(*MODELS, *TIMELINE, *AGAINST, pl.exclude(*MODELS, *TIMELINE, *AGAINST))
     joined = {
@@ -97,26 +101,11 @@ def peaks_appear(metrics: pl.DataFrame) -> pl.DataFrame:
         Columns name, ``peaks_appear``: the step, or the place in the series where steps do not rise along it, as over
         several stages; null for a matrix that never has two.
     """
-    when = "step" if _rises(metrics) else "order"
+    steps = metrics.select("order", "step").unique().sort("order")["step"]
+    rise = not steps.null_count() and bool((steps.diff().drop_nulls() > 0).all())
+    when = "step" if rise else "order"
     first = pl.col(when).cast(pl.Float64).sort_by("order").filter(pl.col(PEAKS).sort_by("order") >= 2).first()
     return metrics.group_by("name", maintain_order=True).agg(peaks_appear=first)
-
-
-def _rises(metrics: pl.DataFrame) -> bool:
-    steps = metrics.select("order", "step").unique().sort("order")["step"]
-    return not steps.null_count() and bool((steps.diff().drop_nulls() > 0).all())
-
-
-def _peaked(metrics: pl.DataFrame) -> pl.DataFrame:
-    return metrics.group_by("model").agg(peaked_matrices=(pl.col(PEAKS) >= 2).sum().cast(pl.Float64))
-
-
-def _middles(metrics: pl.DataFrame) -> dict[str, float | None]:
-    """What a table over time shows of a whole model; a single row or column always has stable rank 1."""
-    if "stable_rank" not in metrics.columns:
-        return {}
-    middle = metrics.filter(pl.min_horizontal("rows", "cols") > 1)["stable_rank"].median()
-    return {"stable_rank_median": middle if isinstance(middle, float) else None}
 
 
 def _warnings(found: Sequence[Tables]) -> list[str]:
@@ -127,13 +116,11 @@ def _warnings(found: Sequence[Tables]) -> list[str]:
         for text in tables.manifest["warnings"]:
             if text.startswith(start):
                 told.setdefault(text.removeprefix(start), []).append(start.removesuffix(": "))
-    return [f"{_who(names, len(found))}: {text}" for text, names in told.items()]
-
-
-def _who(names: Sequence[str], count: int) -> str:
-    if len(names) == count:
-        return "all checkpoints"
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    said = []
+    for text, names in told.items():
+        some = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        said.append(f"{'all checkpoints' if len(names) == len(found) else some}: {text}")
+    return said
 
 
 REFERENCES = ("previous", "first")
@@ -234,26 +221,20 @@ def _survey(series: Sequence[Stop], options: Options, against: str, *, allow_unm
     costs = []
     with closing(visits(series, options, against, check_ties=False)) as opened:
         for visit in opened:
-            _refuse_other_family(visit)
+            if visit.base is not None and visit.base_stop is not None:  # names of matrices must mean the same in all
+                before, after = (layout.architecture.family for layout in (visit.base, visit.layout))
+                if before != after:
+                    one, other = (printable(stop.name) for stop in (visit.base_stop, visit.stop))
+                    raise CheckpointError(
+                        f"{one!r} is read as {before}, {other!r} as {after}, expected one architecture. Put the same "
+                        "config.json beside both, or pass --architecture FILE."
+                    )
             tasks = _tasks(visit, allow_unmatched=allow_unmatched)[1]
             if not tasks:
                 raise CheckpointError(f"{visit.layout.checkpoint.reference} holds no matrix that could be analysed.")
             costs.append(sum(task.cost for task in tasks))
             del visit
     return costs
-
-
-def _refuse_other_family(visit: Visit) -> None:
-    """Names of matrices must mean the same in all checkpoints."""
-    if visit.base is None or visit.base_stop is None:
-        return
-    before, after = (layout.architecture.family for layout in (visit.base, visit.layout))
-    if before != after:
-        one, other = (printable(stop.name) for stop in (visit.base_stop, visit.stop))
-        raise CheckpointError(
-            f"{one!r} is read as {before}, {other!r} as {after}, expected one architecture. Put the same config.json "
-            "beside both, or pass --architecture FILE."
-        )
 
 
 def _tasks(visit: Visit, *, allow_unmatched: bool) -> tuple[list[Layout], list[TensorTask]]:

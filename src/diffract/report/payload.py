@@ -278,14 +278,25 @@ def _of_matrices(tables: Tables) -> dict[str, Any]:
     tables = on_page(tables)
     drawn = tables.spectra.filter(pl.col("quantity").is_in(DRAWN))
     points = points_per_curve(drawn)
+    models = tables.models
+    # what a model is drawn beside: what it was compared with, or itself
+    base = pl.col("against").fill_null(pl.col("model")) if "against" in models.columns else pl.lit(models["model"][0])
     return {
-        "models": _models(tables.models),
+        "models": models.select("model", "role", base=base).to_dicts(),
         "metrics": metrics,
         "first": next((m for m in HEAT_METRIC if m in metrics), metrics[0] if metrics else None),
         "rows": _rows(tables.metrics, metrics),
-        "curves": _curves(drawn, points),
+        # (model, matrix, quantity, length, float32 values in base64)
+        "curves": [
+            [*row[:3], len(row[3]), pack(_numbers(thin(row[3], points)))]
+            for row in drawn.select("model", "name", "quantity", "values").iter_rows()
+        ],
         "thinned": points if points is not None else 0,
-        "peaks": _peaks(tables.spectra),
+        # (model, matrix, runs of ranks that belong to a peak)
+        "peaks": [
+            [row["model"], row["name"], list(peak_runs(_numbers(row["values"])))]
+            for row in tables.spectra.filter(quantity="peak").iter_rows(named=True)
+        ],
         "densities": list(density_rows(tables.metrics, tables.spectra)),
         "left_out": left_out(tables.metrics),
         "evolution": evolution,
@@ -298,25 +309,12 @@ def _without_matrices(tables: Tables) -> dict[str, Any]:
     """A page that shows heads only."""
     return {
         "models": tables.models.select("model", "role", base=pl.lit(None, pl.String)).to_dicts(),
-        "metrics": [],
-        "first": None,
         "rows": {name: [] for name in PLAIN},
-        "curves": [],
-        "thinned": 0,
-        "peaks": [],
-        "densities": [],
-        "left_out": 0,
-        "evolution": None,
-        "glossary": {},
-        "figures": {},
+        **{name: [] for name in ("metrics", "curves", "peaks", "densities")},
+        **{name: {} for name in ("glossary", "figures")},
+        **dict.fromkeys(("thinned", "left_out"), 0),
+        **dict.fromkeys(("first", "evolution")),
     }
-
-
-def _models(models: pl.DataFrame) -> list[dict[str, Any]]:
-    """Name and role of each, and the model beside which it is drawn."""
-    first = pl.lit(models["model"][0]).alias("base")
-    base = pl.col("against").fill_null(pl.col("model")).alias("base") if "against" in models.columns else first
-    return models.select("model", "role", base).to_dicts()
 
 
 def _rows(metrics: pl.DataFrame, names: list[str]) -> dict[str, list[Any]]:
@@ -328,21 +326,5 @@ def _rows(metrics: pl.DataFrame, names: list[str]) -> dict[str, list[Any]]:
     return columns | {name: [short(v) for v in table[name].to_list()] for name in names}
 
 
-def _curves(spectra: pl.DataFrame, points: int | None) -> list[list[Any]]:
-    """(model, matrix, quantity, length, float32 values in base64) of every curve."""
-    return [
-        [row["model"], row["name"], row["quantity"], len(row["values"]), pack(_numbers(thin(row["values"], points)))]
-        for row in spectra.iter_rows(named=True)
-    ]
-
-
 def _numbers(values: Any) -> list[float]:
     return [float("nan") if v is None else v for v in values]
-
-
-def _peaks(spectra: pl.DataFrame) -> list[list[Any]]:
-    """(model, matrix, runs of ranks that belong to a peak) of every matrix whose peaks are known."""
-    known = spectra.filter(pl.col("quantity") == "peak")
-    return [
-        [row["model"], row["name"], list(peak_runs(_numbers(row["values"])))] for row in known.iter_rows(named=True)
-    ]
