@@ -21,6 +21,8 @@ from hypothesis import strategies as st
 from diffract.analysis.facts import MetricPlan, StackPair, pair_facts, single_facts
 from diffract.analysis.held import Stack
 from diffract.metrics import CATALOG, GROUPS, heavy_tails
+from diffract.metrics.heavy_tails.fit import fit_tails
+from diffract.metrics.heavy_tails.significance import LAWS
 from diffract.metrics.pair import best_match_chance, cosine_chance, principal_angle_chance
 
 BOOTSTRAPPED = {m.name for m in GROUPS["p_values"]}
@@ -92,8 +94,12 @@ class Case:
     def tails(self) -> dict[str, Any]:
         """Laws with two parameters by the fit itself: ``heavy_tails`` is held against references in its own tests."""
         values = torch.from_numpy(self.eigenvalues)[None]
-        names = ("truncated_power_law", "log_normal", "compare_tails")
-        return {name: getattr(heavy_tails, name)(values) for name in names}
+        xmin = fit_tails(values, LAWS["power_law"]).xmin
+        at = {name: fit_tails(values, law, at=xmin).parameters for name, law in LAWS.items()}
+        found: dict[str, Any] = {
+            name: getattr(heavy_tails, name)(values) for name in ("truncated_power_law", "log_normal")
+        }
+        return found | {"comparisons": heavy_tails.compare_laws(values, xmin, at)}
 
     @cached_property
     def slow_tails(self) -> dict[str, dict[str, float]]:
@@ -206,8 +212,8 @@ for _short, _law in (("tpl", "truncated_power_law"), ("ln", "log_normal")):
     for _name, _degree in {**_parameters, "xmin": 2, "ks": 0, "tail_count": 0}.items():
         TABLE[f"{_short}_{_name}"] = (lambda c, law=_law, n=_name: getattr(c.tails[law], n).item(), _degree, ALL)
 for _short, _law in (("tpl", "truncated_power_law"), ("ln", "log_normal")):
-    TABLE[f"pl_vs_{_short}"] = (lambda c, law=_law: getattr(c.tails["compare_tails"], law).ratio.item(), 0, ALL)
-    TABLE[f"pl_vs_{_short}_p"] = (lambda c, law=_law: getattr(c.tails["compare_tails"], law).p.item(), 0, ALL)
+    TABLE[f"pl_vs_{_short}"] = (lambda c, law=_law: getattr(c.tails["comparisons"], law).ratio.item(), 0, ALL)
+    TABLE[f"pl_vs_{_short}_p"] = (lambda c, law=_law: getattr(c.tails["comparisons"], law).p.item(), 0, ALL)
 
 
 def alpha(c: Case) -> float:

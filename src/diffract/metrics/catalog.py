@@ -82,13 +82,9 @@ def _resolved(sigmas: Tensor, floor: Tensor) -> Tensor:
     return sigmas.where(sigmas > floor[:, None], 0.0)
 
 
-def _scanned(candidates: Candidates, scan: Tensor) -> heavy_tails.PowerLaw:
-    """The power law whose distance is the least of the scan, which a figure wants whole."""
-    return heavy_tails.PowerLaw.of(candidates.nearest(scan[candidates.tails.row, candidates.tails.last]))
-
-
 def _compared(values: Tensor, tail: heavy_tails.PowerLaw, *laws: Candidates) -> heavy_tails.Comparisons:
-    return heavy_tails.compare_laws(values, tail.xmin, *(law.parameters_at(tail.tail_count) for law in laws))
+    parameters = (law.parameters_at(tail.tail_count) for law in laws)
+    return heavy_tails.compare_laws(values, tail.xmin, dict(zip(TAIL_LAWS, parameters, strict=True)))
 
 
 DERIVED: dict[str, Callable[..., Any]] = {
@@ -101,7 +97,10 @@ DERIVED: dict[str, Callable[..., Any]] = {
     "ordered_tails": order,
     **{f"{law}_candidates": partial(fit_candidates, law=significance.LAWS[law]) for law in TAIL_LAWS},
     "power_law_scan": scan_distances,
-    "power_law": _scanned,
+    # A figure wants the scan of all distances whole, so the least one is taken of it and not searched for.
+    "power_law": lambda candidates, scan: heavy_tails.PowerLaw.of(
+        candidates.nearest(scan[candidates.tails.row, candidates.tails.last])
+    ),
     "truncated_power_law": lambda candidates: heavy_tails.TruncatedPowerLaw.of(search(candidates)),
     "exponential": lambda candidates: heavy_tails.Exponential.of(search(candidates)),
     "log_normal": lambda candidates: heavy_tails.LogNormal.of(search(candidates)),
@@ -150,13 +149,19 @@ def choose_metrics(chosen: str | Iterable[str | Metric] | None, *, pair: bool) -
     named: list[Metric] = []
     grouped: list[Metric] = []
     for choice in chosen:
-        members = _group(choice) if isinstance(choice, str) else None
-        if members is None:
-            named.append(_find(choice) if isinstance(choice, str) else choice)
+        if not isinstance(choice, str):
+            named.append(choice)
+        elif choice == "all" or choice in GROUPS:
+            groups = GROUPS.keys() - LEFT_OUT if choice == "all" else {choice}
+            grouped += [m for group in GROUPS if group in groups for m in GROUPS[group] if pair or not m.pair]
         else:
-            grouped += [m for m in members if pair or not m.pair]
-    _check(named, pair=pair)
-    names = {m.name for m in named}
+            named.append(_find(choice))
+    names = [m.name for m in named]
+    for m in named:
+        if names.count(m.name) > 1:
+            raise SelectionError(f"metric {m.name!r} is given twice. Rename one of them, or leave one out.")
+        if m.pair and not pair:
+            raise SelectionError(f"metric {m.name!r} speaks of two checkpoints. Use it with compare.")
     found = list({m.name: m for m in grouped if m.name not in names}.values()) + named
     if not found:
         raise SelectionError("no metric is chosen. Name one, or leave the option out for the usual ones.")
@@ -166,22 +171,6 @@ def choose_metrics(chosen: str | Iterable[str | Metric] | None, *, pair: bool) -
 def split_names(text: str) -> list[str]:
     """Return names that are separated by commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _group(name: str) -> tuple[Metric, ...] | None:
-    """Members of a group, ``None`` if there is none of that name."""
-    if name == "all":
-        return tuple(m for group, rows in GROUPS.items() if group not in LEFT_OUT for m in rows)
-    return GROUPS.get(name)
-
-
-def _check(named: list[Metric], *, pair: bool) -> None:
-    names = [m.name for m in named]
-    for m in named:
-        if names.count(m.name) > 1:
-            raise SelectionError(f"metric {m.name!r} is given twice. Rename one of them, or leave one out.")
-        if m.pair and not pair:
-            raise SelectionError(f"metric {m.name!r} speaks of two checkpoints. Use it with compare.")
 
 
 def installed_metrics() -> dict[str, Any]:

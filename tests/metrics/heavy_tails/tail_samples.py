@@ -7,6 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from diffract.metrics.heavy_tails import Comparisons, compare_laws
+from diffract.metrics.heavy_tails.fit import fit_tails
+from diffract.metrics.heavy_tails.significance import LAWS
+
 
 def batch(*rows: np.ndarray) -> torch.Tensor:
     """Rows of different lengths as one batch; what is missing is NaN."""
@@ -16,6 +20,12 @@ def batch(*rows: np.ndarray) -> torch.Tensor:
 
 def wishart(rng: np.random.Generator, n: int) -> np.ndarray:
     return np.linalg.svd(rng.normal(size=(n, 3 * n)), compute_uv=False) ** 2 / (3 * n)
+
+
+def compare_tails(values: torch.Tensor, *, at: torch.Tensor | None = None) -> Comparisons:
+    """The laws against each other, each fitted anew to the power law's tail."""
+    xmin = fit_tails(values, LAWS["power_law"], at=at).xmin
+    return compare_laws(values, xmin, {name: fit_tails(values, law, at=xmin).parameters for name, law in LAWS.items()})
 
 
 KINDS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {

@@ -34,7 +34,7 @@ def test_a_draw_has_body_and_tail_in_their_shares() -> None:
     values = batch(x, np.append(sample("exponential", 300, 1), np.full(103, np.nan)))
     fitted = fit_tails(values, law)
     uniform = torch.rand(2, 300, values.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    drawn = _draw(order(values).values, fitted, law, uniform[0], 1 - uniform[1])
+    drawn = _draw(order(values).values, fitted, law, pick=uniform[0], survival=1 - uniform[1])
     for i, n in enumerate((400, 300)):
         row, xmin, k = drawn[i], fitted.xmin[i].item(), int(fitted.count[i].item())
         assert row.isnan().sum(1).tolist() == [403 - n] * 300
@@ -139,6 +139,6 @@ def test_the_distance_of_the_data_is_the_fits_own() -> None:
     for seed in range(12):
         generator = torch.Generator().manual_seed(seed)
         uniform = torch.rand(64, 2, 50, dtype=torch.float64, generator=generator)[:1]
-        drawn = _draw(order(values).values, fitted, law, uniform[:, 0], 1 - uniform[:, 1])[0]
+        drawn = _draw(order(values).values, fitted, law, pick=uniform[:, 0], survival=1 - uniform[:, 1])[0]
         worse = bool(power_law(drawn).ks >= power_law(values).ks)
         assert p_value(values, "power_law", draws=1, seed=seed).p.item() == float(worse)

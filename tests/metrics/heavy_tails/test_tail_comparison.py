@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from tail_samples import KINDS, batch, sample
+from tail_samples import KINDS, batch, compare_tails, sample
 
 from diffract.metrics.heavy_tails import (
     alpha_hat,
-    compare_tails,
     describe_warning,
     exponential,
     log10_alpha_norm,

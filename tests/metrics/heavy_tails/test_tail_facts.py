@@ -6,18 +6,16 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from tail_samples import KINDS, batch, sample
+from tail_samples import KINDS, batch, compare_tails, sample
 
 from diffract.metrics import Facts
 from diffract.metrics.heavy_tails import (
-    compare_tails,
     exponential,
     log_normal,
     power_law,
-    power_law_scan,
     truncated_power_law,
 )
-from diffract.metrics.heavy_tails.fit import fit_candidates, order
+from diffract.metrics.heavy_tails.fit import fit_candidates, order, scan_distances
 from diffract.metrics.heavy_tails.significance import LAWS
 
 VALUES = batch(*(sample(kind, n, 4) for kind in KINDS for n in (60, 30)), np.ones(9), np.full(3, np.nan))
@@ -34,7 +32,9 @@ def test_a_fact_is_the_fit_of_the_values(fits: Callable[..., object]) -> None:
 def test_the_power_law_has_the_least_distance_of_its_scan() -> None:
     facts = Facts(tail_eigenvalues=VALUES)
     scan = facts["power_law_scan"]
-    assert torch.equal(scan.nan_to_num(-1.0), power_law_scan(VALUES).nan_to_num(-1.0))
+    assert torch.equal(
+        scan.nan_to_num(-1.0), scan_distances(fit_candidates(order(VALUES), LAWS["power_law"])).nan_to_num(-1.0)
+    )
     assert torch.equal(scan.nan_to_num(math.inf).amin(1), facts["power_law"].ks.nan_to_num(math.inf))
 
 

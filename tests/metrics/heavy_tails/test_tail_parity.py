@@ -15,10 +15,10 @@ import numpy as np
 import powerlaw
 import pytest
 import torch
-from tail_samples import KINDS, batch, sample
+from tail_samples import KINDS, batch, compare_tails, sample
 from test_tail_laws import log_likelihood
 
-from diffract.metrics.heavy_tails import compare_tails, exponential, log_normal, power_law, truncated_power_law
+from diffract.metrics.heavy_tails import exponential, log_normal, power_law, truncated_power_law
 
 SIZES = (3, 4, 5, 6, 7, 8, 9, 10, 30, 120)
 

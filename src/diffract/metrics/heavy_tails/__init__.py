@@ -9,7 +9,7 @@ from diffract.metrics.heavy_tails.exponential import Exponential, exponential
 from diffract.metrics.heavy_tails.log_normal import METRICS as LOG_NORMAL
 from diffract.metrics.heavy_tails.log_normal import LogNormal, log_normal
 from diffract.metrics.heavy_tails.power_law import METRICS as POWER_LAW
-from diffract.metrics.heavy_tails.power_law import PowerLaw, power_law, power_law_scan
+from diffract.metrics.heavy_tails.power_law import PowerLaw, power_law
 from diffract.metrics.heavy_tails.significance import (
     COMPARED,
     NORMS,
@@ -21,7 +21,6 @@ from diffract.metrics.heavy_tails.significance import (
     TailWarning,
     alpha_hat,
     compare_laws,
-    compare_tails,
     describe_warning,
     log10_alpha_norm,
     p_value,
@@ -44,14 +43,12 @@ __all__ = [
     "TruncatedPowerLaw",
     "alpha_hat",
     "compare_laws",
-    "compare_tails",
     "describe_warning",
     "exponential",
     "log10_alpha_norm",
     "log_normal",
     "p_value",
     "power_law",
-    "power_law_scan",
     "tail_warning",
     "truncated_power_law",
 ]

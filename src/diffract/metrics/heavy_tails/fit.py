@@ -1,4 +1,8 @@
-"""How much is computed at once."""
+"""Tails of spectra and the laws that are fitted to them: sums over tails, every candidate for xmin, the nearest.
+
+Values are ordered once, and what a likelihood needs of every tail is a running sum over that order. So a fit to all n
+candidates costs little more than one fit, and rows share one pass.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +19,8 @@ from torch import Tensor
 from diffract.metrics.facts import Metric, built_in
 
 ENTRIES = {"cpu": 1 << 15, "cuda": 1 << 22}
-"""On the CPU a few temporaries stay in a core's cache. They are too small to share among threads: workers of one thread
-each, on rows of their own, use several cores."""
+"""How much is computed at once. On the CPU a few temporaries stay in a core's cache. They are too small to share among
+threads: workers of one thread each, on rows of their own, use several cores."""
 
 
 def piece_entries(device: torch.device) -> int:
@@ -52,12 +56,12 @@ class Tails:
     mean_excess: PerTail
 
     def __getitem__(self, index: slice | Tensor) -> Tails:
-        return Tails(*(getattr(self, field.name)[index] for field in fields(self)))
+        return Tails(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
     def valid(self, mask: Bool[Tensor, "t"]) -> Tails:
         """Return the tails with every statistic of those outside the mask NaN, so that their fits are."""
-        floats = (self.count, self.xmin, self.origin, self.mean_log, self.mean_square_log, self.mean_excess)
-        return Tails(self.row, self.last, *(value.where(mask, torch.nan) for value in floats))
+        floats = [field.name for field in fields(self) if field.name not in ("row", "last")]
+        return replace(self, **{name: getattr(self, name).where(mask, torch.nan) for name in floats})
 
 
 @dataclass(frozen=True)
@@ -99,23 +103,31 @@ class OrderedValues:
         """Return the tails that begin at x_last of each row."""
         xmin, k = self.values[row, last], (last + 1).to(self.values.dtype)
         return Tails(
-            row, last, k, xmin, self.logs[row, last],
-            self.sum_log[row, last] / k, self.sum_square_log[row, last] / k, self.sum_excess[row, last] / k / xmin,
-        )  # fmt: skip
+            row=row,
+            last=last,
+            count=k,
+            xmin=xmin,
+            origin=self.logs[row, last],
+            mean_log=self.sum_log[row, last] / k,
+            mean_square_log=self.sum_square_log[row, last] / k,
+            mean_excess=self.sum_excess[row, last] / k / xmin,
+        )
 
     def tails_from(self, xmin: Float64[Tensor, "b"], min_tail: int) -> Tails:
         """Return each row's tail of values >= xmin; NaN with fewer than ``min_tail`` of them, or none above xmin."""
         count = (self.values >= xmin[:, None]).sum(1)
-        row, last = torch.arange(len(xmin), device=xmin.device), (count - 1).clamp(min=0)
-        inner = self.tails(row, last)
-        k, step = inner.count, ((inner.xmin - xmin) / xmin).log1p()  # from xmin to the smallest value of the tail
-        mean_log = inner.mean_log + step
-        found = Tails(
-            row, last, k, xmin, inner.origin - step, mean_log,
-            inner.mean_square_log + step * (2 * inner.mean_log + step),
-            (inner.mean_excess * inner.xmin + inner.xmin - xmin) / xmin,
-        )  # fmt: skip
-        return found.valid((count >= max(min_tail, 1)) & (xmin > 0) & xmin.isfinite() & (mean_log > 0))
+        inner = self.tails(torch.arange(len(xmin), device=xmin.device), (count - 1).clamp(min=0))
+        # A given xmin lies below the smallest value of its tail: the sums from that value on are moved down by a step.
+        step = ((inner.xmin - xmin) / xmin).log1p()
+        found = replace(
+            inner,
+            xmin=xmin,
+            origin=inner.origin - step,
+            mean_log=inner.mean_log + step,
+            mean_square_log=inner.mean_square_log + step * (2 * inner.mean_log + step),
+            mean_excess=(inner.mean_excess * inner.xmin + inner.xmin - xmin) / xmin,
+        )
+        return found.valid((count >= max(min_tail, 1)) & (xmin > 0) & xmin.isfinite() & (found.mean_log > 0))
 
 
 def order(values: Float64[Tensor, "b n"]) -> OrderedValues:
@@ -306,20 +318,15 @@ def search(candidates: Candidates, *, two_sided: bool = False) -> Fitted:
         unknown = index[ks[index] == torch.inf]
         ks[unknown] = distances(candidates[unknown], two_sided=two_sided)
 
-    for seen in _views(candidates):
+    ordered = candidates.ordered
+    views = [ordered.thinned(DENSE, GROWTH)] if ordered.values.shape[1] > LONG else []
+    for seen in views if candidates.law.lower is None else [*views, ordered]:  # what bounds look at, the cheapest first
         part = candidates[open_]
         bound = _lower_bound(replace(part, ordered=seen), two_sided).nan_to_num(torch.inf)
         measure(open_[bound <= _least(part, bound)[part.tails.row]])  # the leaders
         open_ = open_[bound <= _least(candidates, ks)[part.tails.row] + ROUNDING]
     measure(open_)
     return candidates.nearest(ks)
-
-
-def _views(candidates: Candidates) -> list[OrderedValues]:
-    """Return what bounds look at, the cheapest first."""
-    ordered = candidates.ordered
-    some = [ordered.thinned(DENSE, GROWTH)] if ordered.values.shape[1] > LONG else []
-    return some if candidates.law.lower is None else [*some, ordered]
 
 
 def scan_distances(candidates: Candidates, *, two_sided: bool = False) -> Float64[Tensor, "b n"]:

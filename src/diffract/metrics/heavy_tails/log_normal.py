@@ -90,7 +90,8 @@ def _solve(q: Float64[Tensor, "t"]) -> Float64[Tensor, "t"]:
     z = _start(target)
     for _ in range(STEPS):
         D, now = excess(z)
-        slope = _slope(now) * (now * D * (now - 1) - (2 - now) / D)
+        bend = 0.5 * ((2 / (2 - now)).sqrt() / (2 - now) + (now - 1) ** -1.5)  # dw/dq
+        slope = bend * (now * D * (now - 1) - (2 - now) / D)
         step = ((target - _straightened(now)) / slope).where(z < POWER_LIKE, 0.0)
         z = (z + step).clamp(max=POWER_LIKE)
         if not bool((step.abs() > TOLERANCE * (1 + z.abs())).any()):
@@ -118,11 +119,6 @@ def _table(device: torch.device) -> tuple[Float64[Tensor, "n"], Float64[Tensor, 
 def _straightened(q: Tensor) -> Tensor:
     """w(q) = sqrt(2 / (2 - q)) - 1 / sqrt(q - 1); the first term is z for z -> inf, the second for z -> -inf."""
     return (2 / (2 - q).clamp(min=0.0)).sqrt() - (q - 1).rsqrt()
-
-
-def _slope(q: Tensor) -> Tensor:
-    """The derivative of w."""
-    return 0.5 * ((2 / (2 - q)).sqrt() / (2 - q) + (q - 1) ** -1.5)
 
 
 def _survival(parameters: Parameters, t: OfPoints) -> OfPoints:

@@ -7,18 +7,7 @@ from dataclasses import dataclass
 from jaxtyping import Float64
 from torch import Tensor
 
-from diffract.metrics.heavy_tails.fit import (
-    Fitted,
-    Law,
-    OfPoints,
-    Parameters,
-    Tails,
-    fit_candidates,
-    fit_tails,
-    order,
-    scan_distances,
-    tail_metrics,
-)
+from diffract.metrics.heavy_tails.fit import Fitted, Law, OfPoints, Parameters, Tails, fit_tails, tail_metrics
 
 PerMatrix = Float64[Tensor, "b"]
 
@@ -75,14 +64,6 @@ def power_law(
     1.9618
     """
     return PowerLaw.of(fit_tails(values, POWER_LAW, at=at, min_tail=min_tail, two_sided=two_sided))
-
-
-def power_law_scan(values: Float64[Tensor, "b n"]) -> Float64[Tensor, "b n"]:
-    """Distance of the power law with xmin at each value, values descending: what ``power_law`` takes the least of.
-
-    NaN where a value is no candidate: the largest, all but one of equal values, and those that do not count.
-    """
-    return scan_distances(fit_candidates(order(values), POWER_LAW))
 
 
 def _fit(tails: Tails) -> Parameters:

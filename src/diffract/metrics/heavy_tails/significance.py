@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -14,7 +16,7 @@ from torch import Tensor
 from diffract.errors import SelectionError, choose
 from diffract.metrics.facts import Metric, built_in
 from diffract.metrics.heavy_tails.exponential import EXPONENTIAL
-from diffract.metrics.heavy_tails.fit import CLAUSET, ROUNDING, Fitted, Law, Parameters, fit_tails, order, piece_entries
+from diffract.metrics.heavy_tails.fit import CLAUSET, ROUNDING, Fitted, Law, fit_tails, order, piece_entries
 from diffract.metrics.heavy_tails.log_normal import LOG_NORMAL
 from diffract.metrics.heavy_tails.power_law import POWER_LAW, PowerLaw
 from diffract.metrics.heavy_tails.truncated_power_law import TRUNCATED_POWER_LAW
@@ -67,7 +69,7 @@ class Comparisons:
     log_normal: Comparison
 
 
-def compare_tails(values: Float64[Tensor, "b n"], *, at: PerMatrix | None = None, min_tail: int = 2) -> Comparisons:
+def compare_laws(values: Float64[Tensor, "b n"], xmin: PerMatrix, parameters: Mapping[str, Tensor]) -> Comparisons:
     """Compare the power law with the other laws, all fitted to the power law's tail.
 
     Exponential and log-normal: Vuong's test, p = erfc(|R| / sqrt(2 k var(l))). The truncated power law contains the
@@ -78,40 +80,19 @@ def compare_tails(values: Float64[Tensor, "b n"], *, at: PerMatrix | None = None
 
     Args:
         values: Eigenvalues in any order; those that are not finite or not above zero do not count.
-        at: A given xmin for each row; the power law's own by default.
-        min_tail: As in ``power_law``.
+        xmin: Where each row's tail begins.
+        parameters: (b, p) of each of ``LAWS``, fitted to the values >= xmin.
 
     Source: Vuong (1989), Econometrica 57; Clauset, Shalizi, Newman (2009), section 5.
     """
-    tail = fit_tails(values, POWER_LAW, at=at, min_tail=min_tail)
-    others = (
-        fit_tails(values, law, at=tail.xmin, min_tail=min_tail).parameters
-        for law in (EXPONENTIAL, LOG_NORMAL, TRUNCATED_POWER_LAW)
-    )
-    return compare_laws(values, tail.xmin, tail.parameters, *others)
-
-
-def compare_laws(
-    values: Float64[Tensor, "b n"],
-    xmin: PerMatrix,
-    power_law: Float64[Tensor, "b 1"],
-    exponential: Float64[Tensor, "b 1"],
-    log_normal: Float64[Tensor, "b 2"],
-    truncated_power_law: Float64[Tensor, "b 2"],
-) -> Comparisons:
-    """Compare as ``compare_tails`` does, with the parameters of each law for the values >= xmin known already."""
     inside = (values >= xmin[:, None]) & values.isfinite()
     t = (values / xmin[:, None]).log().where(inside, 0.0)
-    power = POWER_LAW.log_density(power_law, t)
-
-    def against(law: Law, parameters: Parameters, *, nested: bool = False) -> Comparison:
-        return _test(power - law.log_density(parameters, t), inside, nested=nested)
-
-    return Comparisons(
-        against(EXPONENTIAL, exponential),
-        against(TRUNCATED_POWER_LAW, truncated_power_law, nested=True),
-        against(LOG_NORMAL, log_normal),
+    power, *others = (
+        LAWS[name].log_density(parameters[name], t)
+        for name in ("power_law", "exponential", "truncated_power_law", "log_normal")
     )
+    nested = (False, True, False)
+    return Comparisons(*(_test(power - o, inside, nested=n) for o, n in zip(others, nested, strict=True)))
 
 
 def _test(differences: Float64[Tensor, "b n"], inside: Tensor, *, nested: bool) -> Comparison:
@@ -275,8 +256,9 @@ def p_value(
     for rows in fits.split(max(1, entries // (BLOCK * max(1, values.shape[1])))):
         if not len(rows):
             break
-        generator = torch.Generator().manual_seed(seed)
-        p[rows] = _share_of_worse(values[rows], fitted[rows], law, draws, generator, refit and at is None, options)
+        kept = None if refit and at is None else fitted.xmin[rows]
+        fit = partial(fit_tails, law=law, **options)
+        p[rows] = _share_of_worse(values[rows], fitted[rows], law, fit=fit, at=kept, draws=draws, seed=seed)
     return PValue(p, (p * (1 - p) / draws).sqrt())
 
 
@@ -284,20 +266,21 @@ def _share_of_worse(
     values: Float64[Tensor, "b n"],
     fitted: Fitted,
     law: Law,
+    *,
+    fit: Callable[..., Fitted],
+    at: PerMatrix | None,
     draws: int,
-    generator: torch.Generator,
-    refit: bool,
-    options: dict[str, Any],
+    seed: int,
 ) -> PerMatrix:
     """Return the share of draws that fit no better than the data."""
     b, n = values.shape
+    generator = torch.Generator().manual_seed(seed)
     x = order(values).values
     worse, fits = torch.zeros(2, b, dtype=x.dtype, device=x.device)
     for first in range(0, draws, BLOCK):
         uniform = torch.rand(BLOCK, 2, n, dtype=x.dtype, generator=generator)[: draws - first].to(x.device)
-        drawn = _draw(x, fitted, law, uniform[:, 0], 1 - uniform[:, 1]).flatten(0, 1)
-        at = None if refit else fitted.xmin.repeat_interleave(len(uniform))
-        ks = fit_tails(drawn, law, at=at, **options).ks.view(b, -1)
+        drawn = _draw(x, fitted, law, pick=uniform[:, 0], survival=1 - uniform[:, 1]).flatten(0, 1)
+        ks = fit(drawn, at=None if at is None else at.repeat_interleave(len(uniform))).ks.view(b, -1)
         worse += (ks >= fitted.ks[:, None] - ROUNDING).sum(1)
         fits += ks.isfinite().sum(1)
     return worse / fits
@@ -307,6 +290,7 @@ def _draw(
     x: Float64[Tensor, "b n"],
     fitted: Fitted,
     law: Law,
+    *,
     pick: Float64[Tensor, "d n"],
     survival: Float64[Tensor, "d n"],
 ) -> Float64[Tensor, "b d n"]:

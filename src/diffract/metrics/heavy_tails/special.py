@@ -121,7 +121,7 @@ def moments(a: PerTail, z: PerTail) -> TailMoments:
     end, mass, *sums = _by_nodes(_integrals, a, z)
     s, s2, w, sw, w2 = (total / mass for total in sums)
     s, s2, sw = s * end, s2 * end**2, sw * end
-    return TailMoments(mass * end, s, w, s2 - s * s, sw - s * w, w2 - w * w)
+    return TailMoments(R=mass * end, s=s, w=w, var_s=s2 - s * s, cov=sw - s * w, var_w=w2 - w * w)
 
 
 def _by_nodes(integrate: Callable[[Tensor, Tensor, int], Tensor], a: PerTail, z: PerTail) -> Float64[Tensor, "k t"]:
