@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from threading import Lock
 from typing import Any
 
@@ -103,8 +103,8 @@ Product and eigensolver take 1.6 times as long as product and iteration at 512 x
 Where none does, as in pure noise, the iteration gives up and costs up to as much again.
 """
 
-NULL_SEED = 0
-"""Seed of the order in which the permutation null puts the entries."""
+null_order = lru_cache(maxsize=2)(partial(entry_order, seed=0))
+"""The order of entries that makes the permutation null of every matrix of a shape; it is costly to draw."""
 
 TOP_STEPS = 10
 """Iterations after which the eigensolver would have been cheaper."""
@@ -227,21 +227,13 @@ def _whole_facts(stack: Stack, plan: MetricPlan, finite: Tensor) -> dict[str, Te
     if plan.needs("matrix"):
         facts["matrix"] = stack.whole().to(device).double()
     if plan.needs("null_sigmas") and stack.streamed:  # such a tensor is never held whole
-        facts["null_sigmas"] = torch.full(
-            (stack.count, min(stack.shape)), torch.nan, dtype=torch.float64, device=device
-        )
+        facts["null_sigmas"] = torch.full((stack.count, min(stack.shape)), torch.nan, device=device).double()
     elif plan.needs("null_sigmas"):
         whole = _safe(stack.whole().to(device), finite)
         # the short side first, which is faster; shuffled entries have no orientation that would matter
-        shuffled = permuted(whole, _null_order(stack.shape, device)).view(stack.count, *sorted(stack.shape))
+        shuffled = permuted(whole, null_order(stack.shape, device=device)).view(stack.count, *sorted(stack.shape))
         facts["null_sigmas"] = spectrum(shuffled, method=plan.method).S
     return facts
-
-
-@lru_cache(maxsize=2)
-def _null_order(shape: tuple[int, int], device: torch.device) -> Tensor:
-    """Return the order of entries that makes the null of every matrix of a shape; it is costly to draw."""
-    return entry_order(shape, seed=NULL_SEED, device=device)
 
 
 def _sum_pairs(pair: StackPair, plan: MetricPlan, device: torch.device) -> PairSums:
@@ -317,14 +309,8 @@ def _entry_facts(stack: Stack, moments: Moments) -> dict[str, Any]:
 def _spectrum_facts(spectrum: Spectrum | None) -> dict[str, Any]:
     if spectrum is None:
         return {}
-    S = spectrum.S
-    return {
-        "sigmas": S,
-        "sigma_max": S[:, 0],
-        "resolved": spectrum.resolved,
-        "U": spectrum.U,
-        "Vh": spectrum.Vh,
-    }
+    found = {"sigmas": spectrum.S, "sigma_max": spectrum.S[:, 0], "resolved": spectrum.resolved}
+    return found | {"U": spectrum.U, "Vh": spectrum.Vh}
 
 
 def _safe(stack: Tensor, finite: Tensor) -> Tensor:
@@ -346,7 +332,10 @@ them at once spend their time waiting for each other, one beside a thread in a l
 def bundle(found: StackFacts, metrics: Sequence[Metric]) -> pl.DataFrame:
     """Return one row per matrix: outcome, metrics, and lists along the spectrum. What has no value is null."""
     with ONE_AT_A_TIME:
-        return _owned(pl.DataFrame(_columns(found, metrics)))
+        rows = pl.DataFrame(_columns(found, metrics))
+        # Polars' own memory: small arrays that live on among large temporaries keep the allocator from giving these
+        # back, a few MB for each tensor, and memory would grow with the number of layers.
+        return rows.select(pl.all().gather(pl.int_range(len(rows))))
 
 
 def _columns(found: StackFacts, metrics: Sequence[Metric]) -> dict[str, pl.Series]:
@@ -368,15 +357,6 @@ def _columns(found: StackFacts, metrics: Sequence[Metric]) -> dict[str, pl.Serie
         if curve.wanted(found.facts):
             columns[CURVE + name] = _lists(curve.values(found.facts), finite, ragged=curve.ragged)
     return columns
-
-
-def _owned(rows: pl.DataFrame) -> pl.DataFrame:
-    """Copy rows into memory of Polars' own.
-
-    Small arrays that live on among large temporaries keep the allocator from giving these back, a few MB for each
-    tensor: memory would grow with the number of layers.
-    """
-    return rows.select(pl.all().gather(pl.int_range(len(rows))))
 
 
 def _numbers(values: Tensor | None, finite: list[bool]) -> pl.Series:

@@ -354,7 +354,10 @@ class Worker:
     def _grams(self, task: HeadTask) -> Part:
         """Return the inner products (k, k) of W0 and of the k - 1 changes, of each slice, as one row of k * k."""
         base = Held(self.checkpoints[task.model], task.tensor)
-        changed = [self._changed(i, task.tensor) for i in task.tuned]
+        tuned = [self.checkpoints[i] for i in task.tuned]
+        # of an adapter the change as factors, which are never multiplied out
+        factors = [one.factors.get(task.tensor) for one in tuned]
+        changed = [made() if made else Held(one, task.tensor) for one, made in zip(tuned, factors, strict=True)]
         key, rows = "", None
         if self.cache:  # without one the digests, a pass over all bytes, are not needed
             changes = [factor_digest(one) if isinstance(one, Factors) else one.digest for one in changed]
@@ -367,11 +370,6 @@ class Worker:
             if self.cache:
                 self.cache.put(key, rows)
         return Part(task.model, task.matrices, rows)
-
-    def _changed(self, model: int, name: str) -> Held | Factors:
-        """Return a checkpoint's tensor; of an adapter the change as factors, which are never multiplied out."""
-        checkpoint = self.checkpoints[model]
-        return checkpoint.factors[name]() if name in checkpoint.factors else Held(checkpoint, name)
 
 
 def cut_factors(factors: Factors, batch: Sequence[Matrix]) -> LowRank:

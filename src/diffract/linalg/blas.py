@@ -9,6 +9,7 @@ the threads of two libraries would keep each other from the cores between calls.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -114,9 +115,7 @@ class Buffer:
 
     def like(self, shape: tuple[int, ...]) -> Tensor:
         """Return contiguous memory of a shape; what it held before is gone."""
-        size = 1
-        for extent in shape:
-            size *= extent
+        size = math.prod(shape)
         if self._memory.numel() < size:
             self._memory = torch.empty(size, dtype=torch.float64, device=self._memory.device)
         return self._memory[:size].view(shape)
@@ -137,22 +136,18 @@ def power_sums(x: Entries, scratch: Buffer, highest: int) -> Float64[Tensor, "4 
     if highest == 0:
         return sums
     squares = scratch.like(tuple(x.shape)) if highest > 2 else None
-    if x.device.type == "cpu":
-        _fill_powers(sums.numpy(), x, squares)
-        return sums
-    sums[0], sums[1] = x.sum(1), dots(x, x)
+    if x.device.type == "cpu":  # NumPy sums and multiplies on the thread that calls it
+        sums[0] = torch.from_numpy(x.numpy().sum(1))
+    else:
+        sums[0] = x.sum(1)
+    sums[1] = dots(x, x)
     if squares is not None:
-        torch.mul(x, x, out=squares)
+        if x.device.type == "cpu":
+            np.multiply(x.numpy(), x.numpy(), out=squares.numpy())
+        else:
+            torch.mul(x, x, out=squares)
         sums[2], sums[3] = dots(squares, x), dots(squares, squares)
     return sums
-
-
-def _fill_powers(sums: np.ndarray, x: Entries, squares: Entries | None) -> None:
-    entries = x.numpy()
-    sums[0], sums[1] = entries.sum(1), row_dots(x, x)
-    if squares is not None:
-        np.multiply(entries, entries, out=squares.numpy())
-        sums[2], sums[3] = row_dots(squares, x), row_dots(squares, squares)
 
 
 def dots(x: Entries, y: Entries) -> PerMatrix:
@@ -187,7 +182,7 @@ PIECE_BYTES = {"cpu": 1 << 25, "cuda": 1 << 29}
 
 
 def add_grams(total: Float64[Tensor, "b m m"], x: Float64[Tensor, "b m n"]) -> None:
-    """Add x x^T to the upper triangles of ``total``; ``symmetric.mirrored`` makes them whole."""
+    """Add x x^T to the upper triangles of ``total``; ``exact.mirrored`` makes them whole."""
     if x.device.type != "cpu":
         total += x @ x.mT
         return

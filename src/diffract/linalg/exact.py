@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ def lapack(stack: Float[Tensor, "b m n"], *, vectors: bool) -> Spectrum:
         U, S, Vh = torch.linalg.svd(x, full_matrices=False, driver=driver)
     else:
         S = torch.linalg.svdvals(x, driver=driver)
-    return Spectrum(S, ("lapack",) * len(S), max(x.shape[1:]) * EPSILON * S[:, 0], U, Vh)
+    return Spectrum(S, ("lapack",) * len(S), resolved=max(x.shape[1:]) * EPSILON * S[:, 0], U=U, Vh=Vh)
 
 
 Symmetric = Float64[Tensor, "b M M"]
@@ -107,4 +107,4 @@ def factored_spectrum(B: Float[Tensor, "b m r"], A: Float[Tensor, "b r n"], *, v
     core = lapack(left.R @ right.R.mT, vectors=vectors)
     if core.U is None or core.Vh is None:
         return core
-    return Spectrum(core.S, core.method, core.resolved, left.Q @ core.U, core.Vh @ right.Q.mT)
+    return replace(core, U=left.Q @ core.U, Vh=core.Vh @ right.Q.mT)

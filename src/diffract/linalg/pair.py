@@ -10,7 +10,8 @@ so neither the long-side vectors nor D's are ever formed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -63,13 +64,12 @@ def pair_from_sums(sums: PairSums) -> PairSpectrum:
         energy = mixed.square().sum(-1) * inverse0.square()
         left, right = long, short
     base, tuned = _spectra(S0, S1)
-    return PairSpectrum(base, tuned, left, right, diagonal, energy)
+    return PairSpectrum(base, tuned, left_overlap=left, right_overlap=right, diagonal=diagonal, energy=energy)
 
 
 def pair_values(sums: PairSums) -> PairSpectrum:
     """Return the pair's spectra from summed products, without overlaps."""
-    base, tuned = _spectra(gram_values(sums.base_gram).S, gram_values(sums.tuned_gram).S)
-    return PairSpectrum(base, tuned)
+    return PairSpectrum(*_spectra(gram_values(sums.base_gram).S, gram_values(sums.tuned_gram).S))
 
 
 def weak_pairs(pair: PairSpectrum) -> list[int]:
@@ -110,23 +110,12 @@ def replace_pairs(pair: PairSpectrum, places: list[int], found: PairSpectrum) ->
     """Return a pair record with those at ``places`` exchanged; ``found`` holds overlaps."""
     at = torch.tensor(places, device=pair.base.S.device)
 
-    def put(name: str) -> Tensor | None:
-        old = getattr(pair, name)
-        return None if old is None else old.index_copy(0, at, getattr(found, name))
+    def put(old: Any, new: Any) -> Any:
+        if isinstance(old, Spectrum | PairSpectrum):
+            return replace(old, **{f.name: put(getattr(old, f.name), getattr(new, f.name)) for f in fields(old)})
+        if isinstance(old, tuple):  # names of methods
+            exchanged = dict(zip(places, new, strict=True))
+            return tuple(exchanged.get(i, name) for i, name in enumerate(old))
+        return None if old is None else old.index_copy(0, at, new)
 
-    return PairSpectrum(
-        base=_put_spectrum(pair.base, places, found.base),
-        tuned=_put_spectrum(pair.tuned, places, found.tuned),
-        left_overlap=put("left_overlap"),
-        right_overlap=put("right_overlap"),
-        diagonal=put("diagonal"),
-        energy=put("energy"),
-    )
-
-
-def _put_spectrum(old: Spectrum, places: list[int], new: Spectrum) -> Spectrum:
-    at = torch.tensor(places, device=old.S.device)
-    method = list(old.method)
-    for place, name in zip(places, new.method, strict=True):
-        method[place] = name
-    return Spectrum(old.S.index_copy(0, at, new.S), tuple(method), old.resolved.index_copy(0, at, new.resolved))
+    return put(pair, found)

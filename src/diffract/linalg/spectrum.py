@@ -10,7 +10,7 @@ Two ways lead there:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -56,15 +56,8 @@ def spectrum(w: Float[Tensor, "*b m n"], *, vectors: bool = False, method: Metho
         found = gram_vectors(sums.gram, stack, method) if vectors else gram_values(sums.gram)
     else:
         found = lapack(stack, vectors=vectors)
-    lead = w.shape[:-2]
-    unflatten = lambda t: None if t is None else t.reshape(*lead, *t.shape[1:])  # noqa: E731
-    return Spectrum(
-        found.S.reshape(*lead, found.S.shape[-1]),
-        found.method,
-        found.resolved.reshape(lead),
-        unflatten(found.U),
-        unflatten(found.Vh),
-    )
+    known = {name: t for name in ("S", "resolved", "U", "Vh") if (t := getattr(found, name)) is not None}
+    return replace(found, **{name: t.reshape((*w.shape[:-2], *t.shape[1:])) for name, t in known.items()})
 
 
 def takes_gram(dtype: torch.dtype, method: Method) -> bool:
@@ -100,25 +93,19 @@ def gram_vectors(grams: Float64[Tensor, "b M M"], stack: Float[Tensor, "b m n"],
     S, P = gram_eigen(grams)
     weak = S[:, -1] <= GRAM_VECTORS * S[:, 0] if method == "auto" else torch.zeros(len(S), dtype=torch.bool)
     side = short_side(tuple(stack.shape))
-    U, Vh = _both_sides(S, P, stack, side)
-    names = ["gram"] * len(S)
-    resolved = GRAM_RESOLVES * S[:, 0]
-    for i in weak.nonzero().flatten().tolist():
-        one = lapack(stack[i : i + 1], vectors=True)
-        assert one.U is not None and one.Vh is not None
-        S[i], U[i], Vh[i], resolved[i], names[i] = one.S[0], one.U[0], one.Vh[0], one.resolved[0], "lapack"
-    return Spectrum(S, tuple(names), resolved, U, Vh)
-
-
-def _both_sides(S: Tensor, P: Tensor, stack: Tensor, side: str) -> tuple[Tensor, Tensor]:
-    """Return U and Vh from the short-side vectors; the long side is Sigma^-1 P^T W, cast in pieces."""
     w = short_first(stack, side)
-    scaled = P.mT * inverse(S)[:, :, None]
+    scaled = P.mT * inverse(S)[:, :, None]  # vectors of the long side are Sigma^-1 P^T W, whose W is cast in pieces
     step = max(1, PIECE_BYTES["cpu"] // (8 * w.shape[1]))
     along, cast = torch.empty(w.shape, dtype=torch.float64, device=w.device), Buffer(w.device)
     for k in range(0, w.shape[2], step):
         product(scaled, cast.fill(w[:, :, k : k + step]), out=along[:, :, k : k + step])
-    return (P, along) if side == "rows" else (along.mT, P.mT)
+    U, Vh = (P, along) if side == "rows" else (along.mT, P.mT)
+    names, resolved = ["gram"] * len(S), GRAM_RESOLVES * S[:, 0]
+    for i in weak.nonzero().flatten().tolist():
+        one = lapack(stack[i : i + 1], vectors=True)
+        assert one.U is not None and one.Vh is not None
+        S[i], U[i], Vh[i], resolved[i], names[i] = one.S[0], one.U[0], one.Vh[0], one.resolved[0], "lapack"
+    return Spectrum(S, tuple(names), resolved=resolved, U=U, Vh=Vh)
 
 
 OVERSAMPLING = 4
@@ -178,7 +165,8 @@ def top_spectrum(
     while True:
         across, image = _both_products(w, block, side)
         Q, B, Y = torch.cat([Q, block], 1), torch.cat([B, across]), torch.cat([Y, image], 1)
-        S, ritz = _ritz(B, start.shape[1])
+        ritz_svd = torch.linalg.svd(torch.linalg.qr(B.mT, mode="r").R, full_matrices=False)
+        S, ritz = ritz_svd.S[: start.shape[1]], ritz_svd.Vh.mT[:, : start.shape[1]]
         P = Q @ ritz
         residual = (Y @ ritz / S.clamp(min=TINY) - S * P).norm(dim=0)
         residual = torch.where(ZERO * S[0] < S, residual, S)  # ||A^T u|| where v is not defined
@@ -190,7 +178,7 @@ def top_spectrum(
         block = _orthogonal(image[:, : short - Q.shape[1]], Q)
     long = (ritz[:, :k].mT @ B) / S[:k, None].clamp(min=TINY)
     U, Vh = (P[:, :k], long) if side == "rows" else (long.mT, P[:, :k].mT)
-    return TopSpectrum(S[:k], U, Vh, residual[:k], error, converged)
+    return TopSpectrum(S[:k], U, Vh, residual=residual[:k], error=error, converged=converged)
 
 
 def _both_products(w: Tensor, block: Tensor, side: str) -> tuple[Tensor, Tensor]:
@@ -202,12 +190,6 @@ def _both_products(w: Tensor, block: Tensor, side: str) -> tuple[Tensor, Tensor]
         image += product(a, part.mT)[0]
         across.append(part[0])
     return torch.cat(across, 1), image
-
-
-def _ritz(B: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the largest Ritz values and their vectors' coordinates in the basis."""
-    found = torch.linalg.svd(torch.linalg.qr(B.mT, mode="r").R, full_matrices=False)
-    return found.S[:count], found.Vh.mT[:, :count]
 
 
 def _error(S: Tensor, residual: Tensor) -> Tensor:

@@ -126,7 +126,12 @@ class PairSums:
             if isinstance(tuned, LowRank):
                 x1 += x0
             self._add_entries(index[0], x0, x1)
-            self._add_products(index[0], short_first(x0, self.side), short_first(x1, self.side))
+            d = short_first(x1, self.side)
+            if self._delta_gram.shape[0]:
+                add_grams(self._delta_gram[index[0]], d)
+            if self.base_gram.shape[0]:
+                add_grams(self.base_gram[index[0]], short_first(x0, self.side))
+                add_products(self.cross[index[0]], short_first(x0, self.side), d)
 
     def _add_entries(self, batch: slice, base: Tensor, tuned: Tensor) -> None:
         """Add the sums over entries, and turn ``tuned`` into D."""
@@ -137,13 +142,6 @@ class PairSums:
             x1.sub_(x0)  # in place, as W1 is not needed any more and memory is the limit
             self.changed[batch] += changed_count(x1)
             self.delta_squares[batch] += dots(x1, x1)
-
-    def _add_products(self, batch: slice, x0: Tensor, d: Tensor) -> None:
-        if self._delta_gram.shape[0]:
-            add_grams(self._delta_gram[batch], d)
-        if self.base_gram.shape[0]:
-            add_grams(self.base_gram[batch], x0)
-            add_products(self.cross[batch], x0, d)
 
     @cached_property
     def delta_gram(self) -> Float64[Tensor, "b M M"]:
