@@ -124,9 +124,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     def close(self) -> None:
         """Release files and connections. Nothing may be reading any more; further calls do nothing."""
-        # by identity: many tensors share a source, and a source need not be hashable
-        for source in {id(s): s for s in self.sources.values()}.values():
-            source.close()
+        close_sources(self.sources)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.read(name)
@@ -152,6 +150,13 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def close_sources(sources: Mapping[str, Source]) -> None:
+    """Close each source once."""
+    # by identity: many tensors share a source, and a source need not be hashable
+    for source in {id(s): s for s in sources.values()}.values():
+        source.close()
 
 
 def start_digest(info: TensorInfo) -> blake3.blake3:
@@ -253,8 +258,7 @@ class Recorder:
 
     def close(self) -> None:
         """Close the sources."""
-        for source in {id(s): s for s in self.sources.values()}.values():
-            source.close()
+        close_sources(self.sources)
 
 
 def recorded(checkpoint: Checkpoint) -> tuple[Checkpoint, Recorder]:

@@ -43,13 +43,13 @@ _HUB = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?:@(?P<revision>[!-?A-~]+))?"
 
 
 def parse_hub_name(text: str) -> tuple[str, str | None] | None:
-    """Return repository and revision of a text that looks like ``org/name@revision``; ``None`` for any other.
+    """Return repository and revision of a text that looks like ``org/name@revision``; ``None`` for others and paths.
 
     >>> parse_hub_name("org/name@step1000"), parse_hub_name("org/name"), parse_hub_name("name")
     (('org/name', 'step1000'), ('org/name', None), None)
     """
     match = _HUB.fullmatch(text)
-    return (match["repo"], match["revision"]) if match else None
+    return (match["repo"], match["revision"]) if match and not Path(text).exists() else None
 
 
 def open_checkpoint(reference: Reference, *, base: Reference | None = None, download: bool = False) -> Checkpoint:

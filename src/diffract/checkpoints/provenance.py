@@ -26,7 +26,8 @@ WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
     """Write the manifest of a folder, with digests of all its files that hold no weights."""
-    files = {name: _file_digest(folder / name) for name in _small_files(folder)}
+    found = (p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.endswith(WEIGHTS))
+    files = {p.relative_to(folder).as_posix(): _file_digest(p) for p in found if p.name != MANIFEST}
     head = {"kind": KIND, "format": FORMAT, "diffract": __version__}
     text = json.dumps({**head, **content, "files": files}, indent=1, ensure_ascii=False, allow_nan=False)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
@@ -49,20 +50,16 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{printable(path)} is no JSON: {printable(error)}. It was damaged.") from error
     if not isinstance(found, dict) or found.get("kind") != KIND:
         raise CheckpointError(f"{printable(path)} belongs to no edited checkpoint. Give the folder that an edit wrote.")
-    if found.get("format") != FORMAT or not _is_whole(found):
+    outputs, inputs, files = (found.get(key) for key in ("outputs", "inputs", "files"))
+    groups = isinstance(outputs, dict) and isinstance(inputs, dict)
+    parts = [files, *outputs.values(), *inputs.values()] if groups else [None]
+    whole = all(isinstance(part, dict) and all(isinstance(v, str) for v in part.values()) for part in parts)
+    if found.get("format") != FORMAT or not whole:
         raise CheckpointError(
             f"{printable(path)} is of format {printable(found.get('format'))}, expected {FORMAT} with digests of "
             "outputs, inputs and files. Update diffract, or do not trust this folder."
         )
     return found
-
-
-def _is_whole(manifest: Mapping[str, Any]) -> bool:
-    """Whether a manifest has digests where they belong."""
-    outputs, inputs, files = (manifest.get(key) for key in ("outputs", "inputs", "files"))
-    parts = [files, *(part for group in (outputs, inputs) if isinstance(group, dict) for part in group.values())]
-    maps = all(isinstance(part, dict) and all(isinstance(v, str) for v in part.values()) for part in parts)
-    return isinstance(outputs, dict) and isinstance(inputs, dict) and maps
 
 
 @dataclass
@@ -136,11 +133,6 @@ def _file_faults(folder: Path, stated: Mapping[str, str]) -> Iterator[str]:
             yield f"file {printable(name)!r} is missing"
         elif _file_digest(path) != digest:
             yield f"file {printable(name)!r} is not what it was"
-
-
-def _small_files(folder: Path) -> Iterator[str]:
-    found = (p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.endswith(WEIGHTS))
-    return (p.relative_to(folder).as_posix() for p in found if p.name != MANIFEST)
 
 
 def _file_digest(path: Path) -> str:

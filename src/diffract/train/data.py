@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import blake3
 import numpy as np
 
+from diffract.checkpoints.open import parse_hub_name
 from diffract.corpora import read_documents, source_files
 from diffract.errors import CorpusError, RecipeError, printable
 from diffract.store import cache_folder, whole_file, write_text
-from diffract.train.recipe import TrainRecipe, hub_parts
+from diffract.train.recipe import TrainRecipe
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -193,7 +194,7 @@ def load_tokenizer(named: str) -> PreTrainedTokenizerFast:
     """
     from transformers import AutoTokenizer
 
-    name, revision = hub_parts(named)
+    name, revision = parse_hub_name(named) or (named, None)
     try:
         found: Any = AutoTokenizer.from_pretrained(name, revision=revision)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from diffract.checkpoints import open_checkpoint
 from diffract.checkpoints.dtypes import TORCH_DTYPES
+from diffract.checkpoints.open import parse_hub_name
 from diffract.errors import RecipeError, printable, suggest
-from diffract.train.recipe import TrainRecipe, hub_parts
+from diffract.train.recipe import TrainRecipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -39,7 +40,7 @@ def make_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerFast) -> PreTr
     if recipe.model.init is None:
         with _explained("model.config"):
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    name, revision = hub_parts(recipe.model.init)
+    name, revision = parse_hub_name(recipe.model.init) or (recipe.model.init, None)
     with _explained("model.init"):
         return AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=torch.float32)
 
@@ -56,7 +57,7 @@ def make_config(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerFast) -> PreT
     from transformers import AutoConfig
 
     if recipe.model.init is not None:
-        name, revision = hub_parts(recipe.model.init)
+        name, revision = parse_hub_name(recipe.model.init) or (recipe.model.init, None)
         with _explained("model.init"):
             config = AutoConfig.from_pretrained(name, revision=revision)
     else:

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from diffract.checkpoints.open import parse_hub_name
 from diffract.errors import DiffractError, RecipeError
 from diffract.settings import STRICT, read_recipe, validated
 
@@ -242,15 +241,6 @@ def require_extra() -> None:
     """
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
         raise DiffractError(f"training needs {', '.join(missing)}: pip install 'diffract-llm[train]'.")
-
-
-def hub_parts(named: str) -> tuple[str, str | None]:
-    """Return a folder, or a name on the hub, and the revision.
-
-    >>> hub_parts("org/name@step1000")
-    ('org/name', 'step1000')
-    """
-    return (None if Path(named).exists() else parse_hub_name(named)) or (named, None)
 
 
 def rate_factor(schedule: Schedule, step: int, steps: int) -> float:
