@@ -108,6 +108,7 @@ def open_adapter(
         config=base.config,
         tied={name: other for name, other in base.tied.items() if name not in pairs and other not in pairs},
         factors={name: partial(source.factors, name) for name in pairs},
+        adapter=config,
         base_reference=base.reference,
     )
 

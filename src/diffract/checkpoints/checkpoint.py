@@ -67,6 +67,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         config: The model's config.json, empty if there is none.
         tied: Name of a tensor that shares its memory with another, to that other's name.
         factors: For each tensor that an adapter changes, a function that reads the change as factors.
+        adapter: An adapter's own configuration, empty for any other checkpoint.
         base_reference: The reference of an adapter's base, ``None`` for any other checkpoint.
         companions: For each file that belongs to the model besides its weights, a function that reads it.
     """
@@ -77,6 +78,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     config: Mapping[str, Any] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
     factors: Mapping[str, Callable[[], Factors]] = field(default_factory=dict)
+    adapter: Mapping[str, Any] = field(default_factory=dict)
     base_reference: str | None = None
     companions: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
 
