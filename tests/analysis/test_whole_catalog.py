@@ -56,7 +56,7 @@ def test_a_scan_of_all_has_every_metric_of_one_matrix() -> None:
     own = [c for c in found.metrics.columns if c not in LABELS | OUTCOME and c != "pooled_peak_count"]
     assert own == [name for name in QUICK if not CATALOG[name].pair]
     quantities = set(found.spectra["quantity"])
-    assert quantities == {"sigma", "null_sigma", "pl_ks_scan", "peak", "peak_position", "peak_width"}
+    assert quantities == {"sigma", "null_sigma", "pl_ks_scan", "peak", "peak_position", "peak_width", "peak_mass"}
 
 
 def test_curves_of_fits_lie_along_the_spectrum() -> None:
@@ -68,7 +68,7 @@ def test_curves_of_fits_lie_along_the_spectrum() -> None:
     ]
     assert min(scan) == pytest.approx((row["pl_ks"], row["pl_xmin"]), rel=1e-12)
     assert curves["pl_ks_scan"][0] is None  # the largest eigenvalue is no candidate
-    assert len(curves["peak_position"]) == len(curves["peak_width"]) == row["peak_count"]
+    assert len(curves["peak_position"]) == len(curves["peak_width"]) == len(curves["peak_mass"]) == row["peak_count"]
     assert max(curves["peak"]) == row["peak_count"] - 1
     assert row["warning"].startswith(f"tail of {row['pl_tail_count']:.0f} points")
 

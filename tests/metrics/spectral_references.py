@@ -8,31 +8,27 @@ import scipy
 import torch
 
 TRACY_WIDOM_99 = 2.0234492814  # 99% quantile of F_1, published as 2.0234
-GRAM_FLOOR = 32 * np.finfo(float).eps
-
-
-def eigenvalues(S: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    values = S**2 / max(shape)
-    return np.where(values > GRAM_FLOOR * values[0], values, 0.0)
 
 
 def noise(S: np.ndarray, shape: tuple[int, int]) -> dict[str, float]:
     """The bulk, spikes taken away one by one until none is above the fluctuation edge."""
-    values, N, M = eigenvalues(S, shape), max(shape), min(shape)
-    root_n, root_m = math.sqrt(max(N - 1, 1)), math.sqrt(M)
-    factor = (root_n + root_m) ** 2 + TRACY_WIDOM_99 * (root_n + root_m) * (1 / root_n + 1 / root_m) ** (1 / 3)
+    values, N, M = S**2 / max(shape), max(shape), min(shape)
     removed = 0
     while True:
+        root_n, root_m = math.sqrt(max(N - removed - 1, 1)), math.sqrt(M - removed)
+        factor = (root_n + root_m) ** 2 + TRACY_WIDOM_99 * (root_n + root_m) * (1 / root_n + 1 / root_m) ** (1 / 3)
         v = N * values[removed:].sum() / ((N - removed) * (M - removed))
         if values[removed] <= v * factor / N:
             break
         removed += 1
-    edge = v * (1 + math.sqrt(M / N)) ** 2
+    edge = v * (math.sqrt(N - removed) + math.sqrt(M - removed)) ** 2 / N
     bulk = values[values <= edge]
+    if 2 * len(bulk) < M:
+        return dict.fromkeys(("variance", "edge", "ks", "spikes", "spikes_tw", "soft_rank", "bulk_share"), math.nan)
     return {
         "variance": v,
         "edge": edge,
-        "ks": bulk_distance(bulk, v, N, M) if v > 0 else math.nan,
+        "ks": bulk_distance(bulk, v * (N - removed) / N, (M - removed) / (N - removed)) if v > 0 else math.nan,
         "spikes": float((values > edge).sum()),
         "spikes_tw": float((values > v * factor / N).sum()),
         "soft_rank": edge / values[0],
@@ -40,13 +36,9 @@ def noise(S: np.ndarray, shape: tuple[int, int]) -> dict[str, float]:
     }
 
 
-def bulk_distance(bulk: np.ndarray, v: float, N: int, M: int) -> float:
+def bulk_distance(bulk: np.ndarray, v: float, gamma: float) -> float:
     """Distance from the law of the noise matrix that is left when the spikes' directions are gone."""
-    gone = M - len(bulk)
-    long, short = N - gone, M - gone
-    if short == 0:
-        return 0.0
-    v, gamma = v * long / N, short / long
+    short = len(bulk)
     low, high = v * (1 - math.sqrt(gamma)) ** 2, v * (1 + math.sqrt(gamma)) ** 2
 
     def share(x: float) -> float:
@@ -114,17 +106,22 @@ def density_peaks(S: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | 
 
 
 def peak_count(S: np.ndarray) -> float:
-    found = density_peaks(S)
-    return math.nan if found is None else float(len(found[2]))
+    return math.nan if density_peaks(S) is None else float(len(members(S)))
 
 
 def in_peaks(S: np.ndarray) -> np.ndarray:
-    """Whether each sigma lies within its peak: down to half-way between the top and the valley on that side."""
+    return np.any([np.zeros(len(S), dtype=bool), *members(S)], axis=0)
+
+
+def members(S: np.ndarray) -> list[np.ndarray]:
+    """Whether each sigma lies within a peak: down to half-way between the top and the valley on that side.
+
+    Peaks with less than 5% of the sigmas, or under three of them, are none.
+    """
     found = density_peaks(S)
-    inside = np.zeros(len(S), dtype=bool)
     if found is None:
-        return inside
-    grid, values, tops = found
+        return []
+    inside, (grid, values, tops) = [], found
     for i, top in enumerate(tops):
         valley_ends = (tops[i - 1] if i else 0, tops[i + 1] if i + 1 < len(tops) else len(grid) - 1)
         ends = []
@@ -135,8 +132,8 @@ def in_peaks(S: np.ndarray) -> np.ndarray:
             share = (level - values[at]) / (values[at - step] - values[at])
             ends.append(grid[at] + share * (grid[at - step] - grid[at]))
         x = np.log(np.where(S > 0, S, np.nan))
-        inside |= (x >= ends[0]) & (x <= ends[1])
-    return inside
+        inside.append((x >= ends[0]) & (x <= ends[1]))
+    return [one for one in inside if one.sum() >= max(3, 0.05 * (S > 0).sum())]
 
 
 def enrichment(energy: np.ndarray, inside: np.ndarray) -> float:

@@ -1,6 +1,7 @@
 """Densities of ln sigma and their peaks: planted ones, SciPy's on the same density, and those of noise."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffract.metrics.peaks import Density, find_peaks, log_density, peak_count
+
+ALL: dict[str, Any] = {"mass": 0.0, "fewest": 0}
+"""Every peak of a density, however few sigmas it holds."""
 
 SUMS = 1e-10
 """Relative: sixteen products and a sum of hundreds of kernels, whose exponents are eps times some hundreds."""
@@ -81,7 +85,7 @@ def test_bandwidth_is_no_less_than_the_distance_of_two_points() -> None:
     found = log_density(sigmas, bandwidth=1e-3)
     step = (found.grid[0, 1] - found.grid[0, 0]).item()
     assert found.bandwidth.item() == pytest.approx(step, rel=1e-12)
-    assert find_peaks(found, sigmas).count.item() == 3  # none falls between two points
+    assert find_peaks(found, sigmas, **ALL).count.item() == 3  # none falls between two points
 
 
 def test_outliers_at_any_distance_do_no_harm() -> None:
@@ -197,7 +201,7 @@ def extent(values: np.ndarray, before: int, at: int, after: int) -> tuple[float,
 def test_peaks_are_scipys(bandwidth: float | None, threshold: float) -> None:
     sigmas = torch.cat([lognormal(60, 100), torch.cat([gaussian_sigmas(60, 32, 32), lognormal(60, 68)], 1)])
     density = log_density(sigmas, bandwidth=bandwidth)
-    found = find_peaks(density, sigmas, prominence=threshold)
+    found = find_peaks(density, sigmas, prominence=threshold, **ALL)
     counts = []
     for i in range(len(sigmas)):
         values, grid = density.values[i].numpy(), density.grid[i].numpy()
@@ -224,7 +228,7 @@ def test_prominence_extent_and_membership_by_hand() -> None:
     #                  0  1  a  3   b  5  6  c  8  9
     values = np.array([0, 2, 4, 3, 10, 1, 0, 5, 2, 1, 0, 0, 0, 0, 0, 0.0])
     sigmas = torch.tensor([[0.9, 1.1, 2.4, 2.6, 3.4, 3.6, 5.0, 6.6, 7.7, 7.9]], dtype=torch.float64).exp()
-    found = find_peaks(density_of(values), sigmas)
+    found = find_peaks(density_of(values), sigmas, **ALL)
     assert found.positions[0].tolist() == [2.0, 4.0, 7.0]
     assert found.prominences[0].tolist() == pytest.approx([0.1, 1.0, 0.5], rel=1e-15)
     # a: half-way to 0 is 2, at 1; to 3 it is 3.5, at 2.5. b: half-way to 3 is 6.5, at 3.5; to 0 it is 5, at 4 5/9.
@@ -235,14 +239,14 @@ def test_prominence_extent_and_membership_by_hand() -> None:
 
 def test_a_peak_too_low_to_count_does_not_part_others() -> None:
     values = np.array([0, 10, 6, 6.2, 6, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])
-    found = find_peaks(density_of(values), torch.full((1, 1), math.exp(5.0), dtype=torch.float64))
+    found = find_peaks(density_of(values), torch.full((1, 1), math.exp(5.0), dtype=torch.float64), **ALL)
     assert found.count.item() == 1
     assert found.widths[0].tolist() == [5 - 0.5]  # from half-way up at 0.5 to the height of 5 at 5
     assert found.membership[0].tolist() == [0]
 
 
 def test_a_plateau_is_one_peak_at_its_left_end() -> None:
-    found = find_peaks(density_of(np.array([0, 1.0, 1, 1, 0, 0.5, 0.5, 0.6, 0, 0])), torch.ones(1, 1).double())
+    found = find_peaks(density_of(np.array([0, 1.0, 1, 1, 0, 0.5, 0.5, 0.6, 0, 0])), torch.ones(1, 1).double(), **ALL)
     assert found.positions[0].tolist() == [1.0, 7.0]
 
 
@@ -250,7 +254,7 @@ def test_a_shallow_dip_between_equal_peaks_counts_as_between_unequal_ones() -> N
     shallow, deep = np.array([0, 1.0, 0.97, 1, 0]), np.array([0, 1.0, 0.9, 1, 0])
     for right in (1.0, 1 - 1e-12, 1 + 1e-12):
         shallow[3] = deep[3] = right
-        found = find_peaks(density_of(np.stack([shallow, deep])), torch.ones(2, 1).double())
+        found = find_peaks(density_of(np.stack([shallow, deep])), torch.ones(2, 1).double(), **ALL)
         assert found.count.tolist() == [1.0, 2.0]
 
 
@@ -289,8 +293,24 @@ def test_pooled_heads_are_the_union() -> None:
         assert np.allclose(pooled.values[i], kernel(pooled.grid[i].numpy()), rtol=SUMS, atol=1e-15)
 
 
+def test_a_peak_holds_five_in_a_hundred_and_three_sigmas() -> None:
+    for few, count in ((2, 1), (3, 2), (6, 2)):  # 3 of 53 are 5.7%
+        sigmas = torch.cat([planted([0.0], 0.1, 50), planted([4.0], 0.01, few)], 1)
+        found = find_peaks(log_density(sigmas), sigmas)
+        assert found.count.item() == count
+        assert bool((found.membership[0, 50:] == (1 if count == 2 else -1)).all())
+        inside = [(found.membership[0] == peak).double().mean().item() for peak in range(count)]
+        assert found.masses[0].tolist() == pytest.approx(inside, rel=1e-14)
+    # 6 of 156 are 3.8%.
+    sigmas = torch.cat([planted([0.0], 0.1, 150), planted([4.0], 0.01, 6)], 1)
+    for mass, count in ((0.05, 1), (0.03, 2)):
+        assert find_peaks(log_density(sigmas), sigmas, prominence=0.01, mass=mass).count.item() == count
+
+
 @pytest.mark.parametrize(
-    ("m", "n", "rate"), [(128, 2048, 0.0), (160, 128, 0.0), (64, 64, 0.0005), (32, 32, 0.002), (16, 16, 0.113)], ids=str
+    ("m", "n", "rate"),
+    [(128, 2048, 0.0), (160, 128, 0.0), (64, 64, 0.0), (32, 32, 0.0), (16, 512, 0.0015), (16, 16, 0.0)],
+    ids=str,
 )
 def test_noise_has_a_second_peak_at_the_stated_rate(m: int, n: int, rate: float) -> None:
     draws = 40 if max(m, n) > 1000 else 300

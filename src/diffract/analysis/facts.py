@@ -351,8 +351,10 @@ def _columns(found: StackFacts, metrics: Sequence[Metric]) -> dict[str, pl.Serie
     }
     for metric in metrics:
         columns[metric.name] = _numbers(metric(*(found.facts[fact] for fact in metric.facts)), finite)
-    doubts = found.facts["tail_warnings"] if "power_law" in found.facts else [None] * count
-    columns["warning"] = pl.Series([text or None for text in doubts], dtype=pl.String)
+    asked = {"tail_warnings": "power_law", "bulk_warnings": "bulk"}
+    doubts = [found.facts[words] for words, fact in asked.items() if fact in found.facts] or [("",) * count]
+    texts = ["; ".join(filter(None, words)) or None for words in zip(*doubts, strict=True)]
+    columns["warning"] = pl.Series(texts, dtype=pl.String)
     for name, curve in CURVES.items():
         if curve.wanted(found.facts):
             columns[CURVE + name] = _lists(curve.values(found.facts), finite, ragged=curve.ragged)

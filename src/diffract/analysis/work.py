@@ -139,7 +139,7 @@ def tensor_tasks(layouts: Sequence[Layout]) -> list[TensorTask]:
 CIRCUITS = {"qk": ("q", "k"), "ov": ("o", "v")}
 """Each circuit and the projections that are its factors."""
 
-KNOWN = frozenset({"sigmas", "sigma_max", "resolved", "squares", "shape"})
+KNOWN = frozenset({"sigmas", "sigma_max", "resolved", "squares", "shape", "epsilon"})
 """Facts that the spectrum of a product tells."""
 
 MEANINGLESS = ("shape", "random_matrix")
@@ -348,6 +348,7 @@ class Worker:
             resolved=found.resolved,
             squares=S.square().sum(-1),
             shape=task.circuits[0].shape,
+            epsilon=torch.finfo(left.dtype).eps,
         )
         return StackFacts(facts, S.isfinite().all(-1), found)
 

@@ -209,10 +209,11 @@ def _head_count(S: Tensor, shape: tuple[int, int], rule: Rule) -> int:
     # One singular value has no others to stand out from; it stays, for dropping needs evidence.
     if total == 1:
         return 1
-    by_threshold = rule.rule == "donoho-gavish"
-    return int(
-        donoho_gavish_rank(S[None], shape) if by_threshold else fit_bulk(S[None].square() / max(shape), shape).spikes
-    )
+    if rule.rule == "donoho-gavish":
+        found = donoho_gavish_rank(S[None], shape)
+    else:
+        found = fit_bulk(S[None].square() / max(shape), shape).spikes
+    return int(found.nan_to_num(total))  # where noise is the minority there is no edge, and nothing is dropped
 
 
 def _energy_count(S: Tensor, share: float) -> int:

@@ -78,9 +78,15 @@ TAIL_LAWS = ("power_law", "exponential", "log_normal", "truncated_power_law")
 
 _derive("eigenvalues", "(b, M), lambda = sigma^2 / N, N = max(m, n)", "sigmas", "shape")
 _derive("null_eigenvalues", "(b, M), those of the permuted matrix", "null_sigmas", "shape")
-_derive("bulk", "the Marchenko-Pastur law of the noise, random_matrix.Bulk", "eigenvalues", "shape")
 _derive("resolved_sigmas", "(b, M), sigmas, zero where not resolved", "sigmas", "resolved")
-_derive("tail_eigenvalues", "(b, M), eigenvalues, zero where not resolved", "resolved_sigmas", "shape")
+_derive("resolved_eigenvalues", "(b, M), their eigenvalues", "resolved_sigmas", "shape")
+_derive("bulk", "the Marchenko-Pastur law of the noise, random_matrix.Bulk", "resolved_eigenvalues", "shape")
+_derive("bulk_warnings", "why there is no such law, one text a matrix", "bulk", "resolved_eigenvalues")
+_derive(
+    "shaped_sigmas", "(b, M), resolved sigmas, all zero where equal up to rounding",
+    *("sigmas", "resolved", "shape", "epsilon"),
+)  # fmt: skip
+_derive("tail_eigenvalues", "(b, M), their eigenvalues", "shaped_sigmas", "shape")
 _derive(
     "ordered_tails", "eigenvalues in order with sums over their tails, heavy_tails.order.Ordered", "tail_eigenvalues"
 )
@@ -99,7 +105,7 @@ _derive(
     *("tail_eigenvalues", "power_law", *(f"{_law}_candidates" for _law in TAIL_LAWS)),
 )
 _derive("tail_warnings", "what speaks against the power law, one text a matrix", "power_law", "tail_eigenvalues")
-_derive("peaks", "peaks in the density of ln sigma, peaks.Peaks", "resolved_sigmas")
+_derive("peaks", "peaks in the density of ln sigma, peaks.Peaks", "shaped_sigmas")
 _derive("base_resolved_sigmas", "(b, M), likewise of W0", "base_sigmas", "base_resolved")
 _derive("base_peaks", "peaks of W0", "base_resolved_sigmas")
 _derive("in_base_peak", "(b, M), whether base sigma i lies in a peak", "base_peaks")
@@ -166,6 +172,7 @@ CURVES: dict[str, Quantity] = {
         "peaks", "one a peak: ln sigma of its top", function=attrgetter("positions"), ragged=True
     ),
     "peak_width": Quantity("peaks", "one a peak: its width in ln sigma", function=attrgetter("widths"), ragged=True),
+    "peak_mass": Quantity("peaks", "one a peak: its share of the sigmas", function=attrgetter("masses"), ragged=True),
     "delta_sigma": Quantity("delta_sigmas", "singular values of D"),
     "delta_energy": Quantity("delta_energy", "||u0_i^T D||^2"),
 }

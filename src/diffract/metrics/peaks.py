@@ -27,7 +27,10 @@ REACH = 3
 """Bandwidths by which the points go beyond the smallest and the largest value."""
 
 FEWEST = 3
-"""Values that a density takes at least."""
+"""Values that a density takes at least, and that a peak holds."""
+
+MASS = 0.05
+"""Share of the sigmas that a peak holds at least."""
 
 CHUNK_ENTRIES = {"cpu": 1 << 16, "cuda": 1 << 24}
 """Kernels evaluated at once, by device. On the CPU as many as stay in the cache."""
@@ -55,10 +58,11 @@ class Peaks:
     """Peaks of b densities, at most k in one, by ascending position; NaN beyond the last.
 
     Attributes:
-        count: (b,), at least 1; NaN where there is no density.
+        count: (b,); NaN where there is no density.
         positions: (b, k), in ln sigma.
         widths: (b, k), in ln sigma.
         prominences: (b, k), as a share of the density's highest value.
+        masses: (b, k), share of the sigmas within the peak's extent.
         membership: (b, M), for each sigma the column of its peak, or -1.
     """
 
@@ -66,13 +70,15 @@ class Peaks:
     positions: Tensor
     widths: Tensor
     prominences: Tensor
+    masses: Tensor
     membership: Tensor
 
 
 PEAK_COUNT = built_in(
-    "peaks in the density of ln sigma, prominence 5% of the highest",
+    "peaks in the density of ln sigma: prominence 5% of the highest, at least 5% of the sigmas and three of them",
     unit="count",
-    range="[1, M]",
+    range="[0, M]",
+    version=2,
     source="Scott 1992, 6.3",
     name="peak_count",
     facts=("peaks",),
@@ -115,8 +121,10 @@ def log_density(sigmas: Sigmas, *, bandwidth: float | None = None, points: int =
     return Density(grid, kernels / (n * h * math.sqrt(2 * math.pi))[:, None], h)
 
 
-def find_peaks(density: Density, sigmas: Sigmas, *, prominence: float = PROMINENCE) -> Peaks:
-    """Peaks of a density whose prominence is at least a share of its highest value.
+def find_peaks(
+    density: Density, sigmas: Sigmas, *, prominence: float = PROMINENCE, mass: float = MASS, fewest: int = FEWEST
+) -> Peaks:
+    """Peaks of a density whose prominence is at least a share of its highest value and that hold enough sigmas.
 
     The prominence of a local maximum is its height over the higher one of two minima, on its left and on its right,
     each taken as far as the next point that is higher (or the end). Of equal maxima the left one counts as higher, so
@@ -129,12 +137,14 @@ def find_peaks(density: Density, sigmas: Sigmas, *, prominence: float = PROMINEN
     it. (Half prominence, as ``scipy.signal.peak_widths`` has it, would let the highest peak swallow valleys and lower
     peaks, its prominence being all of its height.)
 
+    A peak whose extent holds less than a share ``mass`` of the sigmas, or fewer than ``fewest`` of them, is dropped,
+    and its sigmas belong to none: a single sigma apart from the others is an outlier and no group of directions.
+
     Positions are points of the grid, so known to half the distance of two, about a tenth of a bandwidth.
 
-    What noise gives: Gaussian matrices, defaults, share of up to 2,000 with a second peak: 0 for 128 x 128, 128 x 160,
-    128 x 2048, 512 x 512 and for pooled heads; 0.0005 for 64 x 64, 0.002 for 32 x 32, 0.0015 for 16 x 512, and 0.11
-    for 16 x 16. Sigmas of noise repel each other, so their density is smooth; only in a small square matrix does the
-    kernel of its last sigma alone reach 5%. With M < 32 take a prominence of 0.1, which gives 0 throughout.
+    What noise gives: Gaussian matrices, defaults, share of 2,000 (200 of the two large shapes) with a second peak: 0
+    for 128 x 2048, 512 x 512, 128 x 128, 64 x 64, 32 x 32 and 16 x 16, 0.0015 for 16 x 512. That is noise of equal
+    variance: rows of two sizes alone make two peaks, see ``rowcol``.
 
     What it misses: Scott's bandwidth follows the whole spread, so of evenly spaced equal peaks it tells at most four
     apart with 128 sigmas and six with 2,048; more of them look like one. A smaller ``bandwidth`` of ``log_density``
@@ -144,14 +154,24 @@ def find_peaks(density: Density, sigmas: Sigmas, *, prominence: float = PROMINEN
         density: From ``log_density`` of the same sigmas.
         sigmas: One sample a row.
         prominence: Smallest one, as a share of the highest value.
+        mass: Smallest share of the sigmas in a peak.
+        fewest: Smallest number of them.
     """
     heights = density.values / density.values.amax(-1, keepdim=True)
     rows, at = _maxima(heights, prominence)
     prominences = _prominences(heights[rows], at)
     kept = (prominences > 0) & (prominences >= prominence)
     rows, at, prominences = rows[kept], at[kept], prominences[kept]
-    lower, upper = _extents(heights[rows], rows, at)
     start, step = density.grid[rows, 0], (density.grid[:, 1] - density.grid[:, 0])[rows]
+    ends = _extents(heights[rows], rows, at)
+    lower, upper = (start + step * end for end in ends)
+    x, valid = _logarithms(sigmas)
+    held = (valid[rows] & (x[rows] >= lower[:, None]) & (x[rows] <= upper[:, None])).sum(-1)
+    share = held.double() / valid.sum(-1)[rows]
+    kept = (held >= fewest) & (share >= mass)
+    rows, at, lower, upper, share, prominences = (
+        column[kept] for column in (rows, at, lower, upper, share, prominences)
+    )
     counts = torch.zeros_like(density.bandwidth, dtype=torch.int64).index_add_(0, rows, torch.ones_like(rows))
     columns = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
     most = int(counts.max()) if len(counts) else 0
@@ -159,14 +179,15 @@ def find_peaks(density: Density, sigmas: Sigmas, *, prominence: float = PROMINEN
     return Peaks(
         count=counts.double().where(density.bandwidth.isfinite(), torch.nan),
         positions=fill(density.grid[rows, at]),
-        widths=fill(step * (upper - lower)),
+        widths=fill(upper - lower),
         prominences=fill(prominences),
-        membership=_membership(sigmas, fill(start + step * lower), fill(start + step * upper)),
+        masses=fill(share),
+        membership=_membership(sigmas, fill(lower), fill(upper)),
     )
 
 
 def peak_count(sigmas: Sigmas) -> PerMatrix:
-    """Number of peaks in the density of ln sigma, at least 1; see ``find_peaks`` for what noise gives."""
+    """Number of peaks in the density of ln sigma; see ``find_peaks`` for what noise gives."""
     return spectral_peaks(sigmas).count
 
 

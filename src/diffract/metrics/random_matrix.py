@@ -18,7 +18,6 @@ from torch import Tensor
 from diffract.densities import (
     aspect,
     marchenko_pastur_cdf,
-    marchenko_pastur_edges,
     marchenko_pastur_quantile,
 )
 from diffract.metrics.facts import OF_THE_ORDER, Metric, built_in
@@ -27,16 +26,32 @@ QUANTILE_99 = 2.02344928138
 """99% quantile of the Tracy-Widom law F_1, which the largest eigenvalue of noise follows once it is standardised."""
 
 
-def fluctuation_edge(shape: tuple[int, int]) -> float:
-    """Return what the largest eigenvalue of an m x n noise matrix of variance 1 stays below with probability 99%.
+def fluctuation_edge(shape: tuple[int, int], removed: Tensor | int = 0) -> Tensor:
+    """Return what the largest eigenvalue of noise of variance 1 stays below with probability 99%.
 
-    (mu + 2.0234 s) / N with mu = (sqrt(N - 1) + sqrt(M))^2 and s = (sqrt(N - 1) + sqrt(M)) (1 / sqrt(N - 1) +
-    1 / sqrt(M))^(1/3) (Johnstone 2001, theorem 1.1), for eigenvalues sigma^2 / N. It scales with the variance of the
-    entries. For a 1 x 1 matrix, where the formula has no value, N - 1 is taken as 1.
+    Of an m x n noise matrix it is (mu + 2.0234 s) / N with mu = (sqrt(N - 1) + sqrt(M))^2 and s = (sqrt(N - 1) +
+    sqrt(M)) (1 / sqrt(N - 1) + 1 / sqrt(M))^(1/3) (Johnstone 2001, theorem 1.1), for eigenvalues sigma^2 / N. It scales
+    with the variance of the entries. After k directions are removed, N - k and M - k stand for N and M, but for the
+    divisor. For a 1 x 1 matrix, where the formula has no value, N - 1 is taken as 1.
+
+    Args:
+        shape: (m, n) of the whole matrix.
+        removed: k, less than M; any shape.
     """
-    long, short = math.sqrt(max(max(shape) - 1, 1)), math.sqrt(min(shape))
+    k = torch.as_tensor(removed, dtype=torch.float64)
+    long, short = (max(shape) - k - 1).clamp(min=1.0).sqrt(), (min(shape) - k).sqrt()
     scale = (long + short) * (1 / long + 1 / short) ** (1 / 3)
     return ((long + short) ** 2 + QUANTILE_99 * scale) / max(shape)
+
+
+def noise_edge(shape: tuple[int, int], removed: Tensor | int = 0) -> Tensor:
+    """Return (sqrt(N - k) + sqrt(M - k))^2 / N, where noise of variance 1 ends once k directions are removed.
+
+    >>> noise_edge((4, 16)).item()
+    2.25
+    """
+    k = torch.as_tensor(removed, dtype=torch.float64)
+    return ((max(shape) - k).sqrt() + (min(shape) - k).sqrt()) ** 2 / max(shape)
 
 
 Eigenvalues = Float64[Tensor, "b M"]
@@ -103,22 +118,19 @@ def null_spectral_norm(null_sigmas: Float64[Tensor, "b M"]) -> PerMatrix:
     return null_sigmas[:, 0]
 
 
-RESOLVED = 32 * float(torch.finfo(torch.float64).eps)
-"""Smallest lambda / lambda_1 that eigenvalues of a Gram matrix tell from zero; those below it count as zero."""
-
-
 @dataclass(frozen=True)
 class Bulk:
     """The fitted law of b matrices, (b,) each, float64.
 
+    One law serves them all: that of the (N - k) x (M - k) matrix of noise which k removed directions leave.
+
     Attributes:
         variance: v of the noise entries, as ``noise_variance`` defines it.
-        edge: l+ = v (1 + sqrt(gamma))^2.
-        ks: Two-sided Kolmogorov-Smirnov distance of the eigenvalues up to l+ from the law of the noise that k =
-            ``spikes`` removed directions leave, an (N - k) x (M - k) matrix; in [0, 1]. Conditioning that law on the
-            same window changes nothing: its support ends at l+ or before.
+        edge: l+ = v (sqrt(N - k) + sqrt(M - k))^2 / N.
+        ks: Two-sided Kolmogorov-Smirnov distance of the eigenvalues up to l+ from the law, in [0, 1]. Conditioning
+            the law on the same window changes nothing: its support ends at l+.
         spikes: #{lambda > l+}. Of large matrices of pure noise one in six has one: the largest eigenvalue fluctuates.
-        spikes_tw: #{lambda > 99% fluctuation edge}: at most one matrix of pure noise in a hundred has one.
+        spikes_tw: #{lambda > 99% fluctuation edge}, which is k: at most one matrix of pure noise in a hundred has one.
         soft_rank: l+ / lambda_1, in [0, (1 + sqrt(gamma))^2]; about 1 for noise, near 0 for a dominant spike.
         bulk_share: Sum of lambda <= l+ over the sum of all, in [0, 1].
     """
@@ -133,7 +145,7 @@ class Bulk:
 
 
 def _of_bulk(name: str, summary: str, **words: Any) -> Metric:
-    return built_in(summary, name=f"mp_{name}", facts=("bulk",), **words)(attrgetter(name))
+    return built_in(summary, name=f"mp_{name}", facts=("bulk",), version=2, **words)(attrgetter(name))
 
 
 BULK = (
@@ -147,7 +159,7 @@ BULK = (
     ),
     _of_bulk(
         "edge",
-        "l+ = v (1 + sqrt(M / N))^2, where the noise ends",
+        "l+ = v (sqrt(N - k) + sqrt(M - k))^2 / N, where the noise ends once k = mp_spikes_tw directions are removed",
         unit="weight^2",
         range="[0, inf)",
         source="Marchenko & Pastur 1967",
@@ -157,7 +169,7 @@ BULK = (
     _of_bulk("spikes", "eigenvalues above l+", unit="count", range="[0, M]", source="Martin & Mahoney 2021"),
     _of_bulk(
         "spikes_tw",
-        "eigenvalues above the 99% Tracy-Widom edge: noise has one in 1% of matrices",
+        "eigenvalues above the 99% Tracy-Widom edge: noise of equal variance has one in 1% of matrices",
         unit="count",
         range="[0, M]",
         source="Johnstone 2001",
@@ -172,14 +184,15 @@ def fit_bulk(eigenvalues: Eigenvalues, shape: tuple[int, int]) -> Bulk:
     """Fit the Marchenko-Pastur law to the noise part of spectra and count what lies above it.
 
     Args:
-        eigenvalues: lambda_i = sigma_i^2 / N, all M of them, descending.
+        eigenvalues: lambda_i = sigma_i^2 / N, all M of them, descending; zero where they cannot be told from it.
         shape: (m, n) of the matrices.
 
     Returns:
-        NaN throughout for a matrix with a NaN or an infinity. A matrix of low rank without noise has variance, edge,
-        ``soft_rank`` and ``bulk_share`` 0 and its rank in ``spikes``, unless the rank is high enough to hide (see
-        ``noise_variance``); ``ks`` is NaN, there is no law. A zero matrix has variance, edge and spikes 0 and NaN
-        ratios.
+        NaN throughout for a matrix with a NaN or an infinity, and where fewer than half of the eigenvalues lie below
+        l+: what is then called noise is the minority, and "beyond the edge" means nothing. A matrix of low rank without
+        noise has variance, edge, ``soft_rank`` and ``bulk_share`` 0 and its rank in ``spikes``, unless the rank is high
+        enough to hide (see ``noise_variance``); ``ks`` is NaN, there is no law. A zero matrix has variance, edge and
+        spikes 0 and NaN ratios.
 
     Source: Marchenko & Pastur 1967; Johnstone 2001 for ``spikes_tw``; Martin & Mahoney 2021 for ``soft_rank``.
 
@@ -187,28 +200,39 @@ def fit_bulk(eigenvalues: Eigenvalues, shape: tuple[int, int]) -> Bulk:
     >>> fit.spikes.item(), round(fit.variance.item(), 4)  # 8 * 10 / (9 * 9)
     (1.0, 0.9877)
     """
-    whole = eigenvalues.isfinite().all(-1)
-    lambdas = eigenvalues.where(eigenvalues > RESOLVED * eigenvalues[:, :1], 0.0).where(whole[:, None], torch.nan)
-    variance = noise_variance(lambdas, shape)
-    edge = marchenko_pastur_edges(variance, aspect(*shape))[1]
-    beyond = lambdas > edge[:, None]
-    spikes, spikes_tw = (
-        (lambdas > bound[:, None]).sum(-1).double().where(whole, torch.nan)
-        for bound in (edge, variance * fluctuation_edge(shape))
+    whole = eigenvalues.isfinite().all(-1, keepdim=True)
+    lambdas = eigenvalues.where(whole, torch.nan)
+    variance, removed = noise_variance(lambdas, shape)
+    edge = variance * noise_edge(shape, removed)
+    inside = lambdas <= edge[:, None]
+    count = inside.sum(-1)
+    long, short = max(shape) - removed, min(shape) - removed
+    law = marchenko_pastur_cdf(
+        lambdas.flip(-1), (variance * (long / max(shape)))[:, None], (short / long)[:, None], xp=torch
     )
-    return Bulk(
+    rank, total = torch.arange(lambdas.shape[-1], dtype=lambdas.dtype, device=lambdas.device), count[:, None]
+    distance = torch.maximum((rank + 1) / total - law, law - rank / total).where(rank < total, 0.0)
+    found = Bulk(
         variance=variance,
         edge=edge,
-        ks=_bulk_ks(lambdas, variance, spikes, shape),
-        spikes=spikes,
-        spikes_tw=spikes_tw,
+        ks=distance.amax(-1),
+        spikes=(lambdas.shape[-1] - count).double(),
+        spikes_tw=(lambdas > (variance * fluctuation_edge(shape, removed))[:, None]).sum(-1).double(),
         soft_rank=edge / lambdas[:, 0],
-        bulk_share=lambdas.where(~beyond, 0.0).sum(-1) / lambdas.sum(-1),
+        bulk_share=lambdas.where(inside, 0.0).sum(-1) / lambdas.sum(-1),
     )
+    majority = 2 * count >= lambdas.shape[-1]
+    return Bulk(**{name: value.where(majority, torch.nan) for name, value in vars(found).items()})
 
 
-def noise_variance(eigenvalues: Eigenvalues, shape: tuple[int, int]) -> PerMatrix:
-    """Variance of the noise entries after spikes are removed, iterated to a fixed point.
+def bulk_warnings(bulk: Bulk, eigenvalues: Eigenvalues) -> tuple[str, ...]:
+    """Say of each matrix why there is no law of its noise; an empty string where there is one, or no matrix."""
+    missing = (bulk.variance.isnan() & eigenvalues.isfinite().all(-1)).tolist()
+    return tuple("no noise edge: under half of the eigenvalues would lie below it" if one else "" for one in missing)
+
+
+def noise_variance(eigenvalues: Eigenvalues, shape: tuple[int, int]) -> tuple[PerMatrix, PerMatrix]:
+    """Variance of the noise entries after spikes are removed, iterated to a fixed point, and how many were removed.
 
     With the k largest eigenvalues removed the estimate is
 
@@ -216,13 +240,13 @@ def noise_variance(eigenvalues: Eigenvalues, shape: tuple[int, int]) -> PerMatri
 
     for k directions taken away on both sides leave noise of (N - k)(M - k) degrees of freedom, not N (M - k): the
     plain mean of the rest is too low by k / N. The iteration starts from v_0, the mean of all eigenvalues, removes
-    those above the 99% fluctuation edge of a matrix of that variance, and estimates again. That edge, not l+, decides
+    those above the 99% fluctuation edge of noise of that variance, and estimates again. That edge, not l+, decides
     what is removed: of pure noise the largest eigenvalue passes l+ one time in six, and removing it lowers v by
     2 / sqrt(N M), more than its standard error sqrt(2 / (N M)). It passes the fluctuation edge one time in a hundred.
 
     Each removal lowers v (an eigenvalue above the edge carries more than the N + M - 2k - 1 degrees of freedom that
-    leave with it), so the set only grows and the iteration ends at the smallest k with lambda_{k+1} <= edge(v_k). It
-    always exists, k = M - 1 at the latest, and is read off all v_k at once.
+    leave with it) and the edge, so the set only grows and the iteration ends at the smallest k with lambda_{k+1} <=
+    edge(v_k). It always exists, k = M - 1 at the latest, and is read off all v_k at once.
 
     Signal in many directions hides itself in v_0: r equal spikes are not seen from r = M / (1 + sqrt(gamma))^2 on, a
     quarter of a square matrix. A spike weak enough to lean on the noise leaves less behind than the formula assumes:
@@ -233,24 +257,15 @@ def noise_variance(eigenvalues: Eigenvalues, shape: tuple[int, int]) -> PerMatri
         shape: (m, n) of the matrices.
 
     Returns:
-        Zero for a zero matrix, and for one of low rank without noise.
+        v, zero for a zero matrix and for one of low rank without noise; and k.
     """
     long, short = max(shape), min(shape)
     k = torch.arange(short, dtype=eigenvalues.dtype, device=eigenvalues.device)
     rest = eigenvalues.flip(-1).cumsum(-1).flip(-1)
     variances = rest * (long / ((long - k) * (short - k)))
-    fixed = eigenvalues <= variances * fluctuation_edge(shape)
+    fixed = eigenvalues <= variances * fluctuation_edge(shape, k)
     removed = fixed.to(torch.uint8).argmax(-1, keepdim=True)
-    return variances.gather(-1, removed)[:, 0]
-
-
-def _bulk_ks(lambdas: Eigenvalues, variance: PerMatrix, spikes: PerMatrix, shape: tuple[int, int]) -> PerMatrix:
-    """Largest |empirical - law|, from both sides of each step, over the eigenvalues that are no spikes."""
-    long, short = (max(shape) - spikes)[:, None], (min(shape) - spikes)[:, None]
-    law = marchenko_pastur_cdf(lambdas.flip(-1), variance[:, None] * (long / max(shape)), short / long, xp=torch)
-    rank = torch.arange(lambdas.shape[-1], dtype=lambdas.dtype, device=lambdas.device)
-    distance = torch.maximum((rank + 1) / short - law, law - rank / short)
-    return distance.where(~(rank >= short), 0.0).amax(-1)
+    return variances.gather(-1, removed)[:, 0], removed[:, 0].double()
 
 
 Sigmas = Float64[Tensor, "b M"]

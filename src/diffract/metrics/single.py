@@ -25,6 +25,27 @@ def spectral_norm(sigma_max: PerMatrix) -> PerMatrix:
     return sigma_max
 
 
+def shaped(sigmas: Sigmas, resolved: PerMatrix, shape: tuple[int, int], epsilon: float) -> Sigmas:
+    """Return singular values whose distribution has a shape: zero where not resolved, or where all are equal.
+
+    Values are equal up to rounding if sigma_1 - sigma_M <= eps ||W||_F (1 / sqrt(m) + 1 / sqrt(n)) + sqrt(N) e sigma_1:
+    the first term is what storing entries with eps does to them, the second the arithmetic that made them, in float32
+    at best (e is the smaller of eps and float32's). An orthogonal matrix, the usual initialisation, is such a one: it
+    has no tail and no peaks, and any exponent fitted to it is that of its rounding.
+
+    Args:
+        sigmas: Descending.
+        resolved: The smallest that the method tells from zero.
+        shape: (m, n).
+        epsilon: Of the stored dtype.
+    """
+    found = sigmas.where(sigmas > resolved[:, None], 0.0)
+    stored = epsilon * sigmas.square().sum(-1).sqrt() * (shape[0] ** -0.5 + shape[1] ** -0.5)
+    made = max(shape) ** 0.5 * min(epsilon, float(torch.finfo(torch.float32).eps)) * sigmas[:, 0]
+    spread = sigmas[:, 0] - found.where(found > 0, torch.inf).amin(-1)
+    return found.where((spread > stored + made)[:, None], 0.0)
+
+
 @built_in("sum of sigma", unit="weight", range="[0, inf)", source="Horn & Johnson 2013, 5.6", degree=1)
 def nuclear_norm(sigmas: Sigmas) -> PerMatrix:
     """Sum of sigma_i (trace norm)."""

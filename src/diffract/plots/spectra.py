@@ -146,10 +146,14 @@ def _histogram(values: Array) -> Bars | None:
 
 
 def _bulk(values: Array, shape: tuple[int, int], row: Row, points: int) -> Curve | None:
-    variance = row.get("mp_variance")
-    if variance is None or not variance > 0 or not len(values):
+    variance, edge = row.get("mp_variance"), row.get("mp_edge")
+    if variance is None or edge is None or not variance > 0 or not len(values):
         return None
-    gamma = laws.aspect(*shape)
+    # The law is that of the (N - k) x (M - k) noise which k removed directions leave; its edge, v (a + b)^2 / N with
+    # a^2 - b^2 = N - M, tells a and b.
+    total = math.sqrt(edge / variance * max(shape))
+    a, b = ((total + sign * (max(shape) - min(shape)) / total) / 2 for sign in (1, -1))
+    variance, gamma = variance * a**2 / max(shape), (b / a) ** 2
     low, high = laws.marchenko_pastur_edges(variance, gamma)
     low = max(low, float(min(values[values > 0], default=high)) / 2)
     # An angle makes points dense at both edges, where the curve is steep.

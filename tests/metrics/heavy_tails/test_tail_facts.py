@@ -8,7 +8,8 @@ import pytest
 import torch
 from tail_samples import KINDS, batch, compare_tails, sample
 
-from diffract.metrics import Facts
+from diffract.linalg import spectrum
+from diffract.metrics import CATALOG, Facts
 from diffract.metrics.heavy_tails import (
     exponential,
     log_normal,
@@ -62,3 +63,28 @@ def test_parameters_are_found_by_the_number_of_values() -> None:
     none = candidates.parameters_at(torch.tensor([2.0, 3.0], dtype=torch.float64))
     assert none.isnan().all()
     assert candidates.parameters_at(torch.tensor([1.0, math.nan], dtype=torch.float64)).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(64, 64), (128, 32), (300, 300)])
+def test_values_equal_up_to_rounding_have_no_tail_and_no_peaks(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    made = torch.float64 if dtype == torch.float64 else torch.float32  # an initialisation is made in float32 at best
+    w = torch.randn(*shape, dtype=made, generator=torch.Generator().manual_seed(0))
+    for matrix, equal in ((torch.linalg.qr(w).Q, True), (3 * torch.eye(*shape, dtype=made), True), (w, False)):
+        found = spectrum(matrix.to(dtype)[None], method="exact")
+        facts = Facts(sigmas=found.S, resolved=found.resolved, shape=shape, epsilon=torch.finfo(dtype).eps)
+        for law in LAWS:
+            assert bool(facts[law].xmin.isnan().all()) == equal
+        assert bool(facts["peaks"].count.isnan().all()) == equal
+        for name in ("pl_alpha", "alpha_hat", "log10_alpha_norm", "pl_vs_exp"):
+            value = CATALOG[name](*(facts[fact] for fact in CATALOG[name].facts))
+            assert bool(value.isnan().all()) == equal, name
+        assert facts["bulk"].spikes.tolist() == [0]
+
+
+def test_a_narrow_spectrum_is_not_an_equal_one() -> None:
+    w = torch.randn(1, 16, 40_000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = spectrum(w)
+    assert (found.S[0, 0] / found.S[0, -1]).item() < 1.05
+    facts = Facts(sigmas=found.S, resolved=found.resolved, shape=w.shape[1:], epsilon=torch.finfo(w.dtype).eps)
+    assert bool(facts["power_law"].alpha.isfinite().all())

@@ -13,7 +13,8 @@ from scipy.stats import binom, kstest
 
 from diffract.densities import marchenko_pastur_cdf
 from diffract.linalg import Method, spectrum
-from diffract.metrics.random_matrix import Bulk, fit_bulk, fluctuation_edge
+from diffract.metrics import Facts
+from diffract.metrics.random_matrix import Bulk, bulk_warnings, fit_bulk, fluctuation_edge
 
 EXACT = 1e-12
 """Relative: sums of a few hundred float64 numbers in two orders."""
@@ -58,22 +59,23 @@ def reference(lambdas: np.ndarray, shape: tuple[int, int]) -> dict[str, float]:
     gone, variances = 0, []
     while True:
         variances.append(N * lambdas[gone:].sum() / ((N - gone) * (M - gone)))
-        above = int((lambdas > variances[-1] * fluctuation_edge(shape)).sum())
+        above = int((lambdas > variances[-1] * fluctuation_edge(shape, gone).item()).sum())
         if above == gone:
             break
         assert above > gone  # monotone
         gone = above
     assert len(variances) <= M
     v = variances[-1]
-    edge = v * (1 + math.sqrt(M / N)) ** 2
+    edge = v * (math.sqrt(N - gone) + math.sqrt(M - gone)) ** 2 / N
     bulk = lambdas[lambdas <= edge]
-    k = M - len(bulk)
-    law = lambda x: marchenko_pastur_cdf(x, np.array(v * (N - k) / N), (M - k) / (N - k))  # noqa: E731
+    if 2 * len(bulk) < M:
+        return dict.fromkeys(NAMES, math.nan)
+    law = lambda x: marchenko_pastur_cdf(x, np.array(v * (N - gone) / N), (M - gone) / (N - gone))  # noqa: E731
     return {
         "variance": v,
         "edge": edge,
         "ks": kstest(bulk, law).statistic,
-        "spikes": k,
+        "spikes": M - len(bulk),
         "spikes_tw": gone,
         "soft_rank": edge / lambdas[0],
         "bulk_share": bulk.sum() / lambdas.sum(),
@@ -95,7 +97,7 @@ def spectra(draw: st.DrawFn) -> tuple[np.ndarray, tuple[int, int]]:
 def test_the_closed_form_is_the_iteration(case: tuple[np.ndarray, tuple[int, int]]) -> None:
     lambdas, shape = case
     found = row(fit_bulk(torch.tensor(lambdas)[None], shape), 0)
-    assert found == pytest.approx(reference(lambdas, shape), rel=EXACT, abs=EXACT)
+    assert found == pytest.approx(reference(lambdas, shape), rel=EXACT, abs=EXACT, nan_ok=True)
 
 
 @given(spectra(), st.integers(-20, 20))
@@ -106,7 +108,7 @@ def test_scale_moves_variance_and_edge_alone(case: tuple[np.ndarray, tuple[int, 
     scaled = row(fit_bulk(torch.tensor(lambdas * 2.0**power)[None], (shape[1], shape[0])), 0)
     for name in ("variance", "edge"):
         scaled[name] /= 2.0**power
-    assert scaled == plain  # a power of two is exact
+    assert scaled == pytest.approx(plain, rel=0, abs=0, nan_ok=True)  # a power of two is exact
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (16, 64), (40, 40), (80, 30)])
@@ -184,13 +186,14 @@ def test_hand_computed() -> None:
             "bulk_share": 1,
         }
     )
-    # 9 x 16, gamma = 9 / 16: one spike, v = 16 * 8 / (15 * 8), l+ = v (7 / 4)^2.
+    # 9 x 16: one spike, v = 16 * 8 / (15 * 8), the rest is 8 x 15: l+ = v (sqrt(15) + sqrt(8))^2 / 16.
     found = row(fit_bulk(torch.tensor([[100.0] + 8 * [1.0]]).double(), (9, 16)), 0)
     v = 16 / 15
     assert found["variance"] == pytest.approx(v)
-    assert found["edge"] == pytest.approx(v * 49 / 16)
+    edge = v * (math.sqrt(15) + math.sqrt(8)) ** 2 / 16
+    assert found["edge"] == pytest.approx(edge)
     assert (found["spikes"], found["spikes_tw"]) == (1, 1)
-    assert found["soft_rank"] == pytest.approx(v * 49 / 1600)
+    assert found["soft_rank"] == pytest.approx(edge / 100)
     assert found["bulk_share"] == pytest.approx(8 / 108)
 
 
@@ -224,8 +227,8 @@ def test_zero_matrix() -> None:
 def test_low_rank_without_noise_is_all_spikes(method: Method) -> None:
     factors = noise(2, (60, 3), 9)
     w = factors[:1] @ factors[1:].mT[:, :, :40]
-    sigmas = spectrum(w, method=method).S  # rounding leaves 1e-16, or 1e-8 through a Gram matrix, not zero
-    found = row(fit_bulk(sigmas.square() / 60, (60, 40)), 0)
+    # Rounding leaves 1e-16, or 1e-8 through a Gram matrix, not zero.
+    found = row(Facts(sigmas=(s := spectrum(w, method=method)).S, resolved=s.resolved, shape=(60, 40))["bulk"], 0)
     want = NO_NOISE | {"spikes": 3, "spikes_tw": 3, "soft_rank": 0, "bulk_share": 0}
     assert found == pytest.approx(want, nan_ok=True)
 
@@ -246,3 +249,35 @@ def test_a_bad_row_is_nan_and_leaves_the_others_alone(bad: float, place: int) ->
 def test_signal_in_a_quarter_of_the_directions_hides() -> None:
     equal = torch.tensor([[1.0] * 32 + [0.0] * 96, [1.0] * 16 + [0.0] * 112]).double()
     assert fit_bulk(equal, (128, 128)).spikes.tolist() == [0, 16]
+
+
+def test_noise_ends_where_the_edge_says_once_many_spikes_are_removed() -> None:
+    shape, rank = (128, 128), 30
+    w = noise(8, shape, 12) + signal(8, shape, rank, 40.0, 13)
+    lambdas = eigenvalues(w)
+    fit = fit_bulk(lambdas, shape)
+    assert fit.spikes_tw.tolist() == [rank] * 8
+    # v (sqrt(98) + sqrt(98))^2 / 128, where the edge of a whole 128 x 128 matrix would lie 30% above it.
+    assert fit.edge.mean().item() == pytest.approx(lambdas[:, rank].mean().item(), rel=0.06)
+    assert fit.ks.mean() < RIGID / (min(shape) - rank)
+
+
+def test_noise_far_below_its_spikes_is_still_seen() -> None:
+    shape = (40, 60)
+    w = 1e-10 * noise(1, shape, 14) + 30 * signal(1, shape, 3, 100.0, 15)
+    found = spectrum(w, method="exact")
+    fit = Facts(sigmas=found.S, resolved=found.resolved, shape=shape)["bulk"]
+    assert fit.spikes_tw.tolist() == [3]
+    assert fit.variance.item() == pytest.approx(1e-20, rel=0.15)
+
+
+def test_there_is_no_edge_where_noise_is_the_minority() -> None:
+    lambdas = torch.cat([torch.linspace(2.0, 0.5, 24), 1e-4 * torch.linspace(2.0, 1.0, 8)]).double().square()[None]
+    steep = torch.logspace(4, -4, 32).double()[None]
+    for values in (lambdas, steep):
+        fit = fit_bulk(values, (32, 400))
+        if fit.variance.isnan():
+            assert all(math.isnan(value) for value in row(fit, 0).values())
+    fit = fit_bulk(steep, (32, 400))
+    assert bulk_warnings(fit, steep) == ("no noise edge: under half of the eigenvalues would lie below it",)
+    assert bulk_warnings(fit_bulk(torch.full((1, 4), torch.nan).double(), (4, 4)), steep[:, :4] * torch.nan) == ("",)

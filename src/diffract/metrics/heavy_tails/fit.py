@@ -389,7 +389,7 @@ CLAUSET = "Clauset, Shalizi & Newman 2009"
 
 
 def tail_metrics(
-    short: str, law: str, *parameters: tuple[str, str, dict[str, Any]], version: int = 1
+    short: str, law: str, *parameters: tuple[str, str, dict[str, Any]], version: int = 2
 ) -> tuple[Metric, ...]:
     """Return the metrics of one fitted law: its parameters, then what every law has.
 

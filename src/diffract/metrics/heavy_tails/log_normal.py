@@ -159,5 +159,5 @@ METRICS = tail_metrics(
         {"unit": "ln weight^2", "range": "(-inf, inf)", "degree": None},
     ),
     ("sigma", "standard deviation of ln lambda, likewise", {"range": "[0, inf)"}),
-    version=2,  # iterations start from tables: another ninth digit than in version 1
+    version=3,
 )

@@ -305,7 +305,7 @@ def _draw(
     return drawn.where(torch.arange(x.shape[1], device=x.device) < counted, torch.nan)
 
 
-def _against(short: str, law: str, *, version: int = 1) -> tuple[Metric, Metric]:
+def _against(short: str, law: str, *, version: int = 2) -> tuple[Metric, Metric]:
     """The power law against another law on the power law's tail."""
     name, called = f"pl_vs_{short}", law.replace("_", " ")
     words: dict[str, Any] = {"facts": ("tail_comparisons",), "source": "Vuong 1989", "version": version}
@@ -319,8 +319,8 @@ def _against(short: str, law: str, *, version: int = 1) -> tuple[Metric, Metric]
 
 COMPARED = (
     *_against("exp", "exponential"),
-    *_against("tpl", "truncated_power_law", version=2),
-    *_against("ln", "log_normal", version=2),
+    *_against("tpl", "truncated_power_law", version=3),
+    *_against("ln", "log_normal", version=3),
 )
 """The power law against the others, as metrics; versions are those of the other law's fit."""
 
@@ -329,6 +329,7 @@ LOG10: dict[str, Any] = {
     "range": "(-inf, inf)",
     "source": "Martin, Peng & Mahoney 2021",
     "degree": None,
+    "version": 2,
 }
 
 NORMS = (
@@ -343,7 +344,7 @@ NORMS = (
 
 
 def _pvalue(name: str, law: Family, summary: str, *, refit: bool = True) -> Metric:
-    declare = built_in(summary, name=name, facts=("tail_eigenvalues",), range="[0, 1]", source=CLAUSET)
+    declare = built_in(summary, name=name, facts=("tail_eigenvalues",), range="[0, 1]", source=CLAUSET, version=2)
     return declare(lambda values: p_value(values, law, refit=refit).p)
 
 

@@ -227,5 +227,5 @@ METRICS = tail_metrics(
     "truncated_power_law",
     ("alpha", "alpha of rho ~ lambda^-alpha exp(-rate lambda), at least 1", {"range": "[1, inf)"}),
     ("rate", "rate of the same", {"unit": "weight^-2", "range": "[0, inf)", "degree": -2}),
-    version=2,  # iterations start from tables: another ninth digit than in version 1
+    version=3,
 )
