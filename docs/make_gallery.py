@@ -254,7 +254,7 @@ def page(series: Path) -> str:
     )
     lines = ["# Gallery", "", fill(about, 120)]
     for kind in dict.fromkeys(picture.kind for picture in PICTURES):
-        lines += ["", f"## {kind}", "", KINDS[kind].summary[0].upper() + KINDS[kind].summary[1:] + "."]
+        lines += ["", f"## {kind}", "", KINDS[kind].summary]
         for picture in (p for p in PICTURES if p.kind == kind):
             options = "".join(f" --{name} {value}" for name, value in picture.options.items())
             file = picture.name or kind

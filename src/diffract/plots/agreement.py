@@ -9,16 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 import polars as pl
 
-from diffract.plots.choice import (
-    COMPARE_RUN,
-    Frames,
-    base_model,
-    curve,
-    facts,
-    kind,
-    pick_matrix,
-    pick_model,
-)
+from diffract.plots.choice import COMPARE_RUN, Frames, base_model, curve, facts, kind, pick_matrix, pick_model
 from diffract.plots.style import CHANCE, COLOURS, caption, figure, panels
 
 SIDES = ("left", "right")
@@ -86,11 +77,8 @@ def _traces(
     common: dict[str, Any] = {"mode": "lines", "showlegend": legend}
     traces = []
     for side in SIDES:
-        values = list(curves.get(side, ()))
-        ranks = list(range(1, len(values) + 1))
-        traces.append(
-            go.Scatter(x=ranks, y=values, name=side, line={"color": COLOURS[side], "width": WIDTHS[side]}, **common)
-        )
+        values, look = list(curves.get(side, ())), {"color": COLOURS[side], "width": WIDTHS[side]}
+        traces.append(go.Scatter(x=list(range(1, len(values) + 1)), y=values, name=side, line=look, **common))
     for side in SIDES:
         level = chance.get(side)
         ends = [] if level is None else [level, level]
@@ -113,6 +101,7 @@ def peak_runs(peaks: Sequence[float]) -> Iterator[tuple[int, int, int]]:
 
 def peak_shape(peak: int, first: int, last: int, *, named: bool, x: str = "x", y: str = "y") -> dict[str, Any]:
     """Return the band behind the ranks of one peak."""
+    look = {"size": 10, "color": COLOURS["base"]}
     return {
         "type": "rect",
         "xref": x,
@@ -124,7 +113,7 @@ def peak_shape(peak: int, first: int, last: int, *, named: bool, x: str = "x", y
         "layer": "below",
         "line": {"width": 0},
         "fillcolor": "rgba(107,114,128,0.14)",
-        "label": _name(peak) if named else {},
+        "label": {"text": f"peak {peak + 1}", "textposition": "bottom left", "font": look} if named else {},
     }
 
 
@@ -134,19 +123,9 @@ def _shades(peaks: Sequence[float], x: str = "x", y: str = "y") -> Iterator[dict
         yield peak_shape(peak, first, last, named=last - first + 1 > LABELLED * len(peaks), x=x, y=y)
 
 
-def _name(peak: int) -> dict[str, Any]:
-    look = {"size": 10, "color": COLOURS["base"]}
-    return {"text": f"peak {peak + 1}", "textposition": "bottom left", "font": look}
-
-
-@kind(
-    "how far singular vectors of base and tuned agree along the spectrum, beside chance",
-    make=COMPARE_RUN,
-    tables=("metrics", "spectra"),
-    quantities=("left_agreement",),
-)
+@kind(make=COMPARE_RUN, tables=("metrics", "spectra"), quantities=("left_agreement",))
 def agreement_of_run(frames: Frames, *, matrix: str | None = None, model: str | None = None) -> go.Figure:
-    """Draw ``agreement`` of a run."""
+    """How far singular vectors of base and tuned agree along the spectrum, beside chance."""
     model = pick_model(frames, model)
     name = pick_matrix(frames, matrix, model, "left_agreement")
     return agreement(frames["spectra"], frames["metrics"], name, model=model, base=base_model(frames, model))

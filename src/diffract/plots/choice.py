@@ -46,7 +46,7 @@ class FigureKind:
 
     Attributes:
         draw: Draws it, from the tables by name; its options are what it takes by keyword.
-        summary: One line.
+        summary: One sentence.
         make: The command that makes a run for it.
         tables: Which must be there.
         quantities: Of the spectra table; all must be there.
@@ -65,11 +65,12 @@ class FigureKind:
     options: tuple[str, ...] = ()
 
 
-def kind(summary: str, *, make: str, tables: tuple[str, ...], **needs: tuple[str, ...]) -> Callable[..., FigureKind]:
-    """Declare a kind of figure at the function that draws it; a decorator that registers nothing.
+def kind(*, make: str, tables: tuple[str, ...], **needs: tuple[str, ...]) -> Callable[..., FigureKind]:
+    """Declare a kind of figure at the function that draws it, whose docstring's first line says what it shows.
+
+    This is a decorator that registers nothing.
 
     Args:
-        summary: One line.
         make: The command that makes a run for it.
         tables: Which must be there.
         needs: Further attributes of ``FigureKind``: quantities, columns, further.
@@ -78,7 +79,8 @@ def kind(summary: str, *, make: str, tables: tuple[str, ...], **needs: tuple[str
     def declare(draw: Callable[..., go.Figure]) -> FigureKind:
         parameters = inspect.signature(draw).parameters.values()
         options = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
-        return FigureKind(draw, summary, make, tables, **needs, options=options)
+        summary = (draw.__doc__ or "").partition("\n")[0]
+        return FigureKind(draw, summary, make=make, tables=tables, **needs, options=options)
 
     return declare
 
@@ -98,14 +100,10 @@ def read_frames(run: str | Path | Tabled | Tables, names: Sequence[str]) -> Fram
     Raises:
         RunError: The folder is no run folder, of another layout, or damaged.
     """
-    wanted = (*names, *_behind(names))
+    wanted = (*names, *(("heads",) if "lorenz" in names else ()))
     if isinstance(run, str | Path):
         return _with_lorenz(names, load(run, only=wanted).frames)
     return _with_lorenz(names, (run if isinstance(run, Tables) else run.tables).frames)
-
-
-def _behind(names: Sequence[str]) -> tuple[str, ...]:
-    return ("heads",) if "lorenz" in names else ()
 
 
 def _with_lorenz(names: Sequence[str], found: dict[str, pl.DataFrame]) -> dict[str, pl.DataFrame]:

@@ -348,39 +348,22 @@ CHANGE_FIRST = ("delta_relative", "effective_rank", "stable_rank")
 SHADE = "left_agreement_mean"
 
 
-@kind(
-    "change of every head, a map for each domain, the same colours in all",
-    make=HEADS_RUN,
-    tables=("heads",),
-    columns=tuple(SCALES),
-    further=(),
-)
+@kind(make=HEADS_RUN, tables=("heads",), columns=tuple(SCALES), further=())
 def heads_of_run(frames: Frames, *, model: str | None = None, metric: str | None = None) -> go.Figure:
-    """Draw ``head_maps`` of a run."""
+    """Change of every head, a map for each domain, the same colours in all."""
     chosen = pick("metric", metric, [m for m in SCALES if m in frames["heads"].columns])
     return head_maps(_of_domain(frames["heads"], model), metric=chosen)
 
 
-@kind(
-    "how unevenly each domain's change is spread over heads",
-    make=HEADS_RUN,
-    tables=("lorenz",),
-    columns=("change_share",),
-)
+@kind(make=HEADS_RUN, tables=("lorenz",), columns=("change_share",))
 def lorenz_of_run(frames: Frames, *, model: str | None = None) -> go.Figure:
-    """Draw ``lorenz`` of a run."""
+    """How unevenly each domain's change is spread over heads."""
     return lorenz(_of_domain(frames["lorenz"], model), frames["models"])
 
 
-@kind(
-    "which heads a domain changed more than a reference domain did",
-    make="diffract heads BASE TUNED1 TUNED2 -o RUN",
-    tables=("heads",),
-    columns=("head_delta",),
-    further=(),
-)
+@kind(make="diffract heads BASE TUNED1 TUNED2 -o RUN", tables=("heads",), columns=("head_delta",), further=())
 def scores_of_run(frames: Frames, *, model: str | None = None, reference: str | None = None) -> go.Figure:
-    """Draw ``reference_scores`` of a run."""
+    """Which heads a domain changed more than a reference domain did."""
     names = frames["heads"]["model"].unique(maintain_order=True).to_list()
     if len(names) < 2:
         raise SelectionError(
@@ -393,15 +376,11 @@ def scores_of_run(frames: Frames, *, model: str | None = None, reference: str | 
     return reference_scores(frames["heads"].filter(pl.col("model").is_in([*shown, against])), against)
 
 
-@kind(
-    "spread of a metric within each layer, coloured by how far singular vectors agree",
-    make=SCAN_OR_COMPARE,
-    tables=("metrics",),
-)
+@kind(make=SCAN_OR_COMPARE, tables=("metrics",))
 def violins_of_run(
     frames: Frames, *, metric: str | None = None, model: str | None = None, projection: str | None = None
 ) -> go.Figure:
-    """Draw ``layer_violins`` of a run."""
+    """Spread of a metric within each layer, coloured by how far singular vectors agree."""
     rows = rows_of_model(frames, model, projection)
     chosen = pick_metric(rows, metric, CHANGE_FIRST)
     shaded = SHADE in rows.columns and chosen != SHADE and rows[SHADE].count() > 0
@@ -409,26 +388,20 @@ def violins_of_run(
     return layer_violins(rows, chosen, colour=SHADE if shaded else None, title=title)
 
 
-@kind("a metric over the layers and heads of one projection", make=SCAN_OR_COMPARE, tables=("metrics",))
+@kind(make=SCAN_OR_COMPARE, tables=("metrics",))
 def head_heatmap_of_run(
     frames: Frames, *, metric: str | None = None, model: str | None = None, projection: str | None = None
 ) -> go.Figure:
-    """Draw ``head_heatmap`` of a run."""
+    """A metric over the layers and heads of one projection."""
     rows = rows_of_model(frames, model, None)
     chosen = pick_metric(rows, metric, CHANGE_FIRST)
     cut = rows.filter(pl.coalesce("head", "kv_head").is_not_null())["projection"].unique(maintain_order=True).to_list()
     return head_heatmap(rows, chosen, pick("projection", projection, cut, "q"), model=rows["model"][0])
 
 
-@kind(
-    "what rewinding each head alone gains, or what cheaper orders go by",
-    make="diffract search rewind BASE TUNED -o RUN",
-    tables=("effects",),
-    columns=("effect",),
-    further=(),
-)
+@kind(make="diffract search rewind BASE TUNED -o RUN", tables=("effects",), columns=("effect",), further=())
 def effects_of_run(frames: Frames, *, metric: str | None = None) -> go.Figure:
-    """Draw ``head_effects`` of a run."""
+    """What rewinding each head alone gains, or what cheaper orders go by."""
     effects = frames["effects"]
     known = [name for name in (SIGNED | SIZES) if effects[name].count() > 0]
     return head_effects(effects, metric=pick("metric", metric, known))

@@ -21,7 +21,6 @@ from diffract.plots.style import (
     beside,
     between_pairs,
     colour_bar,
-    curve,
     dress,
     figure,
     label,
@@ -83,11 +82,11 @@ def _points_panel(
     traces: list[go.Scatter] = []
     named: set[str] = set()
     for one in drawn:
-        words: dict[str, Any] = {"name": one.name, "look": one.look, "legend": legend and one.name not in named}
-        words["hover"] = hover
+        shown = legend and one.name not in named
+        words: dict[str, Any] = {"name": one.name, "look": one.look, "legend": shown, "hover": hover}
         named.add(one.name)
-        at, *found = (one.rows[column].to_list() for column in (x, measure, low, high))
-        traces += banded(at, *found, **words) if one.sure else [curve(at, found[0], **words)]
+        at, values, *band = (one.rows[column].to_list() for column in (x, measure, low, high))
+        traces += banded(at, values, band if one.sure else None, **words)
     for name, look in (("tuned", TUNED), ("base", CHANCE)):
         if len(ends[name]):
             traces.append(level(ends[name][measure][0], name=name, look=look, legend=legend))
@@ -147,15 +146,11 @@ def _matrix(rows: pl.DataFrame, names: Sequence[str]) -> go.Heatmap:
     return between_pairs(
         names,
         [[None if c is None else c["barrier"] for c in row] for row in grid],
-        [[_said(c) for c in row] for row in grid],
+        [["" if c is None else f"{c['barrier']:.3g}{' ✓' if c['connected'] else ''}" for c in row] for row in grid],
         customdata=[["" if c is None else f"{c['low']:.4g} to {c['high']:.4g}" for c in row] for row in grid],
         hovertemplate="%{z:.4g}, 95%: %{customdata}<extra></extra>",
         coloraxis="coloraxis",
     )
-
-
-def _said(pair: dict[str, Any] | None) -> str:
-    return "" if pair is None else f"{pair['barrier']:.3g}{' ✓' if pair['connected'] else ''}"
 
 
 def curves(
@@ -178,21 +173,16 @@ def curves(
     traces: list[go.Scatter] = []
     for index, name in enumerate(known["name"].unique(maintain_order=True)):
         rows = known.filter(pl.col("name") == name).sort("x", maintain_order=True)
-        traces += _one(rows, label(name), index)
+        x_values, y_values, *ends = (rows[column].to_list() for column in ("x", "y", "low", "high") if column in rows)
+        sure = ends if len(ends) == 2 and rows["low"].null_count() == 0 else None
+        words: dict[str, Any] = {"name": label(name), "look": line(index), "legend": True}
+        traces += banded(x_values, y_values, sure, **words, hover="%{x:.4g}: %{y:.4g}")
     made = beside(figure(traces, x=x, y=y, title=title, height=height)).update_yaxes(exponentformat="none")
     if log_x:
         made.update_xaxes(type="log", dtick="D2", tickformat="~s")
     if zero:
         made.add_hline(y=0, line={"color": "#9ca3af", "dash": "dot", "width": 1})
     return made
-
-
-def _one(rows: pl.DataFrame, name: str, index: int) -> list[go.Scatter]:
-    x, y, look, hover = rows["x"].to_list(), rows["y"].to_list(), line(index), "%{x:.4g}: %{y:.4g}"
-    if {"low", "high"} <= set(rows.columns) and rows["low"].null_count() == 0:
-        low, high = rows["low"].to_list(), rows["high"].to_list()
-        return banded(x, y, low, high, name=name, look=look, legend=True, hover=hover)
-    return [curve(x, y, name=name, look=look, legend=True, hover=hover)]
 
 
 WIDEST = 3
@@ -219,9 +209,9 @@ def _path_panel(pair: pl.DataFrame, tasks: Sequence[str], *, legend: bool) -> li
         rows = pair.filter(pl.col("task") == task).sort("at")
         if rows.is_empty():
             continue
-        x, *found = (rows[column].to_list() for column in ("at", "quality", "low", "high"))
+        x, y, *ends = (rows[column].to_list() for column in ("at", "quality", "low", "high"))
         look = line(index)
-        traces += banded(x, *found, name=label(task), look=look, legend=legend, hover="at %{x:.3g}: %{y:.4g}")
+        traces += banded(x, y, ends, name=label(task), look=look, legend=legend, hover="at %{x:.3g}: %{y:.4g}")
         straight: dict[str, Any] = {"color": look["color"], "dash": "dot", "width": 1}
         traces.append(_plain([x[0], x[-1]], [rows["linear"][0], rows["linear"][-1]], straight))
         worst = rows.row(int(rows["gap"].arg_max() or 0), named=True)
@@ -318,49 +308,37 @@ SEARCH_TRUNCATE = "diffract search truncate BASE TUNED -o RUN"
 CONNECT = "diffract connect BASE NAME=MODEL NAME=MODEL --eval TASKS -o RUN"
 
 
-@kind(
-    "quality as more and more heads go back to the base, by several orders, on both splits",
-    make=SEARCH_REWIND,
-    tables=("points",),
-    columns=("order",),
-    further=(),
-)
+@kind(make=SEARCH_REWIND, tables=("points",), columns=("order",), further=())
 def rewind_of_run(frames: Frames, *, task: str | None = None, metric: str | None = None) -> go.Figure:
-    """Draw ``rewind_curves`` of a run."""
+    """Quality as more and more heads go back to the base, by several orders, on both splits."""
     points = frames["points"]
     return rewind_curves(points, pick_task(points, task), measure=pick("metric", metric, list(MEASURES)))
 
 
-@kind(
-    "quality against how much energy, and how many bytes, of the change are kept, beside controls",
-    make=SEARCH_TRUNCATE,
-    tables=("points",),
-    columns=("rule",),
-    further=(),
-)
+@kind(make=SEARCH_TRUNCATE, tables=("points",), columns=("rule",), further=())
 def truncation_of_run(frames: Frames, *, task: str | None = None, metric: str | None = None) -> go.Figure:
-    """Draw ``truncation_curves`` of a run."""
+    """Quality against how much energy, and how many bytes, of the change are kept, beside controls."""
     points = frames["points"]
     return truncation_curves(points, pick_task(points, task), measure=pick("metric", metric, list(MEASURES)))
 
 
-@kind("quality on the lines between models, and barriers", make=CONNECT, tables=("paths",), further=())
+@kind(make=CONNECT, tables=("paths",), further=())
 def paths_of_run(frames: Frames, *, task: str | None = None) -> go.Figure:
-    """Draw ``model_paths`` of a run."""
+    """Quality on the lines between models, and barriers."""
     paths = frames["paths"]
     return model_paths(paths, task=None if task is None else pick_task(paths, task))
 
 
-@kind("barriers between each pair of models", make=CONNECT, tables=("pairs",), further=())
+@kind(make=CONNECT, tables=("pairs",), further=())
 def connectivity_of_run(frames: Frames, *, task: str | None = None) -> go.Figure:
-    """Draw ``connectivity_matrix`` of a run."""
+    """Barriers between each pair of models."""
     pairs = frames["pairs"]
     return connectivity_matrix(pairs, task=None if task is None else pick_task(pairs, task))
 
 
-@kind("quality of mixtures of three models", make=CONNECT, tables=("simplex",), further=())
+@kind(make=CONNECT, tables=("simplex",), further=())
 def simplex_of_run(frames: Frames, *, task: str | None = None) -> go.Figure:
-    """Draw ``model_simplex`` of a run."""
+    """Quality of mixtures of three models."""
     simplex = frames["simplex"]
     if simplex.is_empty():
         raise SelectionError("the run has no simplex: that takes three models, and a budget that suffices.")

@@ -13,17 +13,7 @@ import polars as pl
 
 from diffract import densities as laws
 from diffract.densities import Array, Row
-from diffract.plots.choice import (
-    SCAN_OR_COMPARE,
-    Frames,
-    base_model,
-    curve,
-    facts,
-    kind,
-    pick,
-    pick_matrix,
-    pick_model,
-)
+from diffract.plots.choice import SCAN_OR_COMPARE, Frames, base_model, curve, facts, kind, pick, pick_matrix, pick_model
 from diffract.plots.style import COLOURS, LEGEND_RIGHT, LOG, SERIES, caption, figure
 
 DASHES = {"base": "dot", "tuned": "solid", "delta": "dash"}
@@ -360,44 +350,27 @@ SPECTRA = ("metrics", "spectra")
 SCAN_ALL = "diffract scan MODEL --metrics all -o RUN` or `diffract compare BASE TUNED --metrics all -o RUN"
 
 
-@kind(
-    "density of one matrix's eigenvalues, with the Marchenko-Pastur law, the permuted matrix and four tail fits",
-    make=SCAN_ALL,
-    tables=SPECTRA,
-    quantities=("sigma",),
-    columns=("pl_alpha", "mp_variance"),
-)
+@kind(make=SCAN_ALL, tables=SPECTRA, quantities=("sigma",), columns=("pl_alpha", "mp_variance"))
 def density_of_run(
     frames: Frames, *, matrix: str | None = None, model: str | None = None, axes: str | None = None
 ) -> go.Figure:
-    """Draw ``density`` of a run."""
+    """Density of one matrix's eigenvalues, with the Marchenko-Pastur law, the permuted matrix and four tail fits."""
     model = pick_model(frames, model)
     name = pick_matrix(frames, matrix, model, "sigma")
     return density(frames["spectra"], frames["metrics"], name, model=model, axes=pick("axes", axes, AXES))
 
 
-@kind(
-    "distance of the best power law for every place where its tail might begin",
-    make=SCAN_ALL,
-    tables=SPECTRA,
-    quantities=("sigma", "pl_ks_scan"),
-    columns=("pl_xmin",),
-)
+@kind(make=SCAN_ALL, tables=SPECTRA, quantities=("sigma", "pl_ks_scan"), columns=("pl_xmin",))
 def ks_of_run(frames: Frames, *, matrix: str | None = None, model: str | None = None) -> go.Figure:
-    """Draw ``ks_scan`` of a run."""
+    """Distance of the best power law for every place where its tail might begin."""
     model = pick_model(frames, model)
     name = pick_matrix(frames, matrix, model, "pl_ks_scan")
     return ks_scan(frames["spectra"], frames["metrics"], name, model=model)
 
 
-@kind(
-    "singular values of one matrix: base, tuned, and the change",
-    make=SCAN_OR_COMPARE,
-    tables=SPECTRA,
-    quantities=("sigma",),
-)
+@kind(make=SCAN_OR_COMPARE, tables=SPECTRA, quantities=("sigma",))
 def spectrum_of_run(frames: Frames, *, matrix: str | None = None, model: str | None = None) -> go.Figure:
-    """Draw ``spectrum`` of a run."""
+    """Singular values of one matrix: base, tuned, and the change."""
     model = pick_model(frames, model)
     base = base_model(frames, model)
     name = pick_matrix(frames, matrix, model, "sigma")

@@ -128,33 +128,31 @@ LEGEND_PX, AXIS_PX = 170, 58
 def banded(
     x: Sequence[float],
     y: Sequence[float],
-    low: Sequence[float],
-    high: Sequence[float],
+    ends: Sequence[Sequence[float]] | None,
     *,
     name: str,
     look: dict[str, Any],
     legend: bool,
     hover: str,
 ) -> list[go.Scatter]:
-    """Return a curve and its band: the way along the lower ends and back along the upper ones.
+    """Return a curve, behind it its band: the way along the lower ends and back along the upper ones.
 
     Args:
         x: Ascending.
         y: Of the curve.
-        low: Lower ends.
-        high: Upper ends.
+        ends: Lower and upper ends; without them there is no band.
         name: Made safe already.
         look: Colour, dash and width of the line.
         legend: Whether it is in the legend.
         hover: What is said of a point, as Plotly has it.
     """
-    outline: dict[str, Any] = {"x": [*x, *x[::-1]], "y": [*low, *high[::-1]]}
+    line = curve(x, y, name=name, look=look, legend=legend, hover=hover)
+    if ends is None:
+        return [line]
+    outline: dict[str, Any] = {"x": [*x, *x[::-1]], "y": [*ends[0], *ends[1][::-1]]}
     fill = {"fill": "toself", "fillcolor": look["color"], "line": {"width": 0}, "mode": "lines", "hoverinfo": "skip"}
     common: dict[str, Any] = {"legendgroup": name, "name": name}
-    return [
-        go.Scatter(**outline, **fill, opacity=OPACITY, showlegend=False, **common),
-        curve(x, y, name=name, look=look, legend=legend, hover=hover),
-    ]
+    return [go.Scatter(**outline, **fill, opacity=OPACITY, showlegend=False, **common), line]
 
 
 def beside(made: go.Figure) -> go.Figure:

@@ -44,11 +44,8 @@ def evolution(
     lost = axes.endswith("-log") and bool((known[over] <= 0).any())
     if lost:
         known = known.filter(pl.col(over) > 0)
-    words: dict[str, Any] = {
-        "x": OVER[over],
-        "y": label(metric),
-        "title": "without the checkpoint at 0" if lost else "",
-    }
+    note = "without the checkpoint at 0" if lost else ""
+    words: dict[str, Any] = {"x": OVER[over], "y": label(metric), "title": note}
     if matrix is not None:
         rows = known.filter(pl.col("name") == matrix)
         words["title"] = ", ".join(filter(None, [label(matrix), words["title"]]))
@@ -192,7 +189,8 @@ def ridge_lines(samples: Sequence[Sequence[float]], times: Sequence[str], *, wha
     # From the top down, so that earlier curves stand before later ones.
     for place in reversed(range(len(kept))):
         heights = densities[place] * OVERLAP / highest
-        traces += _curve(np.exp(grid), place, heights, colours[place], f"{what} {kept[place][0]}")
+        name = f"{what} {kept[place][0]}"
+        traces += _curve(np.exp(grid), place + heights, ground=place, colour=colours[place], name=name)
     if len(chosen) < len(samples):
         title += f" ({len(chosen)} of {len(samples)} checkpoints)"
     made = figure(traces, x="singular value", y=what, title=title, height=140 + 22 * max(8, len(kept)))
@@ -209,18 +207,16 @@ def _grid(samples: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
     return np.linspace(low - margin, high + margin, POINTS)
 
 
-def _curve(
-    x: NDArray[np.float64], place: int, heights: NDArray[np.float64], colour: str, name: str
-) -> list[go.Scatter]:
+def _curve(x: NDArray[np.float64], y: NDArray[np.float64], *, ground: int, colour: str, name: str) -> list[go.Scatter]:
     """The ground that a curve stands on, and the curve."""
     fill = colour.replace("rgb(", "rgba(").replace(")", ",0.8)")
     common: dict[str, Any] = {"showlegend": False, "mode": "lines"}
-    ground = {"x": [float(x[0]), float(x[-1])], "y": [place, place], "line": {"color": colour, "width": 0.5}}
+    flat = {"x": [float(x[0]), float(x[-1])], "y": [ground, ground], "line": {"color": colour, "width": 0.5}}
     look = {"line": {"color": colour, "width": 1.5, "simplify": False}, "fill": "tonexty", "fillcolor": fill}
     hover = {"name": name, "hovertemplate": f"σ %{{x:.4g}}<extra>{name}</extra>"}
     return [
-        go.Scatter(**ground, hoverinfo="skip", **common),
-        go.Scatter(x=x.tolist(), y=(place + heights).tolist(), **look, **hover, **common),
+        go.Scatter(**flat, hoverinfo="skip", **common),
+        go.Scatter(x=x.tolist(), y=y.tolist(), **look, **hover, **common),
     ]
 
 
@@ -239,12 +235,7 @@ def _count(value: float) -> str:
 TRAJECTORY = "diffract trajectory MODEL... -o RUN"
 
 
-@kind(
-    "a metric over training: median and quartiles of each projection, or one matrix",
-    make=TRAJECTORY,
-    tables=("metrics",),
-    columns=("order",),
-)
+@kind(make=TRAJECTORY, tables=("metrics",), columns=("order",))
 def evolution_of_run(
     frames: Frames,
     *,
@@ -254,7 +245,7 @@ def evolution_of_run(
     over: str | None = None,
     axes: str | None = None,
 ) -> go.Figure:
-    """Draw ``evolution`` of a run."""
+    """A metric over training: median and quartiles of each projection, or one matrix."""
     metrics = of_projection(frames["metrics"], projection)
     chosen = pick_metric(metrics, metric, ("effective_rank", "stable_rank"))
     names = metrics["name"].unique(maintain_order=True).to_list()
@@ -263,13 +254,7 @@ def evolution_of_run(
     return evolution(metrics, chosen, over=_time_axis(metrics, over), matrix=one, axes=scales)
 
 
-@kind(
-    "spectra over training, of one matrix or pooled over a layer or projection",
-    make=TRAJECTORY,
-    tables=("metrics", "spectra"),
-    quantities=("sigma",),
-    columns=("order",),
-)
+@kind(make=TRAJECTORY, tables=("metrics", "spectra"), quantities=("sigma",), columns=("order",))
 def ridge_of_run(
     frames: Frames,
     *,
@@ -278,7 +263,7 @@ def ridge_of_run(
     projection: str | None = None,
     over: str | None = None,
 ) -> go.Figure:
-    """Draw ``ridge`` of a run."""
+    """Spectra over training, of one matrix or pooled over a layer or projection."""
     metrics, time = frames["metrics"], _time_axis(frames["metrics"], over)
     if layer is None and projection is None:
         names = [pick_matrix(frames, matrix, pick_model(frames, None), "sigma")]
