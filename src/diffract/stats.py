@@ -104,6 +104,23 @@ def reference_score(change_domain: Floats, change_reference: Floats) -> Floats:
 # Ranks
 
 
+def out_of_line(changes: Floats, among: Floats) -> NDArray[np.bool_]:
+    """Return which changes stand out: ln of the change lies over 6 MAD, and over ln 3, above the median of the others.
+
+    Args:
+        changes: (n,), sizes of changes, at least 0; of these no change is never out of line.
+        among: The sizes that they are judged by. Where half of them or more did not change, whatever changed is.
+
+    >>> out_of_line(np.array([0.0, 0.01, 9.0]), np.array([0.01, 0.012, 0.009, 0.011, 9.0])).tolist()
+    [False, False, True]
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs, others = np.log(changes), np.log(among)
+        middle = np.median(others)
+        spread = np.median(np.abs(others - middle)) if np.isfinite(middle) else 0.0
+    return (changes > 0) & (logs > middle + max(6 * spread, math.log(3)))
+
+
 def spearman(first: Floats, second: Floats) -> Floats:
     """Spearman's rank correlation, in [-1, 1]: Pearson's of the ranks, equal values sharing their mean rank.
 

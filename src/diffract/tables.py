@@ -9,7 +9,13 @@ A scan, a comparison or a trajectory
 
 ``metrics``   one row per model and matrix: labels, how it was computed, then one column per metric
 ``spectra``   one row per model, matrix and quantity (``sigma``, ``delta_sigma``, ``left_agreement``, ...): a list
-``heads``     of a comparison: one row per tuned model and head
+
+A comparison also
+
+``heads``     one row per tuned model and head
+``vectors``   one row per tuned model and tensor that is no matrix (norms, biases, gains): how much it changed
+``tokens``    one row per token whose row in a table of tokens changed out of line with the others
+``configuration``  one row per difference of configuration, tokenizer, generation settings and storage
 
 The heads of several domains
 
@@ -110,6 +116,38 @@ empty.
 ``retyped`` tensors are compared, though base and tuned store other dtypes; ``unmatched`` and ``resized`` ones are
 analysed alone.
 """
+
+VECTORS: dict[str, Any] = {
+    **_of(pl.String, "model", "tensor"),
+    "layer": pl.Int32,
+    "kind": pl.String,
+    "shape": pl.List(pl.Int64),
+    **_of(pl.String, "dtype", "status"),
+    **_of(pl.Float64, "norm", "delta", "delta_relative", "largest_change"),
+    "largest_at": pl.List(pl.Int64),
+    **_of(pl.Float64, "base_there", "tuned_there"),
+    "out_of_line": pl.Boolean,
+}
+"""Columns of ``vectors``: ``norm`` is ||W0||, ``delta`` ||W1 - W0||, ``delta_relative`` their ratio, null where the
+base is zero (``status`` zero); ``largest_change`` is that of the entry that changed most, which lies at ``largest_at``,
+and the two values there follow. ``status`` unpaired: only one of the two has it, or in another shape. ``out_of_line``:
+ln(delta_relative) lies over 6 MAD and ln 3 above the median of its ``kind``, the names without their numbers, or of all
+vectors where the kind has fewer than four."""
+
+TOKENS: dict[str, Any] = {
+    **_of(pl.String, "model", "tensor"),
+    "row": pl.Int64,
+    "token": pl.String,
+    **_of(pl.Float64, "norm", "delta", "delta_relative", "median_relative"),
+    "largest_at": pl.Int64,
+    **_of(pl.Float64, "base_there", "tuned_there"),
+}
+"""Columns of ``tokens``: the rows that changed out of line, by the rule of ``vectors`` among the rows that changed,
+whose median is ``median_relative``; ``token`` is the row's text, null where no tokenizer lies there."""
+
+CONFIGURATION: dict[str, Any] = _of(pl.String, "model", "file", "key", "base", "tuned", "effect")
+"""Columns of ``configuration``: ``effect`` is computation (what the model makes of the same tokens), text (which tokens
+a text becomes, and how answers are drawn) or none."""
 
 DOMAINS: dict[str, Any] = {
     **_of(pl.String, "a", "b"),
@@ -289,9 +327,11 @@ Schemas = Mapping[str, Mapping[str, Any]]
 
 _OF_MATRICES: Schemas = {"metrics": LABELS | OUTCOME, "spectra": SPECTRA, "models": MODELS, "tensors": TENSORS}
 
+_BESIDE: Schemas = {"vectors": VECTORS, "tokens": TOKENS, "configuration": CONFIGURATION}
+
 KINDS: dict[str, Schemas] = {
     "scan": _OF_MATRICES,
-    "compare": {**_OF_MATRICES, "heads": HEADS},
+    "compare": {**_OF_MATRICES, "heads": HEADS, **_BESIDE},
     "trajectory": _OF_MATRICES,
     "heads": {
         "heads": HEADS,
@@ -412,15 +452,17 @@ def load(folder: str | Path, *kinds: str, only: Sequence[str] | None = None) -> 
     if manifest["kind"] == "study" and not (folder / "findings.parquet").is_file():  # which a saved copy has
         return Tables(manifest, _read_study(folder))
     schemas = KINDS[manifest["kind"]]
-    # A comparison of before there was a table of heads: its metrics say what stood in it.
-    derived = manifest["kind"] == "compare" and not (folder / "heads.parquet").is_file()
-    there = [name for name in schemas if not (derived and name == "heads")]
+    # A comparison of before there was a table: its metrics say what stood in that of heads, of others nothing is known.
+    later = ("heads", *_BESIDE) if manifest["kind"] == "compare" else ()
+    lacking = [name for name in later if not (folder / f"{name}.parquet").is_file()]
+    there = [name for name in schemas if name not in lacking]
     if only is None:
         _require(folder, [f"{name}.parquet" for name in there])
     names = there if only is None else [name for name in only if (folder / f"{name}.parquet").is_file()]
     found = {name: _read(folder, name, schemas.get(name, {})) for name in names}
-    if derived and (only is None or "heads" in only):
-        found["heads"] = compared_heads(found["metrics"] if "metrics" in found else _read(folder, "metrics", {}))
+    for name in lacking if only is None else set(lacking) & set(only):
+        known = name == "heads"
+        found[name] = compared_heads(_read(folder, "metrics", {})) if known else pl.DataFrame(schema=schemas[name])
     return Tables(manifest, found)
 
 

@@ -337,6 +337,7 @@ def test_a_run_folder_comes_back_whole(family: tuple[Path, Path], tmp_path: Path
     folder = run.save(tmp_path / "run")
     assert sorted(p.name for p in folder.iterdir()) == [
         *(
+            "configuration.parquet",
             "heads.parquet",
             "manifest.json",
             "metrics.parquet",
@@ -344,6 +345,8 @@ def test_a_run_folder_comes_back_whole(family: tuple[Path, Path], tmp_path: Path
             "report.html",
             "spectra.parquet",
             "tensors.parquet",
+            "tokens.parquet",
+            "vectors.parquet",
         )
     ]
     same(run, diffract.load_run(folder))

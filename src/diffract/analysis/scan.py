@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from diffract.analysis.facts import MetricPlan
+from diffract.analysis.notable import add_notable
 from diffract.analysis.tables import Member, assemble
+from diffract.analysis.vectors import read_vectors
 from diffract.analysis.work import AnyTask, Part, Worker, circuit_tasks, run_all, tensor_tasks
 from diffract.architectures import Architecture
 from diffract.checkpoints import Checkpoint, Reference, open_checkpoint
@@ -102,13 +104,18 @@ def analyse(
                     vectors_to.add(f"{names[part.model]}/{matrix.name}.{side}", found.float().cpu().contiguous())
 
         parts, digests = run_all(tasks, worker, progress=options.progress, keep=save_vectors)
-        digests |= other_digests(layouts, digests, complete=options.select is None)
         roles = ["base", *["tuned"] * (len(layouts) - 1)] if len(layouts) > 1 else ["model"]
         members = [Member(*m) for m in zip(names, roles, layouts, strict=True)]
         kind = "compare" if len(layouts) > 1 else "scan"
+        vectors: list[dict[str, Any]] | None = None
+        if kind == "compare" and options.select is None:
+            vectors, read = read_vectors(members)
+            digests |= read
+        digests |= other_digests(layouts, digests, complete=options.select is None)
         manifest = {"kind": kind, "settings": {**options.settings(), "device": device.type}}
         manifest["seconds"] = round(time.monotonic() - begun, 3)
-        return assemble(members, parts, digests, plan=plan, manifest=manifest)
+        found = assemble(members, parts, digests, plan=plan, manifest=manifest)
+        return found if kind == "scan" else add_notable(found, members, vectors, digests=digests)
 
 
 def other_digests(

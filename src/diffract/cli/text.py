@@ -70,7 +70,10 @@ def say_place(given: Given, what: str, name: str = "") -> None:
 
 
 def show_analysis(run: Run, given: Given) -> None:
-    """Print a sentence on each model of a scan or a comparison."""
+    """Print what a comparison has to say first, then a sentence on each model of it or of a scan."""
+    for name, sentences in run.manifest.get("notable", {}).items():
+        for sentence in sentences:
+            say(f"{printable(name)}: {sentence}")
     warn(run.manifest["warnings"])
     for row in run.models.iter_rows(named=True):
         say(_model_sentence(row))
@@ -80,7 +83,7 @@ def show_analysis(run: Run, given: Given) -> None:
 def sum_up_analysis(run: Run, given: Given) -> dict[str, Any]:
     """Return the models of a scan, a comparison or a trajectory, with settings and places."""
     places = {"run": place(given), "report": place(given, "report.html")}
-    return {**kept(run.manifest), "models": run.models.to_dicts(), **places}
+    return {**kept(run.manifest, ("notable",)), "models": run.models.to_dicts(), **places}
 
 
 def _model_sentence(row: Mapping[str, Any]) -> str:

@@ -36,6 +36,8 @@ def write(tables: Tables, path: str | Path) -> Path:
 def render(tables: Tables) -> str:
     """Return the report of a run as HTML that needs nothing else, no network either."""
     data, found = payload(tables), headlines(tables)
+    notable = {printable(name, 60): said for name, said in tables.manifest.get("notable", {}).items()}
+    names = dict.fromkeys([*notable, *(h.model for h in found)])
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["size"] = size_text
     environment.filters["printable"] = printable
@@ -43,7 +45,8 @@ def render(tables: Tables) -> str:
         manifest=tables.manifest,
         kind=data["kind"],
         models=_described(tables),
-        headlines=[(name, [h for h in found if h.model == name]) for name in dict.fromkeys(h.model for h in found)],
+        headlines=[(name, [h for h in found if h.model == name]) for name in names],
+        notable=notable,
         concentration=concentration(tables.models),
         glossary=_by_group(tables.manifest["metrics"]),
         page=data,

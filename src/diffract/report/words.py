@@ -65,9 +65,9 @@ def _of_tuned(row: dict[str, Any]) -> list[Headline]:
     name = printable(row["model"], 60)
     found = []
     if (relative := row.get("delta_relative")) is not None:
-        text = "is the size of the change relative to the base (Frobenius norm)"
+        text = "is the size of the change of all matrices relative to the base (Frobenius norm)"
         if (changed := row.get("changed_share")) is not None:
-            text += f"; {changed:.1%} of the stored weights differ"
+            text += f"; {changed:.1%} of their entries differ"
         found.append(Headline(name, percent(relative), text + "."))
     if (share := row.get("value_share")) is not None:
         chance = row["value_share_chance"]

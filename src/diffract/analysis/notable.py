@@ -1,0 +1,172 @@
+"""What has to be said of a comparison before any number: equal weights, and changes that no spectrum shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, TypeAlias
+
+import polars as pl
+
+from diffract import tables
+from diffract.analysis.tables import Member
+from diffract.analysis.vectors import judge_vectors, token_table
+from diffract.analysis.work import CIRCUITS
+from diffract.checkpoints.configurations import compare_settings
+from diffract.errors import printable
+
+NAMED = 3
+"""Vectors, rows or keys that a sentence names."""
+
+NAME_CHARACTERS = 60
+
+Digests: TypeAlias = Mapping[tuple[int, str], str]
+"""Digests of tensors by the place of their model and their name."""
+
+
+def add_notable(
+    run: tables.Tables, members: Sequence[Member], vectors: Sequence[Mapping[str, Any]] | None, *, digests: Digests
+) -> tables.Tables:
+    """Return a comparison with the tables ``vectors``, ``tokens`` and ``configuration``, and what has to be said first.
+
+    Args:
+        run: The tables of the matrices.
+        members: The base and its tuned models.
+        vectors: The rows of their vectors; ``None`` where a part of the models was selected: neither these nor tokens
+            are asked for then.
+        digests: Of every tensor that was read, by model and name.
+
+    Returns:
+        The tables; ``notable`` of their manifest has the sentences of each tuned model, the most important first.
+    """
+    known = run.metrics.filter(pl.col("delta_relative") >= 0) if "delta_relative" in run.metrics.columns else None
+    judged, settings = [], []
+    for member in members[1:]:
+        changes = known.filter(model=member.name)["delta_relative"].to_list() if known is not None else []
+        judged += judge_vectors([row for row in vectors or () if row["model"] == member.name], changes)
+        differences = compare_settings(members[0].layout.checkpoint, member.layout.checkpoint)
+        settings += [{"model": member.name, **asdict(difference)} for difference in differences]
+    beside = {
+        "vectors": pl.DataFrame(judged, schema=tables.VECTORS, orient="row"),
+        "tokens": token_table(members if vectors is not None else members[:1]),
+        "configuration": pl.DataFrame(settings, schema=tables.CONFIGURATION, orient="row"),
+    }
+    found = tables.Tables(run.manifest, run.frames | beside)
+    said: dict[str, list[str]] = {}
+    for i, member in enumerate(members[1:], start=1):
+        sentences = [
+            _same(found, digests, (member.name, i)),
+            _settings(found, member.name, "computation"),
+            *_vectors(found.vectors.filter(model=member.name)),
+            *_tokens(found.tokens.filter(model=member.name)),
+            _settings(found, member.name, "text"),
+        ]
+        said[member.name] = [sentence for sentence in sentences if sentence]
+    return tables.Tables({**found.manifest, "notable": said}, found.frames)
+
+
+def _same(run: tables.Tables, digests: Digests, which: tuple[str, int]) -> str:
+    """Whether a tuned model is the base again; else, where it differs in bytes alone, what was not looked at."""
+    name, place = which
+    base = printable(run.models["model"][0], NAME_CHARACTERS)
+    ours, theirs = ({n: d for (i, n), d in digests.items() if i == at} for at in (0, place))
+    other = [n for n in dict.fromkeys((*ours, *theirs)) if ours.get(n) != theirs.get(n)]
+    own = run.metrics.filter(pl.col("model") == name, ~pl.col("projection").is_in(CIRCUITS).fill_null(value=False))
+    moved = set(own.filter(_changed(own))["tensor"])
+    whole = run.models.filter(model=name)["digest"][0] is not None
+    if not other:
+        lost = "; the adapter's change is smaller than the rounding of the merged weights" if moved else ""
+        part = "" if whole else " in everything that was selected"
+        return f"THE SAME WEIGHTS as {base}{part}: every tensor is equal to the bit{lost}."
+    told = moved | set(run.vectors.filter((pl.col("delta") > 0) | (pl.col("status") != "ok"))["tensor"])
+    alone = set(own.filter(status="unpaired")["tensor"])
+    if told & set(other) or alone or not whole:
+        return ""
+    return _unlooked(run, name, other)
+
+
+def _changed(own: pl.DataFrame) -> pl.Expr:
+    """Rows of matrices that changed, as far as the computed metrics tell; all where they do not."""
+    for column in ("delta_frobenius", "delta_changed_share", "delta_relative"):
+        if column in own.columns:
+            return pl.col(column).fill_null(1.0) > 0
+    return pl.lit(value=True)
+
+
+def _unlooked(run: tables.Tables, name: str, other: Sequence[str]) -> str:
+    """Tensors differ in bytes, but no number differs: another dtype, or tensors that are not analysed."""
+    base = printable(run.models["model"][0], NAME_CHARACTERS)
+    outcomes = dict(run.tensors.filter(model=name).select("tensor", "outcome").iter_rows())
+    looked = [n for n in other if outcomes.get(n) in ("analysed", "retyped", "vector", "not_matrix", "tied")]
+    if len(looked) == len(other):
+        return f"THE SAME VALUES as {base}, stored in other bytes (dtype, or the sign of zeros)."
+    left = [n for n in other if n not in looked]
+    first = ", ".join(f"{printable(n, NAME_CHARACTERS)} ({outcomes.get(n, 'only in the base')})" for n in left[:NAMED])
+    more = f" and {len(left) - NAMED} more" if len(left) > NAMED else ""
+    return f"Differs from {base} in bytes, but in nothing that was compared. Not looked at: {first}{more}."
+
+
+def _settings(run: tables.Tables, name: str, effect: str) -> str:
+    """What differs in configuration, or in tokenizer and template."""
+    rows = run.configuration.filter(model=name, effect=effect).rows(named=True)
+    if not rows:
+        return ""
+    told = [
+        f"{printable(row['file'], NAME_CHARACTERS)} {row['key']} {row['base']} -> {row['tuned']}".replace("  ", " ")
+        for row in rows[:NAMED]
+    ]
+    more = f"; and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
+    start = {
+        "computation": "Computes something else from the same weights",
+        "text": "Reads or draws text in another way",
+    }
+    return f"{start[effect]}: {'; '.join(told)}{more}."
+
+
+def _vectors(own: pl.DataFrame) -> list[str]:
+    said = []
+    marked = own.filter("out_of_line").sort(pl.col("delta_relative").fill_null(float("inf")), descending=True)
+    for row in marked.head(NAMED).iter_rows(named=True):
+        change = f"changed by {size(row['delta_relative'])}" if row["norm"] else "was zero and is not"
+        at = ", ".join(map(str, row["largest_at"]))
+        said.append(
+            f"{printable(row['tensor'], NAME_CHARACTERS)} {change}, out of line with other vectors; entry [{at}] most, "
+            f"{row['base_there']:.4g} -> {row['tuned_there']:.4g}."
+        )
+    if marked.height > NAMED:
+        said[-1] += f" {marked.height - NAMED} more vectors are out of line."
+    for status, text in {"non_finite": "hold NaN or Inf", "unpaired": "have no partner of their shape"}.items():
+        some = own.filter(status=status)["tensor"].to_list()
+        if some:
+            shown = ", ".join(printable(name, NAME_CHARACTERS) for name in some[:NAMED])
+            said.append(f"{len(some)} vectors {text}: {shown}{', ...' if len(some) > NAMED else ''}.")
+    return said
+
+
+def _tokens(own: pl.DataFrame) -> list[str]:
+    said = []
+    for (tensor,), rows in own.group_by("tensor", maintain_order=True):
+        told = [
+            f"row {row['row']}{_token(row['token'])} by {size(row['delta_relative'])}"
+            for row in rows.head(NAMED).iter_rows(named=True)
+        ]
+        more = f" and {rows.height - NAMED} more" if rows.height > NAMED else ""
+        middle = rows["median_relative"][0]
+        usual = f"; the other rows by {size(middle)} in the median" if middle else "; other rows did not"
+        said.append(f"{printable(tensor, NAME_CHARACTERS)} changed out of line: {', '.join(told)}{more}{usual}.")
+    return said
+
+
+def _token(text: str | None) -> str:
+    return "" if text is None else f" ({printable(repr(text), NAME_CHARACTERS)})"
+
+
+def size(value: float | None) -> str:
+    """Return a relative change for people; ``None`` where the base is zero.
+
+    >>> size(9.0), size(0.00042), size(2500.0), size(None)
+    ('900%', '0.042%', '2500 times', 'an unknown share (it was zero)')
+    """
+    if value is None:
+        return "an unknown share (it was zero)"
+    return f"{value:.0f} times" if value >= 100 else f"{value:.0%}" if value >= 0.1 else f"{value * 100:.2g}%"
