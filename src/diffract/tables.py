@@ -176,7 +176,7 @@ ITEM_SCORES: dict[str, Any] = {
     **_of(pl.Float64, "value", "weight"),
     "output": pl.String,
 }
-"""Columns of a table of scores; ``(task, item)`` is unique.
+"""Columns of a table of scores; ``(task, item)`` is unique. An item is a document, or ``DOCUMENT:PART`` of one.
 
 The quality of a task is sum(``value``) / sum(``weight``). Of bits per byte ``value`` is the bits that the model needs
 for the item's text, ``weight`` its UTF-8 bytes; elsewhere ``value`` is 0 or 1 (of lm-evaluation-harness its metric)
@@ -190,7 +190,8 @@ SUMMARY: dict[str, Any] = {
     **_of(pl.String, "unit", "better"),
     "chance": pl.Float64,
 }
-"""Columns of ``summary``; ``low`` and ``high`` are the interval's ends, ``chance`` the quality of guessing."""
+"""Columns of ``summary``; ``low`` and ``high`` are the interval's ends, null where the items are parts of fewer than
+five documents; ``chance`` is the quality of guessing."""
 
 QUALITY: dict[str, Any] = {
     "state": pl.Int32,

@@ -21,13 +21,31 @@ def table(name: str, values: list[float], weights: list[float] | None = None) ->
 
 
 def test_summary_by_hand() -> None:
-    items = pl.concat([table("text", [8.0, 4.0], [2.0, 4.0]), table("gsm", [1.0, 0.0, 0.0, 0.0])])
+    bits = table("text", [8.0, 4.0, 6.0, 2.0, 4.0], [2.0, 4.0, 2.0, 1.0, 3.0])
+    items = pl.concat([bits, table("gsm", [1.0, 0.0, 0.0, 0.0])])
     found = summarise(items, [GSM, BITS])
     assert found["task"].to_list() == ["gsm", "text"]
-    assert found["quality"].to_list() == [0.25, 2.0]  # 12 bits by 6 bytes
-    assert found["items"].to_list() == [4, 2]
-    # of two items, draws are (a, a), (a, b), (b, b): ratios 4, 2, 1, the outer ones a quarter of the time each
-    assert found.select("low", "high").row(1) == (1.0, 4.0)
+    assert found["quality"].to_list() == [0.25, 2.0]  # 24 bits by 12 bytes
+    assert found["items"].to_list() == [4, 5]
+    # Wilson's interval of 1 of 4, by its formula; Student's t of five ratios about 2, 2.776 of four degrees of freedom:
+    # squared residuals value - 2 weight are 16, 16, 4, 0, 4, and 2.776 sqrt(5 / 4 * 40) / 12 = 1.636
+    assert found.select("low", "high").row(0) == pytest.approx((0.04559, 0.69936), abs=1e-5)
+    assert found.select("low", "high").row(1) == pytest.approx((2 - 1.6360, 2 + 1.6360), abs=1e-3)
+
+
+def test_pieces_of_one_document_are_one_observation() -> None:
+    """Each piece five times over says nothing new; four documents are too few for an interval."""
+    alone = table("text", [8.0, 4.0, 6.0, 2.0, 4.0, 5.0])
+    names = [f"{document}:{piece}" for document in range(6) for piece in range(5)]
+    pieces = pl.concat([alone] * 5).sort("item").with_columns(item=pl.Series(names))
+    ends = [summarise(items, [BITS]).select("quality", "low", "high").row(0) for items in (alone, pieces)]
+    assert ends[0] == pytest.approx(ends[1], rel=1e-12)
+    tests = [paired(items, items.with_columns(pl.col("value") + 1), [BITS])["p"][0] for items in (alone, pieces)]
+    assert tests[0] == tests[1]
+    few = summarise(pieces.head(20), [BITS]).row(0, named=True)
+    assert (few["low"], few["high"], few["items"]) == (None, None, 20)
+    row = paired(pieces.head(20), pieces.head(20), [BITS]).row(0, named=True)
+    assert (row["difference"], row["low"], row["high"], row["p"]) == (0.0, None, None, 1.0)
 
 
 def test_paired_by_hand() -> None:

@@ -18,7 +18,9 @@ AT = (0.0, 0.25, 0.5, 1.0)
 def test_a_dip_in_accuracy_by_hand() -> None:
     """Ends 0.5 and 1.0: the line is at 0.625 and 0.75; quality 0.5 and 0.25 falls 0.125 and 0.5 below it."""
     values = np.array([[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]], dtype=float)
-    found = barrier(values, np.ones(4), AT, better="higher")
+    few = barrier(values, np.ones(4), AT, better="higher")
+    assert np.isnan([few.low, few.high, *few.gap_low]).all()  # four documents are too few
+    found = barrier(np.tile(values, 2), np.ones(8), AT, better="higher")
     assert found.gap.tolist() == [0.0, 0.125, 0.5, 0.0]
     assert (found.height, found.where) == (0.5, 2)
     assert found.low <= found.height <= found.high

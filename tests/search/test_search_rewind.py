@@ -92,7 +92,7 @@ def test_effects_are_those_of_single_heads(finished: tuple[Run, Path]) -> None:
         row = effects.row(by_predicate=pl.col("name") == name, named=True)
         assert row["effect"] == pytest.approx(difference["gain"][0], abs=1e-12)
         assert row["effect_easy"] == pytest.approx(difference["gain"][1], abs=1e-12)
-        assert row["low"] == pytest.approx(-difference["high"][0], abs=1e-12)
+        assert row["low"] is difference["high"][0] is None  # three documents are too few for an interval
     assert effects["p_holm"].to_list() == holm(effects["p"].to_list())
 
 
@@ -115,7 +115,7 @@ def test_what_is_chosen_is_chosen_on_selection_and_reported_on_held_out(finished
         if row["which"] == "best":
             assert row["selection_gain"] == own["gain"].max()
         else:
-            assert row["fraction"] == own.filter(pl.col("gain_high") >= 0)["fraction"].max()
+            assert row["fraction"] == own.filter(pl.col("gain_high").fill_null(pl.col("gain")) >= 0)["fraction"].max()
         held = found.points.filter(state=row["state"], split="held-out", task="math")
         assert row["held_out_gain"] == held["gain"][0]
         assert row["held_out_gain_low"] == held["gain_low"][0]

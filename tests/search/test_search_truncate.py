@@ -18,7 +18,7 @@ from diffract.search import Estimate, search_truncate
 from diffract.tables import KINDS, load
 from search_cases import BASE, MATH
 
-FAST: dict[str, Any] = {"eval": "math", "limit": 3, "fractions": "0,0.5,0.9,1", "seeds": 2}
+FAST: dict[str, Any] = {"eval": "math=word-problems:1", "limit": 6, "fractions": "0,0.5,0.9,1", "seeds": 2}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_the_run_folder_is_whole(finished: tuple[Run, Path]) -> None:
 
 def test_quality_is_that_of_the_edit(finished: tuple[Run, Path]) -> None:
     subject, base = load_subject(MATH), load_subject(BASE, device="cpu").model
-    judge = Evaluator(subject, load_tasks("math", limit=3))
+    judge = Evaluator(subject, load_tasks("math=word-problems:1", limit=6))
     for rule, at, step in (
         ("drop", 0.9, Truncate(base=base, drop=0.9)),
         ("mp-edge", 1.0, Truncate(base=base, rule="mp-edge")),
@@ -78,7 +78,7 @@ def test_what_is_chosen_takes_the_fewest_bytes_without_loss(finished: tuple[Run,
 def test_the_written_checkpoint_is_said_to_be_rounded(finished: tuple[Run, Path]) -> None:
     found, folder = finished
     written = found.manifest["written"]
-    alone = evaluate(str(folder / "out"), "math", limit=3, cache=False).summary["quality"].item()
+    alone = evaluate(str(folder / "out"), "math=word-problems:1", limit=6, cache=False).summary["quality"].item()
     assert written["held_out"][0]["written"] == pytest.approx(alone, rel=1e-9)
     # bf16 rounds by 2^-9 of what training moved by about as much
     assert written["held_out"][0]["live"] == pytest.approx(alone, rel=1e-3)

@@ -183,6 +183,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}g}"
 
 
+def interval(low: float | None, high: float | None, form: str = ".3g") -> str:
+    """Return an interval for people."""
+    return "-" if low is None or high is None else f"{low:{form}} to {high:{form}}"
+
+
 def percent(share: float | None) -> str:
     """Return a share for people, as whole percent."""
     return "-" if share is None else f"{share:.0%}"

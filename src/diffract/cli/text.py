@@ -8,7 +8,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffract.cli.console import note, number, percent, say, say_table, warn
+from diffract.cli.console import interval, note, number, percent, say, say_table, warn
 from diffract.errors import printable
 
 if TYPE_CHECKING:
@@ -321,7 +321,7 @@ def show_evaluation(found: Evaluated, given: Given) -> None:
     warn(run.manifest["warnings"])
     rows = [
         [
-            *(row["task"], number(row["quality"], 4), f"{number(row['low'], 4)} to {number(row['high'], 4)}"),
+            *(row["task"], number(row["quality"], 4), interval(row["low"], row["high"], ".4g")),
             *(str(row["items"]), row["unit"] + (f" (chance {number(c)})" if (c := row["chance"]) is not None else "")),
             row["better"],
         ]
@@ -338,8 +338,8 @@ def show_evaluation(found: Evaluated, given: Given) -> None:
 
 def _difference(row: Mapping[str, Any], before: float) -> list[str]:
     verdict = "better" if row["gain"] > 0 else "worse" if row["gain"] < 0 else "the same"
-    interval = f"{row['low']:+.3g} to {row['high']:+.3g}"
-    values = [row["task"], number(before, 4), f"{row['difference']:+.3g}", interval, verdict]
+    ends = interval(row["low"], row["high"], "+.3g")
+    values = [row["task"], number(before, 4), f"{row['difference']:+.3g}", ends, verdict]
     return [*values, number(row["p"]), number(row["p_holm"])]
 
 
@@ -401,8 +401,8 @@ def _show_choice(run: Run) -> None:
             name = f"{name} {best['seed']}"
         if best.get("reverse"):
             name = f"{name} reversed"
-        interval = f"{number(best['held_out_gain_low'])} to {number(best['held_out_gain_high'])}"
-        gains = [number(best["selection_gain"]), number(best["held_out_gain"]), interval]
+        ends = interval(best["held_out_gain_low"], best["held_out_gain_high"])
+        gains = [number(best["selection_gain"]), number(best["held_out_gain"]), ends]
         rows.append([name, f"{best[at]:.3g}", *gains, f"{far[at]:.3g}", number(far["held_out_gain"])])
     say_table([what, "best at", "selection", "held-out", "95%", "no loss to", "held-out"], rows)
     if what == "rule":
@@ -424,7 +424,7 @@ def _show_connections(run: Run) -> None:
         [
             *(f"{row['a']} - {row['b']}", row["task"] if row["counts"] else f"({row['task']})"),
             *(number(row["quality_a"]), number(row["quality_b"]), number(row["barrier"])),
-            *(f"{number(row['low'])} to {number(row['high'])}", f"{row['at']:.3g}"),
+            *(interval(row["low"], row["high"]), f"{row['at']:.3g}"),
             "yes" if row["pair_connected"] else "no",
         ]
         for row in run.pairs.rows(named=True)

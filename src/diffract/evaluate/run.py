@@ -19,7 +19,7 @@ from diffract.evaluate.scoring import BatchLimit, chunks
 from diffract.evaluate.statistics import paired, summarise
 from diffract.evaluate.tasks import VERSION, Item, Score, Task, score_table
 from diffract.settings import Progress
-from diffract.stats import holm
+from diffract.stats import FEWEST_DOCUMENTS, holm
 from diffract.store import Cache, cache_folder, cache_key
 from diffract.tables import ITEM_SCORES, Tables, new_manifest
 
@@ -73,6 +73,11 @@ def score(
         run = Evaluator(subject, tasks, cache=store, batch_tokens=batch_tokens, notes=notes.append, progress=progress)
         items = run.scores()
     notes += _unasked(items, tasks)
+    summary = summarise(items, tasks)
+    notes += [
+        f"{name}: no interval, as its items are parts of fewer than {FEWEST_DOCUMENTS} documents"
+        for name in summary.filter(pl.col("low").is_null())["task"]
+    ]
     manifest = new_manifest(
         "eval",
         models=[_described(subject, run.digests)],
@@ -81,7 +86,7 @@ def score(
         tasks=[task.settings() for task in tasks],
         warnings=list(dict.fromkeys(notes)),
     )
-    return Tables(manifest, {"items": items, "summary": summarise(items, tasks)})
+    return Tables(manifest, {"items": items, "summary": summary})
 
 
 def _described(subject: Subject, digests: tuple[str, str]) -> dict[str, Any]:

@@ -147,10 +147,14 @@ def _matrix(rows: pl.DataFrame, names: Sequence[str]) -> go.Heatmap:
         names,
         [[None if c is None else c["barrier"] for c in row] for row in grid],
         [["" if c is None else f"{c['barrier']:.3g}{' ✓' if c['connected'] else ''}" for c in row] for row in grid],
-        customdata=[["" if c is None else f"{c['low']:.4g} to {c['high']:.4g}" for c in row] for row in grid],
+        customdata=[["" if c is None else _interval(c["low"], c["high"]) for c in row] for row in grid],
         hovertemplate="%{z:.4g}, 95%: %{customdata}<extra></extra>",
         coloraxis="coloraxis",
     )
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return "not known" if low is None or high is None else f"{low:.4g} to {high:.4g}"
 
 
 def curves(
@@ -244,7 +248,7 @@ def model_simplex(simplex: pl.DataFrame, task: str) -> go.Figure:
         c=c,
         mode="markers",
         marker={"size": MARK, "color": rows["quality"].to_list(), **colours},
-        customdata=[f"{low:.4g} to {high:.4g}" for low, high in rows.select("low", "high").iter_rows()],
+        customdata=[_interval(low, high) for low, high in rows.select("low", "high").iter_rows()],
         hovertemplate="%{a:.2g} %{b:.2g} %{c:.2g}: %{marker.color:.4g}, 95%: %{customdata}<extra></extra>",
         cliponaxis=False,
     )

@@ -137,6 +137,8 @@ def banded(
 ) -> list[go.Scatter]:
     """Return a curve, behind it its band: the way along the lower ends and back along the upper ones.
 
+    Where an interval is not known there is no band.
+
     Args:
         x: Ascending.
         y: Of the curve.
@@ -147,7 +149,7 @@ def banded(
         hover: What is said of a point, as Plotly has it.
     """
     line = curve(x, y, name=name, look=look, legend=legend, hover=hover)
-    if ends is None:
+    if ends is None or None in ends[0]:
         return [line]
     outline: dict[str, Any] = {"x": [*x, *x[::-1]], "y": [*ends[0], *ends[1][::-1]]}
     fill = {"fill": "toself", "fillcolor": look["color"], "line": {"width": 0}, "mode": "lines", "hoverinfo": "skip"}

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from diffract.edits import Interpolate, Merge
 from diffract.errors import RunError, SelectionError, printable
 from diffract.evaluate import Task, summarise
+from diffract.evaluate.statistics import documents_of
 from diffract.search.plan import UNCHANGED, Point, SearchCurve
 from diffract.search.run import QualitySearch
 from diffract.search.scorer import RESAMPLES, Rows, Scorer
 from diffract.search.stage import Model, Stage
-from diffract.stats import interval
+from diffract.stats import FEWEST_DOCUMENTS, by_document, interval
 from diffract.tables import ITEMS, PAIRS, PATHS, SIMPLEX, frame
 
 Floats = NDArray[np.float64]
@@ -55,13 +56,14 @@ def barrier(
     """Return the barrier max over a of (linear interpolation of the ends' quality - quality), positive where it is bad.
 
     Quality at place k is q_k = sum_i values_ki / sum_i weights_i; of bits, where lower is better, the sign is the
-    opposite. The interval is that of the paired percentile bootstrap: items are drawn with replacement, for all places
-    the same, and the maximum is taken anew in each draw. A maximum of noisy numbers is more often too high than too
-    low, the more so the more places there are; so is the interval. That errs on the side of no connection.
+    opposite. The interval is that of the paired percentile bootstrap: documents are drawn with replacement, for all
+    places the same, and the maximum is taken anew in each draw. A maximum of noisy numbers is more often too high than
+    too low, the more so the more places there are; so is the interval. That errs on the side of no connection. Under
+    five documents there is no interval, and the ends of all are NaN.
 
     Args:
-        values: (K, items), one row per place.
-        weights: (items,).
+        values: (K, documents), one row per place.
+        weights: (documents,).
         at: K places from 0 to 1, ascending, both ends among them.
         better: ``higher`` or ``lower``.
         seed: Of the draws.
@@ -72,10 +74,12 @@ def barrier(
     """
     places = np.asarray(at, float)
     count = values.shape[1]
-    # Counts of each item in each draw: two matrix products then give all sums, of all places on the same items.
+    # Counts of each document in each draw: two matrix products then give all sums, of all places on the same ones.
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples).astype(float)
     found = gaps(values.sum(1) / weights.sum(), places, better)
     draws = gaps((drawn @ values.T) / (drawn @ weights)[:, None], places, better)
+    if count < FEWEST_DOCUMENTS:
+        draws = np.full_like(draws, np.nan)
     gap_low, gap_high = interval(draws, level)
     low, high = interval(draws.max(1), level)
     where = int(found.argmax())
@@ -99,7 +103,7 @@ def gaps(quality: Floats, at: Floats, better: str) -> Floats:
 
 
 def stacked(frames: Sequence[pl.DataFrame], task: Task) -> tuple[Floats, Floats]:
-    """Return the values of several states as rows over the same items, and the items' weights.
+    """Return the values of several states as rows over the same documents, and the documents' weights.
 
     Raises:
         RunError: They have other items.
@@ -107,7 +111,9 @@ def stacked(frames: Sequence[pl.DataFrame], task: Task) -> tuple[Floats, Floats]
     own = [frame.filter(pl.col("task") == task.name).sort("item") for frame in frames]
     if any(not frame["item"].equals(own[0]["item"]) for frame in own):
         raise RunError(f"task {printable(task.name)!r}: states were scored on different items. Evaluate them again.")
-    return np.stack([frame["value"].to_numpy() for frame in own]), own[0]["weight"].to_numpy()
+    values, weights = np.stack([frame["value"].to_numpy() for frame in own]), own[0]["weight"].to_numpy()
+    values, weights = by_document(documents_of(own[0]["item"]), values, weights)
+    return values, weights
 
 
 BASE = "base"
@@ -280,8 +286,8 @@ class ConnectSearch(QualitySearch):
                     .rows(named=True)
                 ]
         return {
-            "paths": frame(paths, PATHS),
-            "pairs": frame(pairs, PAIRS),
+            "paths": frame(paths, PATHS).with_columns(pl.col("gap_low", "gap_high").fill_nan(None)),
+            "pairs": frame(pairs, PAIRS).with_columns(pl.col("low", "high").fill_nan(None)),
             "simplex": frame(simplex, SIMPLEX),
             "items": scorer.items().select(*ITEMS),
         }

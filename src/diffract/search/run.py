@@ -208,10 +208,13 @@ def furthest_without_loss(
     """Return the furthest point without loss; the tuned model has none.
 
     Without a tolerance that is: no loss is shown, the paired interval of the gain reaches 0 (its upper end is not
-    below). With a tolerance t: a loss of more than t is excluded, the interval's lower end is at least -t.
+    below). With a tolerance t: a loss of more than t is excluded, the interval's lower end is at least -t. Where there
+    is no interval nothing is excluded: the gain itself must not be below 0.
     """
 
     def is_without_loss(gain: Mapping[str, Any]) -> bool:
+        if gain["gain_low"] is None:
+            return gain["gain"] >= 0
         return gain["gain_high"] >= 0 if tolerance is None else gain["gain_low"] >= -tolerance
 
     pairs = zip(points, gains, strict=True)

@@ -140,7 +140,7 @@ def difference_rows(
     for task, row in zip(tasks, paired(tuned, items, tasks, resamples=resamples).rows(named=True), strict=True):
         low, high = row["low"], row["high"]
         # Subtracted from zero instead of negated, and zero added to the gain: a table shall not say -0.0.
-        gains = (low, high) if task.better == "higher" else (0.0 - high, 0.0 - low)
+        gains = (low, high) if task.better == "higher" or low is None else (0.0 - high, 0.0 - low)
         found.append({
             "difference": row["difference"], "diff_low": low, "diff_high": high,
             "gain": row["gain"] + 0.0, "gain_low": gains[0], "gain_high": gains[1], "p": row["p"],

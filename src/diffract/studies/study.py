@@ -96,9 +96,9 @@ class Study:
         row = paired(self.scores(before), self.scores(after), self.tasks).row(
             by_predicate=pl.col("task") == task.name, named=True
         )
-        low, high = (
-            sorted((row["low"], row["high"])) if task.better == "higher" else sorted((-row["high"], -row["low"]))
-        )
+        low, high = row["low"], row["high"]
+        if task.better == "lower" and low is not None:
+            low, high = -high, -low
         return Number(f"gain in {task.name}", row["gain"], low=low, high=high, unit=task.unit)
 
     def tuning(self) -> str:
