@@ -357,3 +357,15 @@ def test_a_matrix_that_is_not_finite_is_named(kind: str, write_model: Callable[.
     with pytest.raises(diffract.CheckpointError, match=r"'model\.layers\.1\.mlp\.up_proj\.weight': expected finite"):
         apply({"model": model, **recipe}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_equals_an_input_says_so(tmp_path: Path) -> None:
+    base, tuned = save_pair(tmp_path, "qwen2", torch.bfloat16)
+
+    def same_as(name: str, at: float) -> list[str]:
+        return edited(tmp_path / name, tuned, Interpolate(other=base, at=at)).manifest["same_weights_as"]
+
+    assert [same_as("a", 0.0), same_as("b", 1.0), same_as("c", 0.5)] == [[str(tuned)], [str(base)], []]
+    command = [sys.executable, "-m", "diffract", "interpolate", tuned, base, "--at", "1", "-o", tmp_path / "d"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert shown.startswith(f"THE SAME WEIGHTS as {base}: every tensor that was written is equal to the bit.\n")

@@ -83,6 +83,9 @@ def apply(
             "inputs": {label: found.digests() for label, found in bench.inputs.items()},
             "outputs": dict(written.outputs),
         }
+        stored = {name: digest for part in written.outputs.values() for name, digest in part.items()}
+        equal = [label for label, read in manifest["inputs"].items() if stored.items() <= read.items()]
+        manifest["same_weights_as"] = equal if stored else []
         text = yaml.safe_dump(manifest["recipe"], sort_keys=False, allow_unicode=True)
         (folder / RECIPE).write_text(text, encoding="utf-8")
         card = model_card(manifest["recipe"], manifest["steps"], adapter=recipe.export is not None)
