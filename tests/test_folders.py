@@ -179,3 +179,103 @@ def test_a_file_appears_at_the_end(tmp_path: Path) -> None:
         fail()
     assert names(tmp_path) == ["a"]
     assert (tmp_path / "a").read_text() == "new"
+
+
+def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def noted(name: str) -> None:
+        real = getattr(os, name)
+
+        def call(first: object, *rest: object) -> object:
+            path = Path(f"/proc/self/fd/{first}").readlink() if isinstance(first, int) else Path(str(first))
+            calls.append(f"{name} {path.name.partition('.tmp-')[0]}")
+            return real(first, *rest)
+
+        monkeypatch.setattr(os, name, call)
+
+    noted("fsync")
+    noted("rename")
+    noted("replace")
+    with whole_folder(tmp_path / "out") as draft:
+        (draft / "deep").mkdir()
+        (draft / "deep" / "a").write_text("a")
+    renames = [call for call in calls if not call.startswith("fsync")]
+    assert calls == ["fsync a", "fsync deep", "fsync out", *renames, f"fsync {tmp_path.name}"]
+    calls.clear()
+    with whole_file(tmp_path / "b") as file:
+        file.write_text("b")
+    assert calls[0] == "fsync b"
+    assert calls[-1] == f"fsync {tmp_path.name}"
+
+
+def test_a_full_disk_at_the_end_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match="No space left"), whole_folder(tmp_path / "out") as draft:
+        (draft / "a").write_text("a")
+    assert names(tmp_path) == []
+
+
+def test_without_an_exchange_the_old_one_is_moved_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: object())  # a C library that has no renameat2
+    ours(tmp_path / "out")
+    with whole_folder(tmp_path / "out", force=True) as draft:
+        (draft / "a").write_text("a")
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["a"]
+
+
+def test_what_was_moved_aside_by_a_killed_process_is_put_back(tmp_path: Path) -> None:
+    ours(tmp_path / "out.tmp-old-01234567")
+    with pytest.raises(RunError, match="exists"), whole_folder(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == ["out"]
+    ours(tmp_path / "out.tmp-old-01234567")
+    with whole_folder(tmp_path / "out", force=True) as draft:
+        (draft / "a").write_text("a")
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
+    ours(tmp_path / "real")
+    (tmp_path / "out").symlink_to(tmp_path / "real")
+    with whole_folder(tmp_path / "out", force=True) as draft:
+        (draft / "a").write_text("a")
+    assert (tmp_path / "out").is_symlink()
+    assert names(tmp_path / "real") == ["a"]
+    assert names(tmp_path) == ["out", "real"]
+
+
+def test_drafts_of_a_killed_file_are_removed_and_others_stay(tmp_path: Path) -> None:
+    (tmp_path / "a.tmp-01234567").write_text("half")
+    (tmp_path / "b.tmp-01234567").write_text("another's")
+    with whole_file(tmp_path / "a") as draft, whole_file(tmp_path / "a") as second:
+        draft.write_text("first")
+        second.write_text("second")
+    assert names(tmp_path) == ["a", "b.tmp-01234567"]
+    assert (tmp_path / "a").read_text() == "first"
+
+
+@pytest.mark.parametrize("output", [".", "..", "/", "file/out", "file/deep/out", "/proc"])
+def test_a_place_where_nothing_can_appear_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner")
+    (tmp_path / "inner" / "file").write_text("x")
+    worked = []
+    refused = pytest.raises(RunError, match=r"cannot be made|to stand in|cannot be written")
+    with refused, whole_folder(output, force=True):
+        worked.append(output)
+    assert worked == []
+
+
+def test_what_a_killed_process_began_is_free(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.json.tmp-01234567").write_text("{")
+    with whole_folder(tmp_path / "out") as draft:
+        (draft / "a").write_text("a")
+    assert names(tmp_path / "out") == ["a"]

@@ -6,6 +6,8 @@ every result that it had finished.
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import fcntl
 import io
 import json
@@ -134,24 +136,39 @@ def _log_ahead(connection: sqlite3.Connection) -> None:
             time.sleep(0.01)
 
 
+DRAFT = re.compile(r"(?P<name>.+)\.tmp-(?P<old>old-)?[0-9a-f]{8}")
+"""What is being written beside the name that it will have, or was there before and is about to be removed."""
+
+
+def _draft_of(path: Path, kind: str = "") -> Path:
+    return path.parent / f"{path.name}.tmp-{kind}{uuid.uuid4().hex[:8]}"
+
+
 @contextmanager
 def whole_folder(folder: str | Path, *, force: bool = False) -> Iterator[Path]:
-    """Yield a draft folder beside ``folder`` and rename it there when the block ends well.
+    """Yield a draft folder beside ``folder``, which takes its name when the block ends well.
 
     An error inside the block, a full disk included, removes the draft and leaves what was there untouched. What a
-    killed process has left is removed by the next one that writes to the same folder.
+    killed process has left is removed by the next one that writes to the same folder. When the name is given, files,
+    draft and parent are on the disk, in this order, so that a power cut leaves the old folder or the new one.
     """
     folder = Path(folder)
-    refuse_existing(folder, force=force)
-    draft = folder.parent / f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}"
+    folder = folder.resolve() if folder.is_symlink() else folder  # what a link points to is replaced, not the link
+    draft = _draft_of(folder)
     try:
+        _clear_away(folder, folders=True)
+        refuse_existing(folder, force=force)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(folder)
         draft.mkdir()
         with held(draft):
             yield draft
             refuse_existing(folder, force=force)  # another process may have finished meanwhile
+            for place, _, names in os.walk(draft, topdown=False):
+                for name in names:
+                    _sync(Path(place, name))
+                _sync(Path(place))
             _replace(draft, folder)
+            _sync(folder.parent)
     except OSError as error:
         raise RunError(
             f"cannot write {str(folder)!r}: {error.strerror or error}. Nothing was changed there."
@@ -162,7 +179,7 @@ def whole_folder(folder: str | Path, *, force: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def held(draft: Path) -> Iterator[bool]:
-    """Hold a lock on a folder, which ends with the process however that ends; yield whether it was free."""
+    """Hold a lock on a folder or file, which ends with the process however that ends; yield whether it was free."""
     descriptor = os.open(draft, os.O_RDONLY)
     try:
         try:
@@ -175,25 +192,37 @@ def held(draft: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _remove_abandoned(folder: Path) -> None:
-    """Remove drafts of a folder that nobody is writing to any more."""
-    pattern = re.compile(re.escape(folder.name) + r"\.tmp-[0-9a-f]{8}")
-    for draft in folder.parent.iterdir():
-        if pattern.fullmatch(draft.name) and draft.is_dir():
-            with suppress(OSError), held(draft) as free:
-                if free:
-                    shutil.rmtree(draft, ignore_errors=True)
+def _clear_away(path: Path, *, folders: bool) -> None:
+    """Remove drafts of a folder or file that nobody writes any more; put back what was moved aside and not replaced."""
+    for draft in path.parent.iterdir() if path.parent.is_dir() else ():
+        match = DRAFT.fullmatch(draft.name)
+        if match is None or match["name"] != path.name or draft.is_symlink() or draft.is_dir() != folders:
+            continue
+        with suppress(OSError), held(draft) as free:
+            if not free:
+                continue
+            if match["old"] and not path.exists():
+                draft.replace(path)
+            elif folders:
+                shutil.rmtree(draft, ignore_errors=True)
+            else:
+                draft.unlink()
 
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path`` and rename it there when the block ends well."""
+    """Yield a temporary name beside ``path`` and rename it there when the block ends well, as ``whole_folder`` does."""
     path = Path(path)
-    draft = path.parent / f"{path.name}.tmp-{uuid.uuid4().hex[:8]}"
+    draft = _draft_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield draft
-        draft.replace(path)
+        _clear_away(path, folders=False)
+        draft.touch()
+        with held(draft):
+            yield draft
+            _sync(draft)
+            draft.replace(path)
+            _sync(path.parent)
     except OSError as error:
         raise RunError(f"cannot write {str(path)!r}: {error.strerror or error}. Nothing was changed there.") from error
     finally:
@@ -201,14 +230,36 @@ def whole_file(path: str | Path) -> Iterator[Path]:
             draft.unlink()
 
 
+def _sync(path: Path) -> None:
+    """Have the disk hold what was written to a file, or which names a folder has."""
+    if path.is_symlink():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot, most of them for folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
 def refuse_existing(folder: str | Path, *, force: bool) -> None:
-    """Raise unless ``folder`` is free, or is a run folder (or empty) that ``force`` may replace."""
+    """Raise unless ``folder`` is free and can be made, or is a run folder (or empty) that ``force`` may replace."""
     folder = Path(folder)
+    above = next((place for place in folder.absolute().parents if place.exists()), Path("/"))
+    if not above.is_dir():
+        raise RunError(f"{str(folder)!r} cannot be made: {str(above)!r} is a file. Choose another name.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise RunError(f"{str(folder)!r} cannot be written: {str(above)!r} is not yours to write to.")
     if not folder.exists():
         return
     if not folder.is_dir():
         raise RunError(f"{str(folder)!r} is a file, expected a folder to write to. Choose another name.")
-    if not any(folder.iterdir()):
+    if folder.is_mount() or Path.cwd().is_relative_to(folder.resolve()):
+        # Neither can be replaced by another folder, as which a whole run appears.
+        raise RunError(f"{str(folder)!r} is in use as a folder to stand in. Name a new folder, such as one within it.")
+    if all(DRAFT.fullmatch(path.name) for path in folder.iterdir()):
         return
     if not force:
         raise RunError(f"{str(folder)!r} exists. Choose another name, or pass --force to replace it.")
@@ -235,12 +286,28 @@ def write_text(path: str | Path, text: str) -> Path:
     return Path(path)
 
 
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+"""Parameters of Linux' renameat2."""
+
+
 def _replace(draft: Path, folder: Path) -> None:
-    """Rename ``draft`` to ``folder``; an older folder of that name is moved aside first and removed last."""
+    """Give a draft the name of a folder. An older folder of that name is what the draft's name stands for then."""
     if not folder.exists():
         draft.replace(folder)
         return
-    aside = folder.parent / f"{folder.name}.tmp-old-{uuid.uuid4().hex[:8]}"
-    folder.replace(aside)
-    draft.replace(folder)
-    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        exchange = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:  # not Linux, or an old C library
+        failed = errno.ENOSYS
+    else:
+        names = (os.fsencode(draft), os.fsencode(folder))
+        failed = ctypes.get_errno() if exchange(AT_FDCWD, names[0], AT_FDCWD, names[1], RENAME_EXCHANGE) else 0
+    if failed in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        # There is a moment without either; who is killed then leaves the old one aside, and the next run puts it back.
+        aside = _draft_of(folder, "old-")
+        with held(folder):
+            folder.replace(aside)
+            draft.replace(folder)
+        shutil.rmtree(aside, ignore_errors=True)
+    elif failed:
+        raise OSError(failed, os.strerror(failed))

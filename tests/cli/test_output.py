@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,29 @@ def test_quiet_report_prints_nothing(family: tuple[Path, Path], tmp_path: Path) 
     done = run.invoke(app, ["report", str(folder), "-o", str(tmp_path / "x.html"), "-q"])
     assert (done.exit_code, done.output) == (0, "")
     assert (tmp_path / "x.html").read_text() == (folder / "report.html").read_text()
+
+
+ENDED = """
+import os, sys, time
+from diffract.cli import main as cli
+from diffract.store import whole_folder
+def app():
+    with whole_folder(sys.argv[1]):
+        os.kill(os.getpid(), int(sys.argv[2]))
+        time.sleep(20)
+cli.app = app
+try:
+    cli.main()
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_being_asked_to_end_leaves_no_draft(tmp_path: Path, number: int) -> None:
+    done = subprocess.run([sys.executable, "-c", ENDED, tmp_path / "out", str(int(number))], check=False, timeout=60)
+    assert done.returncode == 130
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_quiet_still_tells_errors() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from diffract.studies.recipe import StudyRecipe
 from diffract.studies.runner import all_jobs, load_study, numbers_text, preview, study_report
 from diffract.studies.study import write_noise
 
+POPEN = subprocess.Popen
+WORDS: dict[str, Any] = {"model": {"init": "x"}, "mix": {"a": {"sources": ["stdlib"]}}, "tokens": 256}
 RECIPES = sorted((Path(__file__).parents[2] / "studies").glob("*.yaml"))
 
 
@@ -91,6 +95,20 @@ def test_a_failed_training_run_is_said_with_its_last_words(tmp_path: Path, monke
     broken = {"model": {"init": "nowhere"}, "mix": {"a": {"sources": ["none.txt"]}}, "tokens": 256}
     with pytest.raises(RunError, match="training broken failed: error: "):
         run_all([TrainingJob("broken", broken, tmp_path / "broken")], recipe, lambda text: None)
+
+
+def test_trainings_end_with_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two run side by side; the first to fail, as an interruption does, ends the other, which would take a minute."""
+    begun = time.monotonic()
+
+    def start(command: list[str], **how: Any) -> subprocess.Popen[str]:
+        return POPEN(["sh", "-c", "sleep 0.5; exit 1"] if "fails" in str(command) else ["sleep", "60"], **how)
+
+    monkeypatch.setattr("subprocess.Popen", start)
+    jobs = [TrainingJob(name, WORDS, tmp_path / name) for name in ("fails", "goes on")]
+    with pytest.raises(RunError, match="training fails failed"):
+        run_all(jobs, StudyRecipe.model_validate(micro(jobs=2)), lambda text: None)
+    assert time.monotonic() - begun < 30
 
 
 BUDGET = next(finding for finding in FINDINGS if finding.name == "budget")

@@ -65,9 +65,9 @@ def test_a_study_goes_on_where_it_was_stopped_and_ends_with_the_same_numbers(
     """The bases are trained in a process of their own, as all are; the others here, to save what starting one takes."""
     apart = family._run_apart
 
-    def near(job: TrainingJob, launch: Sequence[str]) -> TrainingJob:
+    def near(job: TrainingJob, launch: Sequence[str], children: list[Any]) -> TrainingJob:
         if job.name == family.PRETRAINING:
-            return apart(job, launch)
+            return apart(job, launch, children)
         train(job.recipe, job.folder)
         return job
 

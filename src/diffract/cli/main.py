@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -112,7 +113,10 @@ def root(
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line. Being asked to end, as schedulers and containers do, counts as Ctrl-C."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup has the second one ignored
+            signal.signal(number, signal.default_int_handler)
     app()
 
 

@@ -143,22 +143,34 @@ def run_all(jobs: Sequence[TrainingJob], recipe: StudyRecipe, say: Say) -> Seque
     """
     waiting = [job for job in jobs if not read_run(job.folder, load_train_recipe(job.recipe)).get("finished")]
     begun = time.monotonic()
+    children: list[subprocess.Popen[str]] = []
     with ThreadPoolExecutor(recipe.jobs) as pool:
-        for done, job in enumerate(pool.map(lambda j: _run_apart(j, recipe.launch), waiting), start=1):
-            say(f"trained {job.name} ({done} of {len(waiting)}, {time.monotonic() - begun:.0f} s)")
+        try:
+            for done, job in enumerate(pool.map(lambda j: _run_apart(j, recipe.launch, children), waiting), start=1):
+                say(f"trained {job.name} ({done} of {len(waiting)}, {time.monotonic() - begun:.0f} s)")
+        except BaseException:
+            # One has failed, or the study is asked to end: nobody would wait for the others.
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in children:
+                child.terminate()
+            raise
     return jobs
 
 
-def _run_apart(job: TrainingJob, launch: Sequence[str]) -> TrainingJob:
+def _run_apart(job: TrainingJob, launch: Sequence[str], children: list[subprocess.Popen[str]]) -> TrainingJob:
     # Trainings side by side need processes of their own: torch's threads and accelerate's state are one for each.
     path = write_text(job.folder.with_suffix(".yaml"), yaml.safe_dump(job.recipe, sort_keys=False))
     start = list(launch) or [sys.executable]
     command = [*start, "-m", "diffract", "train", str(path), "-o", str(job.folder), "--quiet"]
     try:
-        ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
     except OSError as error:
         raise RunError(f"cannot start {printable(start[0])!r}: {error.strerror}. Mend launch in the recipe.") from error
-    if ended.returncode:
-        last = (ended.stderr.strip().splitlines() or ["nothing was said"])[-1]
+    children.append(child)
+    _, said = child.communicate()
+    if child.returncode:
+        last = (said.strip().splitlines() or ["nothing was said"])[-1]
         raise RunError(f"training {job.name} failed: {printable(last, 500)} Run the study again to go on.")
     return job

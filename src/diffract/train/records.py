@@ -23,7 +23,7 @@ from torch import Tensor
 from diffract._version import __version__
 from diffract.errors import DiffractError, RecipeError, RunError, printable
 from diffract.settings import Progress
-from diffract.store import held, whole_file, write_text
+from diffract.store import DRAFT, held, whole_file, write_text
 from diffract.train.recipe import TrainRecipe
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def read_run(folder: Path, recipe: TrainRecipe) -> dict[str, Any]:
         RecipeError: The run was begun with another recipe.
     """
     path = folder / MANIFEST
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and all(DRAFT.fullmatch(path.name) for path in folder.iterdir())):
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
