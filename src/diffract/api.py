@@ -477,7 +477,7 @@ def inspect(
     finally:
         if checkpoint is not ref:
             checkpoint.close()
-    entries = list(layout.entries.values())
+    entries, aside = list(layout.entries.values()), layout.checkpoint.set_aside
     analysed = [entry for entry in entries if entry.matrices]
     kinds = Counter(
         (".".join(dict.fromkeys(p for p in (m.block, m.projection) if p)) or "other", m.shape, m.dtype)
@@ -494,7 +494,7 @@ def inspect(
         tensors=len(entries),
         matrices=sum(len(entry.matrices) for entry in analysed),
         kinds=tuple(MatrixKind(*kind, count) for kind, count in kinds.items()),
-        left_out=dict(Counter(entry.outcome for entry in entries if not entry.matrices)),
+        left_out=dict(Counter([e.outcome for e in entries if not e.matrices] + ["set_aside"] * len(aside))),
         multiplications=work,
         seconds_per_core=work / SCAN_RATE,
         peak_bytes=max((workspace_bytes(e.matrices, e.info.size_bytes) for e in analysed), default=0),

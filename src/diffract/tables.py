@@ -111,8 +111,9 @@ TENSORS: dict[str, Any] = {
     **_of(pl.String, "outcome", "note"),
 }
 """``outcome``: analysed | retyped | unmatched | resized | tied | not_selected | vector | not_matrix | not_float |
-empty.
+empty | set_aside.
 
+``set_aside`` ones are no weights: scales of quantised weights, optimizer states, unknown dtypes; ``note`` says which.
 ``retyped`` tensors are compared, though base and tuned store other dtypes; ``unmatched`` and ``resized`` ones are
 analysed alone.
 """

@@ -17,7 +17,7 @@ F32 = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 
 
 def parse(raw: bytes) -> dict[str, TensorInfo]:
-    return read_header(lambda offset, length: raw[offset : offset + length], len(raw), "x")[0]
+    return read_header(lambda offset, length: raw[offset : offset + length], len(raw), "x").infos
 
 
 def build(header: Any, data: bytes = b"") -> bytes:
@@ -49,9 +49,9 @@ def test_tensors_come_in_file_order(file: Path) -> None:
 
 def test_metadata_is_returned_and_is_no_tensor() -> None:
     raw = save({"w": torch.ones(2)}, {"format": "pt"})
-    infos, metadata = read_header(lambda o, n: raw[o : o + n], len(raw), "x")
-    assert metadata == {"format": "pt"}
-    assert list(infos) == ["w"]
+    header = read_header(lambda o, n: raw[o : o + n], len(raw), "x")
+    assert header.metadata == {"format": "pt"}
+    assert list(header.infos) == ["w"]
 
 
 LIES = {

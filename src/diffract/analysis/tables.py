@@ -297,6 +297,19 @@ def tensor_table(members: Sequence[Member]) -> pl.DataFrame:
         for member in members
         for entry in member.layout.entries.values()
     ]
+    rows += [
+        {
+            "model": member.name,
+            "tensor": name,
+            "shape": list(found.shape),
+            "dtype": found.dtype,
+            "size_bytes": found.size_bytes,
+            "outcome": "set_aside",
+            "note": found.reason,
+        }
+        for member in members
+        for name, found in member.layout.checkpoint.set_aside.items()
+    ]
     return tables.frame(rows, tables.TENSORS)
 
 

@@ -169,6 +169,8 @@ class Architecture:
             return None
         bare = _bare_names(self.spec, name)
         targets = [target for source, target in self.spec.tied.items() if source in bare]
+        if not targets:  # nearly always: looking through all names for each of them would be quadratic
+            return None
         return next((n for n in names for t in targets if t in _bare_names(self.spec, n)), None)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import sqrt
 from typing import TYPE_CHECKING, Any
@@ -101,11 +101,10 @@ def open_adapter(
     refuse_more_than_factors(config, reference)
     pairs = _pairs(weights, base, config, reference)
     source = Adapted(base, weights, pairs, owns_base=owns_base)
-    return Checkpoint(
+    return replace(
+        base,
         reference=reference,
-        infos=base.infos,
         sources=dict.fromkeys(base.infos, source),
-        config=base.config,
         tied={name: other for name, other in base.tied.items() if name not in pairs and other not in pairs},
         factors={name: partial(source.factors, name) for name in pairs},
         adapter=config,

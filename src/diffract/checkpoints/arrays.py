@@ -196,7 +196,7 @@ def open_pickles(folder: LocalFolder, shards: Shards) -> Checkpoint:
         CheckpointError: A file is damaged or refused, or a tensor is in two of them or in none.
     """
     joined = join((open_pickle(folder.path / name) for name in shards.files), folder.where)
-    check_promised(joined.infos, shards, folder.where)
+    check_promised(joined, shards, folder.where)
     return joined
 
 

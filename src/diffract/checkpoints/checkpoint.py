@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import blake3
 
-from diffract.checkpoints.header import TensorInfo
+from diffract.checkpoints.header import SetAside, TensorInfo
 from diffract.errors import CheckpointError, printable, suggest
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         adapter: An adapter's own configuration, empty for any other checkpoint.
         base_reference: The reference of an adapter's base, ``None`` for any other checkpoint.
         companions: For each file that belongs to the model besides its weights, a function that reads it.
+        set_aside: Stored tensors that are no weights, each with its reason.
+        notes: What a reader of numbers should know of how the weights are read, in sentences.
     """
 
     reference: str
@@ -81,6 +83,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     adapter: Mapping[str, Any] = field(default_factory=dict)
     base_reference: str | None = None
     companions: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
+    set_aside: Mapping[str, SetAside] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def names(self) -> list[str]:

@@ -18,6 +18,9 @@ ITEMSIZES: dict[str, int] = {
 }
 """Bytes per entry by safetensors' dtype names, the one spelling that diffract uses everywhere."""
 
+BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+"""Bits per entry of dtypes that safetensors has and nothing here reads: their tensors are set aside."""
+
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 """dtypes whose tensors are analysed; the others are listed."""
 
@@ -61,6 +64,38 @@ class TensorInfo:
         return self.dtype in FLOATS
 
 
+@dataclass(frozen=True)
+class SetAside:
+    """A stored tensor that is no weight.
+
+    Attributes:
+        shape: Its shape, as stored.
+        dtype: Its dtype as its file names it, untrusted text.
+        size_bytes: Bytes of it.
+        reason: Why it is not handed out.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    size_bytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the header of one file states.
+
+    Attributes:
+        infos: Tensors by name, in file order.
+        set_aside: Tensors of a dtype that is not read.
+        metadata: The file's own metadata.
+    """
+
+    infos: dict[str, TensorInfo]
+    set_aside: dict[str, SetAside]
+    metadata: dict[str, str]
+
+
 HEADER_LIMIT = 100_000_000
 """Largest header that is read, in bytes: the limit that the reference implementation sets too."""
 
@@ -77,16 +112,13 @@ Fetch = Callable[[int, int], bytes]
 """``fetch(offset, length)`` returns that many bytes of a file."""
 
 
-def read_header(fetch: Fetch, size: int, file: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def read_header(fetch: Fetch, size: int, file: str) -> Header:
     """Read and check the header of one safetensors file.
 
     Args:
         fetch: Reads bytes of the file.
         size: Size of the file in bytes.
         file: What to call it.
-
-    Returns:
-        Tensors by name in file order, and the file's own metadata.
 
     Raises:
         CheckpointError: The header is no header, or states what cannot be.
@@ -110,7 +142,13 @@ def read_header(fetch: Fetch, size: int, file: str) -> tuple[dict[str, TensorInf
     infos = [_tensor(name, entry, 8 + length, file) for name, entry in entries.items()]
     infos.sort(key=lambda info: (info.offset, info.size_bytes))
     _check_layout(infos, 8 + length, size, file)
-    return {info.name: info for info in infos}, metadata
+    unknown = {info.name: entries[info.name] for info in infos if entries[info.name]["dtype"] not in ITEMSIZES}
+    sizes = {info.name: info.size_bytes for info in infos}
+    set_aside = {
+        name: SetAside(tuple(entry["shape"]), entry["dtype"], sizes[name], f"dtype {printable(entry['dtype'], 20)}")
+        for name, entry in unknown.items()
+    }
+    return Header({info.name: info for info in infos if info.name not in unknown}, set_aside, metadata)
 
 
 def encode_header(infos: list[TensorInfo]) -> bytes:
@@ -173,19 +211,21 @@ def _tensor(name: str, entry: Any, start: int, file: str) -> TensorInfo:
             f"{where}: expected a dtype, a shape and two data_offsets, got {printable(entry)}. "
             "The header is damaged; fetch the file again."
         ) from error
-    if not isinstance(dtype, str) or dtype not in ITEMSIZES:
+    if not isinstance(dtype, str) or dtype not in {**ITEMSIZES, **BITS}:
         raise CheckpointError(
             f"{where}: unknown dtype {printable(dtype)!r}, expected one of {', '.join(ITEMSIZES)}. "
             "Save the tensor in one of them."
         )
     _check_numbers(shape, begin, end, where)
-    info = TensorInfo(name, tuple(shape), dtype, file=file, offset=start + begin)
-    if end - begin != info.size_bytes:
+    bits = prod(shape) * (BITS.get(dtype) or 8 * ITEMSIZES[dtype])
+    if 8 * (end - begin) != bits:
         raise CheckpointError(
             f"{where}: offsets {begin}..{end} hold {end - begin} bytes, but {dtype} of shape {shape} "
-            f"needs {info.size_bytes}. The header lies; do not use this file."
+            f"needs {-(-bits // 8)}. The header lies; do not use this file."
         )
-    return info
+    if dtype in BITS:  # bytes, so that its place is checked as any other's
+        return TensorInfo(name, (end - begin,), "U8", file=file, offset=start + begin)
+    return TensorInfo(name, tuple(shape), dtype, file=file, offset=start + begin)
 
 
 def _check_numbers(shape: Any, begin: Any, end: Any, where: str) -> None:

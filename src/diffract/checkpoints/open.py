@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from diffract.checkpoints import adapter
 from diffract.checkpoints.checkpoint import Checkpoint
+from diffract.checkpoints.quantised import dequantised
 from diffract.checkpoints.sources import (
     SAFETENSORS,
     TORCH,
@@ -83,8 +84,18 @@ class _How:
 
 
 def _open(reference: Reference, how: _How) -> Checkpoint:
+    """Open what a reference stands for, as weights and nothing else; an error closes what is open."""
     if isinstance(reference, Checkpoint):
         return reference
+    stored = _open_stored(reference, how)
+    try:
+        return dequantised(stored)
+    except BaseException:
+        stored.close()
+        raise
+
+
+def _open_stored(reference: Reference, how: _How) -> Checkpoint:
     if not isinstance(reference, str | Path):
         return _open_memory(reference)
     try:

@@ -6,7 +6,7 @@ import json
 import os
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from diffract.checkpoints.checkpoint import Checkpoint, Range, Source, byte_range, from_bytes
-from diffract.checkpoints.header import HEADER_LIMIT, TensorInfo, read_header
+from diffract.checkpoints.header import HEADER_LIMIT, SetAside, TensorInfo, read_header
 from diffract.errors import CheckpointError, printable
 
 if TYPE_CHECKING:
@@ -182,17 +182,18 @@ class Shards:
 
 
 def open_safetensors(file: ByteFile) -> tuple[Checkpoint, dict[str, str]]:
-    """Open one safetensors file; return it and its own metadata. An error closes it.
+    """Open one safetensors file; return it and the file's own metadata. An error closes it.
 
     Raises:
         CheckpointError: The file is damaged.
     """
     try:
-        infos, metadata = read_header(file.fetch, file.size, file.name)
+        header = read_header(file.fetch, file.size, file.name)
     except BaseException:
         file.close()
         raise
-    return Checkpoint(file.name, infos, dict.fromkeys(infos, file)), metadata
+    sources = dict.fromkeys(header.infos, file)
+    return Checkpoint(file.name, header.infos, sources, set_aside=header.set_aside), header.metadata
 
 
 def open_shards(folder: Folder, shards: Shards) -> Checkpoint:
@@ -209,7 +210,7 @@ def open_shards(folder: Folder, shards: Shards) -> Checkpoint:
             return open_safetensors(file)[0]
 
         joined = join(pool.map(open_one, shards.files), folder.where)
-        check_promised(joined.infos, shards, folder.where)
+        check_promised(joined, shards, folder.where)
         opened.pop_all()
     return joined
 
@@ -262,9 +263,9 @@ def is_plain_name(name: str) -> bool:
     return name not in ("", ".", "..") and name.isprintable() and not any(c in name for c in "/\\:")
 
 
-def check_promised(found: Mapping[str, Any], shards: Shards, where: str) -> None:
+def check_promised(found: Checkpoint, shards: Shards, where: str) -> None:
     """Raise unless every tensor that the index promises is in one of the files."""
-    lost = sorted(set(shards.tensors) - set(found))
+    lost = sorted(set(shards.tensors) - set(found) - set(found.set_aside))
     if lost:
         raise CheckpointError(
             f"{where}: the index promises {len(lost)} tensors that no file holds, first "
@@ -281,6 +282,7 @@ def join(shards: Iterable[Checkpoint], where: str) -> Checkpoint:
     infos: dict[str, TensorInfo] = {}
     sources: dict[str, Source] = {}
     tied: dict[str, str] = {}
+    set_aside: dict[str, SetAside] = {}
     for shard in shards:
         twice = sorted(infos.keys() & shard.infos.keys())
         if twice:
@@ -291,7 +293,8 @@ def join(shards: Iterable[Checkpoint], where: str) -> Checkpoint:
         infos |= shard.infos
         sources |= shard.sources
         tied |= shard.tied
-    return Checkpoint(where, infos, sources, tied=tied)
+        set_aside |= shard.set_aside
+    return Checkpoint(where, infos, sources, tied=tied, set_aside=set_aside)
 
 
 def read_config(folder: Folder) -> dict[str, Any]:

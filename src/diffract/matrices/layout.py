@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,7 +86,9 @@ def lay_out(
         kept = set(select((m for e in entries.values() for m in e.matrices), selection))
         entries = {name: _restrict(entry, kept.__contains__) for name, entry in entries.items()}
     notes = (architecture.note,) if architecture.note else ()
-    return Layout(checkpoint, architecture, entries, (*notes, *warnings))
+    aside = Counter(found.reason for found in checkpoint.set_aside.values())
+    told = [f"Set aside, not analysed: {count} tensors ({reason})." for reason, count in aside.items()]
+    return Layout(checkpoint, architecture, entries, (*notes, *checkpoint.notes, *told, *warnings))
 
 
 def restrict(layout: Layout, keep: Callable[[Matrix], bool]) -> Layout:
