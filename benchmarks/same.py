@@ -349,7 +349,11 @@ def run_part(part: str, data: Path | None, server: Server, work: Path) -> list[s
 
 def written(part: str, work: Path) -> list[str]:
     """Return the files of a part that are compared; of a study its numbers alone."""
-    files = [path for path in sorted((work / part).rglob("*")) if path.is_file() and path.suffix != ".sqlite"]
+    files = [
+        path
+        for path in sorted((work / part).rglob("*"))
+        if path.is_file() and "cache" not in path.relative_to(work).parts
+    ]
     return [str(path.relative_to(work)) for path in files if part != "study" or path.name == "numbers.json"]
 
 

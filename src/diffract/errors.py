@@ -40,6 +40,10 @@ class CorpusError(DiffractError):
     """Text for training or evaluation cannot be read, or must not be used so."""
 
 
+class DiffractWarning(UserWarning):
+    """Something that is not as it should be, without which work goes on."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the nearest known names, or an empty string."""
     near = get_close_matches(name, list(known), n=3, cutoff=0.55)

@@ -126,6 +126,25 @@ def size_text(count: float, unit: str = "B") -> str:
     return f"{count:.3g} {unit}".rstrip()
 
 
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def parse_size(value: object) -> object:
+    """Read a size in bytes: ``5GB``, ``200 MB``, or a number.
+
+    >>> parse_size("5GB")
+    5000000000
+    """
+    if not isinstance(value, str):
+        return value
+    text = value.strip().upper().removesuffix("B").strip()
+    unit = text[-1:] if text[-1:] in UNITS else ""
+    try:
+        return int(float(text.removesuffix(unit)) * UNITS[unit])
+    except (ValueError, OverflowError):
+        raise ValueError(f"expected a size such as 5GB or 200MB, got {value!r}") from None
+
+
 def natural_key(text: str) -> list[str | int]:
     """Return a key that sorts names as people do: numbers in them count as numbers.
 

@@ -1,7 +1,6 @@
 """Results by content: what was computed of the same bytes in the same way is not computed again.
 
-One SQLite file in WAL mode: several threads and processes may use it at once, and a process that is killed leaves
-every result that it had finished.
+And folders and files that appear whole: what a process writes has its name when all of it is on the disk.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ import json
 import os
 import re
 import shutil
-import sqlite3
-import threading
 import time
 import uuid
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,26 @@ import blake3
 import platformdirs
 import polars as pl
 
-from diffract.errors import RunError
+from diffract.errors import DiffractWarning, RunError
+from diffract.settings import size_text
 
 FORMAT = 1
 """Raised when the layout of what is stored changes."""
 
-WAIT_SECONDS = 60
+RESULTS, FOLDERS = "results", 256
+"""The folder of results within the cache; folders within it, by the first two digits of keys."""
+
+CACHED = (RESULTS, "tokens", "tokenizers")
+"""What lies in the cache: results, and what training makes of text."""
+
+CACHED_NAME = re.compile(r"[0-9a-f]{32,64}(\.npy|\.json)?(\.tmp-[0-9a-f]{8})?")
+"""What files of the cache are called; no other file is ever removed."""
+
+MOST_BYTES = 10_000_000_000
+"""What the results of all analyses and evaluations may take."""
 
 DIGEST_BYTES = 32
-"""A digest stands before each value."""
+"""A digest stands before each frame."""
 
 
 def cache_folder() -> Path:
@@ -49,50 +59,65 @@ def cache_key(*parts: Any) -> str:
 
 
 class Cache:
-    """Frames by key.
+    """Frames by key, each in a file of its own that appears whole.
+
+    Any number of threads, processes and machines may use a folder at once, on network file systems too: nothing is
+    locked and nothing is written over. A digest of key and content stands before each frame; what does not have its
+    digest, damaged or taken from another place, counts as absent. Where a file cannot be read or written, a warning
+    says so and work goes on without.
 
     Args:
-        folder: Where the file lies; made if it is not there.
-
-    Raises:
-        RunError: The file cannot be opened or written; nothing of it is used then.
+        folder: Where the files lie; made when something is kept.
+        most_bytes: What they may take together; beyond that, what was not used for longest is removed. No bound by
+            default.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "results.sqlite"
-        self._local = threading.local()
-        self._opened: list[sqlite3.Connection] = []
-        self._lock = threading.Lock()
-        with self._explained():
-            folder.mkdir(parents=True, exist_ok=True)
-            self._connection()
+    def __init__(self, folder: Path, *, most_bytes: int | None = None) -> None:
+        self.folder, self._most_bytes = folder, most_bytes
+        self._last: Path | None = None
+        self._told = False
 
     def get(self, key: str) -> pl.DataFrame | None:
-        """Return a result, or ``None``; one whose bytes have changed counts as absent."""
-        with self._explained():
-            row = self._connection().execute("SELECT value FROM results WHERE key = ?", (key,)).fetchone()
-        if row is None or row[0][:DIGEST_BYTES] != blake3.blake3(row[0][DIGEST_BYTES:]).digest():
+        """Return a result, or ``None``."""
+        path = self._path(key)
+        try:
+            content = path.read_bytes()
+            os.utime(path)  # it is used: of what has not been for long, room is made first
+        except FileNotFoundError:
             return None
-        return pl.read_ipc(io.BytesIO(row[0][DIGEST_BYTES:]))
+        except OSError as error:
+            return self._warn(error)
+        if content[:DIGEST_BYTES] != _digest(key, content[DIGEST_BYTES:]):
+            return None
+        return pl.read_ipc(io.BytesIO(content[DIGEST_BYTES:]))
 
     def put(self, key: str, value: pl.DataFrame) -> None:
         """Keep a result; it is there whole, or not at all."""
-        buffer = io.BytesIO()
+        buffer, path = io.BytesIO(), self._path(key)
         value.write_ipc(buffer)
-        content = buffer.getvalue()
-        checked = blake3.blake3(content).digest() + content
-        with self._explained():
-            connection = self._connection()
-            with connection:
-                connection.execute("INSERT OR REPLACE INTO results VALUES (?, ?)", (key, checked))
+        # Not synced: of a file that a power cut has emptied the digest tells, and it is computed again.
+        draft = _draft_of(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft.write_bytes(_digest(key, buffer.getvalue()) + buffer.getvalue())
+            draft.replace(path)
+            self._last = path
+        except OSError as error:
+            self._warn(error)
+            with suppress(OSError):
+                draft.unlink()
 
     def close(self) -> None:
-        """Close all connections, those of other threads too."""
-        with self._lock:
-            for connection in self._opened:
-                connection.close()
-            self._opened.clear()
-        self._local = threading.local()
+        """Make room, if what was kept may have passed the bound."""
+        if self._most_bytes is None or self._last is None:
+            return
+        # Keys are digests, so that any of the folders holds its share of all: one is looked at instead of all.
+        with suppress(OSError):
+            if FOLDERS * sum(path.stat().st_size for path in self._last.parent.iterdir()) > self._most_bytes:
+                own = [entry for entry in entries(self.folder) if entry.kind == RESULTS]
+                removed = prune(own, most_bytes=self._most_bytes)
+                size = size_text(sum(entry.size_bytes for entry in removed))
+                self._say(f"the cache at {str(self.folder)!r} was full: {size} that were not used for longest are gone")
 
     def __enter__(self) -> Cache:
         return self
@@ -100,40 +125,74 @@ class Cache:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _connection(self) -> sqlite3.Connection:
-        """This thread's connection."""
-        if not hasattr(self._local, "connection"):
-            connection = sqlite3.connect(self.path, timeout=WAIT_SECONDS, check_same_thread=False)
-            _log_ahead(connection)
-            connection.execute("PRAGMA synchronous = NORMAL")
-            connection.execute("CREATE TABLE IF NOT EXISTS results (key TEXT PRIMARY KEY, value BLOB NOT NULL)")
-            with self._lock:
-                self._opened.append(connection)
-            self._local.connection = connection
-        return self._local.connection
+    def _path(self, key: str) -> Path:
+        return self.folder / RESULTS / key[:2] / key
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except (sqlite3.Error, OSError) as error:
-            raise RunError(
-                f"the cache at {str(self.path)!r} cannot be used: {error}. "
-                "Free space or remove the file, set DIFFRACT_CACHE_DIR to another folder, or pass --no-cache."
-            ) from error
+    def _warn(self, error: OSError) -> None:
+        if not self._told:
+            self._told = True
+            self._say(
+                f"the cache at {str(self.folder)!r} cannot be used: {error.strerror or error}. Work goes on without. "
+                "Free space, set DIFFRACT_CACHE_DIR to another folder, or pass --no-cache."
+            )
+
+    def _say(self, text: str) -> None:
+        warnings.warn(text, DiffractWarning, stacklevel=3)
 
 
-def _log_ahead(connection: sqlite3.Connection) -> None:
-    """Set WAL mode; SQLite does not wait by itself while another process is setting it."""
-    deadline = time.monotonic() + WAIT_SECONDS
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            return
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
+def _digest(key: str, content: bytes) -> bytes:
+    return blake3.blake3(key.encode() + b"\0" + content).digest()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of the cache.
+
+    Attributes:
+        kind: What it is: a name of ``CACHED``.
+        path: Where it lies.
+        size_bytes: What it takes.
+        used: When it was last used, in seconds since 1970.
+    """
+
+    kind: str
+    path: Path
+    size_bytes: int
+    used: float
+
+
+def entries(folder: Path) -> list[Entry]:
+    """Return all files of a cache; what is not the cache's own, and what goes meanwhile, is left out."""
+    paths = [path for path in folder.glob("results.sqlite*") if path.is_file()]  # of versions before
+    for kind in CACHED:
+        for place, _, names in os.walk(folder / kind):
+            paths += [Path(place, name) for name in names if CACHED_NAME.fullmatch(name)]
+    found = []
+    for path in paths:
+        with suppress(FileNotFoundError):
+            stat, kind = path.lstat(), path.relative_to(folder).parts[0]
+            found.append(Entry(kind, path, stat.st_size, used=max(stat.st_atime, stat.st_mtime)))
+    return found
+
+
+def prune(found: Sequence[Entry], *, most_bytes: int | None = None, most_seconds: float | None = None) -> list[Entry]:
+    """Remove the files of a cache that were not used for longest, and return them.
+
+    Args:
+        found: Which files there are.
+        most_bytes: What all of them may take together afterwards.
+        most_seconds: How long ago any that stays was used at most.
+    """
+    removed, total, now = [], 0, time.time()
+    for entry in sorted(found, key=lambda entry: -entry.used):
+        total += entry.size_bytes
+        if (most_bytes is not None and total > most_bytes) or (
+            most_seconds is not None and now - entry.used > most_seconds
+        ):
+            with suppress(OSError):
+                entry.path.unlink()
+                removed.append(entry)
+    return removed
 
 
 DRAFT = re.compile(r"(?P<name>.+)\.tmp-(?P<old>old-)?[0-9a-f]{8}")

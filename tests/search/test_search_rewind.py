@@ -44,7 +44,7 @@ def test_the_run_folder_is_whole(finished: tuple[Run, Path]) -> None:
         assert_frame_equal(getattr(again, name), getattr(found, name))
     assert again.manifest["kind"] == "search rewind"
     assert not (folder / "run.work").exists()
-    assert (folder / "run" / "cache" / "results.sqlite").is_file()
+    assert (folder / "run" / "cache" / "results").is_dir()
     assert [m["role"] for m in again.manifest["models"]] == ["base", "tuned"]
     assert len({m["digest"] for m in again.manifest["models"]}) == 2
 
@@ -165,7 +165,7 @@ def test_a_search_that_was_stopped_goes_on(
     stop = 60
     with pytest.raises(KilledError):
         search_rewind(BASE, MATH, reference=NATURAL, output=tmp_path / "run", **FAST)
-    assert (tmp_path / "run.work" / "results.sqlite").is_file()
+    assert (tmp_path / "run.work" / "results").is_dir()
     assert not (tmp_path / "run").exists()
     before, stop = len(set(computed)) - 1, -1
     found = search_rewind(BASE, MATH, reference=NATURAL, output=tmp_path / "run", **FAST)

@@ -35,7 +35,7 @@ from diffract.errors import CheckpointError, SelectionError, choose, printable
 from diffract.matrices import Layout, Matrix, merge_strange_adapters, pair, restrict
 from diffract.metrics.pair import cosine_chance, delta_cosine, delta_cosine_chance, split_domains
 from diffract.stats import reference_score, spearman
-from diffract.store import Cache, cache_folder
+from diffract.store import MOST_BYTES, Cache, cache_folder
 from diffract.tables import MODELS, Tables, frame
 
 
@@ -304,7 +304,7 @@ def analyse_heads(
         layouts = pair_heads(opened, wanted, allow_unmatched=allow_unmatched)
         paired = [task for task in tensor_tasks(layouts) if task.tuned]
         tasks = [HeadTask(task.info, task.matrices, task.model, task.tuned) for task in paired]
-        cache = stack.enter_context(Cache(cache_folder())) if options.cache else None
+        cache = stack.enter_context(Cache(cache_folder(), most_bytes=MOST_BYTES)) if options.cache else None
         worker = Worker([layout.checkpoint for layout in layouts], MetricPlan(), device, cache)
         parts, _ = run_all(tasks, worker, progress=options.progress)
         slices = _slices(opened[0], layouts, {task.tensor: task.tuned for task in tasks}, parts)

@@ -23,7 +23,7 @@ from diffract.linalg import Method
 from diffract.matrices import Layout, lay_out, merge_strange_adapters, pair
 from diffract.metrics import Metric, choose_metrics, split_names
 from diffract.settings import Progress
-from diffract.store import Cache, cache_folder
+from diffract.store import MOST_BYTES, Cache, cache_folder
 from diffract.tables import Tables
 
 METHODS = ("auto", "exact")
@@ -95,7 +95,11 @@ def analyse(
         if options.circuits:
             tasks += circuit_tasks(layouts)
         # the cache keeps no vectors, so whatever is to be saved has to be computed
-        cache = stack.enter_context(Cache(cache_folder())) if options.cache and not options.vectors else None
+        cache = (
+            stack.enter_context(Cache(cache_folder(), most_bytes=MOST_BYTES))
+            if options.cache and not options.vectors
+            else None
+        )
         worker = Worker([layout.checkpoint for layout in layouts], plan, device, cache)
 
         def save_vectors(part: Part) -> None:

@@ -24,7 +24,7 @@ from diffract.engine import choose_device
 from diffract.errors import CheckpointError, choose, printable
 from diffract.matrices import Layout, pair
 from diffract.settings import Progress
-from diffract.store import Cache, cache_folder
+from diffract.store import MOST_BYTES, Cache, cache_folder
 from diffract.tables import AGAINST, LABELS, MODELS, OUTCOME, TIMELINE, Tables
 
 PEAKS = "peak_count"
@@ -170,7 +170,7 @@ def follow(
     costs = _survey(series, options, against, allow_unmatched=allow_unmatched)
     found: list[Tables] = []
     with ExitStack() as stack:
-        cache = stack.enter_context(Cache(cache_folder())) if options.cache else None
+        cache = stack.enter_context(Cache(cache_folder(), most_bytes=MOST_BYTES)) if options.cache else None
         opened = stack.enter_context(closing(visits(series, options, against)))
         for visit in opened:
             layouts, tasks = _tasks(visit, allow_unmatched=allow_unmatched)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffract.cli import text
 from diffract.cli.generate import Command
-from diffract.errors import CheckpointError, RecipeError, printable
+from diffract.errors import CheckpointError, RecipeError, SelectionError, printable
 
 if TYPE_CHECKING:
     from diffract.checkpoints import Reference
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 DOMAINS = ("natural", "math", "code", "instructions")
 """Continuations of the base in the sample family."""
+
+DAY_SECONDS = 86_400
 
 SIZES = ("width", "height", "scale")
 """Options of a figure that concern its file and not what is drawn."""
@@ -94,6 +97,48 @@ def metrics(*, facts: bool = False) -> dict[str, Any]:
         for m in members
     ]
     return {"metrics": rows, "extensions": sorted(installed_metrics())}
+
+
+def cache(*, prune: str | None = None) -> dict[str, Any]:
+    """Show what is kept of earlier work, how large and how old it is, and remove what was not used for longest.
+
+    Args:
+        prune: What may stay: a size such as 20GB, or a time since the last use such as 30d or 12h.
+    """
+    import time
+
+    from diffract import store
+
+    folder, removed = store.cache_folder(), []
+    if prune is not None:
+        removed = store.prune(store.entries(folder), **_room(prune))
+    now, found = time.time(), store.entries(folder)
+    kinds = {kind: [entry for entry in found if entry.kind == kind] for kind in sorted({e.kind for e in found})}
+    rows = [
+        {
+            "kind": kind,
+            "files": len(own),
+            "size_bytes": sum(entry.size_bytes for entry in own),
+            "unused_days": round((now - min(entry.used for entry in own)) / DAY_SECONDS, 2),
+        }
+        for kind, own in kinds.items()
+    ]
+    freed = sum(entry.size_bytes for entry in removed)
+    return {"folder": str(folder), "kinds": rows, "removed": len(removed), "removed_bytes": freed}
+
+
+def _room(text: str) -> dict[str, Any]:
+    """Read what may stay in the cache."""
+    from diffract.settings import parse_size
+
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([dh])", text.strip()):
+        return {"most_seconds": float(match[1]) * (DAY_SECONDS if match[2] == "d" else 3600)}
+    try:
+        return {"most_bytes": parse_size(text)}
+    except ValueError as error:
+        raise SelectionError(
+            f"--prune: expected a size such as 20GB, or 30d or 12h, got {printable(text)!r}."
+        ) from error
 
 
 def evaluate(
@@ -294,6 +339,9 @@ COMMANDS = (
         show=text.show_metrics,
         summary=text.everything,
         hidden=("quiet",),
+    ),
+    Command(
+        "cache", "See", (f"{HERE}:cache",), show=text.show_cache, summary=text.everything, metavars={"prune": "LIMIT"}
     ),
     replace(ANALYSIS, name="demo", functions=(f"{HERE}:demo",), label="compare"),
     replace(EDIT, name="apply", functions=(f"{HERE}:apply",), hidden=()),

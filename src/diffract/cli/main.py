@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -13,7 +14,9 @@ from typer.core import TyperGroup
 
 from diffract._version import __version__
 from diffract.cli.commands import COMMANDS, GROUPS, all_commands
+from diffract.cli.console import note
 from diffract.cli.generate import Command, function_of, parameters, signatures
+from diffract.errors import DiffractWarning
 
 HELP = """See what a training stage did to a language model's weights.
 
@@ -117,6 +120,15 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # nohup has the second one ignored
             signal.signal(number, signal.default_int_handler)
+    show = warnings.showwarning
+
+    def tell(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        if issubclass(category, DiffractWarning):
+            note(f"warning: {message}")
+        else:
+            show(message, category, *place)
+
+    warnings.showwarning = tell
     app()
 
 

@@ -247,6 +247,19 @@ def show_metrics(found: Mapping[str, Any], given: Given) -> None:
         say("installed extensions: " + ", ".join(found["extensions"]))
 
 
+def show_cache(found: Mapping[str, Any], given: Given) -> None:
+    """Print what the cache holds, and what was removed from it."""
+    from diffract.settings import size_text
+
+    say(f"{found['folder']}: {size_text(sum(row['size_bytes'] for row in found['kinds']))}")
+    rows = [
+        [r["kind"], f"{r['files']:,}", size_text(r["size_bytes"]), f"{r['unused_days']:.1f}"] for r in found["kinds"]
+    ]
+    say_table(["kind", "files", "size", "days unused at most"], rows)
+    if given["prune"] is not None:
+        say(f"removed: {found['removed']} files, {size_text(found['removed_bytes'])}")
+
+
 def list_plots() -> None:
     """Print the kinds of figures with their options."""
     from diffract.plots import KINDS

@@ -18,31 +18,12 @@ from diffract.edits.rewind import Rewind
 from diffract.edits.svf import Svf
 from diffract.edits.truncate import Laser, Truncate
 from diffract.errors import printable
-from diffract.settings import SHARD_BYTES, STRICT, read_recipe, validated
+from diffract.settings import SHARD_BYTES, STRICT, parse_size, read_recipe, validated
 
 EDITS: tuple[type[Edit], ...] = (Rewind, Truncate, Interpolate, Merge, Laser, Svf, Lora, Pissa)
 """Every edit there is; fields of recipes, the schema, and commands follow from their order here."""
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
-
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-
-def parse_size(value: object) -> object:
-    """Read a size in bytes: ``5GB``, ``200 MB``, or a number.
-
-    >>> parse_size("5GB")
-    5000000000
-    """
-    if not isinstance(value, str):
-        return value
-    text = value.strip().upper().removesuffix("B").strip()
-    unit = text[-1:] if text[-1:] in UNITS else ""
-    try:
-        return int(float(text.removesuffix(unit)) * UNITS[unit])
-    except (ValueError, OverflowError):
-        raise ValueError(f"expected a size such as 5GB or 200MB, got {value!r}") from None
-
 
 Size = Annotated[
     int, Field(ge=1), BeforeValidator(parse_size), WithJsonSchema({"type": ["string", "integer"], "examples": ["5GB"]})

@@ -20,7 +20,7 @@ from diffract.evaluate.statistics import paired, summarise
 from diffract.evaluate.tasks import VERSION, Item, Score, Task, score_table
 from diffract.settings import Progress
 from diffract.stats import FEWEST_DOCUMENTS, holm
-from diffract.store import Cache, cache_folder, cache_key
+from diffract.store import MOST_BYTES, Cache, cache_folder, cache_key
 from diffract.tables import ITEM_SCORES, Tables, new_manifest
 
 
@@ -69,7 +69,7 @@ def score(
     """
     begun = time.monotonic()
     notes: list[str] = [note for task in tasks for note in task.notes]
-    with Cache(cache_folder()) if cache else nullcontext() as store:
+    with Cache(cache_folder(), most_bytes=MOST_BYTES) if cache else nullcontext() as store:
         run = Evaluator(subject, tasks, cache=store, batch_tokens=batch_tokens, notes=notes.append, progress=progress)
         items = run.scores()
     notes += _unasked(items, tasks)

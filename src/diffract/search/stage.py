@@ -221,7 +221,5 @@ def finish(tables: Tables, asked: SearchRequest, cache: Cache | None) -> None:
     with whole_folder(asked.output, force=asked.force) as draft:
         write(tables, draft)
         if cache is not None:
-            # Only a closed database is one whole file that may be copied.
-            cache.close()
-            shutil.copytree(cache.path.parent, draft / KEPT)
+            shutil.copytree(cache.folder, draft / KEPT)
     shutil.rmtree(work_folder(asked.output), ignore_errors=True)
