@@ -168,6 +168,44 @@ def concentration(squares: Floats) -> dict[str, float]:
     return {"head_top10_share": share, "head_top10_share_chance": chance, "head_gini": gini(squares)}
 
 
+NOISE_DRAWS = 39
+"""Draws of noise that a concentration stands beside, so that p is at least 1 / 40."""
+
+
+def concentration_noise(heads: pl.DataFrame, slices: pl.DataFrame, *, seed: int = 0) -> dict[str, float]:
+    """Return how concentrated noise would be that has the norm of each stored matrix's change; NaN where none changed.
+
+    Within a matrix, Gaussian noise spreads ||D||^2 over slices as chi-square variables with their numbers of entries;
+    between matrices and layers it has the norms of the change itself, which are no matter of heads. No matrix is drawn.
+
+    Args:
+        heads: From ``query_heads``.
+        slices: One row per slice: labels, ``tensor``, ``entries``, and ``change``, ||D||^2, NaN where it is not known.
+        seed: Of the draws.
+
+    Returns:
+        ``head_top10_share_noise`` and ``head_gini_noise``, means over the draws, and ``head_top10_share_pvalue``: the
+        share of draws, itself counted, whose top tenth has at least as much.
+    """
+    names = [f"draw.{i}" for i in range(NOISE_DRAWS)]
+    generator = np.random.default_rng(seed)
+    drawn = generator.chisquare(slices["entries"].to_numpy()[:, None], (slices.height, NOISE_DRAWS))
+    spread = slices.with_columns(pl.Series(name, drawn[:, i]) for i, name in enumerate(names)).with_columns(
+        pl.col(name) / pl.col(name).sum().over("tensor") * pl.col("change").sum().over("tensor") for name in names
+    )
+    sums = head_sums(heads, spread, ["change", *names])
+    known = sums.filter(pl.col("change").is_finite())
+    own = float(top_share(known["change"].to_numpy())) if known.height else math.nan
+    if math.isnan(own):
+        return dict.fromkeys(("head_top10_share_noise", "head_gini_noise", "head_top10_share_pvalue"), math.nan)
+    tops = np.array([float(top_share(known[name].to_numpy())) for name in names])
+    return {
+        "head_top10_share_noise": float(tops.mean()),
+        "head_gini_noise": float(np.mean([gini(known[name].to_numpy()) for name in names])),
+        "head_top10_share_pvalue": float((1 + (tops >= own).sum()) / (1 + NOISE_DRAWS)),
+    }
+
+
 def lorenz_rows(name: str, squares: Floats) -> pl.DataFrame:
     """Return the points of one model's Lorenz curve, as rows of the ``lorenz`` table; null where nothing changed.
 

@@ -31,7 +31,9 @@ ROWS = [
 
 
 def table() -> pl.DataFrame:
-    return pl.DataFrame([("m", *row) for row in ROWS], schema=SCHEMA, orient="row")
+    return pl.DataFrame([("m", *row) for row in ROWS], schema=SCHEMA, orient="row").with_columns(
+        tensor=pl.col("projection")
+    )
 
 
 def heads(tuned: pl.DataFrame) -> pl.DataFrame:

@@ -58,7 +58,7 @@ def test_percentages_never_round_to_nothing(value: float, text: str) -> None:
 def test_headlines_are_the_models_numbers(hostile_run: diffract.Run) -> None:
     page = report.render(hostile_run.tables)
     row = hostile_run.models.row(1, named=True)
-    assert f"{percent(row['value_share'])} in singular values" in page
+    assert f"({percent(row['head_top10_share_noise'])})" in page
     assert percent(row["delta_relative"]) in page
 
 

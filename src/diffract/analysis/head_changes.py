@@ -24,6 +24,7 @@ from diffract.attention import (
     PROJECTIONS,
     as_heads,
     concentration,
+    concentration_noise,
     head_numbers,
     head_sums,
     lorenz_rows,
@@ -45,7 +46,7 @@ class Slices:
 
     Attributes:
         heads: All query heads, as of ``query_heads``.
-        labels: One row per slice, in file order: layer, block, projection, head, kv_head, entries.
+        labels: One row per slice, in file order: tensor, layer, block, projection, head, kv_head, entries.
         grams: (S, 1 + D, 1 + D), inner products of W0 and the changes; NaN where the domain lacks the slice.
         absent: (S, D), whether it does.
     """
@@ -220,8 +221,9 @@ def lorenz_table(names: Sequence[str], heads: Grams) -> pl.DataFrame:
     return _shaped(frames, tables.LORENZ)
 
 
-def domain_numbers(heads: Grams, slices: Grams) -> list[dict[str, float | None]]:
+def domain_numbers(found: Slices, heads: Grams, slices: Grams) -> list[dict[str, float | None]]:
     """Return the numbers of each domain as a whole; of slices, each once, where a head's are not meant."""
+    places, labels = found.heads, found.labels
     all_known = np.isfinite(slices.changes).all((1, 2))
     whole = slices.changes[all_known].sum(0)
     split = split_domains(whole)
@@ -233,6 +235,7 @@ def domain_numbers(heads: Grams, slices: Grams) -> list[dict[str, float | None]]
             "attention_delta": math.sqrt(moved) if known.any() else math.nan,
             "attention_delta_relative": math.sqrt(moved / before) if before else math.nan,
             **concentration(_known(heads.squares[:, i])),
+            **concentration_noise(places, labels.with_columns(change=pl.Series(slices.squares[:, i]))),
             "shared_cosine": float(split.cosine[i]),
             "shared_share": float(split.share[i]),
             "agnostic_share": float(_agnostic_share(whole)),
@@ -343,7 +346,8 @@ def _slices(
 
 
 def _labels(matrices: Sequence[Matrix]) -> pl.DataFrame:
-    schema = {"layer": pl.Int32, "block": pl.String, "projection": pl.String, "head": pl.Int32, "kv_head": pl.Int32}
+    schema: dict[str, Any] = {"tensor": pl.String, "layer": pl.Int32, "block": pl.String, "projection": pl.String}
+    schema |= {"head": pl.Int32, "kv_head": pl.Int32}
     rows = [{**{name: getattr(m, name) for name in schema}, "entries": m.entries} for m in matrices]
     return pl.DataFrame(rows, schema={**schema, "entries": pl.Int64}, orient="row")
 
@@ -353,7 +357,7 @@ def _assemble(members: Sequence[Member], slices: Slices, manifest: dict[str, Any
     places, heads, single = slices.heads, head_grams(slices), slice_grams(slices)
     rows = [model_row(m, len(slices.labels) if i == 0 else int((~slices.absent[:, i - 1]).sum()))
             for i, m in enumerate(members)]  # fmt: skip
-    numbers = domain_numbers(heads, single)
+    numbers = domain_numbers(slices, heads, single)
     models = frame([rows[0], *(row | own for row, own in zip(rows[1:], numbers, strict=True))], MODELS)
     table = head_table(names, places, heads)
     texts = {

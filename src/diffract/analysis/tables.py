@@ -15,7 +15,7 @@ import torch
 from diffract import tables
 from diffract.analysis.facts import CURVE, MetricPlan
 from diffract.analysis.work import CIRCUITS, Part
-from diffract.attention import compared_heads, concentration, head_squares
+from diffract.attention import compared_heads, concentration, concentration_noise, head_squares, query_heads
 from diffract.matrices import Layout
 from diffract.metrics.catalog import GROUPS
 from diffract.metrics.peaks import peak_count
@@ -84,7 +84,12 @@ def model_numbers(base: pl.DataFrame, tuned: pl.DataFrame, heads: pl.DataFrame) 
     numbers["delta_relative"] = math.sqrt(float(pairs["d2"].sum()) / before) if before else math.nan
     for name in ("value_share", "value_share_chance", "spectral_shift_share"):
         numbers[name] = _mean(pairs, name, pl.col("d2"))
-    return _plain(numbers | concentration(head_squares(heads)))
+    slices = base.select(
+        *("name", "tensor", "projection", "layer", "block", "head", "kv_head"), entries=pl.col("rows") * pl.col("cols")
+    ).filter(pl.any_horizontal(pl.col("head", "kv_head").is_not_null()))
+    slices = slices.join(pairs.select("name", change="d2"), on="name", how="left", maintain_order="left")
+    noise = concentration_noise(query_heads(base), slices.with_columns(pl.col("change").fill_null(math.nan)))
+    return _plain(numbers | concentration(head_squares(heads)) | noise)
 
 
 SUMMARISED = ("pl_alpha", "alpha_hat", "log10_alpha_norm")

@@ -93,11 +93,13 @@ def _model_sentence(row: Mapping[str, Any]) -> str:
     if row["role"] != "tuned":
         return f"{head}{size_text(row['parameters'], '')} parameters, {row['matrices']} matrices"
     parts = [f"relative change {number(row.get('delta_relative'))}"]
-    if row.get("value_share") is not None:
-        parts.append(f"{row['value_share']:.1%} of it in singular values (chance {row['value_share_chance']:.2%})")
-    if row.get("head_top10_share") is not None:
-        share, chance = percent(row["head_top10_share"]), percent(row["head_top10_share_chance"])
-        parts.append(f"top tenth of heads carries {share} (even spread {chance})")
+    for quantity, text in (
+        ("value_share", "in singular values"),
+        ("head_top10_share", "of attention in the top tenth of heads"),
+    ):
+        share, noise = row.get(quantity), row.get(f"{quantity}_noise")
+        if share is not None and noise is not None:
+            parts.append(f"{percent(share)} of it {text} (noise of the same norm {percent(noise)})")
     return head + "; ".join(parts)
 
 
@@ -178,7 +180,9 @@ def _domain_sentence(row: Mapping[str, Any], count: int) -> str:
     parts = [f"relative change of attention {number(row['attention_delta_relative'])}"]
     if share is not None:
         chance = percent(row["head_top10_share_chance"])
-        parts.append(f"top tenth of {count} heads carries {percent(share)} (even spread {chance})")
+        noise = row.get("head_top10_share_noise")
+        beside = f"noise {percent(noise)}, even spread {chance}" if noise is not None else f"even spread {chance}"
+        parts.append(f"top tenth of {count} heads carries {percent(share)} ({beside})")
         parts.append(f"Gini {number(row['head_gini'])}")
     if row["shared_cosine"] is not None:
         parts.append(f"cosine with the other domains' mean {number(row['shared_cosine'])}")

@@ -13,8 +13,22 @@ from diffract.tables import Tables
 LONG_TAIL = 50
 """Eigenvalues from which on a fitted tail is called long; below it, exponents scatter widely."""
 
-SIGNIFICANT = 0.01
+STANDS_OUT = 1.2
+"""A share of the change is shown large from so many times what noise has on, or below its inverse."""
+
+BY_CHANCE = 0.05
+"""A p-value beyond which a difference from noise is taken for chance."""
+
 CIRCUITS = ("qk", "ov")
+
+OF_HEADS = "head_top10_share"
+
+SHARES = {
+    "value_share": "of the change lies in singular values",
+    "spectral_shift_share": "of the change is what moving the singular values alone would take (Mirsky)",
+    OF_HEADS: "of the change in attention is carried by the top tenth of heads",
+}
+"""Shares of a tuned model's change that are said beside those of noise."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +71,10 @@ def concentration(models: pl.DataFrame) -> str:
     if not rows:
         return ""
     shares = ", ".join(f"{percent(row['head_top10_share'])} in {printable(row['model'], 60)}" for row in rows)
+    noises = [row["head_top10_share_noise"] for row in rows if row.get("head_top10_share_noise") is not None]
+    noise = f"; noise of the same norms gives {' to '.join(sorted({percent(n) for n in noises}))}" if noises else ""
     even = " to ".join(sorted({percent(row["head_top10_share_chance"]) for row in rows}))
-    return f"The top tenth of heads carries {shares}; an even spread gives {even}."
+    return f"The top tenth of heads carries {shares}; an even spread gives {even}{noise}."
 
 
 def _of_tuned(row: dict[str, Any]) -> list[Headline]:
@@ -69,25 +85,21 @@ def _of_tuned(row: dict[str, Any]) -> list[Headline]:
         if (changed := row.get("changed_share")) is not None:
             text += f"; {changed:.1%} of their entries differ"
         found.append(Headline(name, percent(relative), text + "."))
-    if (share := row.get("value_share")) is not None:
-        chance = row["value_share_chance"]
-        text = (
-            f"of the change lies in singular vectors, {percent(share)} in singular values (chance {percent(chance)})."
-        )
-        found.append(Headline(name, percent(1 - share), text))
-    found += _of_heads(name, row)
-    if (shift := row.get("spectral_shift_share")) is not None:
-        text = "of the change is what moving the singular values alone would take (sum of squared shifts; Mirsky)."
-        found.append(Headline(name, percent(shift), text))
-    return found
+    return found + [h for quantity, text in SHARES.items() for h in _beside_noise(row, quantity, text)]
 
 
-def _of_heads(name: str, row: dict[str, Any]) -> list[Headline]:
-    if (top := row.get("head_top10_share")) is None:
+def _beside_noise(row: dict[str, Any], quantity: str, text: str) -> list[Headline]:
+    """A share of the change beside that of noise of the same norm; nothing where the noise's is not known.
+
+    Alone such a share says nothing: of plain noise nearly all lies in singular vectors, and some tenth of heads always
+    carries most. It is shown large only where it is another than the noise's.
+    """
+    share, noise = row.get(quantity), row.get(f"{quantity}_noise")
+    if share is None or not noise:
         return []
-    even = row["head_top10_share_chance"]
-    text = f"of the change in attention is carried by the top tenth of heads (an even spread gives {percent(even)})."
-    return [Headline(name, percent(top), text)]
+    told = f"{text}: {share / noise:.2f} times what noise of the same norm has ({percent(noise)})."
+    alike = 1 / STANDS_OUT < share / noise < STANDS_OUT or (row.get(f"{quantity}_pvalue") or 0.0) > BY_CHANCE
+    return [Headline(printable(row["model"], 60), percent(share), told, minor=alike)]
 
 
 def _of_domain(row: dict[str, Any]) -> list[Headline]:
@@ -97,7 +109,7 @@ def _of_domain(row: dict[str, Any]) -> list[Headline]:
     if (relative := row.get("attention_delta_relative")) is not None:
         text = "is the size of the change in attention relative to the base (Frobenius norm)."
         found.append(Headline(name, percent(relative), text))
-    found += _of_heads(name, row)
+    found += _beside_noise(row, OF_HEADS, SHARES[OF_HEADS])
     if (shared := row.get("shared_share")) is not None:
         text = "of the change lies along the mean change of the other domains."
         found.append(Headline(name, percent(shared), text))
@@ -106,7 +118,7 @@ def _of_domain(row: dict[str, Any]) -> list[Headline]:
 
 def _of_spectra(model: str, tables: Tables) -> list[Headline]:
     """What the fits to one model's spectra say together, where they were made."""
-    found = [_exponent(model, tables), _bulk(model, tables.metrics), _enrichment(model, tables.metrics)]
+    found = [_exponent(model, tables), _bulk(model, tables.metrics)]
     return [headline for headline in found if headline is not None]
 
 
@@ -132,17 +144,6 @@ def _bulk(model: str, metrics: pl.DataFrame) -> Headline | None:
         return None
     text = "matrices have a Marchenko-Pastur bulk, as noise has, that holds half of the squared norm or more."
     return Headline(printable(model, 60), f"{(shares >= 0.5).sum():,} of {len(shares):,}", text)
-
-
-def _enrichment(model: str, metrics: pl.DataFrame) -> Headline | None:
-    if not {"peak_enrichment", "peak_enrichment_pvalue"} <= set(metrics.columns):
-        return None
-    known = metrics.filter(pl.col("model") == model, ~_circuit())["peak_enrichment_pvalue"].drop_nulls()
-    if not len(known):
-        return None
-    test = f"permutation p < {SIGNIFICANT}; chance {SIGNIFICANT * len(known):.2g}"
-    text = f"matrices changed more inside spectral peaks than outside ({test})."
-    return Headline(printable(model, 60), f"{(known < SIGNIFICANT).sum():,} of {len(known):,}", text)
 
 
 def _circuit() -> pl.Expr:
