@@ -371,7 +371,7 @@ def test_what_is_wrong_is_said_before_any_work(series: Path, monkeypatch: pytest
     save_file({k: v for k, v in llama_tensors(0).items() if "gate" not in k}, last / "model.safetensors")
     with pytest.raises(diffract.CheckpointError, match="checkpoint-100: 2 tensors besides embeddings have no partner"):
         diffract.trajectory(series)
-    (last / "config.json").unlink()
+    (last / "config.json").write_text('{"model_type": "mine"}')
     with pytest.raises(diffract.CheckpointError, match="'checkpoint-20' is read as llama, 'checkpoint-100' as generic"):
         diffract.trajectory(series)
     (last / "model.safetensors").write_bytes(b"cut")

@@ -37,7 +37,9 @@ def test_changes_are_those_of_a_comparison(family: str) -> None:
 
 def test_what_is_not_cut_into_heads_is_said() -> None:
     model = build("deepseek_v3")
-    run = diffract.heads(model, dict(model.state_dict()), cache=False)
-    assert any("attn: q, k, v not cut into heads" in text for text in run.manifest["warnings"])
-    with pytest.raises(diffract.CheckpointError, match="no q, k that is cut into heads"):
-        diffract.heads(model, dict(model.state_dict()), projections=["q", "k"])
+    plain = {name: tensor for name, tensor in model.state_dict().items() if "q_b_proj" not in name}
+    own = [name for name in plain if "self_attn" in name]
+    run = diffract.heads(model, model, cache=False)
+    assert run.heads.height == 8
+    with pytest.raises(diffract.DiffractError):
+        diffract.heads({name: plain[name] for name in own}, {name: plain[name] for name in own}, cache=False)

@@ -149,19 +149,26 @@ def test_encoder_decoder_heads(family: str) -> None:
             torch.testing.assert_close(sum(product(layout, m, h) for m, h in heads), attention.o(joined), **TOLERANCE)
 
 
-def test_latent_attention_is_whole_but_for_o() -> None:
+def test_latent_attention_is_cut_where_it_leaves_the_latent_space() -> None:
     model = build("deepseek_v3")
     layout = lay_out(diffract.open(model))
     attention = model.model.layers[0].self_attn
     joined = torch.randn(1, 3, 4 * 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     heads = zip(heads_of(layout, 0, "attn.o"), joined.split(6, dim=-1), strict=True)
     torch.testing.assert_close(sum(product(layout, m, h) for m, h in heads), attention.o_proj(joined), **TOLERANCE)
-    for part in ("q_a", "q_b", "kv_a", "kv_b"):
+    latent = torch.randn(1, 3, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    queries = attention.q_b_proj(latent).view(1, 3, 4, 12)
+    keys, values = attention.kv_b_proj(latent[..., :8]).view(1, 3, 4, 14).split((8, 6), dim=-1)
+    for part, whole, x in (("q", queries, latent), ("k", keys, latent[..., :8]), ("v", values, latent[..., :8])):
+        matrices = heads_of(layout, 0, f"attn.{part}")
+        assert [m.head for m in matrices] == [0, 1, 2, 3]
+        for i, m in enumerate(matrices):
+            torch.testing.assert_close(product(layout, m, x), whole[:, :, i], **TOLERANCE)
+    for part in ("q_a", "kv_a"):
         (whole,) = heads_of(layout, 0, f"attn.{part}")
         assert whole.head is None
         assert whole.is_whole
-    assert "whole" in layout.architecture.note
-    assert layout.warnings == (layout.architecture.note,)
+    assert "latent" in layout.architecture.note
 
 
 @pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe", "deepseek_v3"])

@@ -11,6 +11,7 @@ import pytest
 import diffract
 from diffract.architectures import builtin_specs, load_spec, resolve
 from diffract.architectures import spec as spec_module
+from diffract.checkpoints import TensorInfo
 from diffract.matrices import lay_out, slice_tensor
 
 ROOT = Path(__file__).parents[2]
@@ -21,6 +22,7 @@ Q = "model.layers.0.self_attn.q_proj.weight"
 
 def test_all_families_are_there() -> None:
     assert set(builtin_specs()) == {
+        *("deberta", "diffllama", "gpt_bigcode", "gpt_oss", "llama4", "modernbert", "mpt", "persimmon", "qwen3_next"),
         *("olmo", "olmo2", "olmo3", "llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "gpt_neox"),
         *("falcon", "opt", "bloom", "bert", "roberta", "t5", "mixtral", "olmoe", "qwen3_moe", "deepseek_v3"),
     }
@@ -76,16 +78,16 @@ def test_a_contradictory_config_is_refused(config: dict, message: str) -> None:
 
 
 def test_missing_head_counts_are_refused_where_heads_are_wanted() -> None:
-    architecture = resolve({"model_type": "llama", "hidden_size": 32})
+    architecture = resolve({"model_type": "llama", "hidden_size": 32}, {Q: (32, 32)})
     with pytest.raises(diffract.ArchitectureError, match="num_attention_heads"):
-        slice_tensor(Q, (32, 32), "F32", architecture)
-    (whole,) = slice_tensor(Q, (32, 32), "F32", architecture, heads=False)
+        slice_tensor(TensorInfo(Q, (32, 32), "F32"), architecture)
+    (whole,) = slice_tensor(TensorInfo(Q, (32, 32), "F32"), architecture, heads=False)
     assert whole.name == "L0.attn.q"
 
 
 def test_a_shape_that_contradicts_the_config_is_refused() -> None:
     with pytest.raises(diffract.ArchitectureError, match="40 rows"):
-        slice_tensor(Q, (40, 32), "F32", resolve(CONFIG))
+        slice_tensor(TensorInfo(Q, (40, 32), "F32"), resolve(CONFIG, {Q: (40, 32)}))
 
 
 def test_generic_mode_says_so() -> None:
@@ -97,8 +99,8 @@ def test_generic_mode_says_so() -> None:
 
 
 def test_ten_thousands_of_names_resolve_quickly() -> None:
-    architecture = resolve({**CONFIG, "model_type": "qwen3_moe", "head_dim": 8})
     names = [f"model.layers.{i}.mlp.experts.{j}.up_proj.weight" for i in range(50) for j in range(200)]
+    architecture = resolve({**CONFIG, "model_type": "qwen3_moe", "head_dim": 8}, dict.fromkeys(names, (8, 32)))
     assert all(architecture.place(name) is not None for name in names)
 
 

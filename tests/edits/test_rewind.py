@@ -260,11 +260,18 @@ def test_what_is_not_there(settings: dict, message: str, family: tuple[Path, Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_heads_of_latent_attention_are_refused(tmp_path: Path) -> None:
-    """Their queries, keys and values have no rows in one matrix; the output alone is not the head."""
+def test_heads_of_latent_attention_are_what_leads_out_of_the_latent_space(tmp_path: Path) -> None:
+    """Four heads: 12 rows each of q_b, 8 and 6 of kv_b, 6 columns of o."""
     base, tuned = save_pair(tmp_path, "deepseek_v3")
-    with pytest.raises(SelectionError, match="no head"):
-        edit(tmp_path / "out", tuned, Rewind(to=base, heads="L1.h0"))
+    start, end = read(base), read(tuned)
+    found = edit(tmp_path / "out", tuned, Rewind(to=base, heads="L1.h1"))
+    module = "model.layers.1.self_attn"
+    spans = {f"{module}.q_b_proj.weight": (12, 24), f"{module}.kv_b_proj.weight": (14, 28)}
+    wanted = {name: tensor.clone() for name, tensor in end.items()}
+    for name, (first, last) in spans.items():
+        wanted[name][first:last] = start[name][first:last]
+    wanted[f"{module}.o_proj.weight"][:, 6:12] = start[f"{module}.o_proj.weight"][:, 6:12]
+    assert_same(found, wanted)
 
 
 def test_heads_of_two_attentions(tmp_path: Path) -> None:

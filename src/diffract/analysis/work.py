@@ -177,7 +177,9 @@ def _circuits_of(layout: Layout, model: int) -> Iterator[CircuitTask]:
         for kind, (left, right) in CIRCUITS.items():
             lefts, rights = parts.get(left, []), parts.get(right, [])
             shared = {m.kv_head for m in lefts} == {m.kv_head for m in rights} and None not in {m.head for m in lefts}
-            if lefts and rights and shared:
+            # rows of latent queries hold rotary ones, too, which those of keys lack: they make no product
+            fit = kind != "qk" or {m.shape[0] for m in lefts} == {m.shape[0] for m in rights}
+            if lefts and rights and shared and fit:
                 yield CircuitTask(model, tuple(_label(kind, m, rights[0]) for m in lefts), tuple(lefts), tuple(rights))
 
 

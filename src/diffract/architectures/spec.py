@@ -39,7 +39,7 @@ class ConfigKeys(_Strict):
     """Where the model's dimensions stand in its config.json.
 
     Attributes:
-        section: Name of a nested section to look in first (``text_config``), tried in order.
+        section: Names of nested sections to look in first, before those that usually hold the language model.
         layers: Number of layers.
         width: Width of the residual stream.
         heads: Number of query heads.
@@ -61,8 +61,9 @@ class Role(_Strict):
     Attributes:
         part: ``block.projection`` (``attn.q``, ``mlp.gate``, ``embed.embed``), or several that are fused in it.
             Projections ``q k v`` of an attention block are cut into heads along the output, ``o`` along the input.
-        packing: How fused parts lie along the output: one ``blocks`` after another, or in ``groups``, one per
-            key-value head, each holding the parts of its heads (q of every head of the group, then k, then v).
+        packing: How fused parts lie along the output: one ``blocks`` after another; in ``groups``, one per key-value
+            head, each holding the parts of its heads (q of every head of the group, then k, then v); by ``heads``,
+            one per query head, each holding one of every part; or ``interleaved`` row by row, which stays whole.
         transposed: The tensor is stored (in, out), as GPT-2's Conv1D does.
         stacked: A leading axis counts experts.
         head_dim: Config keys of the head size of each part where it differs from the model's.
@@ -70,7 +71,7 @@ class Role(_Strict):
     """
 
     part: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
-    packing: Literal["blocks", "groups"] = "blocks"
+    packing: Literal["blocks", "groups", "heads", "interleaved"] = "blocks"
     transposed: bool = False
     stacked: bool = False
     head_dim: Annotated[tuple[Key, ...], BeforeValidator(_as_tuple)] = ()
@@ -85,7 +86,8 @@ class Spec(_Strict):
         model_types: Values of config.json's ``model_type`` that this file describes.
         config: Where the dimensions stand.
         defaults: Values that count when config.json does not state them.
-        prefixes: Optional beginnings of tensor names, stripped before matching; the empty one always counts.
+        prefix: What a model with an output head calls its body. Names are read behind any prefix; this one is written
+            into adapters over files that lack it.
         tensors: Role of each tensor name template; ``{layer}``, ``{expert}`` and ``{head}`` stand for numbers.
         tied: Tensor name template to the one it shares its values with when the config ties them.
         note: What a reader of a report should know (where heads are not defined, for instance).
@@ -95,7 +97,7 @@ class Spec(_Strict):
     model_types: tuple[str, ...] = ()
     config: ConfigKeys = Field(default_factory=ConfigKeys)
     defaults: dict[str, Any] = Field(default_factory=dict)
-    prefixes: tuple[str, ...] = ()
+    prefix: str = ""
     tensors: dict[str, Role]
     tied: dict[str, str] = Field(default_factory=dict)
     note: str = ""

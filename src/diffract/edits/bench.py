@@ -267,8 +267,7 @@ def _own_name(name: str, other: Layout, ties: Mapping[str, str]) -> str | None:
     names = other.checkpoint.names
     if name in other.checkpoint:
         return name
-    tied = bool(other.checkpoint.config.get("tie_word_embeddings"))
-    twins = (ties.get(name), other.architecture.tied_to(name, names) if tied else None)
+    twins = (ties.get(name), other.architecture.tied_to(name, names))
     return next((twin for twin in twins if twin in other.checkpoint), None)
 
 

@@ -118,11 +118,11 @@ def _obstacle(bench: Bench, name: str, entry: Entry) -> str:
 def _module_name(bench: Bench, tensor: str) -> str:
     """Return the name in the loaded model; old files lack the prefix that a model with a head gives its body."""
     name, spec = tensor.removesuffix(".weight"), bench.layout.architecture.spec
-    prefixes = [p for p in spec.prefixes if p] if spec else []
+    prefix = spec.prefix if spec else ""
     headed = not str((bench.checkpoint.config.get("architectures") or ["Model"])[0]).endswith("Model")
     matrix = bench.whole_layout.entries[tensor].matrices[0]
-    if prefixes and headed and matrix.block != "unembed" and not tensor.startswith(tuple(prefixes)):
-        return prefixes[0] + name
+    if prefix and headed and matrix.block != "unembed" and bench.layout.architecture.bare[tensor] == tensor:
+        return prefix + name
     return name
 
 

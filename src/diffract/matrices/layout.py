@@ -76,9 +76,12 @@ def lay_out(
         ArchitectureError: The configuration contradicts itself or the tensors.
         SelectionError: The selection names something that is not there.
     """
-    architecture = resolve(checkpoint.config, spec_file=spec_file)
-    if like is not None and like.spec is not None and not checkpoint.config:
-        architecture = replace(like, note="It has no config.json and is read as the base is.")
+    silent = like is not None and like.family != "generic" and not checkpoint.config
+    config = like.config if like is not None and silent else checkpoint.config
+    shapes = {name: checkpoint.info(name).shape for name in checkpoint.names}
+    architecture = resolve(config, shapes, spec_file=spec_file)
+    if silent:
+        architecture = replace(architecture, note="It has no config.json and is read as the base is.")
     ties, warnings = _ties(checkpoint, architecture, check=check_ties)
     entries = {name: _entry(checkpoint.info(name), architecture, ties, heads=heads) for name in checkpoint.names}
     selection = parse_selection(select_text)
@@ -105,7 +108,7 @@ def _entry(info: TensorInfo, architecture: Architecture, ties: Mapping[str, str]
         return Entry(info, (), "empty", "no entries")
     if len(info.shape) < 2:
         return Entry(info, (), "vector")
-    matrices = tuple(slice_tensor(info.name, info.shape, info.dtype, architecture, heads=heads))
+    matrices = tuple(slice_tensor(info, architecture, heads=heads))
     if not matrices:
         return Entry(info, (), "not_matrix", f"{len(info.shape)} axes")
     return Entry(info, matrices, "analysed")
@@ -121,7 +124,7 @@ def _restrict(entry: Entry, keep: Callable[[Matrix], bool]) -> Entry:
 def _ties(checkpoint: Checkpoint, architecture: Architecture, *, check: bool) -> tuple[dict[str, str], list[str]]:
     """Tensors that share another's values: by memory, or as the configuration declares and the bytes confirm."""
     ties, warnings = dict(checkpoint.tied), []
-    if not checkpoint.config.get("tie_word_embeddings"):
+    if not architecture.ties:
         return ties, warnings
     for name in checkpoint.names:
         target = architecture.tied_to(name, checkpoint.names)

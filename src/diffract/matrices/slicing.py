@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from diffract.architectures import Architecture, Dimensions, TensorPlace, require_heads
+from diffract.checkpoints import TensorInfo
 from diffract.errors import ArchitectureError, printable
 from diffract.matrices.matrix import Matrix
 
@@ -26,16 +27,12 @@ class _Cut:
     kv_head: int | None = None
 
 
-def slice_tensor(
-    name: str, shape: tuple[int, ...], dtype: str, architecture: Architecture, *, heads: bool = True
-) -> list[Matrix]:
+def slice_tensor(info: TensorInfo, architecture: Architecture, *, heads: bool = True) -> list[Matrix]:
     """Return the matrices of one tensor.
 
     Args:
-        name: Tensor name.
-        shape: Stored shape.
-        dtype: Stored dtype.
-        architecture: Reads the name.
+        info: Name, stored shape and dtype.
+        architecture: Says what the tensor is.
         heads: Cut attention projections into heads.
 
     Returns:
@@ -44,41 +41,42 @@ def slice_tensor(
     Raises:
         ArchitectureError: The tensor's shape contradicts the configuration.
     """
-    place = architecture.place(name)
-    if place is None:
-        return _generic(name, shape, dtype)
-    if len(shape) != (3 if place.role.stacked else 2):
-        return _generic(name, shape, dtype)
+    place, shape = architecture.place(info.name), info.shape
+    if place is None or len(shape) != (3 if place.role.stacked else 2):
+        return _generic(info, architecture.bare.get(info.name, info.name))
     out, inner = shape[-2:] if not place.role.transposed else shape[:-3:-1]
-    cuts = list(_cuts(name, (out, inner), architecture, place, heads=heads))
+    cuts = list(_cuts(info.name, (out, inner), architecture, place=place, heads=heads))
     experts = range(shape[0]) if place.role.stacked else [None]
-    return [_matrix(name, (out, inner), dtype, place, cut, index) for index in experts for cut in cuts]
+    whole = Matrix("", info.name, (out, inner), info.dtype, layer=place.layer, transposed=place.role.transposed)
+    return [_matrix(whole, cut, index, place.expert) for index in experts for cut in cuts]
 
 
-def _generic(name: str, shape: tuple[int, ...], dtype: str) -> list[Matrix]:
+def _generic(info: TensorInfo, label: str) -> list[Matrix]:
     """A tensor that nothing describes: 2-D is one matrix, 3-D one matrix per leading index; others are left."""
+    shape = info.shape
     if len(shape) == 2:
-        return [Matrix(name, name, (shape[0], shape[1]), dtype, block="other")]
+        return [Matrix(label, info.name, (shape[0], shape[1]), info.dtype, block="other")]
     if len(shape) == 3 and min(shape[1:]) > 1:  # else a depthwise convolution: rows, not matrices
-        whole = Matrix(name, name, (shape[1], shape[2]), dtype, block="other")
-        return [replace(whole, name=f"{name}[{i}]", index=i) for i in range(shape[0])]
+        whole = Matrix(label, info.name, (shape[1], shape[2]), info.dtype, block="other")
+        return [replace(whole, name=f"{label}[{i}]", index=i) for i in range(shape[0])]
     return []
 
 
-def _cuts(name: str, shape: Range, architecture: Architecture, place: TensorPlace, *, heads: bool) -> Iterator[_Cut]:
+def _cuts(name: str, shape: Range, architecture: Architecture, *, place: TensorPlace, heads: bool) -> Iterator[_Cut]:
     role = place.role
     attention = [_is_head_part(part) for part in role.part]
-    if role.whole or not any(attention):
+    if role.packing == "interleaved":  # rows of one part are no range, so the fused tensor stays whole
+        yield _Cut(_fused_part(role.part))
+    elif role.whole or not any(attention):
         yield from _even_blocks(name, role.part, shape[0])
     elif place.head is not None:
         yield _Cut(role.part[0], head=place.head, kv_head=place.head)
     elif len(role.part) == 1 and not heads:
         yield _Cut(role.part[0])
     else:
-        dims = require_heads(architecture)
-        sizes = tuple(size or dims.head_dim or 0 for size in architecture.head_dims(role))
-        cut = _groups if role.packing == "groups" else _blocks
-        pieces = list(cut(role.part, sizes, dims))
+        dims = place.dimensions if place.dimensions.heads else require_heads(architecture)
+        cut = {"groups": _groups, "heads": _by_heads}.get(role.packing, _blocks)
+        pieces = list(cut(role.part, place.sizes, dims))
         _check_extent(name, shape, pieces, dims)
         if heads:
             yield from pieces
@@ -131,6 +129,15 @@ def _groups(parts: tuple[str, ...], sizes: tuple[int, ...], dims: Dimensions) ->
                 start += size
 
 
+def _by_heads(parts: tuple[str, ...], sizes: tuple[int, ...], dims: Dimensions) -> Iterator[_Cut]:
+    """Per query head: its own of every part (query and gate, or latent keys and values)."""
+    start = 0
+    for i in range(dims.heads or 0):
+        for part, size in zip(parts, sizes, strict=True):
+            yield _Cut(part, (start, start + size), head=i, kv_head=i // dims.group)
+            start += size
+
+
 def _head_count(part: str, dims: Dimensions) -> int:
     return (dims.heads if part.endswith((".q", ".o")) else dims.kv_heads) or 0
 
@@ -161,28 +168,23 @@ def _join(pieces: list[_Cut]) -> Iterator[_Cut]:
         yield _Cut(part, (spans[0][0], spans[-1][1]), pieces[0].axis)
 
 
-def _matrix(name: str, shape: Range, dtype: str, place: TensorPlace, cut: _Cut, index: int | None) -> Matrix:
-    out, inner = shape
-    along_out = cut.span if cut.axis == "out" else None
-    along_in = cut.span if cut.axis == "in" else None
-    out = along_out[1] - along_out[0] if along_out else out
-    inner = along_in[1] - along_in[0] if along_in else inner
+def _matrix(whole: Matrix, cut: _Cut, index: int | None, expert: int | None) -> Matrix:
+    """Return a piece of a tensor as a matrix, with its labels."""
+    span = cut.span or (0, whole.shape[cut.axis == "in"])
+    size, by_rows = span[1] - span[0], cut.axis == "out"
     block, _, projection = cut.part.rpartition(".")
-    matrix = Matrix(
-        name="",
-        tensor=name,
-        shape=(out, inner),
-        dtype=dtype,
-        layer=place.layer,
+    matrix = replace(
+        whole,
+        shape=(size, whole.shape[1]) if by_rows else (whole.shape[0], size),
         block=block,
         projection=projection,
         head=cut.head,
         kv_head=cut.kv_head,
-        expert=index if index is not None else place.expert,
+        expert=index if index is not None else expert,
         index=index,
-        rows=along_in if place.role.transposed else along_out,
-        cols=along_out if place.role.transposed else along_in,
-        transposed=place.role.transposed,
+        # a stored (in, out) block has its output along the columns
+        rows=cut.span if by_rows != whole.transposed else None,
+        cols=cut.span if by_rows == whole.transposed else None,
     )
     return replace(matrix, name=_label(matrix))
 
