@@ -361,7 +361,7 @@ def test_a_model_and_its_float8_release_differ_by_its_rounding(rng: np.random.Ge
 def test_scan_lists_what_is_set_aside(rng: np.random.Generator, tmp_path: Path) -> None:
     parts, config, true = fp8(rng, "row")
     run = scan(write(tmp_path / "model", parts, config), cache=False)
-    assert run.metrics["name"].to_list() == [f"{STEM}.weight"]
+    assert run.metrics["tensor"].to_list() == [f"{STEM}.weight"]
     assert run.metrics["spectral_norm"][0] == pytest.approx(float(torch.linalg.matrix_norm(true.double(), 2)), rel=1e-6)
     listed = (
         run.tables.tensors.filter(outcome="set_aside")
