@@ -95,9 +95,9 @@ def test_a_home_that_is_nobodys_is_refused() -> None:
 
 
 def test_an_unknown_kind_of_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match=r"model\.gguf'.*expected \.safetensors, \.bin, \.pt, \.pth or \.npz"):
-        open_checkpoint(tmp_path / "model.gguf")
+    (tmp_path / "model.weights").write_bytes(b"????")
+    with pytest.raises(CheckpointError, match=r"weights'.*expected \.safetensors, \.bin, \.pt, \.pth, \.ckpt or \.npz"):
+        open_checkpoint(tmp_path / "model.weights")
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tensors that torch holds, as a checkpoint: mappings of arrays, modules, ``.npz`` archives, PyTorch files.
+"""Tensors that torch holds, as a checkpoint: mappings of arrays, modules, ``.npz`` archives, old PyTorch files.
 
 Headers are read without this module, since loading torch takes seconds.
 """
@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 
 from diffract.checkpoints.checkpoint import Checkpoint, Range, Source
 from diffract.checkpoints.dtypes import DTYPE_NAMES
-from diffract.checkpoints.header import TensorInfo
-from diffract.checkpoints.sources import LocalFolder, Shards, check_promised, join
+from diffract.checkpoints.header import SetAside, TensorInfo
+from diffract.checkpoints.states import find_model
 from diffract.errors import CheckpointError, printable
 
 Array = torch.Tensor | np.ndarray
@@ -185,62 +186,27 @@ def _place(array: Array) -> tuple[Any, ...]:
     return "numpy", array.__array_interface__["data"][0], shape, array.strides, dtype
 
 
-WRAPPERS = ("state_dict", "model")
-"""Keys under which training code puts the weights."""
-
-
-def open_pickles(folder: LocalFolder, shards: Shards) -> Checkpoint:
-    """Open PyTorch files as one checkpoint.
-
-    Raises:
-        CheckpointError: A file is damaged or refused, or a tensor is in two of them or in none.
-    """
-    joined = join((open_pickle(folder.path / name) for name in shards.files), folder.where)
-    check_promised(joined, shards, folder.where)
-    return joined
-
-
-def open_pickle(path: Path) -> Checkpoint:
-    """Open one PyTorch file; tensors that share their memory are recognised as tied.
-
-    Only weights are loaded: a pickle that holds anything else is refused, and none of its code runs.
-    ``{"state_dict": ...}`` and ``{"model": ...}`` wrappers are taken off. The file must stay as it is.
-
-    Raises:
-        CheckpointError: The file is damaged, holds more than weights, or holds no named tensors.
-    """
+def open_old_pickle(path: Path, *, part: str | None = None) -> Checkpoint:
+    """Open a PyTorch file of the format before zip archives; it is read whole. As ``archive.open_pickle``."""
     where = printable(path, 1000)
     try:
-        loaded = _unwrap(_load(path))
-        leaves = list(flatten(loaded)) if isinstance(loaded, Mapping) else []
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{where!r} is refused: it is damaged, or its pickle holds more than weights and would run code "
             f"({printable(_first_line(error))}). Save it as safetensors where you trust it."
         ) from error
-    except Exception as error:  # a damaged pickle or zip can make torch raise almost anything
+    except Exception as error:  # a damaged pickle can make torch raise almost anything
         reason = printable(_first_line(error))
         raise CheckpointError(f"cannot read {where!r} as a PyTorch file: {reason}. Fetch it again.") from error
-    tensors = [(name, value) for name, value in leaves if isinstance(value, torch.Tensor)]
-    if not tensors:
+    found = find_model(loaded, lambda value: isinstance(value, torch.Tensor), where, part=part)
+    if not found.tensors:
         raise CheckpointError(f"{where!r} holds no named tensors, expected a state dict. Is this the right file?")
-    return open_pairs(tensors, reference=where)
-
-
-def _load(path: Path) -> Any:
-    with path.open("rb") as file:
-        zipped = file.read(2) == b"PK"
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-
-
-def _unwrap(loaded: Any) -> Any:
-    """Take off wrappers, at most as many as there are kinds; tensors beside one show that it is none."""
-    for _ in WRAPPERS:
-        if not isinstance(loaded, Mapping) or any(isinstance(v, torch.Tensor) for v in loaded.values()):
-            break
-        inner = next((loaded[k] for k in WRAPPERS if isinstance(loaded.get(k), Mapping)), None)
-        loaded = loaded if inner is None else cast("Mapping[str, Any]", inner)
-    return loaded
+    aside = {
+        name: SetAside(tuple(leaf.shape), str(leaf.dtype).removeprefix("torch."), leaf.nbytes, reason)
+        for name, leaf, reason in found.set_aside
+    }
+    return replace(open_pairs(found.tensors, reference=where), set_aside=aside)
 
 
 def _first_line(error: BaseException) -> str:

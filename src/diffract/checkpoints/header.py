@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from diffract.checkpoints.formats import refuse_format
 from diffract.errors import CheckpointError, printable
 
 ITEMSIZES: dict[str, int] = {
@@ -127,8 +128,10 @@ def read_header(fetch: Fetch, size: int, file: str) -> Header:
         raise CheckpointError(
             f"{file}: {size} bytes are too few for a safetensors file. It is truncated; fetch it again."
         )
-    length = int.from_bytes(fetch(0, 8), "little")
+    start = fetch(0, 8)
+    length = int.from_bytes(start, "little")
     if length > HEADER_LIMIT:
+        refuse_format(file, start=start)
         raise CheckpointError(
             f"{file}: the header claims {length} bytes, more than the limit of {HEADER_LIMIT}. "
             "It is no safetensors file, or damaged; fetch it again."

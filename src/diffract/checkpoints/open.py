@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from diffract.checkpoints import adapter
+from diffract.checkpoints.archive import open_pickle, open_pickles
 from diffract.checkpoints.checkpoint import Checkpoint
+from diffract.checkpoints.formats import refuse_format, refuse_lone_part, refuse_parts
 from diffract.checkpoints.quantised import dequantised
 from diffract.checkpoints.sources import (
+    CONFIG,
     SAFETENSORS,
     TORCH,
     TORCH_SUFFIXES,
@@ -57,8 +60,9 @@ def open_checkpoint(reference: Reference, *, base: Reference | None = None, down
     """Open a checkpoint; only headers are read, of ``.npz`` and old PyTorch files everything.
 
     Args:
-        reference: A safetensors, ``.bin``/``.pt``/``.pth`` or ``.npz`` file; a folder of them; a PEFT LoRA
-            folder; ``org/name@revision`` on the hub; a mapping of arrays; an ``nn.Module``.
+        reference: A safetensors, ``.bin``/``.pt``/``.pth``/``.ckpt`` or ``.npz`` file; a folder of them; a PEFT LoRA
+            folder; ``org/name@revision`` on the hub; a mapping of arrays; an ``nn.Module``. A path may end in
+            ``#key``: the part of a training state that is wanted.
         base: The base of an adapter, where its config does not name one that can be opened.
         download: Fetch a hub reference whole into the hub's cache instead of reading byte ranges.
 
@@ -81,6 +85,7 @@ class _How:
     base: Reference | None
     download: bool
     above: int = 0
+    part: str | None = None
 
 
 def _open(reference: Reference, how: _How) -> Checkpoint:
@@ -106,7 +111,10 @@ def _open_stored(reference: Reference, how: _How) -> Checkpoint:
     if is_folder:
         return _open_folder(path, how)
     if is_file:
-        return _open_file(path)
+        return _open_file(path, how)
+    head, _, part = str(reference).rpartition("#")
+    if head and part and Path(head).expanduser().exists():
+        return _open_stored(head, replace(how, part=part))
     if isinstance(reference, str) and (named := parse_hub_name(reference)):
         return _open_hub(*named, how)
     raise CheckpointError(
@@ -142,7 +150,8 @@ def _open_hub(repo: str, revision: str | None, how: _How) -> Checkpoint:
     return open_hub_folder(folder)
 
 
-def _open_file(path: Path) -> Checkpoint:
+def _open_file(path: Path, how: _How) -> Checkpoint:
+    refuse_lone_part(path)
     folder = LocalFolder(path.parent)
     config, companions = read_config(folder), find_companions(folder)
     if path.suffix == ".npz":
@@ -150,15 +159,15 @@ def _open_file(path: Path) -> Checkpoint:
 
         return replace(open_npz(path), config=config, companions=companions)
     if path.suffix in TORCH_SUFFIXES:
-        from diffract.checkpoints.arrays import open_pickle
-
-        return replace(open_pickle(path), config=config, companions=companions)
+        return replace(open_pickle(path, part=how.part), config=config, companions=companions)
     if path.suffix == ".safetensors":
         found, metadata = open_safetensors(LocalFile(path))
         config = config or _metadata_config(metadata, found.reference)
         return replace(found, config=config, companions=companions)
+    with path.open("rb") as file:
+        refuse_format(printable(path, 1000), [path.name], file.read(64))
     raise CheckpointError(
-        f"{printable(path, 1000)!r}: unknown kind of file, expected .safetensors, .bin, .pt, .pth or .npz."
+        f"{printable(path, 1000)!r}: unknown kind of file, expected .safetensors, .bin, .pt, .pth, .ckpt or .npz."
     )
 
 
@@ -171,19 +180,33 @@ def _metadata_config(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
 def _open_folder(path: Path, how: _How) -> Checkpoint:
     folder = LocalFolder(path)
     if adapter.CONFIG in folder.names:
-        return _open_adapter(folder, how)
+        if not _holds_whole_model(folder, how):
+            return _open_adapter(folder, how)
+        notes = (
+            "An adapter lies beside the model; it is not applied. To see it, pass --adapter-base with the folder.",
+        )
+    else:
+        notes = ()
+    refuse_parts(folder.where, folder.names)
     config, companions = read_config(folder), find_companions(folder)
     shards = find_shards(folder, SAFETENSORS, (".safetensors",))
     if shards.files:
-        return replace(open_shards(folder, shards), config=config, companions=companions)
+        return replace(open_shards(folder, shards), config=config, companions=companions, notes=notes)
     pickles = find_shards(folder, TORCH, TORCH_SUFFIXES)
     if pickles.files:
-        from diffract.checkpoints.arrays import open_pickles
-
-        return replace(open_pickles(folder, pickles), config=config, companions=companions)
+        return replace(open_pickles(folder, pickles, part=how.part), config=config, companions=companions)
+    refuse_format(folder.where, folder.names)
     raise CheckpointError(
         f"folder {folder.where!r} holds no .safetensors, .bin, .pt or .pth files. Is this the right folder?"
     )
+
+
+def _holds_whole_model(folder: Folder, how: _How) -> bool:
+    """Whether a model lies beside an adapter; then it is meant, unless a base is given that is elsewhere."""
+    whole = CONFIG in folder.names and any(
+        name.startswith("model") and name.endswith(".safetensors") for name in folder.names
+    )
+    return whole and (how.base is None or how.above > 0)
 
 
 def _open_adapter(folder: Folder, how: _How) -> Checkpoint:

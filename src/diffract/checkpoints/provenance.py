@@ -51,8 +51,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if not isinstance(found, dict) or found.get("kind") != KIND:
         raise CheckpointError(f"{printable(path)} belongs to no edited checkpoint. Give the folder that an edit wrote.")
     outputs, inputs, files = (found.get(key) for key in ("outputs", "inputs", "files"))
-    groups = isinstance(outputs, dict) and isinstance(inputs, dict)
-    parts = [files, *outputs.values(), *inputs.values()] if groups else [None]
+    groups = [group for group in (outputs, inputs) if isinstance(group, dict)]
+    parts = [files, *(part for group in groups for part in group.values())] if len(groups) == 2 else [None]
     whole = all(isinstance(part, dict) and all(isinstance(v, str) for v in part.values()) for part in parts)
     if found.get("format") != FORMAT or not whole:
         raise CheckpointError(

@@ -129,11 +129,20 @@ class LocalFolder:
 
 SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"
-TORCH_SUFFIXES = (".bin", ".pt", ".pth")
+TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 TRAINER = (
     "training_args",
-    "optimizer",
+    "optim",
+    "train.pt",
+    "train_state",
+    "trainer_state",
+    "training_state",
+    "recipe_state",
+    "zero_pp_rank_",
+    "bf16_zero_pp_rank_",
+    "fp16_zero_pp_rank_",
     "scheduler",
+    "lr_scheduler",
     "scaler",
     "sampler",
     "rng_state",
