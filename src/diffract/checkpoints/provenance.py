@@ -13,6 +13,7 @@ import blake3
 from diffract._version import __version__
 from diffract.checkpoints.checkpoint import Checkpoint
 from diffract.checkpoints.open import open_checkpoint
+from diffract.checkpoints.sources import LocalFile, open_safetensors
 from diffract.errors import CheckpointError, printable
 
 MANIFEST = "manifest.json"
@@ -89,7 +90,9 @@ def verify_folder(folder: str | Path) -> Verdict:
     verdict = Verdict()
     verdict.faults += _file_faults(Path(folder), manifest["files"])
     for part, stated in manifest["outputs"].items():
-        with open_checkpoint(_weights(Path(folder), part)) as checkpoint:
+        path = _weights(Path(folder), part)  # a file is what was written, be it an adapter's factors
+        opened = open_safetensors(LocalFile(path))[0] if path.is_file() else open_checkpoint(path)
+        with opened as checkpoint:
             faults = list(_tensor_faults(checkpoint, stated))
             strange = [name for name in checkpoint.names if name not in stated]
         verdict.tensors += len(stated) - len(faults)
