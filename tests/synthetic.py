@@ -32,7 +32,7 @@ def power_law_scan(values: Array) -> tuple[dict[str, float], Array]:
         distances[last] = np.abs(np.arange(len(tail)) / len(tail) - fitted).max()
     best = int(np.nanargmin(distances))
     row = {"pl_alpha": alphas[best], "pl_xmin": values[best], "pl_ks": distances[best], "pl_tail_count": best + 1.0}
-    return row | {"pl_alpha_stderr": (alphas[best] - 1) / np.sqrt(best + 1)}, distances
+    return row | {"pl_alpha_stderr_fixed_xmin": (alphas[best] - 1) / np.sqrt(best + 1)}, distances
 
 
 def other_tails(values: Array, xmin: float) -> dict[str, float]:

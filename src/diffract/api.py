@@ -44,6 +44,7 @@ def scan(
     device: str = "auto",
     engine: str = "local",
     cache: bool = True,
+    nulls: str = "some",
     output: str | Path | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -69,6 +70,8 @@ def scan(
         device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
         engine: What runs the work; ``local`` is the only engine so far.
         cache: Use results that are known from earlier, and keep new ones; ``DIFFRACT_CACHE_DIR`` says where.
+        nulls: For which matrices nulls that take many draws are drawn: ``some`` are at most 32, spread over roles,
+            whose draws cost no more than the rest; ``all``.
         output: Write a run folder here, with report.html.
         force: Replace an existing run folder.
         progress: Called with work done, all work, and what was just finished.
@@ -102,6 +105,7 @@ def compare(
     device: str = "auto",
     engine: str = "local",
     cache: bool = True,
+    nulls: str = "some",
     output: str | Path | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -131,6 +135,8 @@ def compare(
         device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
         engine: What runs the work; ``local`` is the only engine so far.
         cache: Use results that are known from earlier, and keep new ones; ``DIFFRACT_CACHE_DIR`` says where.
+        nulls: For which matrices nulls that take many draws are drawn: ``some`` are at most 32, spread over roles,
+            whose draws cost no more than the rest; ``all``.
         output: Write a run folder here, with report.html.
         force: Replace an existing run folder.
         progress: Called with work done, all work, and what was just finished.
@@ -162,6 +168,7 @@ def trajectory(
     device: str = "auto",
     engine: str = "local",
     cache: bool = True,
+    nulls: str = "some",
     output: str | Path | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -189,6 +196,8 @@ def trajectory(
         device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
         engine: What runs the work; ``local`` is the only engine so far.
         cache: Use results that are known from earlier, and keep new ones; ``DIFFRACT_CACHE_DIR`` says where.
+        nulls: For which matrices nulls that take many draws are drawn: ``some`` are at most 32, spread over roles,
+            whose draws cost no more than the rest; ``all``.
         output: Write a run folder here, with report.html.
         force: Replace an existing run folder.
         progress: Called with work done, all work, and what was just finished.

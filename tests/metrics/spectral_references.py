@@ -1,6 +1,7 @@
 """Random-matrix and shape metrics once more, literally and slowly, in NumPy and SciPy: rows of the property table."""
 
 import math
+import zlib
 from functools import cache
 
 import numpy as np
@@ -166,7 +167,10 @@ def best_tail(values: np.ndarray, law: str) -> dict[str, float]:
         k = len(tail)
         if law == "power_law":
             slope = k / np.log(tail / xmin).sum()
-            survival, own = (tail / xmin) ** -slope, {"alpha": 1 + slope, "alpha_stderr": slope / math.sqrt(k)}
+            survival, own = (
+                (tail / xmin) ** -slope,
+                {"alpha": 1 + slope, "alpha_stderr_fixed_xmin": slope / math.sqrt(k)},
+            )
         else:
             rate = 1 / (tail - xmin).mean()
             survival, own = np.exp(-rate * (tail - xmin)), {"rate": rate}
@@ -176,7 +180,7 @@ def best_tail(values: np.ndarray, law: str) -> dict[str, float]:
     return (
         best
         if len(best) > 1
-        else dict.fromkeys(("xmin", "ks", "tail_count", "alpha", "alpha_stderr", "rate"), math.nan)
+        else dict.fromkeys(("xmin", "ks", "tail_count", "alpha", "alpha_stderr_fixed_xmin", "rate"), math.nan)
     )
 
 
@@ -191,3 +195,31 @@ def against_exponential(values: np.ndarray) -> tuple[float, float]:
     differences = power - (math.log(rate) - rate * (tail - found["xmin"]))
     ratio = differences.sum() / (math.sqrt(k) * differences.std())
     return ratio, math.erfc(abs(ratio) / math.sqrt(2))
+
+
+def rowcol_sigmas(w: np.ndarray) -> np.ndarray:
+    """Singular values of 39 Gaussians with the matrix's row and column norms."""
+    rows, cols = (w**2).sum(1), (w**2).sum(0)
+    seed = zlib.crc32(rows.astype(np.float32).tobytes())
+    normal = torch.randn(39, *w.shape, generator=torch.Generator().manual_seed(seed)).double().numpy()
+    return np.linalg.svd(normal * np.sqrt(np.outer(rows, cols) / rows.sum()), compute_uv=False)
+
+
+def reached(own: float, draws: list[float]) -> float:
+    return (1 + sum(one >= own for one in draws)) / (1 + len(draws))
+
+
+def block_exponent(w: np.ndarray) -> float:
+    """Hill's estimator over the upper half of the eigenvalues of square blocks."""
+    wide = w if w.shape[0] <= w.shape[1] else w.T
+    side = len(wide)
+    blocks = [wide[:, i : i + side] for i in range(0, wide.shape[1] - side + 1, side)]
+    values = np.sort(np.concatenate([np.linalg.svd(b, compute_uv=False) ** 2 for b in blocks]))[::-1]
+    k = len(values) // 2
+    return 1 + k / sum(math.log(x / values[k]) for x in values[:k])
+
+
+def exponent_scatter(values: np.ndarray) -> float:
+    x = np.sort(values[values > 0])[::-1]
+    picked = torch.randint(len(x), (50, len(x)), generator=torch.Generator().manual_seed(0)).numpy()
+    return float(np.std([best_tail(x[one], "power_law")["alpha"] for one in picked], ddof=1))

@@ -23,6 +23,7 @@ from diffract.analysis.held import Stack
 from diffract.metrics import CATALOG, GROUPS, heavy_tails
 from diffract.metrics.heavy_tails.fit import fit_tails
 from diffract.metrics.heavy_tails.significance import LAWS
+from diffract.metrics.nulls import dip
 from diffract.metrics.pair import best_match_chance, cosine_chance, principal_angle_chance
 
 BOOTSTRAPPED = {m.name for m in GROUPS["p_values"]}
@@ -85,6 +86,10 @@ class Case:
     @cached_property
     def in_peaks(self) -> np.ndarray:
         return slow.in_peaks(self.base[1])
+
+    @cached_property
+    def rowcol(self) -> np.ndarray:
+        return slow.rowcol_sigmas(self.w)
 
     @property
     def eigenvalues(self) -> np.ndarray:
@@ -200,7 +205,7 @@ for _name in ("variance", "edge"):
 for _name in ("ks", "spikes", "spikes_tw", "soft_rank", "bulk_share"):
     TABLE[f"mp_{_name}"] = (lambda c, n=_name: c.noise[n], 0, ALL)
 for _short, _law in (("pl", "power_law"), ("exp", "exponential")):
-    _parameters = {"alpha": 0, "alpha_stderr": 0} if _short == "pl" else {"rate": -2}
+    _parameters = {"alpha": 0, "alpha_stderr_fixed_xmin": 0} if _short == "pl" else {"rate": -2}
     for _name, _degree in {**_parameters, "xmin": 2, "ks": 0, "tail_count": 0}.items():
         TABLE[f"{_short}_{_name}"] = (
             lambda c, law=_law, n=_name: c.slow_tails[law][n],
@@ -227,6 +232,20 @@ TABLE |= {
     "log10_alpha_norm": (lambda c: math.log10((c.eigenvalues ** alpha(c)).sum()), None, ALL),
     "null_w1": (lambda c: slow.null_distance(c.w, c.sigmas), 0, set()),
     "null_spectral_norm": (lambda c: slow.null_sigmas(c.w)[0], 1, set()),
+    "mp_spikes_tw_rowcol": (
+        lambda c: float(np.nanmean([slow.noise(S, c.w.shape)["spikes_tw"] for S in c.rowcol])),
+        0,
+        set(),
+    ),
+    "peak_count_rowcol": (lambda c: float(np.mean([slow.peak_count(S) for S in c.rowcol])), 0, set()),
+    "peak_count_rowcol_pvalue": (
+        lambda c: slow.reached(slow.peak_count(c.sigmas), [slow.peak_count(S) for S in c.rowcol]),
+        0,
+        set(),
+    ),
+    "dip_pvalue": (lambda c: slow.reached(dip(np.log(c.sigmas)), [dip(np.log(S)) for S in c.rowcol]), 0, set()),
+    "pl_alpha_stderr": (lambda c: slow.exponent_scatter(c.eigenvalues), 0, ALL),
+    "pl_alpha_farms": (lambda c: slow.block_exponent(c.w), 0, set()),
     "donoho_gavish_threshold": (lambda c: slow.hard_threshold(c.sigmas, c.w.shape), 1, ALL),
     "donoho_gavish_rank": (lambda c: float((c.sigmas > slow.hard_threshold(c.sigmas, c.w.shape)).sum()), 0, ALL),
     "peak_count": (lambda c: slow.peak_count(c.sigmas), 0, ALL),

@@ -51,12 +51,14 @@ class MetricPlan:
         metrics: The requested metrics.
         method: How spectra are computed.
         vectors: Whether singular vectors are saved.
+        nulls: Names of the matrices for which nulls that take many draws are drawn; ``None`` for all.
         apart: Whether a tuned matrix is analysed alone, like in a scan, and of the pair only what speaks of two.
     """
 
     metrics: tuple[Metric, ...] = ()
     method: Method = "auto"
     vectors: bool = False
+    nulls: frozenset[str] | None = None
     apart: bool = False
 
     @property
@@ -226,13 +228,29 @@ def _whole_facts(stack: Stack, plan: MetricPlan, finite: Tensor) -> dict[str, Te
     facts, device = {}, finite.device
     if plan.needs("matrix"):
         facts["matrix"] = stack.whole().to(device).double()
-    if plan.needs("null_sigmas") and stack.streamed:  # such a tensor is never held whole
-        facts["null_sigmas"] = torch.full((stack.count, min(stack.shape)), torch.nan, device=device).double()
-    elif plan.needs("null_sigmas"):
-        whole = _safe(stack.whole().to(device), finite)
+    if plan.needs("row_squares", "col_squares"):
+        rows, cols = [], torch.zeros(stack.count, stack.shape[1], dtype=torch.float64, device=device)
+        for piece in stack.pieces():
+            squares = piece.to(device).double().square_()
+            rows.append(squares.sum(2))
+            cols += squares.sum(1)
+        facts |= {"row_squares": torch.cat(rows, 1), "col_squares": cols}
+    (short, long), count = sorted(stack.shape), stack.count
+    if not plan.needs("null_sigmas", "block_sigmas"):
+        return facts
+    if stack.streamed:  # such a tensor is never held whole
+        unknown = torch.full((count, long // short, short), torch.nan, dtype=torch.float64, device=device)
+        return facts | {"null_sigmas": unknown[:, 0], "block_sigmas": unknown}
+    whole = _safe(stack.whole().to(device), finite)
+    if plan.needs("null_sigmas"):
         # the short side first, which is faster; shuffled entries have no orientation that would matter
-        shuffled = permuted(whole, null_order(stack.shape, device=device)).view(stack.count, *sorted(stack.shape))
+        shuffled = permuted(whole, null_order(stack.shape, device=device)).view(count, short, long)
         facts["null_sigmas"] = spectrum(shuffled, method=plan.method).S
+    if plan.needs("block_sigmas"):
+        wide = whole if stack.shape[0] == short else whole.mT
+        blocks = wide[:, :, : long // short * short].unflatten(2, (-1, short)).transpose(1, 2)
+        found = spectrum(blocks, method=plan.method)
+        facts["block_sigmas"] = found.S.where(found.resolved[..., None] < found.S, 0.0)
     return facts
 
 
@@ -303,7 +321,8 @@ def _largest(grams: Tensor) -> Tensor:
 
 def _entry_facts(stack: Stack, moments: Moments) -> dict[str, Any]:
     epsilon = torch.finfo(stack.dtype).eps
-    return {"shape": stack.shape, "epsilon": epsilon, "squares": moments.second, "moments": moments}
+    drawn = torch.ones_like(moments.second, dtype=torch.bool)
+    return {"shape": stack.shape, "epsilon": epsilon, "squares": moments.second, "moments": moments, "drawn": drawn}
 
 
 def _spectrum_facts(spectrum: Spectrum | None) -> dict[str, Any]:
@@ -331,6 +350,8 @@ them at once spend their time waiting for each other, one beside a thread in a l
 
 def bundle(found: StackFacts, metrics: Sequence[Metric]) -> pl.DataFrame:
     """Return one row per matrix: outcome, metrics, and lists along the spectrum. What has no value is null."""
+    if "row_squares" in found.facts and "drawn" in sources(fact for m in metrics for fact in m.facts):
+        _ = found.facts["rowcol_sigmas"]  # hundreds of decompositions, which others need not wait for
     with ONE_AT_A_TIME:
         rows = pl.DataFrame(_columns(found, metrics))
         # Polars' own memory: small arrays that live on among large temporaries keep the allocator from giving these

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from diffract.analysis.facts import MetricPlan
 from diffract.analysis.notable import add_notable
 from diffract.analysis.tables import Member, assemble
 from diffract.analysis.vectors import read_vectors
-from diffract.analysis.work import AnyTask, Part, Worker, circuit_tasks, run_all, tensor_tasks
+from diffract.analysis.work import AnyTask, Part, Worker, choose_nulls, circuit_tasks, run_all, tensor_tasks
 from diffract.architectures import Architecture
 from diffract.checkpoints import Checkpoint, Reference, open_checkpoint
 from diffract.engine import ENGINES, choose_device
@@ -27,6 +27,8 @@ from diffract.store import MOST_BYTES, Cache, cache_folder
 from diffract.tables import Tables
 
 METHODS = ("auto", "exact")
+
+NULLS = ("some", "all")
 
 _NAMED = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]{0,63})=(?P<reference>.+)", re.ASCII)
 
@@ -47,19 +49,27 @@ class Options:
     device: str = "auto"
     engine: str = "local"
     cache: bool = True
+    nulls: str = "some"
     progress: Progress | None = None
 
     def plan(self, *, pair: bool) -> MetricPlan:
         """Return what is to be computed."""
         choose("engine", self.engine, ENGINES)
         choose("method", self.method, METHODS)
+        choose("nulls", self.nulls, NULLS)
         return MetricPlan(tuple(choose_metrics(self.metrics, pair=pair)), self.method, self.vectors)
+
+    def with_nulls(self, plan: MetricPlan, layout: Layout, tasks: Sequence[AnyTask]) -> MetricPlan:
+        """Return the plan with the matrices chosen for which nulls are drawn."""
+        if self.nulls == "all" or not plan.needs("drawn"):
+            return plan
+        return replace(plan, nulls=choose_nulls(layout.matrices, sum(task.cost for task in tasks)))
 
     def settings(self) -> dict[str, Any]:
         """Return the options as a manifest keeps them."""
         chosen = split_names(self.metrics) if isinstance(self.metrics, str) else self.metrics
         names = None if chosen is None else [m if isinstance(m, str) else m.name for m in chosen]
-        kept = ("select", "heads", "circuits", "vectors", "method", "engine")
+        kept = ("select", "heads", "circuits", "vectors", "method", "engine", "nulls")
         architecture = str(self.architecture) if self.architecture else None
         return {"metrics": names, **{k: getattr(self, k) for k in kept}, "architecture": architecture}
 
@@ -94,6 +104,7 @@ def analyse(
             raise CheckpointError(f"{layouts[0].checkpoint.reference} holds no matrix that could be analysed.")
         if options.circuits:
             tasks += circuit_tasks(layouts)
+        plan = options.with_nulls(plan, layouts[0], tasks)
         # the cache keeps no vectors, so whatever is to be saved has to be computed
         cache = (
             stack.enter_context(Cache(cache_folder(), most_bytes=MOST_BYTES))
@@ -117,6 +128,9 @@ def analyse(
             digests |= read
         digests |= other_digests(layouts, digests, complete=options.select is None)
         manifest = {"kind": kind, "settings": {**options.settings(), "device": device.type}}
+        if plan.needs("drawn"):
+            of = len(layouts[0].matrices)
+            manifest["nulls"] = {"drawn": of if plan.nulls is None else len(plan.nulls), "of": of}
         manifest["seconds"] = round(time.monotonic() - begun, 3)
         found = assemble(members, parts, digests, plan=plan, manifest=manifest)
         return found if kind == "scan" else add_notable(found, members, vectors, digests=digests)

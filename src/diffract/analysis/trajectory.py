@@ -175,6 +175,7 @@ def follow(
         for visit in opened:
             layouts, tasks = _tasks(visit, allow_unmatched=allow_unmatched)
             # An adapter's factors are its change from its own base, which is not what it is compared with here.
+            plan = options.with_nulls(plan, layouts[-1], tasks)
             worker = Worker([replace(layout.checkpoint, factors={}) for layout in layouts], plan, device, cache)
             progress = _shifted(options.progress, costs, len(found), visit.stop.name)
             parts, digests = run_all(tasks, worker, progress=progress)

@@ -20,11 +20,18 @@ from diffract.linalg import LowRank, change_grams, circuit_spectrum
 from diffract.matrices import Layout, Matrix, batches, cut, is_paired, scan_cost, workspace_bytes
 from diffract.matrices.layout import KEEP_BYTES, PIECE_BYTES
 from diffract.metrics import GROUPS, Facts, Metric, sources
+from diffract.metrics.nulls import DRAWS
 from diffract.settings import Progress
 from diffract.store import Cache, cache_key
 
 PAIR_COST = 4
 """Work of comparing two matrices, in scans of one."""
+
+MOST_NULLS = 32
+"""Matrices for which nulls are drawn unless all are asked for."""
+
+FREE_COST = 6e10
+"""What drawing nulls may cost in any case, as ``scan_cost`` counts: some seconds of one core."""
 
 BLOCK_ENTRIES = 1 << 22
 """Entries read at once of each checkpoint's tensor where only sums over a tensor that is too large to be kept are
@@ -139,7 +146,7 @@ def tensor_tasks(layouts: Sequence[Layout]) -> list[TensorTask]:
 CIRCUITS = {"qk": ("q", "k"), "ov": ("o", "v")}
 """Each circuit and the projections that are its factors."""
 
-KNOWN = frozenset({"sigmas", "sigma_max", "resolved", "squares", "shape", "epsilon"})
+KNOWN = frozenset({"sigmas", "sigma_max", "resolved", "squares", "shape", "epsilon", "drawn"})
 """Facts that the spectrum of a product tells."""
 
 MEANINGLESS = ("shape", "random_matrix")
@@ -206,6 +213,30 @@ class Outcome:
 
     parts: list[Part]
     digests: dict[int, str] = field(default_factory=dict)
+
+
+def choose_nulls(matrices: Sequence[Matrix], cost: float) -> frozenset[str]:
+    """Return the names of the matrices for which nulls are drawn unless all are asked for.
+
+    Roles (block and projection) take turns, the cheapest matrix first, each role's own in a seeded random order, until
+    ``MOST_NULLS`` are chosen or what they cost, foretold from shapes, equals the rest of the plan or ``FREE_COST``.
+
+    Args:
+        matrices: Those of one model.
+        cost: Of the rest of the plan, as tasks tell it.
+    """
+    roles: dict[tuple[str | None, str | None], list[Matrix]] = {}
+    for m in matrices:
+        roles.setdefault((m.block, m.projection), []).append(m)
+    orders = [torch.randperm(len(role), generator=torch.Generator().manual_seed(0)).tolist() for role in roles.values()]
+    shuffled = [[role[i] for i in order] for role, order in zip(roles.values(), orders, strict=True)]
+    turns = sorted(((turn, DRAWS * scan_cost([m]), m.name) for role in shuffled for turn, m in enumerate(role)))
+    chosen, spent = [], 0.0
+    for _, price, name in turns:
+        if len(chosen) < MOST_NULLS and spent + price <= max(cost, FREE_COST):
+            chosen.append(name)
+            spent += price
+    return frozenset(chosen)
 
 
 def run_all(
@@ -305,8 +336,12 @@ class Worker:
 
     def _keys(self, models: Sequence[int], batch: tuple[Matrix, ...], content: Sequence[str]) -> dict[int, str]:
         """Return the keys of a batch's results, one for each model in its role."""
-        rest = [[m.slice_key for m in batch], self.plan.key, self.device.type]
+        rest = [[m.slice_key for m in batch], self._drawn(batch), self.plan.key, self.device.type]
         return {i: cache_key(*content, *rest, role) for role, i in enumerate(models)}
+
+    def _drawn(self, batch: tuple[Matrix, ...]) -> list[bool]:
+        """Return for which matrices of a batch nulls are drawn."""
+        return [self.plan.needs("drawn") and (self.plan.nulls is None or m.name in self.plan.nulls) for m in batch]
 
     def _known_or_new(
         self, keys: Mapping[int, str], batch: tuple[Matrix, ...], compute: Callable[[], Sequence[StackFacts]]
@@ -318,6 +353,7 @@ class Worker:
             return found
         parts = []
         for i, facts in zip(keys, compute(), strict=True):
+            facts.facts["drawn"] = torch.tensor(self._drawn(batch), dtype=torch.bool, device=self.device)
             rows = bundle(facts, self.plan.metrics if parts else self.plan.single)
             vectors = {side: facts.facts[side] for side in ("U", "Vh")} if self.plan.vectors else {}
             parts.append(Part(i, batch, rows, vectors))
@@ -333,7 +369,7 @@ class Worker:
         worker = replace(self, plan=replace(self.plan, metrics=metrics, vectors=False))
         factors = [[held[m.tensor].digest, m.slice_key, m.kv_head] for m in (*task.left, *task.right)]
         content = ["circuit", task.circuits[0].projection, factors]
-        key = cache_key(*content, worker.plan.key, self.device.type)
+        key = cache_key(*content, worker._drawn(task.circuits), worker.plan.key, self.device.type)
         return worker._known_or_new({task.model: key}, task.circuits, lambda: [self._circuit_facts(task, held)])
 
     def _circuit_facts(self, task: CircuitTask, held: Mapping[str, Held]) -> StackFacts:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from diffract.errors import SelectionError, suggest
-from diffract.metrics import heavy_tails, pair, peaks, random_matrix, single
+from diffract.metrics import heavy_tails, nulls, pair, peaks, random_matrix, single
 from diffract.metrics.facts import FACTS, TAIL_LAWS, Metric
 from diffract.metrics.heavy_tails import significance
 from diffract.metrics.heavy_tails.fit import Candidates, fit_candidates, order, scan_distances, search
@@ -48,12 +48,20 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
     "heavy_tails": heavy_tails.METRICS,
     "random_matrix": (
         *random_matrix.BULK,
+        nulls.mp_spikes_tw_rowcol,
         random_matrix.null_w1,
         random_matrix.null_spectral_norm,
         random_matrix.donoho_gavish_threshold,
         random_matrix.donoho_gavish_rank,
     ),
-    "spectral_shape": (peaks.PEAK_COUNT, pair.peak_enrichment, pair.seeded_enrichment_pvalue),
+    "spectral_shape": (
+        peaks.PEAK_COUNT,
+        nulls.peak_count_rowcol,
+        nulls.peak_count_rowcol_pvalue,
+        nulls.dip_pvalue,
+        pair.peak_enrichment,
+        pair.seeded_enrichment_pvalue,
+    ),
     "p_values": heavy_tails.P_VALUES,
 }
 """Metrics by group; a group's name stands for its members. A metric is added to one, with its row in the property table
@@ -110,6 +118,8 @@ DERIVED: dict[str, Callable[..., Any]] = {
     "tail_comparisons": _compared,
     "tail_warnings": lambda tail, values: heavy_tails.describe_warning(heavy_tails.tail_warning(tail, values), tail),
     "peaks": peaks.spectral_peaks,
+    "rowcol_sigmas": nulls.rowcol_sigmas,
+    "rowcol_peaks": nulls.rowcol_peaks,
     "base_peaks": peaks.spectral_peaks,
     "in_base_peak": lambda found: found.membership >= 0,
     "window": pair.window,

@@ -49,6 +49,10 @@ FACTS: dict[str, Fact] = {
     "sigmas": Fact("(b, M), singular values, descending", "sigmas"),
     "resolved": Fact("(b,), the smallest singular value that the method tells from zero", "sigmas"),
     "null_sigmas": Fact("(b, M), singular values of the same entries in a seeded random order", "null"),
+    "drawn": Fact("(b,), whether nulls that take many draws are drawn for the matrix", "null"),
+    "row_squares": Fact("(b, m), squared norms of the rows", "entries"),
+    "col_squares": Fact("(b, n), squared norms of the columns", "entries"),
+    "block_sigmas": Fact("(b, floor(N / M), M), singular values of the M x M blocks side by side", "null"),
     "U": Fact("(b, m, M), left singular vectors as columns", "vectors"),
     "Vh": Fact("(b, M, n), right singular vectors as rows", "vectors"),
     "matrix": Fact("(b, m, n), float64", "matrix"),
@@ -106,6 +110,11 @@ _derive(
 )
 _derive("tail_warnings", "what speaks against the power law, one text a matrix", "power_law", "tail_eigenvalues")
 _derive("peaks", "peaks in the density of ln sigma, peaks.Peaks", "shaped_sigmas")
+_derive(
+    "rowcol_sigmas", "(b, d, M), those of Gaussians with the matrix's row and column norms, d draws",
+    *("row_squares", "col_squares", "drawn"),
+)  # fmt: skip
+_derive("rowcol_peaks", "(b, d), peaks in each draw", "rowcol_sigmas")
 _derive("base_resolved_sigmas", "(b, M), likewise of W0", "base_sigmas", "base_resolved")
 _derive("base_peaks", "peaks of W0", "base_resolved_sigmas")
 _derive("in_base_peak", "(b, M), whether base sigma i lies in a peak", "base_peaks")

@@ -24,6 +24,8 @@ from diffract.metrics.heavy_tails.significance import (
     describe_warning,
     log10_alpha_norm,
     p_value,
+    pl_alpha_farms,
+    pl_alpha_stderr,
     tail_warning,
 )
 from diffract.metrics.heavy_tails.truncated_power_law import METRICS as TRUNCATED_POWER_LAW
@@ -48,10 +50,21 @@ __all__ = [
     "log10_alpha_norm",
     "log_normal",
     "p_value",
+    "pl_alpha_farms",
+    "pl_alpha_stderr",
     "power_law",
     "tail_warning",
     "truncated_power_law",
 ]
 
-METRICS = (*POWER_LAW, *TRUNCATED_POWER_LAW, *EXPONENTIAL, *LOG_NORMAL, *COMPARED, *NORMS)
+METRICS = (
+    *POWER_LAW,
+    pl_alpha_stderr,
+    pl_alpha_farms,
+    *TRUNCATED_POWER_LAW,
+    *EXPONENTIAL,
+    *LOG_NORMAL,
+    *COMPARED,
+    *NORMS,
+)
 """All but p-values, in the order of the table's columns."""

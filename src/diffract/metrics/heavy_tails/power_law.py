@@ -21,21 +21,21 @@ class PowerLaw:
         xmin: Where the tail begins.
         ks: Kolmogorov-Smirnov distance of tail and fit.
         tail_count: Number of values >= xmin.
-        alpha_stderr: (alpha - 1) / sqrt(tail_count).
+        alpha_stderr_fixed_xmin: (alpha - 1) / sqrt(tail_count), what it would be were xmin given.
     """
 
     alpha: PerMatrix
     xmin: PerMatrix
     ks: PerMatrix
     tail_count: PerMatrix
-    alpha_stderr: PerMatrix
+    alpha_stderr_fixed_xmin: PerMatrix
 
     @classmethod
     def of(cls, fitted: Fitted) -> PowerLaw:
         """Name what was fitted."""
         slope = fitted.parameters[:, 0]
         stderr = slope / fitted.count.sqrt()
-        return cls(1 + slope, fitted.xmin, fitted.ks, tail_count=fitted.count, alpha_stderr=stderr)
+        return cls(1 + slope, fitted.xmin, fitted.ks, tail_count=fitted.count, alpha_stderr_fixed_xmin=stderr)
 
 
 def power_law(
@@ -89,5 +89,5 @@ METRICS = tail_metrics(
     "pl",
     "power_law",
     ("alpha", "exponent of rho ~ lambda^-alpha above xmin", {"range": "[1, inf)"}),
-    ("alpha_stderr", "(alpha - 1) / sqrt(values in the tail)", {"range": "[0, inf)"}),
+    ("alpha_stderr_fixed_xmin", "(alpha - 1) / sqrt(values in the tail), as if xmin were given", {"range": "[0, inf)"}),
 )

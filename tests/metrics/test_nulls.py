@@ -1,0 +1,156 @@
+"""What row and column norms alone make of a spectrum, by draws; and Hartigan's dip, against linear programming."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linprog
+
+import diffract
+from diffract.analysis.work import choose_nulls
+from diffract.matrices import lay_out
+from diffract.metrics.nulls import dip, dips, reached, rowcol_sigmas
+
+
+def squares(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return w.double().square().sum(-1), w.double().square().sum(-2)
+
+
+ALL = torch.ones(1, dtype=torch.bool)
+
+
+def test_draws_have_the_profile_of_the_matrix() -> None:
+    w = torch.randn(1, 12, 30, generator=torch.Generator().manual_seed(0)) * torch.linspace(1, 3, 12)[:, None]
+    found = rowcol_sigmas(*squares(w), ALL, draws=400)
+    assert found.shape == (1, 400, 12)
+    # The mean squared norm is the matrix's own; its standard error is T sqrt(2 sum R^2 C^2 / T^4 / 400), below 1%.
+    assert found.square().sum(-1).mean().item() == pytest.approx(w.square().sum().item(), rel=0.02)
+
+
+def test_a_matrix_has_the_same_draws_alone_and_in_a_batch_at_any_scale() -> None:
+    w = torch.randn(3, 8, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    rows, cols = squares(w)
+    together = rowcol_sigmas(rows, cols, torch.tensor([True, False, True]), draws=5)
+    assert torch.equal(together[:1], rowcol_sigmas(rows[:1], cols[:1], ALL, draws=5))
+    assert bool(together[1].isnan().all())
+    assert not torch.equal(together[0], together[2])
+    large = rowcol_sigmas(rows[:1] * 1e200, cols[:1] * 1e200, ALL, draws=5)
+    assert bool((large.isfinite() & (large > 1e98)).all())
+    bad = torch.stack([rows[0] * 0, rows[0] * math.nan])
+    assert bool(rowcol_sigmas(bad, cols[:2], torch.ones(2, dtype=torch.bool), draws=2).isnan().all())
+
+
+def test_p_counts_draws_that_reach() -> None:
+    draws = torch.tensor([[1.0, 2.0, 2.0], [1.0, 1.0, 1.0], [math.nan] * 3, [1.0, 1.0, 1.0]]).double()
+    p = reached(torch.tensor([2.0, 2.0, 1.0, math.nan]).double(), draws)
+    assert p[:2].tolist() == [0.75, 0.25]
+    assert bool(p[2:].isnan().all())
+
+
+def profile(name: str) -> np.ndarray:
+    rng = np.random.default_rng(5)
+    return {
+        "equal": np.ones(64),
+        "two sizes": np.repeat([1.0, 2.0], 32),
+        "weak rows": np.r_[np.ones(56), np.full(8, 0.1)],
+        "log-normal": np.exp(0.3 * rng.standard_normal(64)),
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["equal", "two sizes", "weak rows", "log-normal"])
+def test_structureless_noise_is_explained_by_its_norms(name: str) -> None:
+    rng = np.random.default_rng(2)
+    arrays = {f"w{i}": rng.standard_normal((64, 256)) * profile(name)[:, None] for i in range(12)}
+    names = ["mp_spikes_tw", "mp_spikes_tw_rowcol", "peak_count_rowcol_pvalue", "dip_pvalue"]
+    found = diffract.scan(arrays, metrics=names, cache=False).metrics
+    # p = 1/40 to 2/40 in one draw of twenty: of twelve at most four, but for one run in ten thousand.
+    for column in ("peak_count_rowcol_pvalue", "dip_pvalue"):
+        assert (found[column] <= 0.05).sum() <= 4, column
+    # Norms of a draw scatter about the matrix's own, which scatter themselves: draws have spikes rather more.
+    assert -2 < (found["mp_spikes_tw"] - found["mp_spikes_tw_rowcol"]).mean() < 0.5
+
+
+def test_planted_groups_of_directions_are_not() -> None:
+    rng = np.random.default_rng(3)
+    arrays = {}
+    for i in range(8):
+        u, v = np.linalg.qr(rng.standard_normal((64, 64)))[0], np.linalg.qr(rng.standard_normal((256, 64)))[0]
+        arrays[f"w{i}"] = (u * np.r_[1 + 0.1 * rng.random(32), 3 + 0.3 * rng.random(32)]) @ v.T
+    found = diffract.scan(arrays, metrics=["peak_count", "peak_count_rowcol_pvalue", "dip_pvalue"], cache=False).metrics
+    assert found["peak_count"].to_list() == [2] * 8
+    assert found["peak_count_rowcol_pvalue"].max() == found["dip_pvalue"].max() == 1 / 40
+
+
+def unimodal_distance(values: np.ndarray) -> float:
+    """The dip by linear programming: for each mode the least d for which a unimodal function fits within d."""
+    x, counts = np.unique(values, return_counts=True)
+    n, K = len(values), len(x)
+    above = counts.cumsum() / n
+    below, best = above - counts / n, math.inf
+    for mode in range(K):
+        # Unknown are the function at 0 .. mode from the left, at mode .. K - 1 from the right, and d.
+        width, last = K + 2, mode + 1
+        rows, bounds = [], []
+
+        def at_most(bound: float, rows: list = rows, bounds: list = bounds, **terms: float) -> None:
+            row = np.zeros(width)  # noqa: B023
+            for name, value in terms.items():
+                row[int(name[1:])] += value
+            rows.append(row)
+            bounds.append(bound)
+
+        places = [*range(mode + 1), *range(mode, K)]
+        d = f"v{K + 1}"
+        for v, place in enumerate(places):
+            left = v < last
+            if not (left and place == mode):
+                at_most(-above[place], **{f"v{v}": -1, d: -1})
+            if left or place != mode:
+                at_most(below[place], **{f"v{v}": 1, d: -1})
+            else:
+                at_most(above[place], **{f"v{v}": 1, d: -1})
+        for v in range(K):
+            at_most(0, **{f"v{v}": 1, f"v{v + 1}": -1})
+        for sign, first, stop in ((1, 0, last), (-1, last, K + 1)):
+            for v in range(first + 1, stop - 1):
+                a, m, b = (x[places[v + k]] for k in (-1, 0, 1))
+                share = (m - a) / (b - a)
+                at_most(0, **{f"v{v}": sign, f"v{v - 1}": -sign * (1 - share), f"v{v + 1}": -sign * share})
+        found = linprog(np.eye(width)[-1], A_ub=np.array(rows), b_ub=bounds, bounds=[(None, None)] * width)
+        best = min(best, found.fun)
+    return max(best, 0.5 / n)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_dip_is_the_least_distance_from_a_unimodal_law(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=int(rng.integers(3, 13))) + rng.choice([0, 4], 1) * (rng.random() < 0.7)
+    values[::2] += 3
+    if seed % 3 == 0:
+        values = np.round(values)
+    if len(np.unique(values)) > 1:
+        assert dip(values) == pytest.approx(unimodal_distance(values), abs=1e-9)
+
+
+def test_dips_of_rows() -> None:
+    rows = torch.tensor([[1.0, 1, math.e, math.e], [0, 0, 1, 1], [1, math.e, math.e**2, 0]], dtype=torch.float64)
+    assert dips(rows).tolist() == pytest.approx([0.25, math.nan, 1 / 6], nan_ok=True)
+
+
+def test_nulls_are_drawn_for_some_matrices_of_every_role() -> None:
+    rng = np.random.default_rng(0)
+    arrays = {f"w{i}": rng.standard_normal((16, 24)).astype(np.float32) for i in range(40)}
+    some = diffract.scan(arrays, metrics="peak_count_rowcol", cache=False)
+    assert some.metrics["peak_count_rowcol"].is_not_null().sum() == 32
+    assert some.manifest["nulls"] == {"drawn": 32, "of": 40}
+    every = diffract.scan(arrays, metrics="peak_count_rowcol", nulls="all", cache=False)
+    assert every.metrics["peak_count_rowcol"].null_count() == 0
+    drawn = some.metrics["peak_count_rowcol"].is_not_null()
+    assert every.metrics.filter(drawn)["peak_count_rowcol"].equals(some.metrics.filter(drawn)["peak_count_rowcol"])
+
+
+def test_nulls_cost_no_more_than_the_rest() -> None:
+    with diffract.open({f"w{i}": np.zeros((512, 512), np.float32) for i in range(8)}) as checkpoint:
+        matrices = lay_out(checkpoint).matrices
+    assert len(choose_nulls(matrices, 0.0)) < len(choose_nulls(matrices, 1e12)) == 8
