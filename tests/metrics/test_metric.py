@@ -125,10 +125,11 @@ def test_a_function_without_source_has_a_key_of_its_code() -> None:
 def test_every_fact_has_its_price() -> None:
     prices = {
         "shape": ("shape", "epsilon"),
-        "entries": ("squares", "moments", "base_squares", "delta_squares", "changed", "rounding_squares"),
+        "entries": ("squares", "moments", "row_squares", "col_squares")
+        + ("base_squares", "delta_squares", "changed", "rounding_squares"),
         "sigma_max": ("sigma_max",),
         "sigmas": ("sigmas", "resolved", "delta_sigmas", "base_sigmas", "base_resolved"),
-        "null": ("null_sigmas",),
+        "null": ("null_sigmas", "drawn", "block_sigmas"),
         "vectors": ("U", "Vh", "left_cosines", "right_cosines", "diagonal", "delta_energy"),
         "matrix": ("matrix",),
     }
