@@ -125,8 +125,10 @@ def test_a_function_without_source_has_a_key_of_its_code() -> None:
 def test_every_fact_has_its_price() -> None:
     prices = {
         "shape": ("shape", "epsilon"),
-        "entries": ("squares", "moments", "row_squares", "col_squares")
-        + ("base_squares", "delta_squares", "changed", "rounding_squares"),
+        "entries": (
+            *("squares", "moments", "row_squares", "col_squares"),
+            *("base_squares", "delta_squares", "changed", "rounding_squares"),
+        ),
         "sigma_max": ("sigma_max",),
         "sigmas": ("sigmas", "resolved", "delta_sigmas", "base_sigmas", "base_resolved"),
         "null": ("null_sigmas", "drawn", "block_sigmas"),
