@@ -159,7 +159,7 @@ def test_the_dearest_fact_decides(facts: tuple[str, ...], need: str) -> None:
 
 def test_pair_facts() -> None:
     singles = {"shape", "epsilon", "squares", "moments", "sigma_max", "sigmas", "resolved", "U", "Vh", "matrix"}
-    singles |= {"null_sigmas"}
+    singles |= {"null_sigmas", "drawn", "row_squares", "col_squares", "block_sigmas"}
     assert {name for name in sources(FACTS) if not FACTS[name].pair} == singles
     assert not Metric("m", lambda x: x, ("sigmas",), "").pair
     assert Metric("m", lambda x, y: x, ("sigmas", "base_sigmas"), "").pair
