@@ -166,7 +166,7 @@ class SpectralCallback(TrainerCallback):
         rows = placed(found, step=state.global_step, tokens=tokens, order=order)
         self._rows = pl.concat([self._rows, rows], how="diagonal")
         with store.whole_file(self._table(args)) as draft:
-            self._rows.write_parquet(draft, compression="zstd")
+            tables.write_table(self._rows, draft)
         seconds = time.perf_counter() - begun
         log({**medians(rows), "spectral/seconds": seconds}, args, state, control)
         return seconds

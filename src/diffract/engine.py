@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Protocol, TypeVar
 
@@ -16,6 +17,9 @@ from diffract.errors import choose
 
 ENGINES = ("local",)
 """What can run the tasks of a verb."""
+
+AHEAD = 16
+"""Tasks of each worker that may be done before an earlier one that takes longer."""
 
 SIDE_BY_SIDE_BYTES = 1 << 27
 """Workspace up to which a task runs beside others."""
@@ -39,7 +43,7 @@ R = TypeVar("R")
 
 
 def run_tasks(tasks: Sequence[T], work: Callable[[T], R], *, device: torch.device) -> Iterator[tuple[T, R]]:
-    """Yield each task with its result, as they are finished.
+    """Yield each task with its result, small tasks first, otherwise in their order.
 
     Which tasks run side by side depends on their size alone, so that the same machine gives the same bits again.
 
@@ -63,10 +67,18 @@ def _side_by_side(tasks: Sequence[T], work: Callable[[T], R]) -> Iterator[tuple[
         single_threaded(),
         ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
     ):
-        futures = {pool.submit(work, task): task for task in tasks}
+        # Results come in the order of the tasks, so that whoever writes them writes the same bytes each time; and only
+        # so many wait that neither they nor what stands for tasks to come take memory by the number of all tasks.
+        waiting: deque[tuple[T, Future[R]]] = deque()
         try:
-            for future in as_completed(futures):
-                yield futures.pop(future), future.result()
+            for task in tasks:
+                if len(waiting) == AHEAD * workers:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+                waiting.append((task, pool.submit(work, task)))
+            while waiting:
+                first, future = waiting.popleft()
+                yield first, future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

@@ -28,6 +28,10 @@ MOST_IN_ROW = 1000
 """Numbers that ``FROM:TO:STEP`` may come to: more are a slip of the pen."""
 
 
+MOST_RECIPE_BYTES, MOST_ALIASES = 10_000_000, 20
+"""Larger recipes are refused; a row of aliases of aliases grows to twice its length with each."""
+
+
 def decimal_row(text: str) -> list[Decimal]:
     """Read ``FROM:TO:STEP``, both ends included, as decimal numbers: 0.3 is met exactly.
 
@@ -57,11 +61,22 @@ def read_recipe(path: str | Path, expected: str) -> dict[str, Any]:
     Raises:
         RecipeError: It cannot be read, is no YAML, or holds something else.
     """
+    path = Path(path)
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():  # a pipe would be waited for, a device may have no end
+            raise RecipeError(f"recipe {printable(path)!r} is no file.")
+        text = path.read_text(encoding="utf-8") if path.stat().st_size <= MOST_RECIPE_BYTES else ""
+        if not text or sum(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)) > MOST_ALIASES:
+            raise RecipeError(
+                f"recipe {printable(path)!r}: expected {expected} in at most {size_text(MOST_RECIPE_BYTES)}, with at "
+                f"most {MOST_ALIASES} aliases (*name)."
+            )
+        found = yaml.safe_load(text)
+    except RecipeError:
+        raise
     except OSError as error:
         raise RecipeError(f"cannot read recipe {printable(path)!r}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"recipe {printable(path)!r} is no YAML: {printable(error)}.") from error
     if not isinstance(found, dict):
         raise RecipeError(f"recipe {printable(path)!r}: expected {expected}, got {type(found).__name__}.")

@@ -418,9 +418,21 @@ def new_manifest(kind: str, *, models: Sequence[Mapping[str, Any]], **more: Any)
 def write(tables: Tables, folder: Path) -> None:
     """Write the files of a run into a folder; within ``whole_folder``, so that they appear together."""
     for name, table in tables.frames.items():
-        table.write_parquet(folder / f"{name}.parquet", compression="zstd")
+        write_table(table, folder / f"{name}.parquet")
     manifest = json.dumps({"format": FORMAT, **tables.manifest}, indent=2)
     (folder / "manifest.json").write_text(manifest + "\n", encoding="utf-8")
+
+
+def write_table(table: pl.DataFrame, path: Path) -> None:
+    """Write a table as Parquet.
+
+    Raises:
+        OSError: The disk is full, or cannot be written.
+    """
+    try:
+        table.write_parquet(path, compression="zstd")
+    except pl.exceptions.PolarsError as error:  # which has no class for what the disk says
+        raise OSError(str(error)) from error
 
 
 def save(tables: Tables, folder: str | Path, *, force: bool) -> None:
@@ -478,7 +490,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     _require(folder, ["manifest.json"])
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(folder, str(error)) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
@@ -523,7 +535,15 @@ def _read_study(folder: Path) -> dict[str, pl.DataFrame]:
         findings = [{"finding": n, "verdict": own["verdict"], "because": reasons.get(n)} for n, own in found.items()]
         numbers = [{"finding": name, **number} for name, own in found.items() for number in own["numbers"]]
         return {"findings": frame(findings, FINDINGS), "numbers": frame(numbers, NUMBERS)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, pl.exceptions.PolarsError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        pl.exceptions.PolarsError,
+    ) as error:
         raise _damaged(folder, str(error)) from error
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -97,3 +99,76 @@ def test_an_interruption_has_its_own_code(family: tuple[Path, Path], monkeypatch
 def test_version_and_missing_arguments() -> None:
     assert run.invoke(app, ["--version"]).stdout == f"diffract {diffract.__version__}\n"
     assert run.invoke(app, ["compare", "only-a-base"]).exit_code == 2
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "content", [json.dumps({"family": "x"}).encode("utf-16"), DEEP.encode()], ids=["utf-16", "deep"]
+)
+def test_an_architecture_file_that_cannot_be_read_is_the_inputs_fault(
+    family: tuple[Path, Path], tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    done = run.invoke(app, ["inspect", str(family[0]), "--architecture", str(tmp_path / "a.json")])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "is no JSON in UTF-8" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("model: " + "[" * 1000 + "]" * 1000, "is no YAML"),
+        ("a: &a [x, x]\n" + "".join(f"b{i}: &b{i} [*a, *a]\n" for i in range(20)), "aliases"),
+        ("", "expected a mapping|expected"),
+        ("x" * 10_000_001, "10 MB"),
+    ],
+    ids=["deep", "aliases", "empty", "large"],
+)
+def test_a_recipe_that_cannot_be_read_is_the_inputs_fault(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    done = run.invoke(app, ["apply", str(tmp_path / "r.yaml"), "-o", str(tmp_path / "out")])
+    assert done.exit_code == 1
+    assert re.search(said, done.stderr)
+
+
+def test_a_pipe_is_no_recipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "r.yaml")
+    done = run.invoke(app, ["apply", str(tmp_path / "r.yaml"), "-o", str(tmp_path / "out")])
+    assert done.exit_code == 1
+    assert "is no file" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "change", [None, {"models": [{"model": "m"}]}, {"metrics": {"stable_rank": "x"}}, {"metrics": []}, {"models": {}}]
+)
+def test_a_damaged_run_folder_is_the_inputs_fault(
+    family: tuple[Path, Path], tmp_path: Path, change: dict[str, object] | None
+) -> None:
+    folder = diffract.scan(family[0], metrics="norms").save(tmp_path / "run")
+    manifest = folder / "manifest.json"
+    manifest.write_text(DEEP if change is None else json.dumps(json.loads(manifest.read_text()) | change))
+    done = run.invoke(app, ["report", str(folder), "-o", str(tmp_path / "x.html")])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "is damaged" in done.stderr
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_a_full_disk_at_a_table_is_the_inputs_fault(family: tuple[Path, Path], tmp_path: Path) -> None:
+    code = """
+import resource, signal, sys
+import diffract
+from diffract.errors import RunError
+found = diffract.scan(sys.argv[1], metrics="norms", cache=False)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+try:
+    found.save(sys.argv[2])
+except RunError as error:
+    print(error)
+"""
+    command = [sys.executable, "-c", code, str(family[0]), str(tmp_path / "run")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=100)
+    assert "File too large" in done.stdout
+    assert list(tmp_path.glob("run*")) == []

@@ -122,6 +122,22 @@ def test_a_damaged_state_is_named(recipe: Make, tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         train(recipe(), tmp_path / "out", progress=stop)
-    (tmp_path / "out" / "state" / "step000000005" / "optimizer.bin").write_bytes(b"PK\x03\x04 cut off")
-    with pytest.raises(RunError, match=r"step000000005' cannot be taken up"):
+    state = tmp_path / "out" / "state" / "step000000005"
+    names = sorted(path.name for path in state.iterdir())
+    assert {"optimizer.bin", "progress.json", "pytorch_model.bin", "random_states_0.pkl"} <= set(names)
+    for path in [state / name for name in names]:
+        content = path.read_bytes()
+        damaged = [content[: len(content) // 2]]
+        if path.suffix != ".json":
+            middle = len(content) // 2
+            damaged.append(content[:middle] + bytes([content[middle] ^ 0x10]) + content[middle + 1 :])
+        for other in damaged:
+            path.write_bytes(other)
+            with pytest.raises(RunError, match=r"step000000005' cannot be taken up"):
+                train(recipe(), tmp_path / "out")
+        path.write_bytes(content)
+    (state / "progress.json").write_text(
+        (state / "progress.json").read_text().replace('"micro_batch": ', '"micro_batch": 1')
+    )
+    with pytest.raises(RunError, match=r"progress\.json is not as it was written"):
         train(recipe(), tmp_path / "out")

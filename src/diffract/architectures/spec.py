@@ -113,14 +113,14 @@ def load_spec(path: str | Path) -> Spec:
         return Spec.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
     except OSError as error:
         raise ArchitectureError(f"cannot read architecture file {str(path)!r}: {error.strerror}.") from error
-    except json.JSONDecodeError as error:
-        raise ArchitectureError(f"architecture file {str(path)!r} is no JSON: {error}.") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "top level"
         raise ArchitectureError(
             f"architecture file {str(path)!r}, {where}: {first['msg']}. docs/architectures.md lists the keys."
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise ArchitectureError(f"architecture file {str(path)!r} is no JSON in UTF-8: {error}.") from error
 
 
 @cache

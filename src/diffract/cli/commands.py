@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffract.cli import text
 from diffract.cli.generate import Command
-from diffract.errors import CheckpointError, RecipeError, SelectionError, printable
+from diffract.errors import CheckpointError, DiffractError, RecipeError, RunError, SelectionError, printable
 
 if TYPE_CHECKING:
     from diffract.checkpoints import Reference
@@ -61,7 +62,8 @@ def report(run: str | Path, output: str | Path | None = None) -> Path:
     from diffract import report as page
     from diffract.tables import load
 
-    return page.write(load(run), output or Path(run) / "report.html")
+    with _drawn(run):
+        return page.write(load(run), output or Path(run) / "report.html")
 
 
 def plot(kind: str, run: str | Path, output: str | Path, **options: Any) -> Path:
@@ -77,7 +79,22 @@ def plot(kind: str, run: str | Path, output: str | Path, **options: Any) -> Path
 
     plots.check_ending(output)  # before the figure is computed
     size = {name: options.pop(name) for name in SIZES}
-    return plots.save(plots.plot(kind, run, **options), output, **size)
+    with _drawn(run):
+        return plots.save(plots.plot(kind, run, **options), output, **size)
+
+
+@contextmanager
+def _drawn(run: str | Path) -> Iterator[None]:
+    """Call what cannot be drawn of a saved run damaged: whatever is right was drawn when the run was made."""
+    try:
+        yield
+    except DiffractError:
+        raise
+    except Exception as error:
+        raise RunError(
+            f"run folder {str(run)!r} is damaged, or of another version: {type(error).__name__}: {printable(error)}. "
+            "Run the command that made it again."
+        ) from error
 
 
 def metrics(*, facts: bool = False) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import polars as pl
 from diffract import stats
 from diffract.errors import RunError, printable
 from diffract.store import whole_folder
+from diffract.tables import write_table
 
 if TYPE_CHECKING:
     from diffract.studies.study import Study
@@ -120,7 +121,7 @@ def save_evidence(found: Evidence, folder: Path, *, key: str) -> None:
     }
     with whole_folder(folder, force=True) as draft:
         for name, table in found.tables.items():
-            table.write_parquet(draft / f"{name}.parquet")
+            write_table(table, draft / f"{name}.parquet")
         (draft / "manifest.json").write_text(json.dumps(plain), encoding="utf-8")
 
 
@@ -148,7 +149,7 @@ def load_evidence(folder: Path, *, key: str) -> Evidence | None:
             figures=[(f["caption"], plotly.io.from_json(json.dumps(f["figure"]))) for f in plain["figures"]],
             tables={name: pl.read_parquet(folder / f"{name}.parquet") for name in plain["tables"]},
         )
-    except (OSError, KeyError, ValueError, TypeError, pl.exceptions.PolarsError) as error:
+    except (OSError, KeyError, ValueError, TypeError, RecursionError, pl.exceptions.PolarsError) as error:
         raise RunError(
             f"{str(folder)!r} is damaged ({printable(error)}). Remove it and run the study again."
         ) from error

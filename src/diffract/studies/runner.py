@@ -128,7 +128,7 @@ def _claim(recipe: StudyRecipe, folder: Path) -> None:
         return
     try:
         found = json.loads(path.read_text(encoding="utf-8"))["recipe"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(f"{str(path)!r} is damaged ({printable(error)}). Choose another folder.") from error
     if changed := [name for name in plain if found.get(name) != plain[name]]:
         raise RecipeError(

@@ -196,8 +196,8 @@ def load_tokenizer(named: str) -> PreTrainedTokenizerFast:
 
     name, revision = parse_hub_name(named) or (named, None)
     try:
-        found: Any = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found: Any = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises plain ones for what is wrong in a file
         raise RecipeError(f"no tokenizer can be loaded from {printable(named)!r}: {printable(error)}.") from error
     if getattr(found, "backend_tokenizer", None) is None:
         raise RecipeError(f"the tokenizer of {printable(named)!r} is no fast one, with a tokenizer.json. Convert it.")

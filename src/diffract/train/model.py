@@ -42,7 +42,9 @@ def make_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerFast) -> PreTr
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     name, revision = parse_hub_name(recipe.model.init) or (recipe.model.init, None)
     with _explained("model.init"):
-        return AutoModelForCausalLM.from_pretrained(name, revision=revision, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, dtype=torch.float32, trust_remote_code=False
+        )
 
 
 def make_config(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
@@ -59,7 +61,7 @@ def make_config(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerFast) -> PreT
     if recipe.model.init is not None:
         name, revision = parse_hub_name(recipe.model.init) or (recipe.model.init, None)
         with _explained("model.init"):
-            config = AutoConfig.from_pretrained(name, revision=revision)
+            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     else:
         config = _new_config(recipe, tokenizer)
     _check_fit(config, tokenizer, recipe.context)

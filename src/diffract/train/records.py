@@ -23,7 +23,7 @@ from torch import Tensor
 from diffract._version import __version__
 from diffract.errors import DiffractError, RecipeError, RunError, printable
 from diffract.settings import Progress
-from diffract.store import DRAFT, held, whole_file, write_text
+from diffract.store import DRAFT, cache_key, held, whole_file, write_text
 from diffract.train.recipe import TrainRecipe
 
 if TYPE_CHECKING:
@@ -136,9 +136,9 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def file_digests(folder: Path) -> dict[str, str]:
-    """Return a digest of each file of a checkpoint."""
-    paths = sorted(path for path in folder.iterdir() if path.is_file())
-    return {path.name: blake3.blake3().update_mmap(path).hexdigest() for path in paths}
+    """Return a digest of each file of a checkpoint or a state."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): blake3.blake3().update_mmap(path).hexdigest() for path in paths}
 
 
 def write_run(folder: Path, content: Mapping[str, Any]) -> None:
@@ -181,7 +181,8 @@ def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
         yield f"{printable(path)} is {printable(json.dumps(old))} there, {printable(json.dumps(new))} here"
 
 
-PROGRESS = "progress.json"
+PROGRESS, DIGESTS = "progress.json", "digests"
+"""What a state has besides files of accelerate: plain values, among them a digest of each of those files."""
 
 _STATE = re.compile(r"step(\d+)", re.ASCII)
 
@@ -214,24 +215,30 @@ def save_state(accelerator: Accelerator, folder: Path, *, step: int, content: di
         accelerator.save_state(str(draft), safe_serialization=False)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            (draft / PROGRESS).write_text(json.dumps(content), encoding="utf-8")
+            digests = {**file_digests(draft), PROGRESS: cache_key(content)}
+            (draft / PROGRESS).write_text(json.dumps({**content, DIGESTS: digests}), encoding="utf-8")
             draft.replace(path)
             # Only now: a run that is killed before has the earlier state to go on from.
             for other in path.parent.iterdir():
                 if other != path:
                     shutil.rmtree(other, ignore_errors=True)
-    except OSError as error:
-        raise RunError(f"cannot write {printable(path)!r}: {error.strerror or error}. Make room.") from error
+    except (OSError, RuntimeError) as error:  # of a full disk torch says the latter
+        raise RunError(f"cannot write {printable(path)!r}: {printable(error)}. Make room.") from error
 
 
 def load_state(accelerator: Accelerator, path: Path) -> dict[str, Any]:
     """Take up a state, and return the plain values that belong to it.
 
     Raises:
-        RunError: The state cannot be read.
+        RunError: The state cannot be read, or a file of it is not as it was written: one changed bit in weights,
+            optimizer or random numbers would give other results without a word.
     """
     try:
         content = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
+        digests = content.pop(DIGESTS)
+        found = {**file_digests(path), PROGRESS: cache_key(content)}
+        if changed := [name for name, known in digests.items() if found.get(name) != known]:
+            raise ValueError(f"{changed[0]} is not as it was written")
         accelerator.load_state(str(path))
     except (OSError, ValueError, RuntimeError, KeyError, UnpicklingError) as error:
         raise RunError(
