@@ -329,3 +329,34 @@ def test_any_other_checkpoint_has_no_base(tmp_path: Path) -> None:
     found: Checkpoint = open_checkpoint({"w": torch.ones(2)})
     assert found.base_reference is None
     assert found.factors == {}
+
+
+def saved_whole(folder: Path, layer: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write base and factors side by side, as a full state dict of a PEFT model has them; return base and change."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(5)
+    weight, a, b = (torch.randn(shape, generator=generator) for shape in ((6, 4), (2, 4), (6, 2)))
+    stem = "base_model.model.up_proj"
+    held = {f"{stem}{layer}.weight": weight, "base_model.model.norm.weight": torch.ones(4)}
+    held |= {f"{stem}.lora_A.default.weight": a, f"{stem}.lora_B.default.weight": b}
+    save_file(held, folder / "model.safetensors")
+    return weight, b @ a
+
+
+@pytest.mark.parametrize("layer", ["", ".base_layer"])
+def test_an_unmerged_model_is_read_with_its_change(layer: str, tmp_path: Path) -> None:
+    weight, change = saved_whole(tmp_path / "whole", layer)
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8}
+    (tmp_path / "whole" / "config.json").write_text("{}")
+    (tmp_path / "whole" / "adapter_config.json").write_text(json.dumps(config))
+    with open_checkpoint(tmp_path / "whole") as found:
+        assert sorted(found) == ["norm.weight", "up_proj.weight"]
+        torch.testing.assert_close(found["up_proj.weight"], weight + 4 * change)
+        assert "An adapter was saved with its base" in found.notes[0]
+        assert list(found.factors) == ["up_proj.weight"]
+
+
+def test_an_unmerged_model_without_a_scale_is_refused(tmp_path: Path) -> None:
+    saved_whole(tmp_path / "whole", ".base_layer")
+    with pytest.raises(CheckpointError, match=r"not merged.*scale is stated nowhere"):
+        open_checkpoint(tmp_path / "whole")

@@ -112,6 +112,54 @@ def open_adapter(
     )
 
 
+_FACTOR = re.compile(r"(?:base_model\.model\.)?.+\.lora_[AB]\.(?:[^.]+\.)?weight")
+
+
+def unmerged(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> Checkpoint:
+    """Return a PEFT model that was saved whole as its base with the adapter's change; any other checkpoint as it is.
+
+    Args:
+        checkpoint: What was opened: base and factors side by side, or a plain model.
+        config: The adapter's configuration, if it lies beside; only it states the scale of the factors.
+
+    Raises:
+        CheckpointError: There are factors, and no configuration.
+    """
+    factors = [name for name in checkpoint if _FACTOR.fullmatch(name)]
+    if not factors:
+        return checkpoint
+    if config is None:
+        raise CheckpointError(
+            f"{checkpoint.reference}: holds an adapter that was not merged (LoRA factors such as "
+            f"{printable(factors[0])!r}), and their scale is stated nowhere. Put its {CONFIG} beside it, "
+            "or save what merge_and_unload() of PEFT returns."
+        )
+    names = {name: _bare(name) for name in checkpoint if name not in set(factors)}
+    base = replace(
+        checkpoint,
+        infos={new: replace(checkpoint.info(name), name=new) for name, new in names.items()},
+        sources={new: checkpoint.sources[name] for name, new in names.items()},
+        tied={names[a]: names[b] for a, b in checkpoint.tied.items() if a in names and b in names},
+    )
+    weights = replace(
+        checkpoint,
+        infos={name: checkpoint.infos[name] for name in factors},
+        sources={name: checkpoint.sources[name] for name in factors},
+    )
+    found = open_adapter(weights, base, config, reference=checkpoint.reference)
+    note = f"An adapter was saved with its base, not merged: {len(found.factors)} matrices are read with its change."
+    return replace(found, base_reference=None, notes=(*found.notes, note))
+
+
+def _bare(name: str) -> str:
+    """The name of a tensor in the base alone.
+
+    >>> _bare("base_model.model.model.layers.0.mlp.up_proj.base_layer.weight")
+    'model.layers.0.mlp.up_proj.weight'
+    """
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
 def refuse_more_than_factors(config: Mapping[str, Any], reference: str) -> None:
     """Raise unless an adapter's configuration says that it is plain LoRA."""
     if config.get("peft_type") != "LORA":

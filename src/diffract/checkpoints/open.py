@@ -12,17 +12,20 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from diffract.checkpoints import adapter
 from diffract.checkpoints.archive import open_pickle, open_pickles
 from diffract.checkpoints.checkpoint import Checkpoint
+from diffract.checkpoints.distributed import INSIDE, METADATA, join_slices, open_distributed
 from diffract.checkpoints.formats import refuse_format, refuse_lone_part, refuse_parts
 from diffract.checkpoints.quantised import dequantised
 from diffract.checkpoints.sources import (
     CONFIG,
     SAFETENSORS,
+    SLICES,
     TORCH,
     TORCH_SUFFIXES,
     TRAINER,
     Folder,
     LocalFile,
     LocalFolder,
+    Shards,
     find_companions,
     find_shards,
     open_safetensors,
@@ -153,22 +156,38 @@ def _open_hub(repo: str, revision: str | None, how: _How) -> Checkpoint:
 def _open_file(path: Path, how: _How) -> Checkpoint:
     refuse_lone_part(path)
     folder = LocalFolder(path.parent)
-    config, companions = read_config(folder), find_companions(folder)
+    config = read_config(folder)
     if path.suffix == ".npz":
         from diffract.checkpoints.arrays import open_npz
 
-        return replace(open_npz(path), config=config, companions=companions)
-    if path.suffix in TORCH_SUFFIXES:
-        return replace(open_pickle(path, part=how.part), config=config, companions=companions)
-    if path.suffix == ".safetensors":
+        found = open_npz(path)
+    elif path.suffix in TORCH_SUFFIXES:
+        found = open_pickle(path, part=how.part)
+    elif path.suffix == ".safetensors":
         found, metadata = open_safetensors(LocalFile(path))
         config = config or _metadata_config(metadata, found.reference)
-        return replace(found, config=config, companions=companions)
-    with path.open("rb") as file:
-        refuse_format(printable(path, 1000), [path.name], file.read(64))
-    raise CheckpointError(
-        f"{printable(path, 1000)!r}: unknown kind of file, expected .safetensors, .bin, .pt, .pth, .ckpt or .npz."
-    )
+        if SLICES in metadata:
+            if len([name for name in folder.names if name.endswith(".safetensors")]) > 1:
+                found.close()
+                raise CheckpointError(f"{found.reference}: is one part of a distributed model (DCP). Open its folder.")
+            found = join_slices([(found, metadata)], found.reference)
+    else:
+        with path.open("rb") as file:
+            refuse_format(printable(path, 1000), [path.name], file.read(64))
+        raise CheckpointError(
+            f"{printable(path, 1000)!r}: unknown kind of file, expected .safetensors, .bin, .pt, .pth, .ckpt or .npz."
+        )
+    return _with_neighbours(found, folder, config)
+
+
+def _with_neighbours(found: Checkpoint, folder: Folder, config: Mapping[str, Any]) -> Checkpoint:
+    """Return weights with what lies beside them: configuration, tokenizer, an adapter's settings."""
+    found = replace(found, config=config, companions=find_companions(folder))
+    try:
+        return adapter.unmerged(found, read_object(folder, adapter.CONFIG))
+    except BaseException:
+        found.close()
+        raise
 
 
 def _metadata_config(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
@@ -179,26 +198,27 @@ def _metadata_config(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
 
 def _open_folder(path: Path, how: _How) -> Checkpoint:
     folder = LocalFolder(path)
-    if adapter.CONFIG in folder.names:
-        if not _holds_whole_model(folder, how):
-            return _open_adapter(folder, how)
-        notes = (
-            "An adapter lies beside the model; it is not applied. To see it, pass --adapter-base with the folder.",
-        )
-    else:
-        notes = ()
+    beside = adapter.CONFIG in folder.names
+    if beside and not _holds_whole_model(folder, how):
+        return _open_adapter(folder, how)
     refuse_parts(folder.where, folder.names)
-    config, companions = read_config(folder), find_companions(folder)
-    shards = find_shards(folder, SAFETENSORS, (".safetensors",))
-    if shards.files:
-        return replace(open_shards(folder, shards), config=config, companions=companions, notes=notes)
-    pickles = find_shards(folder, TORCH, TORCH_SUFFIXES)
-    if pickles.files:
-        return replace(open_pickles(folder, pickles, part=how.part), config=config, companions=companions)
-    refuse_format(folder.where, folder.names)
-    raise CheckpointError(
-        f"folder {folder.where!r} holds no .safetensors, .bin, .pt or .pth files. Is this the right folder?"
-    )
+    inside = next((path / name for name in ("", *INSIDE) if (path / name / METADATA).is_file()), None)
+    shards = find_shards(folder, SAFETENSORS, (".safetensors",)) if inside is None else Shards([])
+    pickles = find_shards(folder, TORCH, TORCH_SUFFIXES) if inside is None and not shards.files else Shards([])
+    if inside is not None:
+        found = open_distributed(LocalFolder(inside), part=how.part)
+    elif shards.files:
+        found = open_shards(folder, shards)
+    elif pickles.files:
+        found = open_pickles(folder, pickles, part=how.part)
+    else:
+        refuse_format(folder.where, folder.names)
+        raise CheckpointError(
+            f"folder {folder.where!r} holds no .safetensors, .bin, .pt or .pth files. Is this the right folder?"
+        )
+    found = _with_neighbours(found, folder, read_config(folder))
+    note = "An adapter lies beside the model; it is not applied. To see it, pass --adapter-base with the folder."
+    return replace(found, notes=(*found.notes, note)) if beside and not found.factors else found
 
 
 def _holds_whole_model(folder: Folder, how: _How) -> bool:
@@ -328,6 +348,8 @@ def _children(path: Path) -> list[Path]:
 
 def _holds_weights(path: Path) -> bool:
     names = LocalFolder(path).names
+    if any((path / name / METADATA).is_file() for name in ("", *INSIDE)):
+        return True
     return adapter.CONFIG in names or any(_is_weights(name, IN_FOLDERS, TRAINER) for name in names)
 
 

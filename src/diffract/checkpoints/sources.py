@@ -151,6 +151,9 @@ TRAINER = (
 )
 """How files begin that a training run leaves beside the weights."""
 
+SLICES = "DCP_SHARDING_INFO"
+"""Key of a file's metadata under which a distributed checkpoint notes which part of each tensor the file holds."""
+
 HEADERS_AT_ONCE = 8
 """Headers read at the same time; on the hub each costs a round trip or two."""
 
@@ -213,12 +216,18 @@ def open_shards(folder: Folder, shards: Shards) -> Checkpoint:
     """
     with ExitStack() as opened, ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
 
-        def open_one(name: str) -> Checkpoint:
+        def open_one(name: str) -> tuple[Checkpoint, dict[str, str]]:
             file = folder.open(name)
             opened.callback(file.close)
-            return open_safetensors(file)[0]
+            return open_safetensors(file)
 
-        joined = join(pool.map(open_one, shards.files), folder.where)
+        files = list(pool.map(open_one, shards.files))
+        if any(SLICES in metadata for _, metadata in files):
+            from diffract.checkpoints.distributed import join_slices  # it reads archives too, which come after files
+
+            joined = join_slices(files, folder.where)
+        else:
+            joined = join((held for held, _ in files), folder.where)
         check_promised(joined, shards, folder.where)
         opened.pop_all()
     return joined

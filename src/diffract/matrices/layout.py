@@ -110,7 +110,7 @@ def _entry(info: TensorInfo, architecture: Architecture, ties: Mapping[str, str]
         return Entry(info, (), "vector")
     matrices = tuple(slice_tensor(info, architecture, heads=heads))
     if not matrices:
-        return Entry(info, (), "not_matrix", f"{len(info.shape)} axes")
+        return Entry(info, (), "not_matrix", f"{len(info.shape)} axes, and nothing says that one counts experts")
     return Entry(info, matrices, "analysed")
 
 

@@ -52,11 +52,14 @@ def slice_tensor(info: TensorInfo, architecture: Architecture, *, heads: bool = 
 
 
 def _generic(info: TensorInfo, label: str) -> list[Matrix]:
-    """A tensor that nothing describes: 2-D is one matrix, 3-D one matrix per leading index; others are left."""
+    """A tensor that nothing describes: 2-D is one matrix, 3-D one per expert if its name says so; others are left.
+
+    The kernel of a convolution has three axes too, and its first counts no matrices.
+    """
     shape = info.shape
     if len(shape) == 2:
         return [Matrix(label, info.name, (shape[0], shape[1]), info.dtype, block="other")]
-    if len(shape) == 3 and min(shape[1:]) > 1:  # else a depthwise convolution: rows, not matrices
+    if len(shape) == 3 and min(shape[1:]) > 1 and "expert" in info.name.lower():
         whole = Matrix(label, info.name, (shape[1], shape[2]), info.dtype, block="other")
         return [replace(whole, name=f"{label}[{i}]", index=i) for i in range(shape[0])]
     return []
