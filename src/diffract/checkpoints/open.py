@@ -202,6 +202,7 @@ def _open_folder(path: Path, how: _How) -> Checkpoint:
     if beside and not _holds_whole_model(folder, how):
         return _open_adapter(folder, how)
     refuse_parts(folder.where, folder.names)
+    config = read_config(folder)
     inside = next((path / name for name in ("", *INSIDE) if (path / name / METADATA).is_file()), None)
     shards = find_shards(folder, SAFETENSORS, (".safetensors",)) if inside is None else Shards([])
     pickles = find_shards(folder, TORCH, TORCH_SUFFIXES) if inside is None and not shards.files else Shards([])
@@ -216,7 +217,7 @@ def _open_folder(path: Path, how: _How) -> Checkpoint:
         raise CheckpointError(
             f"folder {folder.where!r} holds no .safetensors, .bin, .pt or .pth files. Is this the right folder?"
         )
-    found = _with_neighbours(found, folder, read_config(folder))
+    found = _with_neighbours(found, folder, config)
     note = "An adapter lies beside the model; it is not applied. To see it, pass --adapter-base with the folder."
     return replace(found, notes=(*found.notes, note)) if beside and not found.factors else found
 
