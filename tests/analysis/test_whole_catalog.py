@@ -56,7 +56,16 @@ def test_a_scan_of_all_has_every_metric_of_one_matrix() -> None:
     own = [c for c in found.metrics.columns if c not in LABELS | OUTCOME and c != "pooled_peak_count"]
     assert own == [name for name in QUICK if not CATALOG[name].pair]
     quantities = set(found.spectra["quantity"])
-    assert quantities == {"sigma", "null_sigma", "pl_ks_scan", "peak", "peak_position", "peak_width", "peak_mass"}
+    assert quantities == {
+        "sigma",
+        "null_sigma",
+        "pl_ks_scan",
+        "peak",
+        "peak_position",
+        "peak_width",
+        "peak_mass",
+        "sep_sigma",
+    }
 
 
 def test_curves_of_fits_lie_along_the_spectrum() -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from diffract.analysis.facts import MetricPlan, StackPair, pair_facts, single_facts
 from diffract.analysis.held import Stack
-from diffract.metrics import CATALOG, GROUPS, heavy_tails
+from diffract.metrics import CATALOG, GROUPS, Facts, Metric, heavy_tails, separable
 from diffract.metrics.heavy_tails.fit import fit_tails
 from diffract.metrics.heavy_tails.significance import LAWS
 from diffract.metrics.nulls import dip
@@ -86,6 +86,16 @@ class Case:
     @cached_property
     def in_peaks(self) -> np.ndarray:
         return slow.in_peaks(self.base[1])
+
+    def separable(self, m: Metric) -> float:
+        """By the law itself, which its own tests hold against draws."""
+        squares = torch.from_numpy(self.w**2)[None]
+        facts = Facts(row_squares=squares.sum(2), col_squares=squares.sum(1), shape=self.w.shape)
+        facts |= {
+            "drawn": torch.ones(1, dtype=torch.bool),
+            "resolved_eigenvalues": torch.from_numpy(self.eigenvalues)[None],
+        }
+        return m(*(facts[name] for name in m.facts)).item()
 
     @cached_property
     def rowcol(self) -> np.ndarray:
@@ -237,6 +247,10 @@ TABLE |= {
         0,
         set(),
     ),
+    "sep_ks": (lambda c: c.separable(separable.sep_ks), 0, ENTRIES),
+    "sep_edge": (lambda c: c.separable(separable.sep_edge), 2, ENTRIES),
+    "sep_spikes": (lambda c: c.separable(separable.sep_spikes), 0, ENTRIES),
+    "sep_modes": (lambda c: c.separable(separable.sep_modes), 0, ENTRIES),
     "peak_count_rowcol": (lambda c: float(np.mean([slow.peak_count(S) for S in c.rowcol])), 0, set()),
     "peak_count_rowcol_pvalue": (
         lambda c: slow.reached(slow.peak_count(c.sigmas), [slow.peak_count(S) for S in c.rowcol]),

@@ -36,7 +36,7 @@ from diffract.linalg import (
     top_spectrum,
     weak_pairs,
 )
-from diffract.metrics import CURVES, Facts, Metric, sources
+from diffract.metrics import CURVES, Facts, Metric, behind, sources
 from diffract.metrics.random_matrix import entry_order, permuted
 
 OVERLAPS = ("left_cosines", "right_cosines", "diagonal", "delta_energy")
@@ -350,8 +350,8 @@ them at once spend their time waiting for each other, one beside a thread in a l
 
 def bundle(found: StackFacts, metrics: Sequence[Metric]) -> pl.DataFrame:
     """Return one row per matrix: outcome, metrics, and lists along the spectrum. What has no value is null."""
-    if "row_squares" in found.facts and "drawn" in sources(fact for m in metrics for fact in m.facts):
-        _ = found.facts["rowcol_sigmas"]  # hundreds of decompositions, which others need not wait for
+    for name in {"rowcol_sigmas", "separable"} & behind(fact for m in metrics for fact in m.facts):
+        _ = found.facts[name]  # hundreds of decompositions, or an iteration, which others need not wait for
     with ONE_AT_A_TIME:
         rows = pl.DataFrame(_columns(found, metrics))
         # Polars' own memory: small arrays that live on among large temporaries keep the allocator from giving these

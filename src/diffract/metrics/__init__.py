@@ -1,7 +1,7 @@
 """Metrics: functions of facts about matrices, and the catalog that lists them. Sees tensors only."""
 
 from diffract.metrics.catalog import CATALOG, GROUPS, Facts, choose_metrics, installed_metrics, split_names
-from diffract.metrics.facts import CURVES, FACTS, NEEDS, Metric, metric, sources
+from diffract.metrics.facts import CURVES, FACTS, NEEDS, Metric, behind, metric, sources
 
 __all__ = [
     "CATALOG",
@@ -11,6 +11,7 @@ __all__ = [
     "NEEDS",
     "Facts",
     "Metric",
+    "behind",
     "choose_metrics",
     "installed_metrics",
     "metric",

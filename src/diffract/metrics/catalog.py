@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from diffract.errors import SelectionError, suggest
-from diffract.metrics import heavy_tails, nulls, pair, peaks, random_matrix, single
+from diffract.metrics import heavy_tails, nulls, pair, peaks, random_matrix, separable, single
 from diffract.metrics.facts import FACTS, TAIL_LAWS, Metric
 from diffract.metrics.heavy_tails import significance
 from diffract.metrics.heavy_tails.fit import Candidates, fit_candidates, order, scan_distances, search
@@ -49,6 +49,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
     "random_matrix": (
         *random_matrix.BULK,
         nulls.mp_spikes_tw_rowcol,
+        *separable.METRICS,
         random_matrix.null_w1,
         random_matrix.null_spectral_norm,
         random_matrix.donoho_gavish_threshold,
@@ -119,6 +120,8 @@ DERIVED: dict[str, Callable[..., Any]] = {
     "tail_warnings": lambda tail, values: heavy_tails.describe_warning(heavy_tails.tail_warning(tail, values), tail),
     "peaks": peaks.spectral_peaks,
     "rowcol_sigmas": nulls.rowcol_sigmas,
+    "separable": separable.separable_law,
+    "sep_sigmas": separable.sep_sigmas,
     "rowcol_peaks": nulls.rowcol_peaks,
     "base_peaks": peaks.spectral_peaks,
     "in_base_peak": lambda found: found.membership >= 0,

@@ -114,6 +114,8 @@ _derive(
     "rowcol_sigmas", "(b, d, M), those of Gaussians with the matrix's row and column norms, d draws",
     *("row_squares", "col_squares", "drawn"),
 )  # fmt: skip
+_derive("separable", "the law of row and column norms, separable.Separable", *("row_squares", "col_squares", "drawn"))
+_derive("sep_sigmas", "(b, M), singular values that follow that law exactly", "separable", "shape")
 _derive("rowcol_peaks", "(b, d), peaks in each draw", "rowcol_sigmas")
 _derive("base_resolved_sigmas", "(b, M), likewise of W0", "base_sigmas", "base_resolved")
 _derive("base_peaks", "peaks of W0", "base_resolved_sigmas")
@@ -131,13 +133,14 @@ for _side, _u in (("left", "u"), ("right", "v")):
     )
 
 
+def behind(names: Iterable[str]) -> frozenset[str]:
+    """Return ``names`` and all facts that they are derived from."""
+    return frozenset().union(*({name} | behind(FACTS[name].sources) for name in names))
+
+
 def sources(names: Iterable[str]) -> frozenset[str]:
     """Return the facts that must be found out by looking at weights so that all of ``names`` can be had."""
-    found: set[str] = set()
-    for name in names:
-        fact = FACTS[name]
-        found |= sources(fact.sources) if fact.sources else {name}
-    return frozenset(found)
+    return frozenset(name for name in behind(names) if not FACTS[name].sources)
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,7 @@ class Quantity:
 CURVES: dict[str, Quantity] = {
     "sigma": Quantity("sigmas", "singular values, descending; what follows runs along them unless it says otherwise"),
     "null_sigma": Quantity("null_sigmas", "singular values of the same entries in a random order"),
+    "sep_sigma": Quantity("sep_sigmas", "singular values that follow the law of row and column norms", "separable"),
     "pl_ks_scan": Quantity("power_law_scan", "distance of the power law whose xmin is that sigma^2 / N", "power_law"),
     "peak": Quantity(
         "peaks",
