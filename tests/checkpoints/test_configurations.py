@@ -31,7 +31,7 @@ def told(base: dict[str, Any], tuned: dict[str, Any]) -> list[tuple[str, str, st
         ({"rope_theta": 5e5}, ("rope_theta", "not stated", "500000.0", "computation")),
         ({"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 8},
          ("num_attention_heads", "8", "16", "computation")),
-        ({"tie_word_embeddings": True}, ("tie_word_embeddings", "not stated", "true", "computation")),
+        ({"tie_word_embeddings": True}, ("tie_word_embeddings", "false", "true", "computation")),
         ({"attention_bias": True}, ("attention_bias", "false", "true", "computation")),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}},
          ("rope_scaling.rope_type", "not stated", "linear", "computation")),
@@ -61,6 +61,19 @@ def test_a_changed_key_is_told_with_what_it_changes(change: dict[str, Any], expe
 )
 def test_what_a_silent_configuration_means_is_no_difference(same: dict[str, Any]) -> None:
     assert told(LLAMA, LLAMA | same) == told(LLAMA | same, LLAMA) == []
+
+
+def test_a_model_that_does_not_tell_its_type_is_read_as_the_other() -> None:
+    bert = {"hidden_size": 8, "num_attention_heads": 2}
+    full = bert | {"model_type": "bert", "tie_word_embeddings": True, "is_decoder": False, "eos_token_ids": 0}
+    assert told(bert, full) == [("eos_token_ids", "not stated", "0", "text")]
+    assert told(bert, full | {"tie_word_embeddings": False})[0] == (
+        "tie_word_embeddings",
+        "true",
+        "false",
+        "computation",
+    )
+    assert told(full, full | {"model_type": "roberta"})[0] == ("model_type", "bert", "roberta", "computation")
 
 
 def test_two_spellings_of_one_thing_are_one() -> None:

@@ -18,7 +18,7 @@ from diffract.errors import printable
 NAMED = 3
 """Vectors, rows or keys that a sentence names."""
 
-NAME_CHARACTERS = 60
+NAME_CHARACTERS = 120
 
 Digests: TypeAlias = Mapping[tuple[int, str], str]
 """Digests of tensors by the place of their model and their name."""
@@ -117,7 +117,7 @@ def _settings(run: tables.Tables, name: str, effect: str) -> str:
     ]
     more = f"; and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
     start = {
-        "computation": "Computes something else from the same weights",
+        "computation": "Settings change the computation",
         "text": "Reads or draws text in another way",
     }
     return f"{start[effect]}: {'; '.join(told)}{more}."

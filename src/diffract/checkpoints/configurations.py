@@ -40,22 +40,27 @@ BOOKKEEPING = (
     *("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "auto_map", "classifier_dropout"),
     *("classifier_dropout_prob", "dropout", "dtype", "embd_pdrop", "finetuning_task", "gradient_checkpointing"),
     *("hidden_dropout", "hidden_dropout_prob", "id2label", "initializer_factor", "initializer_range"),
-    *("label2id", "layerdrop", "max_position_embeddings", "name_or_path", "output_attentions"),
-    *("output_hidden_states", "problem_type", "resid_pdrop", "return_dict", "task_specific_params"),
-    *("tokenizer_class", "torch_dtype", "torchscript", "transformers_version", "unsloth_fixed"),
-    *("unsloth_version", "use_cache"),
+    *("label2id", "layerdrop", "max_position_embeddings", "name_or_path", "num_labels", "output_attentions"),
+    *("output_hidden_states", "output_past", "problem_type", "resid_pdrop", "return_dict", "summary_first_dropout"),
+    *("task_specific_params", "tokenizer_class", "torch_dtype", "torchscript", "transformers_version"),
+    *("unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache"),
 )
 """Keys of config.json that change nothing that a trained model computes; an unknown key is taken for one that does."""
 
 DRAWING = (
     *("bad_words_ids", "begin_suppress_tokens", "bos_token_id", "decoder_start_token_id", "do_sample"),
-    *("eos_token_id", "forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_length"),
-    *("min_length", "no_repeat_ngram_size", "num_beams", "pad_token_id", "prefix", "repetition_penalty"),
+    *("diversity_penalty", "early_stopping", "encoder_no_repeat_ngram_size", "eos_token_id", "eos_token_ids"),
+    *("exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "length_penalty"),
+    *("max_length", "min_length", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences"),
+    *("output_scores", "pad_token_id", "prefix", "remove_invalid_values", "repetition_penalty"),
     *("sep_token_id", "suppress_tokens", "temperature", "top_k", "top_p", "typical_p"),
 )
 """Keys of config.json that say how text begins, ends and is drawn."""
 
-ASSUMED: dict[str, Any] = {"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1}
+ASSUMED: dict[str, Any] = {
+    **dict.fromkeys(("add_cross_attention", "is_decoder", "is_encoder_decoder", "use_sliding_window"), False),
+    **{"attention_bias": False, "chunk_size_feed_forward": 0, "mlp_bias": False, "pretraining_tp": 1},
+}
 """What counts where a configuration of any family is silent."""
 
 TOKENIZER_NOTES = (
@@ -111,7 +116,8 @@ def compare_configurations(base: Mapping[str, Any], tuned: Mapping[str, Any]) ->
     """
     if not base or not tuned:
         return []
-    ours, theirs = _stated(base), _stated(tuned)
+    kind = base.get("model_type") or tuned.get("model_type")  # of a model that does not tell, the other's is believed
+    ours, theirs = _stated(base, kind), _stated(tuned, kind)
     # how long a text may be matters only to rotary embeddings that are stretched by it
     stretched = any(key.rpartition(".")[2] == "factor" and "rope" in key for key in (*ours, *theirs))
 
@@ -175,9 +181,9 @@ def _ordered(found: Iterable[Difference]) -> list[Difference]:
     return sorted(found, key=lambda d: EFFECTS.index(d.effect))
 
 
-def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
+def _stated(config: Mapping[str, Any], kind: Any) -> dict[str, Any]:
     """A configuration's values by key, in one spelling, with what it means where it is silent."""
-    own = dict(config)
+    own = {**config, "model_type": config.get("model_type") or kind}
     rotary = own.pop("rope_parameters", None)
     if isinstance(
         rotary, Mapping
@@ -191,8 +197,10 @@ def _stated(config: Mapping[str, Any]) -> dict[str, Any]:
         own["rope_scaling"] = {"rope_type" if k == "type" else k: v for k, v in scaling.items()}
         if own["rope_scaling"].get("rope_type") == "default":
             own["rope_scaling"].pop("rope_type")
-    spec = next((s for s in builtin_specs().values() if config.get("model_type") in s.model_types), None)
-    found = ASSUMED | _flat(spec.defaults if spec else {}) | _flat(own)
+    spec = next((s for s in builtin_specs().values() if own["model_type"] in s.model_types), None)
+    # of every family that is described the spec says where embeddings are tied unless the configuration denies it
+    family = {"tie_word_embeddings": False, **spec.defaults} if spec else {}
+    found = ASSUMED | _flat(family) | _flat(own)
     heads, width = found.get("num_attention_heads"), found.get("hidden_size")
     if isinstance(heads, int):
         found.setdefault("num_key_value_heads", heads)

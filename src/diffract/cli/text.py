@@ -94,12 +94,12 @@ def _model_sentence(row: Mapping[str, Any]) -> str:
         return f"{head}{size_text(row['parameters'], '')} parameters, {row['matrices']} matrices"
     parts = [f"relative change {number(row.get('delta_relative'))}"]
     for quantity, text in (
-        ("value_share", "in singular values"),
-        ("head_top10_share", "of attention in the top tenth of heads"),
+        ("value_share", "of it in singular values"),
+        ("head_top10_share", "of attention's part in the top tenth of heads"),
     ):
         share, noise = row.get(quantity), row.get(f"{quantity}_noise")
         if share is not None and noise is not None:
-            parts.append(f"{percent(share)} of it {text} (noise of the same norm {percent(noise)})")
+            parts.append(f"{percent(share)} {text} (noise of the same norm {percent(noise)})")
     return head + "; ".join(parts)
 
 
