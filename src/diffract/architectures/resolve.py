@@ -164,11 +164,11 @@ def _bind(
 ) -> Architecture:
     """Say by a spec what the tensors of one model are."""
     dimensions, settings = read_dimensions(spec, config), ConfigReader(spec, config)
-    sizes = {role.part: _sizes(role, settings, dimensions) for role in spec.tensors.values()}
+    sizes = {name: _sizes(role, settings, dimensions) for name, role in spec.tensors.items()}
     places = {}
     for name, own in plain.items():
         if fits and (fit := fits.get(own)):
-            places[name] = TensorPlace(fit.role, **fit.numbers, dimensions=dimensions, sizes=sizes[fit.role.part])
+            places[name] = TensorPlace(fit.role, **fit.numbers, dimensions=dimensions, sizes=sizes[fit.template])
     begins = [begin for begin in outer_prefixes(prefix) if begin]
     bare = {n: own.removeprefix(next(filter(own.startswith, begins), "")) for n, own in plain.items()}
     return Architecture(spec.family, dimensions, spec.note, spec=spec, config=config, places=places, bare=bare)

@@ -140,7 +140,8 @@ def _modules(names: Mapping[str, str], shapes: Shapes) -> list[Attention]:
         outside = (homes.get(place, {}).get("o") for place in (f"{parent}.output", parent))
         out = own.get("o") or next(filter(None, outside), None)
         slots = ("qkv",) if "qkv" in own else ("q", "k", "v")
-        if out and all(slot in own for slot in slots):
+        # linear attention has states instead of scores, and head counts of its own
+        if out and all(slot in own for slot in slots) and not home.endswith("linear_attn"):
             found[home] = {slot: own[slot] for slot in slots} | {"o": out}
     others: dict[str, list[str]] = {home: [] for home in found}
     used = {name for own in found.values() for name in own.values()}
@@ -189,7 +190,8 @@ class Claims:
 
 
 def _claims(path: str, layer: int | None, config: Mapping[str, Any]) -> Claims:
-    section, side = _nearest(path, config), _side(NUMBER.split(path)[0])
+    section, side = dict(_nearest(path, config)), _side(NUMBER.split(path)[0])
+    section |= (section.get("per_layer_config") or {}).get(str(layer), {})
 
     def stated(key: str) -> int | None:
         value = section.get(key)
