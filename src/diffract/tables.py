@@ -111,7 +111,7 @@ TENSORS: dict[str, Any] = {
     **_of(pl.String, "outcome", "note"),
 }
 """``outcome``: analysed | retyped | unmatched | resized | tied | not_selected | vector | not_matrix | not_float |
-empty | set_aside.
+empty | buffer | set_aside.
 
 ``set_aside`` ones are no weights: scales of quantised weights, optimizer states, unknown dtypes; ``note`` says which.
 ``retyped`` tensors are compared, though base and tuned store other dtypes; ``unmatched`` and ``resized`` ones are

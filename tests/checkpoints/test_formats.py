@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from diffract.checkpoints import open_checkpoint
+from diffract.checkpoints.formats import FORMATS
+from diffract.checkpoints.quantised import FORMS
 from diffract.errors import CheckpointError
 
 NAMED = {
@@ -126,3 +128,9 @@ def test_records_that_are_not_what_tensors_need_are_refused(
             bad.writestr(name, good.read(name)[: keep if "/data/" in name else None])
     with pytest.raises(CheckpointError, match=words):
         open_checkpoint(tmp_path / "bad.pt")
+
+
+def test_the_docs_name_every_format_and_kind() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
+    missing = [kind for kind in [known.kind for known in (*FORMATS, *FORMS)] if kind not in page]
+    assert not missing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,8 +10,12 @@ from pathlib import Path
 
 from diffract.architectures import Architecture, resolve
 from diffract.checkpoints import Checkpoint, TensorInfo
+from diffract.errors import printable
 from diffract.matrices.matrix import Matrix, batches, parse_selection, select
 from diffract.matrices.slicing import slice_tensor
+
+SHOWN = 3
+"""Names that a warning lists."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,25 @@ def lay_out(
     notes = (architecture.note,) if architecture.note else ()
     aside = Counter(found.reason for found in checkpoint.set_aside.values())
     told = [f"Set aside, not analysed: {count} tensors ({reason})." for reason, count in aside.items()]
+    told += _not_described(architecture, entries)
     return Layout(checkpoint, architecture, entries, (*notes, *checkpoint.notes, *told, *warnings))
+
+
+def _not_described(architecture: Architecture, entries: Mapping[str, Entry]) -> list[str]:
+    """Say how many matrices of a known family nothing describes: they are whole, without layer, part or head."""
+    if architecture.family == "generic":
+        return []
+    count = sum(len(entry.matrices) for entry in entries.values())
+    unknown = [m.tensor for entry in entries.values() for m in entry.matrices if m.block == "other"]
+    first = ", ".join(printable(name, 80) for name in unknown[:SHOWN]) + (" and others" if len(unknown) > SHOWN else "")
+    words = f"{len(unknown)} of {count} matrices are not described by the family {architecture.family}: {first}."
+    return [words] if unknown else []
+
+
+BUFFERS = re.compile(
+    r"(^|\.)(inv_freq|original_inv_freq|cos_cached|sin_cached|masked_bias|position_ids|relative_position_index)$"
+)
+"""Ends of names of what a model keeps beside its weights, as old checkpoints hold it."""
 
 
 def restrict(layout: Layout, keep: Callable[[Matrix], bool]) -> Layout:
@@ -100,18 +123,25 @@ def restrict(layout: Layout, keep: Callable[[Matrix], bool]) -> Layout:
 
 
 def _entry(info: TensorInfo, architecture: Architecture, ties: Mapping[str, str], *, heads: bool) -> Entry:
-    if not info.is_float:
-        return Entry(info, (), "not_float", f"{info.dtype} is listed, not analysed")
-    if info.name in ties:
-        return Entry(info, (), "tied", f"shares its values with {ties[info.name]}")
-    if info.entries == 0:
-        return Entry(info, (), "empty", "no entries")
-    if len(info.shape) < 2:
-        return Entry(info, (), "vector")
+    reasons = {
+        "not_float": (not info.is_float, f"{info.dtype} is listed, not analysed"),
+        "tied": (info.name in ties, f"shares its values with {ties.get(info.name)}"),
+        "empty": (info.entries == 0, "no entries"),
+        "buffer": (_is_buffer(info), "made anew by the model, no weight"),
+        "vector": (len(info.shape) < 2, ""),
+    }
+    for outcome, (met, note) in reasons.items():
+        if met:
+            return Entry(info, (), outcome, note)
     matrices = tuple(slice_tensor(info, architecture, heads=heads))
     if not matrices:
         return Entry(info, (), "not_matrix", f"{len(info.shape)} axes, and nothing says that one counts experts")
     return Entry(info, matrices, "analysed")
+
+
+def _is_buffer(info: TensorInfo) -> bool:
+    """Whether a name is a buffer's; ``attn.bias`` is one where it is a mask of four axes."""
+    return bool(BUFFERS.search(info.name)) or (info.name.endswith("attn.bias") and len(info.shape) == 4)
 
 
 def _restrict(entry: Entry, keep: Callable[[Matrix], bool]) -> Entry:
