@@ -2,9 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
+import diffract
 from diffract.analysis.facts import MetricPlan, StackPair, pair_facts, single_facts
 from diffract.analysis.held import Stack
 from diffract.metrics import CATALOG, GROUPS
@@ -397,3 +399,43 @@ def test_numerical_rank_goes_by_the_stored_dtype(dtype: torch.dtype, rank: int) 
     # Thresholds 3 eps: 7e-16, 4e-7; and eps = 2^-7 for bfloat16, whose 3 eps is above 0.001.
     w = diagonal(1, 2**-8, 2**-30).to(dtype)
     assert single(w, "exact")["numerical_rank"] == rank
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0, 1e3, -1e6])
+def test_moments_of_entries_far_from_zero(offset: float) -> None:
+    noise = torch.from_numpy(np.random.default_rng(3).laplace(size=(40, 50)))
+    w = noise + offset
+    z = w.numpy() - w.numpy().mean()
+    found = diffract.scan({"w": w}, metrics=["entry_std", "entry_kurtosis"], cache=False).metrics
+    # The entries themselves are rounded to eps times the offset.
+    tolerance = 1e-12 + 4e-16 * abs(offset)
+    assert found["entry_std"].item() == pytest.approx(z.std(), rel=tolerance)
+    assert found["entry_kurtosis"].item() == pytest.approx((z**4).mean() / (z**2).mean() ** 2 - 3, rel=10 * tolerance)
+    constant = diffract.scan({"w": 0 * w + offset + 0.1}, metrics=["entry_std", "entry_kurtosis"], cache=False).metrics
+    assert (constant["entry_std"].item(), constant["entry_kurtosis"].item()) == (0, None)
+
+
+@pytest.mark.parametrize("scale", [1e200, 1e-200, 1e-310])
+def test_entries_of_any_size_are_ordinary_numbers(scale: float) -> None:
+    w = np.random.default_rng(4).standard_normal((24, 40))
+    moved = w + 0.1 * np.random.default_rng(5).standard_normal((24, 40))
+    names = [name for name, m in CATALOG.items() if m.degree is not None and "pvalue" not in name]
+    plain, scaled = (
+        diffract.compare({"w": w * s, "one": w}, {"w": moved * s, "one": moved}, metrics=names, cache=False).metrics
+        for s in (1.0, scale)
+    )
+    # Denormal numbers have few digits.
+    tolerance = 1e-9 if scale > 1e-300 else 1e-5
+    assert scaled["status"].to_list() == ["ok"] * 4
+    assert scaled.filter(name="one").select(names).equals(plain.filter(name="one").select(names))
+    for name in names:
+        for got, want in zip(scaled.filter(name="w")[name], plain.filter(name="w")[name], strict=True):
+            factor = math.prod([scale] * abs(CATALOG[name].degree)) if CATALOG[name].degree >= 0 else math.inf
+            if want is None or not 0 < abs(want * factor) < np.inf:  # a square of what is too large for one
+                continue
+            if CATALOG[name].unit == "count" or "sep_" in name or "rowcol" in name:
+                assert got == pytest.approx(want * factor, rel=1e-3, abs=1), name
+            else:
+                assert got == pytest.approx(want * factor, rel=tolerance), name
+    zero = diffract.scan({"w": 0 * w}, cache=False).metrics
+    assert zero["status"].item() == "zero"

@@ -154,3 +154,11 @@ def test_nulls_cost_no_more_than_the_rest() -> None:
     with diffract.open({f"w{i}": np.zeros((512, 512), np.float32) for i in range(8)}) as checkpoint:
         matrices = lay_out(checkpoint).matrices
     assert len(choose_nulls(matrices, 0.0)) < len(choose_nulls(matrices, 1e12)) == 8
+
+
+def test_the_weights_stay_as_they_are() -> None:
+    w = np.random.default_rng(0).standard_normal((12, 20))
+    kept = w.copy()
+    diffract.scan({"w": w}, metrics="all", cache=False)
+    diffract.compare({"w": w}, {"w": w}, metrics="all", cache=False)
+    assert np.array_equal(w, kept)

@@ -36,7 +36,7 @@ from diffract.linalg import (
     top_spectrum,
     weak_pairs,
 )
-from diffract.metrics import CURVES, Facts, Metric, behind, sources
+from diffract.metrics import CURVES, FACTS, Facts, Metric, behind, sources
 from diffract.metrics.random_matrix import entry_order, permuted
 
 OVERLAPS = ("left_cosines", "right_cosines", "diagonal", "delta_energy")
@@ -120,21 +120,57 @@ class StackFacts:
         facts: By the names of ``metrics.FACTS``; derived ones are computed when they are asked for.
         finite: (b,), whether all entries are finite; the facts of a matrix that is not mean nothing.
         spectrum: All singular values, if they were computed.
+        unit: (b,), powers of two; facts are those of W / unit. ``None`` where it is 1.
     """
 
     facts: Facts
     finite: Tensor
     spectrum: Spectrum | None
+    unit: Tensor | None = None
+
+    def in_weights(self) -> Facts:
+        """Return the facts of W itself, some of which may be too large or too small for a number."""
+        if self.unit is None:
+            return self.facts
+        known = {name: value for name, value in self.facts.items() if not FACTS[name].sources}
+        for name, value in known.items():
+            if (degree := FACTS[name].degree) and value is not None:
+                known[name] = value * (self.unit**degree).view(-1, *[1] * (value.ndim - 1))
+        return Facts(known)
+
+
+ORDINARY = (1e-60, 1e60)
+"""Largest entries between which sums of fourth powers are ordinary numbers."""
+
+
+def _unit(*stacks: Stack) -> Tensor | None:
+    """Return for each matrix the power of two that makes its largest entry an ordinary number, ``None`` if all are 1.
+
+    Whether a matrix is zero, or finite, is a matter of its entries and not of their squares. Only float64 holds entries
+    whose squares are no numbers.
+    """
+    if all(stack.dtype != torch.float64 for stack in stacks):
+        return None
+    peaks = [piece.abs().flatten(1).amax(1) for stack in stacks for piece in stack.pieces()]
+    largest = torch.stack(peaks).amax(0)
+    strange = (largest > 0) & largest.isfinite() & ((largest < ORDINARY[0]) | (largest > ORDINARY[1]))
+    if not bool(strange.any()):
+        return None
+    # 2^1000 at most: the inverse of a smaller number would be infinite.
+    return largest.where(strange, 1.0).log2().floor().clamp(-1000, 1000).exp2().where(strange, 1.0)
 
 
 def single_facts(stack: Stack, plan: MetricPlan, device: torch.device) -> StackFacts:
     """Find out what the metrics of one matrix need."""
+    unit = _unit(stack)
+    if unit is not None:
+        return replace(single_facts(stack.over(unit), plan, device), unit=unit.to(device))
     by_gram = takes_gram(stack.dtype, plan.method)
     products = by_gram and plan.needs("U", "Vh", *SPECTRA)
     sums = Sums(stack.count, stack.shape, powers=plan.powers, products=products, device=device)
     for piece in stack.pieces():  # the one pass over a matrix that may be too large to be held
         sums.add(piece.to(device))
-    finite = sums.moments.second.isfinite()
+    finite = sums.moments.squares.isfinite()
     grams = _safe(sums.gram, finite) if products else None
     facts = _entry_facts(stack, sums.moments)
     svd = None
@@ -162,6 +198,11 @@ class StackPair:
     base: Stack
     tuned: Stack
     change: LowRank | None = None
+
+    def over(self, unit: Tensor) -> StackPair:
+        """Return the pair with each matrix divided by its unit, (b,)."""
+        change = self.change and LowRank(self.change.B / unit[:, None, None], self.change.A)
+        return StackPair(self.base.over(unit), self.tuned.over(unit), change)
 
     def takes_gram(self, method: Method) -> bool:
         """Whether products of the short sides serve for both."""
@@ -194,15 +235,19 @@ def pair_facts(pair: StackPair, plan: MetricPlan, device: torch.device) -> tuple
     Returns:
         What is known of the base, and of the tuned and the pair.
     """
+    unit = _unit(pair.base, pair.tuned)
+    if unit is not None:
+        found = pair_facts(pair.over(unit), plan, device)
+        return replace(found[0], unit=unit.to(device)), replace(found[1], unit=unit.to(device))
     base, tuned = pair.base, pair.tuned
     sums = _sum_pairs(pair, plan, device)
     first, second = sums.base_moments, sums.tuned_moments
-    finite0 = first.second.isfinite()
-    finite = finite0 & second.second.isfinite()
+    finite0 = first.squares.isfinite()
+    finite = finite0 & second.squares.isfinite()
     for total in (sums.base_gram, sums.cross, sums.delta_gram):
         total.copy_(_safe(total, finite[: len(total)]))
     facts0, facts1 = _entry_facts(base, first), _entry_facts(tuned, second)
-    facts1 |= {"base_squares": first.second, "delta_squares": sums.delta_squares}
+    facts1 |= {"base_squares": first.squares, "delta_squares": sums.delta_squares}
     facts1 |= {"changed": sums.changed, "rounding_squares": sums.rounding_squares}
     if plan.needs("delta_sigmas"):
         facts1["delta_sigmas"] = _delta_sigmas(pair, sums, finite, method=plan.method)
@@ -231,7 +276,7 @@ def _whole_facts(stack: Stack, plan: MetricPlan, finite: Tensor) -> dict[str, Te
     if plan.needs("row_squares", "col_squares"):
         rows, cols = [], torch.zeros(stack.count, stack.shape[1], dtype=torch.float64, device=device)
         for piece in stack.pieces():
-            squares = piece.to(device).double().square_()
+            squares = piece.to(device).double().square()
             rows.append(squares.sum(2))
             cols += squares.sum(1)
         facts |= {"row_squares": torch.cat(rows, 1), "col_squares": cols}
@@ -321,8 +366,8 @@ def _largest(grams: Tensor) -> Tensor:
 
 def _entry_facts(stack: Stack, moments: Moments) -> dict[str, Any]:
     epsilon = torch.finfo(stack.dtype).eps
-    drawn = torch.ones_like(moments.second, dtype=torch.bool)
-    return {"shape": stack.shape, "epsilon": epsilon, "squares": moments.second, "moments": moments, "drawn": drawn}
+    drawn = torch.ones_like(moments.squares, dtype=torch.bool)
+    return {"shape": stack.shape, "epsilon": epsilon, "squares": moments.squares, "moments": moments, "drawn": drawn}
 
 
 def _spectrum_facts(spectrum: Spectrum | None) -> dict[str, Any]:
@@ -363,22 +408,25 @@ def _columns(found: StackFacts, metrics: Sequence[Metric]) -> dict[str, pl.Serie
     finite = found.finite.tolist()
     zero = (found.facts["squares"] == 0).tolist()
     status = ["zero" if z else "ok" if f else "non_finite" for f, z in zip(finite, zero, strict=True)]
-    spectrum = found.spectrum
+    spectrum, plain = found.spectrum, found.in_weights()
     count = len(status)
     columns: dict[str, pl.Series] = {
         "status": pl.Series(status, dtype=pl.String),
         "method": pl.Series(list(spectrum.method) if spectrum else [None] * count, dtype=pl.String),
-        "resolved": _numbers(spectrum.resolved if spectrum else None, finite),
+        "resolved": _numbers(plain["resolved"] if spectrum else None, finite),
     }
     for metric in metrics:
-        columns[metric.name] = _numbers(metric(*(found.facts[fact] for fact in metric.facts)), finite)
+        # In a unit of its own where a matrix needs one, if the metric says how it scales.
+        facts = plain if found.unit is None or metric.degree is None else found.facts
+        values = metric(*(facts[fact] for fact in metric.facts))
+        columns[metric.name] = _numbers(values if facts is plain else values * found.unit**metric.degree, finite)
     asked = {"tail_warnings": "power_law", "bulk_warnings": "bulk"}
     doubts = [found.facts[words] for words, fact in asked.items() if fact in found.facts] or [("",) * count]
     texts = ["; ".join(filter(None, words)) or None for words in zip(*doubts, strict=True)]
     columns["warning"] = pl.Series(texts, dtype=pl.String)
     for name, curve in CURVES.items():
         if curve.wanted(found.facts):
-            columns[CURVE + name] = _lists(curve.values(found.facts), finite, ragged=curve.ragged)
+            columns[CURVE + name] = _lists(curve.values(plain), finite, ragged=curve.ragged)
     return columns
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -41,6 +41,10 @@ class Stack:
         """Return all of it at once."""
         parts = list(self.pieces())
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+    def over(self, unit: Tensor) -> Stack:
+        """Return the stack with each matrix divided by its unit, (b,), a power of two."""
+        return replace(self, pieces=lambda: (one / unit[:, None, None] for one in self.pieces()))
 
     def rounding(self) -> tuple[int, int]:
         """Return the stored bits of the dtype's significand, and the exponent of its smallest normal number."""

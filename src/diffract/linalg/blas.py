@@ -130,24 +130,25 @@ def blocks(x: Tensor) -> tuple[Tensor, ...]:
     return x.flatten(1).split(BLOCK_ENTRIES, dim=1)
 
 
-def power_sums(x: Entries, scratch: Buffer, highest: int) -> Float64[Tensor, "4 b"]:
-    """Return the sums of the first ``highest`` (0, 2 or 4) powers; zeros for the others."""
-    sums = x.new_zeros(4, len(x))
-    if highest == 0:
-        return sums
-    squares = scratch.like(tuple(x.shape)) if highest > 2 else None
-    if x.device.type == "cpu":  # NumPy sums and multiplies on the thread that calls it
-        sums[0] = torch.from_numpy(x.numpy().sum(1))
+def power_sums(x: Entries, scratch: Buffer, centre: PerMatrix | None = None) -> Float64[Tensor, "p b"]:
+    """Return the sum of squares, and sums of the first four powers of x - centre; of the first two of x without one."""
+    squares = dots(x, x)
+    if centre is None:
+        return torch.stack([squares, _totals(x), squares])
+    shifted, square = scratch.like((2, *x.shape))
+    if x.device.type == "cpu":  # NumPy multiplies on the thread that calls it
+        np.subtract(x.numpy(), centre.numpy()[:, None], out=shifted.numpy())
+        np.multiply(shifted.numpy(), shifted.numpy(), out=square.numpy())
     else:
-        sums[0] = x.sum(1)
-    sums[1] = dots(x, x)
-    if squares is not None:
-        if x.device.type == "cpu":
-            np.multiply(x.numpy(), x.numpy(), out=squares.numpy())
-        else:
-            torch.mul(x, x, out=squares)
-        sums[2], sums[3] = dots(squares, x), dots(squares, squares)
-    return sums
+        torch.sub(x, centre[:, None], out=shifted)
+        torch.mul(shifted, shifted, out=square)
+    high = dots(square, shifted), dots(square, square)
+    return torch.stack([squares, _totals(shifted), dots(shifted, shifted), *high])
+
+
+def _totals(x: Entries) -> PerMatrix:
+    """Return the sum of each row; NumPy sums on the thread that calls it."""
+    return torch.from_numpy(x.numpy().sum(1)) if x.device.type == "cpu" else x.sum(1)
 
 
 def dots(x: Entries, y: Entries) -> PerMatrix:

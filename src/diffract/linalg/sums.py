@@ -32,18 +32,51 @@ from diffract.linalg.exact import LowRank, mirrored
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums of powers of the entries of b matrices.
+    """Sums of powers of the entries of b matrices, about a value near their mean.
+
+    Entries that lie far from zero, close together, have central moments that raw sums cannot tell from their rounding.
 
     Attributes:
         count: Entries of each.
-        first, second, third, fourth: (b,), float64; the third and fourth are NaN unless they were asked for.
+        squares: (b,), float64, of the entries themselves.
+        centre: (b,), c; zero unless four powers were asked for.
+        first, second, third, fourth: (b,), float64, of w - c; the third and fourth are NaN unless they were asked for.
     """
 
     count: int
+    squares: Tensor
+    centre: Tensor
     first: Tensor
     second: Tensor
     third: Tensor
     fourth: Tensor
+
+
+class _Powers:
+    """Sums of powers over the blocks of a stack; the first block of a matrix tells its centre."""
+
+    def __init__(self, count: int, highest: int, device: torch.device) -> None:
+        self.highest, self.begun = highest, set[int]()
+        self.sums = torch.zeros(5, count, dtype=torch.float64, device=device)
+        self.centre = torch.zeros(count, dtype=torch.float64, device=device)
+
+    def add(self, batch: slice, entries: Tensor, scratch: Buffer) -> None:
+        """Add a block of the entries of some matrices."""
+        if self.highest == 0:
+            return
+        central = self.highest > 2
+        if central and batch.start not in self.begun:
+            self.begun.add(batch.start)
+            mean = entries.mean(1)
+            self.centre[batch] = mean.where(mean.isfinite(), 0.0)
+        found = power_sums(entries, scratch, self.centre[batch] if central else None)
+        self.sums[: len(found), batch] += found
+
+    def moments(self, shape: tuple[int, ...]) -> Moments:
+        """Return the sums as a record; those that were not summed become NaN."""
+        squares, *powers = self.sums
+        known = [power if i < self.highest else torch.full_like(power, torch.nan) for i, power in enumerate(powers)]
+        return Moments(shape[0] * shape[1], squares if self.highest else known[0], self.centre, *known)
 
 
 class Sums:
@@ -61,8 +94,7 @@ class Sums:
         self, count: int, shape: tuple[int, ...], *, powers: int, products: bool, device: torch.device
     ) -> None:
         self.side, self.shape, self.device = short_side(shape), shape, device
-        self.highest = powers
-        self.powers = torch.zeros(4, count, dtype=torch.float64, device=device)
+        self.powers = _Powers(count, powers, device)
         short = min(shape)
         self.gram = torch.zeros(count if products else 0, short, short, dtype=torch.float64, device=device)
         """Gram matrices after the last piece: their upper triangles."""
@@ -73,14 +105,14 @@ class Sums:
         for index in pieces(tuple(stack.shape), self.side, self.device):
             x = self._cast.fill(stack[index])
             for entries in blocks(x):
-                self.powers[:, index[0]] += power_sums(entries, self._scratch, self.highest)
+                self.powers.add(index[0], entries, self._scratch)
             if self.gram.shape[0]:
                 add_grams(self.gram[index[0]], short_first(x, self.side))
 
     @property
     def moments(self) -> Moments:
         """Return the sums of powers."""
-        return as_moments(self.powers, self.shape, self.highest)
+        return self.powers.moments(self.shape)
 
 
 class PairSums:
@@ -108,9 +140,9 @@ class PairSums:
         device: torch.device,
     ) -> None:
         self.side, self.shape, self.device = short_side(shape), shape, device
-        self.highest, self.rounding = powers, rounding
+        self.rounding = rounding
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
-        self.base, self.tuned = zeros(4, count), zeros(4, count)
+        self.base, self.tuned = _Powers(count, powers, device), _Powers(count, powers, device)
         self.delta_squares, self.changed, self.rounding_squares = zeros(count), zeros(count), zeros(count)
         short = min(shape)
         self._delta_gram = zeros(count if delta else 0, short, short)
@@ -136,8 +168,8 @@ class PairSums:
     def _add_entries(self, batch: slice, base: Tensor, tuned: Tensor) -> None:
         """Add the sums over entries, and turn ``tuned`` into D."""
         for x0, x1 in zip(blocks(base), blocks(tuned), strict=True):
-            self.base[:, batch] += power_sums(x0, self._scratch, self.highest)
-            self.tuned[:, batch] += power_sums(x1, self._scratch, self.highest)
+            self.base.add(batch, x0, self._scratch)
+            self.tuned.add(batch, x1, self._scratch)
             self.rounding_squares[batch] += rounding_squares(x1, *self.rounding, self._scratch)
             x1.sub_(x0)  # in place, as W1 is not needed any more and memory is the limit
             self.changed[batch] += changed_count(x1)
@@ -156,18 +188,12 @@ class PairSums:
     @property
     def base_moments(self) -> Moments:
         """Return the sums of powers of W0."""
-        return as_moments(self.base, self.shape, self.highest)
+        return self.base.moments(self.shape)
 
     @property
     def tuned_moments(self) -> Moments:
         """Return the sums of powers of W1."""
-        return as_moments(self.tuned, self.shape, self.highest)
-
-
-def as_moments(powers: Tensor, shape: tuple[int, ...], highest: int) -> Moments:
-    """Return power sums (4, b) as a record; those that were not summed become NaN."""
-    known = [powers[i] if i < highest else torch.full_like(powers[i], torch.nan) for i in range(4)]
-    return Moments(shape[0] * shape[1], *known)
+        return self.tuned.moments(self.shape)
 
 
 def change_grams(base: Float[Tensor, "b m n"], tuned: Sequence[Tensor | LowRank]) -> Float64[Tensor, "b k k"]:

@@ -31,6 +31,7 @@ class Fact:
         summary: Shape and meaning; M = min(m, n), all float64.
         need: The dearest thing that it takes, of ``NEEDS``.
         pair: Whether only a comparison knows it.
+        degree: Power of a that scaling all matrices by a > 0 multiplies it with.
         sources: Names of the facts that it is derived from, in order; none if looking at weights tells it.
     """
 
@@ -38,35 +39,40 @@ class Fact:
     need: str
     pair: bool = False
     sources: tuple[str, ...] = ()
+    degree: int = 0
 
 
 FACTS: dict[str, Fact] = {
     "shape": Fact("(m, n), two integers", "shape"),
     "epsilon": Fact("machine epsilon of the stored dtype", "shape"),
-    "squares": Fact("(b,), squared Frobenius norm", "entries"),
-    "moments": Fact("sums of the first four powers of the entries, (b,) each", "entries"),
-    "sigma_max": Fact("(b,), the largest singular value", "sigma_max"),
-    "sigmas": Fact("(b, M), singular values, descending", "sigmas"),
-    "resolved": Fact("(b,), the smallest singular value that the method tells from zero", "sigmas"),
-    "null_sigmas": Fact("(b, M), singular values of the same entries in a seeded random order", "null"),
+    "squares": Fact("(b,), squared Frobenius norm", "entries", degree=2),
+    "moments": Fact("sums of the first four powers of the entries about a centre, (b,) each", "entries"),
+    "sigma_max": Fact("(b,), the largest singular value", "sigma_max", degree=1),
+    "sigmas": Fact("(b, M), singular values, descending", "sigmas", degree=1),
+    "resolved": Fact("(b,), the smallest singular value that the method tells from zero", "sigmas", degree=1),
+    "null_sigmas": Fact("(b, M), singular values of the same entries in a seeded random order", "null", degree=1),
     "drawn": Fact("(b,), whether nulls that take many draws are drawn for the matrix", "null"),
-    "row_squares": Fact("(b, m), squared norms of the rows", "entries"),
-    "col_squares": Fact("(b, n), squared norms of the columns", "entries"),
-    "block_sigmas": Fact("(b, floor(N / M), M), singular values of the M x M blocks side by side", "null"),
+    "row_squares": Fact("(b, m), squared norms of the rows", "entries", degree=2),
+    "col_squares": Fact("(b, n), squared norms of the columns", "entries", degree=2),
+    "block_sigmas": Fact("(b, floor(N / M), M), singular values of the M x M blocks side by side", "null", degree=1),
     "U": Fact("(b, m, M), left singular vectors as columns", "vectors"),
     "Vh": Fact("(b, M, n), right singular vectors as rows", "vectors"),
-    "matrix": Fact("(b, m, n), float64", "matrix"),
-    "base_squares": Fact("(b,), squared Frobenius norm of the base W0", "entries", pair=True),
-    "delta_squares": Fact("(b,), squared Frobenius norm of D = W1 - W0", "entries", pair=True),
+    "matrix": Fact("(b, m, n), float64", "matrix", degree=1),
+    "base_squares": Fact("(b,), squared Frobenius norm of the base W0", "entries", pair=True, degree=2),
+    "delta_squares": Fact("(b,), squared Frobenius norm of D = W1 - W0", "entries", pair=True, degree=2),
     "changed": Fact("(b,), number of entries that differ", "entries", pair=True),
-    "rounding_squares": Fact("(b,), mean squared norm of what rounding W1 to its dtype does", "entries", pair=True),
-    "delta_sigmas": Fact("(b, <= M), singular values of D, descending; those left out are zero", "sigmas", pair=True),
-    "base_sigmas": Fact("(b, M), singular values of W0", "sigmas", pair=True),
-    "base_resolved": Fact("(b,), the smallest of them that the method tells from zero", "sigmas", pair=True),
+    "rounding_squares": Fact(
+        "(b,), mean squared norm of what rounding W1 to its dtype does", "entries", pair=True, degree=2
+    ),
+    "delta_sigmas": Fact(
+        "(b, <= M), singular values of D, descending; those left out are zero", "sigmas", pair=True, degree=1
+    ),
+    "base_sigmas": Fact("(b, M), singular values of W0", "sigmas", pair=True, degree=1),
+    "base_resolved": Fact("(b,), the smallest of them that the method tells from zero", "sigmas", pair=True, degree=1),
     "left_cosines": Fact("(b, M, M), U0^T U1, signs as they fall", "vectors", pair=True),
     "right_cosines": Fact("(b, M, M), V0^T V1, signs as they fall", "vectors", pair=True),
-    "diagonal": Fact("(b, M), u0_i^T D v0_i", "vectors", pair=True),
-    "delta_energy": Fact("(b, M), ||u0_i^T D||^2", "vectors", pair=True),
+    "diagonal": Fact("(b, M), u0_i^T D v0_i", "vectors", pair=True, degree=1),
+    "delta_energy": Fact("(b, M), ||u0_i^T D||^2", "vectors", pair=True, degree=2),
 }
 """Facts by name. Derived ones are added below, in order of what they come from."""
 

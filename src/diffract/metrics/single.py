@@ -116,24 +116,26 @@ def condition_number(sigmas: Sigmas, resolved: PerMatrix) -> PerMatrix:
     return torch.where(sigmas[:, -1] > resolved, sigmas[:, 0] / sigmas[:, -1], torch.nan)
 
 
-@built_in("standard deviation of the entries", unit="weight", range="[0, inf)", degree=1, invariant=OF_ENTRIES)
+@built_in(
+    "standard deviation of the entries", unit="weight", range="[0, inf)", degree=1, invariant=OF_ENTRIES, version=2
+)
 def entry_std(moments: Moments) -> PerMatrix:
     """Standard deviation of the entries, normalised by their number. Zero for a constant matrix."""
-    return _variance(moments).sqrt()
+    return _central(moments)[0].sqrt()
 
 
-@built_in("excess kurtosis of the entries; 0 for a Gaussian", range="[-2, inf)", invariant=OF_ENTRIES)
+@built_in("excess kurtosis of the entries; 0 for a Gaussian", range="[-2, inf)", invariant=OF_ENTRIES, version=2)
 def entry_kurtosis(moments: Moments) -> PerMatrix:
     """E(w - mean)^4 / (E(w - mean)^2)^2 - 3: zero for a Gaussian. NaN for a constant matrix."""
+    variance, fourth = _central(moments)
+    return torch.where(variance > 0, fourth / variance.square() - 3, torch.nan)
+
+
+def _central(moments: Moments) -> tuple[Tensor, Tensor]:
+    """Variance and fourth central moment; a variance that is rounding of the mean counts as zero."""
     n = moments.count
     mean, second, third, fourth = (s / n for s in (moments.first, moments.second, moments.third, moments.fourth))
-    central = fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4
-    variance = _variance(moments)
-    return torch.where(variance > 0, central / variance.square() - 3, torch.nan)
-
-
-def _variance(moments: Moments) -> Tensor:
-    """Variance; what summing squares cannot tell from zero counts as zero."""
-    mean, second = moments.first / moments.count, moments.second / moments.count
     variance = second - mean.square()
-    return variance.where(variance > 8 * EPSILON * second, 0.0)
+    rounding = (8 * EPSILON * (moments.centre + mean).abs()).square()
+    central = fourth - 4 * mean * third + 6 * mean**2 * second - 3 * mean**4
+    return variance.where(variance > torch.maximum(rounding, 8 * EPSILON * second), 0.0), central
