@@ -218,7 +218,8 @@ def test_a_tensor_is_read_once_of_each_checkpoint(series: Path, monkeypatch: pyt
     real = diffract.Checkpoint.read
 
     def counted(self: diffract.Checkpoint, name: str, *rest: Any) -> Tensor:
-        reads[f"{Path(self.reference).name} {name}"] += 1
+        # the few rows by which neighbours are told to be of one run are asked for by their range
+        reads[f"{Path(self.reference).name} {name}"] += not rest or rest[0] is None
         return real(self, name, *rest)
 
     monkeypatch.setattr(diffract.Checkpoint, "read", counted)

@@ -9,11 +9,12 @@ from typing import Any, TypeAlias
 import polars as pl
 
 from diffract import tables
-from diffract.analysis.tables import Member
+from diffract.analysis.tables import Member, with_lineage
 from diffract.analysis.vectors import judge_vectors, token_table
 from diffract.analysis.work import CIRCUITS
 from diffract.checkpoints.configurations import compare_settings
 from diffract.errors import printable
+from diffract.matrices.lineage import Lineage, tell_lineage
 
 NAMED = 3
 """Vectors, rows or keys that a sentence names."""
@@ -51,11 +52,14 @@ def add_notable(
         "tokens": token_table(members if vectors is not None else members[:1]),
         "configuration": pl.DataFrame(settings, schema=tables.CONFIGURATION, orient="row"),
     }
-    found = tables.Tables(run.manifest, run.frames | beside)
+    kinship = [tell_lineage(members[0].layout, member.layout) for member in members[1:]]
+    models = with_lineage(run.models, [None, *kinship])
+    found = tables.Tables(run.manifest, run.frames | beside | {"models": models})
     said: dict[str, list[str]] = {}
     for i, member in enumerate(members[1:], start=1):
         sentences = [
             _same(found, digests, (member.name, i)),
+            related(kinship[i - 1], printable(members[0].name, NAME_CHARACTERS)),
             _settings(found, member.name, "computation"),
             *_vectors(found.vectors.filter(model=member.name)),
             *_tokens(found.tokens.filter(model=member.name)),
@@ -63,6 +67,24 @@ def add_notable(
         ]
         said[member.name] = [sentence for sentence in sentences if sentence]
     return tables.Tables({**found.manifest, "notable": said}, found.frames)
+
+
+def related(found: Lineage, base: str) -> str:
+    """Return what is said of a model that is no near relative of what it is compared with; nothing of one that is."""
+    if found.word not in WORDS:
+        return ""
+    return (
+        f"{WORDS[found.word].format(base=base)} (correlation {found.correlation:.3f} over {found.matrices} matrices)."
+    )
+
+
+WORDS = {
+    "stranger": "A STRANGER to {base}: its weights do not descend from it; numbers of a whole change are left out, "
+    "those of single matrices are chance",
+    "rearranged": "REARRANGED: its rows are those of {base} in other places (layers, heads or neurons moved), so that "
+    "what is compared by name does not belong together",
+    "far": "FAR from {base}: numbers are given, but hardly speak of one stage of training",
+}
 
 
 def _same(run: tables.Tables, digests: Digests, which: tuple[str, int]) -> str:

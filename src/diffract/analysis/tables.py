@@ -17,6 +17,7 @@ from diffract.analysis.facts import CURVE, MetricPlan
 from diffract.analysis.work import CIRCUITS, Part
 from diffract.attention import compared_heads, concentration, concentration_noise, head_squares, query_heads
 from diffract.matrices import Layout
+from diffract.matrices.lineage import Lineage
 from diffract.metrics.catalog import GROUPS
 from diffract.metrics.peaks import peak_count
 
@@ -91,6 +92,27 @@ def model_numbers(base: pl.DataFrame, tuned: pl.DataFrame, heads: pl.DataFrame) 
     noise = concentration_noise(query_heads(base), slices.with_columns(pl.col("change").fill_null(math.nan)))
     return _plain(numbers | concentration(head_squares(heads)) | noise)
 
+
+def with_lineage(models: pl.DataFrame, found: Sequence[Lineage | None]) -> pl.DataFrame:
+    """Return ``models`` with the columns ``LINEAGE``; of strangers without the numbers of a whole change.
+
+    Args:
+        models: One row per model.
+        found: How each is related to what it is compared with; ``None`` for the first.
+    """
+    words = [None if one is None else one.word for one in found]
+    columns = [
+        pl.Series(words, dtype=pl.String),
+        pl.Series([one and one.correlation for one in found], dtype=pl.Float64),
+    ]
+    marked = models.with_columns(column.alias(name) for name, column in zip(tables.LINEAGE, columns, strict=True))
+    changes = [c for c in models.columns if c.startswith(CHANGES)]
+    stranger = (pl.col("lineage") == "stranger").fill_null(value=False)
+    return marked.with_columns(pl.when(~stranger).then(pl.col(name)).alias(name) for name in changes)
+
+
+CHANGES = ("changed_share", "delta_", "value_share", "spectral_shift", "head_")
+"""How the names of numbers of a whole change begin."""
 
 SUMMARISED = ("pl_alpha", "alpha_hat", "log10_alpha_norm")
 """Metrics whose mean over the matrices that could be measured describes a model (Martin, Peng & Mahoney 2021)."""

@@ -12,10 +12,11 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from diffract.analysis.scan import Options, open_layout, other_digests
-from diffract.analysis.tables import Member, assemble, model_numbers, row_warnings
+from diffract.analysis.tables import Member, assemble, model_numbers, row_warnings, with_lineage
 from diffract.analysis.timeline import Milestone, Stop, find_series
 from diffract.analysis.work import TensorTask, Worker, run_all, tensor_tasks
 from diffract.attention import changed_heads
@@ -23,7 +24,9 @@ from diffract.checkpoints import Reference
 from diffract.engine import choose_device
 from diffract.errors import CheckpointError, choose, printable
 from diffract.matrices import Layout, pair
+from diffract.matrices.lineage import RELATED, Lineage, tell_lineage
 from diffract.settings import Progress
+from diffract.stats import out_of_line
 from diffract.store import MOST_BYTES, Cache, cache_folder
 from diffract.tables import AGAINST, LABELS, MODELS, OUTCOME, TIMELINE, Tables
 
@@ -169,6 +172,7 @@ def follow(
     series, warnings = find_series(references, by)
     costs = _survey(series, options, against, allow_unmatched=allow_unmatched)
     found: list[Tables] = []
+    kinship: list[Lineage | None] = []
     with ExitStack() as stack:
         cache = stack.enter_context(Cache(cache_folder(), most_bytes=MOST_BYTES)) if options.cache else None
         opened = stack.enter_context(closing(visits(series, options, against)))
@@ -189,11 +193,32 @@ def follow(
             own = tables.metrics
             change = {} if base is None else model_numbers(base, own, changed_heads(base, own))
             compared = visit.base_stop.name if visit.base_stop else None
+            kinship.append(tell_lineage(visit.base, visit.layout) if visit.base else None)
             found.append(place(tables, len(found), visit.stop.place, against=compared, change=change))
             del visit, layouts, tasks, worker, member  # nothing of a checkpoint may live on while the next is opened
     settings = {**options.settings(), "by": by, "against": against, "device": device.type}
     manifest = {"kind": "trajectory", "settings": settings, "seconds": round(time.monotonic() - begun, 3)}
-    return join(found, manifest, warnings)
+    series_found = join(found, manifest, [*warnings, *breaks([stop.name for stop in series], kinship)])
+    models = with_lineage(series_found.models, kinship)
+    return Tables(series_found.manifest, series_found.frames | {"models": models})
+
+
+def breaks(names: Sequence[str], kinship: Sequence[Lineage | None]) -> list[str]:
+    """Return a sentence for each checkpoint that falls out of line with its series: a restart, or another run.
+
+    That is a stranger to what it is compared with, or one whose distance 1 - correlation stands out among all steps;
+    the first step of a series may be far, as weights move most at the beginning of training.
+    """
+    known = [one for one in kinship if one is not None]
+    distances = np.array([1 - one.correlation if one.correlation is not None else 0.0 for one in known])
+    among = distances[1:] if len(known) > 1 else distances
+    marked = (distances > 1 - RELATED) & out_of_line(distances, among) & (np.arange(len(known)) > 0)
+    return [
+        f"{name} BREAKS THE SERIES: {one.word}, its weights correlate {one.correlation:.3f} with those that it is "
+        "compared with; a restart, or another run under this name."
+        for name, one, far in zip(names[1:], known, marked, strict=True)
+        if far or one.word == "stranger"
+    ]
 
 
 def visits(

@@ -28,6 +28,7 @@ Given = Mapping[str, Any]
 
 EVOLVING = {
     "delta_relative": ("change", "of the weights relative to {against} (Frobenius norm)"),
+    "lineage_correlation": ("correlation", "of the weights with those"),
     "value_share": ("in values", "share of it in singular values"),
     "head_top10_share": ("top heads", "share of it in the top tenth of heads"),
     "stable_rank_median": ("stable rank", "median over matrices"),
@@ -92,6 +93,8 @@ def _model_sentence(row: Mapping[str, Any]) -> str:
     head = f"{row['model']} ({row['role']}, {row['family']}): "
     if row["role"] != "tuned":
         return f"{head}{size_text(row['parameters'], '')} parameters, {row['matrices']} matrices"
+    if row.get("lineage") == "stranger":
+        return f"{head}no descendant of the base"
     parts = [f"relative change {number(row.get('delta_relative'))}"]
     for quantity, text in (
         ("value_share", "of it in singular values"),
