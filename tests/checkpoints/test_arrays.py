@@ -245,3 +245,12 @@ def test_a_bad_npz_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, k
     with pytest.raises(CheckpointError, match=r"cannot read .*bad\.npz.*Save it with numpy\.savez"):
         open_checkpoint(path)
     assert not Path("exploded").exists()
+
+
+def test_of_an_archive_only_headers_are_read_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez_compressed(tmp_path / "x.npz", a=np.ones((3, 4)), b=np.zeros(5, np.float16))
+    with monkeypatch.context() as patch:
+        patch.setattr(np.lib.format, "read_array", lambda *_, **__: pytest.fail("read at once"))
+        found = open_checkpoint(tmp_path / "x.npz")
+    assert (found.info("a").shape, found.info("b").dtype) == ((3, 4), "F16")
+    assert found.read("a", (1, 2)).tolist() == [[1.0] * 4]

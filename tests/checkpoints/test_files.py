@@ -1,5 +1,7 @@
 import gc
 import os
+import resource
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -243,3 +245,31 @@ def test_a_configuration_is_never_huge(tmp_path: Path) -> None:
         file.truncate(HEADER_LIMIT + 1)
     with pytest.raises(CheckpointError, match="too many"):
         LocalFolder(tmp_path).read_bytes("config.json")
+
+
+def test_a_file_that_is_written_to_while_it_is_read_is_refused(file: Path) -> None:
+    with open_checkpoint(file) as found:
+        found.read("f64")
+        os.utime(file, ns=(0, 0))
+        with pytest.raises(CheckpointError, match="was written to while it was read"):
+            found.read("f64")
+
+
+def test_another_file_of_the_same_name_does_not_matter(file: Path) -> None:
+    with open_checkpoint(file) as found:
+        first = found.read("f64")
+        shutil.copy(file, file.with_name("copy"))
+        file.with_name("copy").rename(file)
+        assert torch.equal(found.read("f64"), first)
+
+
+def test_more_files_than_descriptors_are_read(tmp_path: Path) -> None:
+    for number in range(80):
+        save_file({f"w{number}": torch.ones(2)}, tmp_path / f"part-{number}.safetensors")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 40, hard))
+    try:
+        with open_checkpoint(tmp_path) as found:
+            assert len(found) == 80
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

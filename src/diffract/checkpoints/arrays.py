@@ -6,9 +6,12 @@ Headers are read without this module, since loading torch takes seconds.
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -89,21 +92,63 @@ def open_module(module: torch.nn.Module, *, reference: str = "<module>") -> Chec
     return open_mapping(tensors, reference=reference, config=found)
 
 
+class Archived:
+    """An array of a NumPy archive: read whole when it is first wanted, and kept."""
+
+    def __init__(self, path: Path, member: str) -> None:
+        self._path, self._member, self._lock = path, member, Lock()
+        self._array: Array | None = None
+
+    def read(self, info: TensorInfo, rows: Range | None) -> torch.Tensor:
+        """Return entries ``rows`` of the leading axis."""
+        with self._lock, _npz_explained(self._path):
+            if self._array is None:
+                with zipfile.ZipFile(self._path) as archive, archive.open(self._member) as file:
+                    self._array = np.lib.format.read_array(file, allow_pickle=False)
+        return Memory(self._array).read(info, rows)
+
+    def close(self) -> None:
+        """Let go of the array."""
+        self._array = None
+
+
 def open_npz(path: Path) -> Checkpoint:
-    """Open a NumPy archive. It is read whole, as it cannot be read in part; pickled objects are refused.
+    """Open a NumPy archive. Only the arrays' headers are read; pickled objects are refused.
 
     Raises:
         CheckpointError: It is no archive of plain arrays.
     """
     where = printable(path, 1000)
+    infos: dict[str, TensorInfo] = {}
+    sources: dict[str, Source] = {}
+    with _npz_explained(path), zipfile.ZipFile(path) as archive:
+        for member in archive.namelist():
+            name = member.removesuffix(".npy")
+            with archive.open(member) as file:
+                version = np.lib.format.read_magic(file)
+                header = (
+                    np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                )
+                shape, _, dtype = header(file)
+            if dtype.hasobject:
+                raise ValueError(f"{printable(name, 60)!r} holds pickled objects")
+            # an array of this shape and dtype without memory tells what the entries will be
+            infos[name] = _describe(name, np.broadcast_to(np.empty((), dtype), shape), where)
+            sources[name] = Archived(path, member)
+    return Checkpoint(where, infos, sources)
+
+
+@contextmanager
+def _npz_explained(path: Path) -> Iterator[None]:
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+        yield
+    except CheckpointError:
+        raise
     except Exception as error:  # a damaged archive can make zipfile, zlib or NumPy raise almost anything
         raise CheckpointError(
-            f"cannot read {where!r} as .npz of plain arrays: {printable(error)}. Save it with numpy.savez."
+            f"cannot read {printable(path, 1000)!r} as .npz of plain arrays: {printable(error)}. "
+            "Save it with numpy.savez."
         ) from error
-    return open_mapping(arrays, reference=where)
 
 
 def flatten(arrays: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

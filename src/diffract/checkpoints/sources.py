@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import resource  # opens a file of its own: too late when there are too many
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -68,11 +70,12 @@ class LocalFile(ByteFile):
     def __init__(self, path: Path) -> None:
         self.name = printable(path, 1000)
         try:
-            self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            self._descriptor = _open_descriptor(path)
         except OSError as error:
             raise CheckpointError(f"cannot open {self.name!r}: {error.strerror}.") from error
         self._close = weakref.finalize(self, os.close, self._descriptor)
-        self.size = os.fstat(self._descriptor).st_size
+        status = os.fstat(self._descriptor)
+        self.size, self._written = status.st_size, status.st_mtime_ns
 
     def fill(self, view: memoryview, offset: int) -> None:
         """Fill ``view`` with the bytes from ``offset`` on."""
@@ -89,10 +92,26 @@ class LocalFile(ByteFile):
                     f"{self.name!r} ends at byte {offset + done}: it shrank while open. Fetch it again."
                 )
             done += got
+        # What is read twice, for a digest and for numbers, must be the same: results are kept by the digest.
+        if os.fstat(self._descriptor).st_mtime_ns != self._written:
+            raise CheckpointError(f"{self.name!r} was written to while it was read. Try again when it is whole.")
 
     def close(self) -> None:
         """Close the file; further calls do nothing."""
         self._close()
+
+
+def _open_descriptor(path: Path) -> int:
+    """Open a file; where a process has too many open, allow it as many as the system lets it have."""
+    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
+    try:
+        return os.open(path, flags)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        return os.open(path, flags)
 
 
 class LocalFolder:
