@@ -10,6 +10,7 @@ import diffract
 from diffract.analysis.facts import MetricPlan, StackPair, pair_facts, single_facts
 from diffract.analysis.held import Stack
 from diffract.metrics import CATALOG, GROUPS
+from diffract.metrics.agreement import best_match_chance
 from diffract.metrics.catalog import DEFAULT
 
 CPU = torch.device("cpu")
@@ -196,7 +197,7 @@ def change_cases() -> dict[str, tuple[torch.Tensor, torch.Tensor, dict[str, floa
     for side in ("left", "right"):
         levels |= {
             f"{side}_agreement_chance": chance,
-            f"{side}_best_match_chance": math.sqrt(2 * math.log(4) / d),
+            f"{side}_best_match_chance": best_match_chance(d, 4),
             f"{side}_subspace_8": NAN,
             f"{side}_subspace_8_chance": NAN,
             f"{side}_subspace_32": NAN,
@@ -218,7 +219,7 @@ def change_cases() -> dict[str, tuple[torch.Tensor, torch.Tensor, dict[str, floa
         "spectral_shift_share": 1,
         "intruders": 0,
         **same(1, "agreement_mean", "best_match_mean", "agreement_window_mean"),
-        **same(math.sqrt(1 / 4), "agreement_window_chance"),
+        **same(chance, "agreement_window_chance"),  # one vector in every window
         **levels,
     }
     # Rows 1 and 2 swapped: left vectors are exchanged, right vectors and sigmas stay.
@@ -239,7 +240,7 @@ def change_cases() -> dict[str, tuple[torch.Tensor, torch.Tensor, dict[str, floa
         "left_agreement_window_mean": 0.5,
         "right_agreement_window_mean": 1,
         **same(1, "best_match_mean"),
-        **same(math.sqrt(1 / 4), "agreement_window_chance"),
+        **same(chance, "agreement_window_chance"),
         **levels,
     }
     # One entry grows by the rank-one change 2 e4 e4^T: sigmas 4, 3, 3, 2 would tie, so 1 becomes 1.5 instead.
@@ -257,7 +258,7 @@ def change_cases() -> dict[str, tuple[torch.Tensor, torch.Tensor, dict[str, floa
         "intruders": 0,
         **same(1, "agreement_mean", "best_match_mean"),
         **same(3 / 4, "agreement_window_mean"),  # 1 lies outside 1.5 +- 5%
-        **same(3 / 4 * 0.5, "agreement_window_chance"),
+        **same(3 / 4 * chance, "agreement_window_chance"),
         **levels,
     }
     return {
@@ -364,6 +365,33 @@ def test_intruders_are_counted() -> None:
     assert compare(base, 1.001 * base)["intruders"] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_vectors_that_rounding_chooses_do_not_count(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    factors = [torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((60, 8), (8, 90))]
+    w = factors[0] @ factors[1]
+    found = compare(w.to(dtype), (1.01 * w).to(dtype))
+    # 52 sigmas are rounding. The resolved vectors turn by rounding over the gap: eps 60 in bfloat16.
+    tolerance = 20 * max(torch.finfo(dtype).eps ** 2, 1e-12) + 1e-5
+    assert found["intruders"] == 0
+    for side in ("left", "right"):
+        for name in ("agreement_mean", "best_match_mean", "agreement_window_mean", "subspace_8"):
+            assert found[f"{side}_{name}"] == pytest.approx(1, abs=100 * tolerance), name
+        assert math.isnan(found[f"{side}_subspace_32"])
+        assert math.isnan(found[f"{side}_subspace_32_chance"])
+        dimension = 60 if side == "left" else 90
+        assert found[f"{side}_best_match_chance"] == best_match_chance(dimension, 8)
+
+
+def test_a_direction_is_resolved_above_its_rounding() -> None:
+    w = diagonal(1, 0.5, 2**-9, 2**-10).to(torch.bfloat16)  # eps ||W||_F (1/2 + 1/2) = 2^-7 * 1.12
+    found = compare(w, w[[0, 1, 3, 2]].contiguous())
+    assert found["left_agreement_mean"] == pytest.approx(1)  # the two that change places are below
+    assert found["left_agreement_window_chance"] == pytest.approx(4 / (3 * math.pi))
+    exact = compare(w.double(), w[[0, 1, 3, 2]].double().contiguous())
+    assert exact["left_agreement_mean"] == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize("k", [8, 32])
 def test_subspaces(k: int) -> None:
     n = 48
@@ -384,8 +412,8 @@ def test_dimensions_of_the_chance_levels() -> None:
     assert found["left_subspace_8_chance"] == pytest.approx(8 / 10)
     assert found["right_subspace_8_chance"] == pytest.approx(8 / 90)
     assert found["value_share_chance"] == pytest.approx(1 / 90)
-    assert found["left_best_match_chance"] == pytest.approx(math.sqrt(2 * math.log(10) / 10))
-    assert found["right_best_match_chance"] == pytest.approx(math.sqrt(2 * math.log(10) / 90))
+    assert found["left_best_match_chance"] == best_match_chance(10, 10)
+    assert found["right_best_match_chance"] == best_match_chance(90, 10)
     # The asymptotic law sqrt(2 / (pi d)) (1 + 1 / (4 d)), next term d^-2 / 32.
     assert found["right_agreement_chance"] == pytest.approx(math.sqrt(2 / (math.pi * 90)) * (1 + 1 / 360), rel=1e-5)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffract.metrics.pair import peak_enrichment, peak_enrichment_pvalue
+from diffract.metrics.profile import peak_enrichment, peak_enrichment_pvalue
 
 
 def seeded(seed: int = 0) -> torch.Generator:

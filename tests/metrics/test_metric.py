@@ -124,7 +124,7 @@ def test_a_function_without_source_has_a_key_of_its_code() -> None:
 
 def test_every_fact_has_its_price() -> None:
     prices = {
-        "shape": ("shape", "epsilon"),
+        "shape": ("shape", "epsilon", "base_epsilon"),
         "entries": (
             *("squares", "moments", "row_squares", "col_squares"),
             *("base_squares", "delta_squares", "changed", "rounding_squares"),
@@ -171,8 +171,10 @@ def test_derived_facts_cost_what_they_come_from_and_are_computed_once() -> None:
             assert fact.need == max((FACTS[s].need for s in fact.sources), key=NEEDS.index)
             assert fact.pair == any(FACTS[s].pair for s in fact.sources)
     assert set(DERIVED) == {name for name, fact in FACTS.items() if fact.sources}
-    assert sources(["left_agreement_window"]) == {"left_cosines", "base_sigmas", "sigmas"}
-    facts = Facts(left_overlap=torch.rand(2, 3, 3).double())
+    resolved = {"resolved", "squares", "epsilon", "base_resolved", "base_squares", "base_epsilon", "shape"}
+    assert sources(["left_agreement_window"]) == {"left_cosines", "base_sigmas", "sigmas", *resolved}
+    every = torch.ones(2, 3, dtype=torch.bool)
+    facts = Facts(left_overlap=torch.rand(2, 3, 3).double(), directions=every, base_directions=every)
     assert facts["left_agreement"] is facts["left_agreement"]
     with pytest.raises(KeyError, match="base_sigmas"):
         facts["window"]

@@ -8,15 +8,15 @@ import scipy.integrate
 import scipy.linalg
 import torch
 
-from diffract.metrics.pair import (
-    mean_principal_angle,
-    principal_angle_chance,
-    principal_angles,
-    subspace,
-)
+from diffract.metrics.agreement import mean_principal_angle, principal_angle_chance, principal_angles, subspace
 
 ARCCOS = 1e-7
 """Angles near zero are known to sqrt(2 c eps), c of a few; others far better."""
+
+
+def all_resolved(overlap: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    every = torch.ones(overlap.shape[:2], dtype=torch.bool)
+    return every, every
 
 
 def bases(count: int, d: int, k: int, seed: int = 0) -> torch.Tensor:
@@ -40,7 +40,8 @@ def test_planted_angles_come_back() -> None:
     found = principal_angles(overlap, 5)
     assert found[0].tolist() == pytest.approx(angles, abs=ARCCOS)
     assert principal_angles(overlap, 5)[0, -1].item() == pytest.approx(math.pi / 2, abs=1e-15)
-    assert mean_principal_angle(overlap, 5).item() == pytest.approx(sum(angles) / 5, abs=ARCCOS)
+    mean = mean_principal_angle(overlap, *all_resolved(overlap), k=5).item()
+    assert mean == pytest.approx(sum(angles) / 5, abs=ARCCOS)
 
 
 def test_only_the_top_vectors_count() -> None:
@@ -57,7 +58,8 @@ def test_angles_are_scipys(k: int) -> None:
         want = np.sort(scipy.linalg.subspace_angles(first[i, :, :k].numpy(), second[i, :, :k].numpy()))
         assert np.abs(found[i].numpy() - want).max() <= 1e-13  # random spaces have no angle near zero
     cosines = found.cos().square().mean(-1)
-    assert torch.allclose(cosines, subspace((first.mT @ second).abs(), k), rtol=1e-13, atol=0)
+    overlap = (first.mT @ second).abs()
+    assert torch.allclose(cosines, subspace(overlap, *all_resolved(overlap), k=k), rtol=1e-13, atol=0)
 
 
 def test_absolute_values_would_not_do() -> None:
@@ -74,7 +76,7 @@ def test_degenerate_overlaps() -> None:
     assert bool(found[1].isnan().all())
     assert torch.equal(found[[0, 2]], want[[0, 2]])
     assert principal_angles(overlap, 5).shape == (3, 5)
-    assert bool(mean_principal_angle(overlap, 5).isnan().all())
+    assert bool(mean_principal_angle(overlap, *all_resolved(overlap), k=5).isnan().all())
     slightly_more = torch.eye(3, dtype=torch.float64)[None] * (1 + 1e-9)  # vectors off by rounding
     assert principal_angles(slightly_more, 3).tolist() == [[0.0] * 3]
 

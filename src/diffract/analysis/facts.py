@@ -247,7 +247,7 @@ def pair_facts(pair: StackPair, plan: MetricPlan, device: torch.device) -> tuple
     for total in (sums.base_gram, sums.cross, sums.delta_gram):
         total.copy_(_safe(total, finite[: len(total)]))
     facts0, facts1 = _entry_facts(base, first), _entry_facts(tuned, second)
-    facts1 |= {"base_squares": first.squares, "delta_squares": sums.delta_squares}
+    facts1 |= {"base_epsilon": facts0["epsilon"], "base_squares": first.squares, "delta_squares": sums.delta_squares}
     facts1 |= {"changed": sums.changed, "rounding_squares": sums.rounding_squares}
     if plan.needs("delta_sigmas"):
         facts1["delta_sigmas"] = _delta_sigmas(pair, sums, finite, method=plan.method)

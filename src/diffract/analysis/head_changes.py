@@ -34,7 +34,8 @@ from diffract.checkpoints import Reference
 from diffract.engine import ENGINES, choose_device
 from diffract.errors import CheckpointError, SelectionError, choose, printable
 from diffract.matrices import Layout, Matrix, merge_strange_adapters, pair, restrict
-from diffract.metrics.pair import cosine_chance, delta_cosine, delta_cosine_chance, split_domains
+from diffract.metrics.agreement import cosine_chance
+from diffract.metrics.pair import delta_cosine, delta_cosine_chance, split_domains
 from diffract.stats import reference_score, spearman
 from diffract.store import MOST_BYTES, Cache, cache_folder
 from diffract.tables import MODELS, Tables, frame

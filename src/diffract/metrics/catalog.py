@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from diffract.errors import SelectionError, suggest
-from diffract.metrics import heavy_tails, nulls, pair, peaks, random_matrix, separable, single
+from diffract.metrics import agreement, heavy_tails, nulls, pair, peaks, profile, random_matrix, separable, single
 from diffract.metrics.facts import FACTS, TAIL_LAWS, Metric
 from diffract.metrics.heavy_tails import significance
 from diffract.metrics.heavy_tails.fit import Candidates, fit_candidates, order, scan_distances, search
@@ -41,10 +41,10 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         pair.value_share,
         pair.value_share_chance,
         pair.spectral_shift_share,
-        pair.intruders,
+        agreement.intruders,
     ),
-    "agreement": (*pair.agreement_metrics("left"), *pair.agreement_metrics("right")),
-    "angles": (*pair.angle_metrics("left"), *pair.angle_metrics("right")),
+    "agreement": agreement.AGREEMENT,
+    "angles": agreement.ANGLES,
     "heavy_tails": heavy_tails.METRICS,
     "random_matrix": (
         *random_matrix.BULK,
@@ -60,8 +60,8 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
         nulls.peak_count_rowcol,
         nulls.peak_count_rowcol_pvalue,
         nulls.dip_pvalue,
-        pair.peak_enrichment,
-        pair.seeded_enrichment_pvalue,
+        profile.peak_enrichment,
+        profile.seeded_enrichment_pvalue,
     ),
     "p_values": heavy_tails.P_VALUES,
 }
@@ -125,11 +125,13 @@ DERIVED: dict[str, Callable[..., Any]] = {
     "rowcol_peaks": nulls.rowcol_peaks,
     "base_peaks": peaks.spectral_peaks,
     "in_base_peak": lambda found: found.membership >= 0,
-    "window": pair.window,
-    **{f"{side}_overlap": pair.overlap for side in ("left", "right")},
-    **{f"{side}_agreement": pair.agreement for side in ("left", "right")},
-    **{f"{side}_best_match": pair.best_match for side in ("left", "right")},
-    **{f"{side}_agreement_window": pair.agreement_window for side in ("left", "right")},
+    "directions": agreement.resolved_directions,
+    "base_directions": agreement.resolved_directions,
+    "window": agreement.window,
+    **{f"{side}_overlap": agreement.overlap for side in ("left", "right")},
+    **{f"{side}_agreement": agreement.agreement for side in ("left", "right")},
+    **{f"{side}_best_match": agreement.best_match for side in ("left", "right")},
+    **{f"{side}_agreement_window": agreement.agreement_window for side in ("left", "right")},
 }
 """What derives a fact from its ``sources``, in their order."""
 

@@ -58,6 +58,7 @@ FACTS: dict[str, Fact] = {
     "U": Fact("(b, m, M), left singular vectors as columns", "vectors"),
     "Vh": Fact("(b, M, n), right singular vectors as rows", "vectors"),
     "matrix": Fact("(b, m, n), float64", "matrix", degree=1),
+    "base_epsilon": Fact("machine epsilon of the base's stored dtype", "shape", pair=True),
     "base_squares": Fact("(b,), squared Frobenius norm of the base W0", "entries", pair=True, degree=2),
     "delta_squares": Fact("(b,), squared Frobenius norm of D = W1 - W0", "entries", pair=True, degree=2),
     "changed": Fact("(b,), number of entries that differ", "entries", pair=True),
@@ -126,16 +127,28 @@ _derive("rowcol_peaks", "(b, d), peaks in each draw", "rowcol_sigmas")
 _derive("base_resolved_sigmas", "(b, M), likewise of W0", "base_sigmas", "base_resolved")
 _derive("base_peaks", "peaks of W0", "base_resolved_sigmas")
 _derive("in_base_peak", "(b, M), whether base sigma i lies in a peak", "base_peaks")
-_derive("window", "(b, M, M), whether base sigma i is within 5% of tuned sigma j", "base_sigmas", "sigmas")
+_MATRIX = ("epsilon", "shape")
+_derive("directions", "(b, M), whether direction i is resolved", "sigmas", "resolved", "squares", *_MATRIX)
+_derive(
+    "base_directions",
+    "(b, M), likewise of W0",
+    *("base_sigmas", "base_resolved", "base_squares", "base_epsilon", "shape"),
+)
+_RESOLVED = ("base_directions", "directions")
+_derive(
+    "window",
+    "(b, M, M), whether base sigma i is resolved and within 5% of tuned sigma j",
+    *("base_sigmas", "sigmas", "base_directions"),
+)
 for _side, _u in (("left", "u"), ("right", "v")):
     _overlap = f"{_side}_overlap"
-    _derive(_overlap, f"(b, M, M), |{_u}0_i . {_u}1_j|", f"{_side}_cosines")
-    _derive(f"{_side}_agreement", f"(b, M), |{_u}0_i . {_u}1_i|", _overlap)
-    _derive(f"{_side}_best_match", f"(b, M), max_j |{_u}0_i . {_u}1_j|", _overlap)
+    _derive(_overlap, f"(b, M, M), |{_u}0_i . {_u}1_j|, 0 where one is not resolved", f"{_side}_cosines", *_RESOLVED)
+    _derive(f"{_side}_agreement", f"(b, M), |{_u}0_i . {_u}1_i|, NaN where not resolved", _overlap, *_RESOLVED)
+    _derive(f"{_side}_best_match", f"(b, M), max_j |{_u}0_i . {_u}1_j|, NaN likewise", _overlap, *_RESOLVED)
     _derive(
         f"{_side}_agreement_window",
-        f"(b, M), norm of {_u}1_i projected on its window of base vectors",
-        *(_overlap, "window"),
+        f"(b, M), norm of {_u}1_i projected on its window of base vectors, NaN likewise",
+        *(_overlap, "window", *_RESOLVED),
     )
 
 
