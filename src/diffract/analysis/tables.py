@@ -78,6 +78,12 @@ def model_numbers(base: pl.DataFrame, tuned: pl.DataFrame, heads: pl.DataFrame) 
         base.select("name", base_squares=squares), on="name", how="left"
     )
     numbers = {"changed_share": _mean(pairs, "delta_changed_share", pl.col("rows") * pl.col("cols"))}
+    if (
+        "delta_frobenius" not in pairs.columns
+        and "delta_relative" in pairs.columns
+        and "frobenius_norm" in base.columns
+    ):
+        pairs = pairs.with_columns(delta_frobenius=pl.col("delta_relative") * pl.col("base_squares").sqrt())
     if "delta_frobenius" not in pairs.columns:
         return _plain(numbers)
     pairs = pairs.filter(pl.col("delta_frobenius").is_not_null()).with_columns(d2=pl.col("delta_frobenius") ** 2)

@@ -283,3 +283,37 @@ def digest_as_read(checkpoint: Checkpoint, name: str) -> str:
     source = checkpoint.sources[name]
     seen = source.seen.get(name) if isinstance(source, Recorder) else None
     return (seen and seen.digest) or checkpoint.digest(name)
+
+
+@dataclass(frozen=True)
+class _Renamed:
+    """A tensor's source that is asked by another name."""
+
+    source: Source
+    info: TensorInfo
+
+    def read(self, info: TensorInfo, rows: Range | None) -> torch.Tensor:
+        """Return entries ``rows`` of the leading axis."""
+        return self.source.read(self.info, rows)
+
+    def close(self) -> None:
+        """Close the source."""
+        self.source.close()
+
+
+def renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
+    """Return a checkpoint some of whose tensors go by other names.
+
+    Args:
+        checkpoint: What is renamed; both close the same files.
+        names: For each tensor to rename, what it is called from now on.
+    """
+    new = {name: names.get(name, name) for name in checkpoint.infos}
+    infos = {new[n]: replace(info, name=new[n]) for n, info in checkpoint.infos.items()}
+    sources = {
+        new[n]: source if new[n] == n else _Renamed(source, checkpoint.infos[n])
+        for n, source in checkpoint.sources.items()
+    }
+    factors = {names.get(name, name): made for name, made in checkpoint.factors.items()}
+    tied = {names.get(one, one): names.get(two, two) for one, two in checkpoint.tied.items()}
+    return replace(checkpoint, infos=infos, sources=sources, factors=factors, tied=tied)

@@ -18,7 +18,7 @@ from diffract.edits.draft import BLOCK_BYTES, Apply, Draft, Place, everything, p
 from diffract.edits.edit import Edit, Planned
 from diffract.edits.mixing import interpolate
 from diffract.errors import CheckpointError, printable
-from diffract.matrices import Entry, Layout, Matrix, lay_out, parse_selection, select
+from diffract.matrices import Entry, Layout, Matrix, counterparts, lay_out, parse_selection, select
 
 T = TypeVar("T")
 
@@ -241,7 +241,8 @@ def match(layout: Layout, checkpoint: Checkpoint, ties: Mapping[str, str]) -> Ot
     """
     other = lay_out(checkpoint, like=layout.architecture, check_ties=False)
     # Ties may be stored once or twice: a tensor that is not there by its own name may be there by its twin's.
-    names = {name: _own_name(name, other, ties) for name in layout.entries}
+    called = {own: name for name, own in counterparts(layout, other).items()}
+    names = {name: called.get(name) or _own_name(name, other, ties) for name in layout.entries}
     missing = [name for name, own in names.items() if own is None]
     used = set(names.values())
     extra = [n for n in checkpoint.names if n not in used and other.entries[n].outcome != "tied"]

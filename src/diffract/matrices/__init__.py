@@ -2,7 +2,7 @@
 
 from diffract.matrices.layout import Entry, Layout, lay_out, restrict, scan_cost, workspace_bytes
 from diffract.matrices.matrix import Matrix, Selection, batches, cut, parse_selection, select
-from diffract.matrices.pairing import is_paired, merge_strange_adapters, pair
+from diffract.matrices.pairing import counterparts, is_paired, merge_strange_adapters, pair
 from diffract.matrices.slicing import slice_tensor
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Matrix",
     "Selection",
     "batches",
+    "counterparts",
     "cut",
     "is_paired",
     "lay_out",

@@ -1,36 +1,78 @@
-"""Which tensors of a base and of its tuned checkpoints belong together: those of exactly one name and shape."""
+"""Which tensors of a base and of its tuned checkpoints belong together: those of one part and one shape."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
+from diffract.checkpoints import renamed
 from diffract.errors import CheckpointError, printable
 from diffract.matrices.layout import Entry, Layout
+
+T = TypeVar("T")
 
 MAY_DIFFER = ("embed", "unembed")
 """Blocks that may be unmatched: a vocabulary grows, a head is tied."""
 
 
 def pair(layouts: Sequence[Layout], *, allow_unmatched: bool = False) -> list[Layout]:
-    """Pair the tensors of a base and of the checkpoints that descend from it by exact name and shape.
+    """Pair the tensors of a base and of the checkpoints that descend from it, by name or part of the model, and shape.
 
     Args:
         layouts: The base first.
         allow_unmatched: Whether more than embeddings may be without a partner.
 
     Returns:
-        The layouts; their entries say what became of each tensor.
+        The layouts; their entries say what became of each tensor, and go by the base's names.
 
     Raises:
         CheckpointError: More than embeddings are unmatched and that is not allowed, or nothing is paired at all.
     """
-    base, *tuned = layouts
+    base, *others = layouts
+    tuned = [_renamed(other, counterparts(base, other)) for other in others]
     children = [replace(t, entries={n: _match(e, base.entries.get(n)) for n, e in t.entries.items()}) for t in tuned]
     for child in children:
         _check_matched(base, child, allow_unmatched=allow_unmatched)
     return [replace(base, entries={n: _match_any(n, e, children) for n, e in base.entries.items()}), *children]
+
+
+def counterparts(base: Layout, other: Layout) -> dict[str, str]:
+    """Return what a base calls those tensors that another checkpoint has under another name.
+
+    Two names mean one tensor where both are the same part of the model, or, for what nothing describes (norms, biases),
+    where they are equal without prefix and words of wrappers.
+    """
+    known = {_part(base, name): name for name in base.entries}
+    found = ((name, known.get(_part(other, name))) for name in other.entries if name not in base.entries)
+    return {name: own for name, own in found if own is not None and own not in other.entries}
+
+
+def _part(layout: Layout, name: str) -> tuple[object, ...]:
+    place = layout.architecture.place(name)
+    if place is None:
+        return (layout.architecture.bare.get(name, name),)
+    return (place.role.part, place.role.stacked, place.layer, place.expert, place.head)
+
+
+def _renamed(layout: Layout, names: Mapping[str, str]) -> Layout:
+    """Return a layout that goes by the names of its base; each entry notes its own."""
+    if not names:
+        return layout
+
+    def moved(found: Mapping[str, T]) -> dict[str, T]:
+        return {names.get(name, name): value for name, value in found.items()}
+
+    entries = {}
+    for name, entry in layout.entries.items():
+        own = names.get(name, name)
+        note = "; ".join(filter(None, (entry.note, f"called {name} here" if own != name else "")))
+        matrices = tuple(replace(m, tensor=own) for m in entry.matrices)
+        entries[own] = replace(entry, info=replace(entry.info, name=own), matrices=matrices, note=note)
+    read = layout.architecture
+    architecture = replace(read, places=moved(read.places), bare=moved(read.bare))
+    return replace(layout, checkpoint=renamed(layout.checkpoint, names), architecture=architecture, entries=entries)
 
 
 def is_paired(entry: Entry | None) -> bool:
@@ -75,12 +117,24 @@ def _check_matched(base: Layout, child: Layout, *, allow_unmatched: bool) -> Non
             f"{where} share no tensor of one name and shape{_example(lost, base, child)}. "
             "Compare a checkpoint with one that descends from it."
         )
-    serious = [e for e in lost if not all(m.block in MAY_DIFFER for m in e.matrices)]
+    # what stands outside of all layers is an end of the model: a vocabulary grows, a task has a head of its own
+    serious = [e for e in lost if _is_inside(e)]
     if serious and not allow_unmatched:
+        inner = [{m.name for e in side.entries.values() for m in e.matrices} for side in (base, child)]
+        if all(m.name in inner[0] & inner[1] for e in serious for m in e.matrices):
+            raise CheckpointError(
+                f"{where} have the same parts in another naming: experts stacked in one tensor, or alone"
+                f"{_example(serious, base, child)}. Save both in one way, or pass --allow-unmatched."
+            )
         raise CheckpointError(
             f"{where}: {len(serious)} tensors besides embeddings have no partner{_example(serious, base, child)}. "
             "Pass --allow-unmatched to compare what matches and list the rest."
         )
+
+
+def _is_inside(entry: Entry) -> bool:
+    matrices, numbered = entry.matrices, any(word.isdigit() for word in entry.info.name.split("."))
+    return not all(m.block in MAY_DIFFER or (m.block == "other" and not numbered) for m in matrices)
 
 
 def _example(entries: Sequence[Entry], base: Layout, child: Layout) -> str:
