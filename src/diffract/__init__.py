@@ -21,7 +21,7 @@ from diffract.errors import (
 )
 
 if TYPE_CHECKING:
-    from diffract.api import Inspection, compare, heads, inspect, scan, trajectory
+    from diffract.api import Inspection, compare, heads, inspect, lineage, scan, trajectory
     from diffract.api import evaluate as eval
     from diffract.callback import SpectralCallback
     from diffract.checkpoints import Checkpoint
@@ -44,6 +44,7 @@ _PLACES = {
     "eval": ("diffract.api", "evaluate"),
     "heads": ("diffract.api", "heads"),
     "inspect": ("diffract.api", "inspect"),
+    "lineage": ("diffract.api", "lineage"),
     "load_run": ("diffract.run", "load_run"),
     "metric": ("diffract.metrics", "metric"),
     "open": ("diffract.checkpoints", "open_checkpoint"),
@@ -73,6 +74,7 @@ __all__ = [
     "eval",
     "heads",
     "inspect",
+    "lineage",
     "load_run",
     "metric",
     "open",

@@ -280,6 +280,56 @@ def heads(
     return Run(found)
 
 
+def lineage(
+    *refs: Reference,
+    root: str | None = None,
+    architecture: str | Path | None = None,
+    adapter_base: Reference | None = None,
+    download: bool = False,
+    output: str | Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Run:
+    """Find out which checkpoints descend from each other, and which are strangers.
+
+    The entries of each matrix of the blocks are correlated; the median says how near two models are. Embedding tables
+    decide nothing. The tree has no root unless one is named: the numbers are the same both ways.
+
+    Args:
+        refs: Two or more: a file, a folder, or ``org/name@revision`` on the hub; ``name=MODEL`` names one. In Python
+            also a mapping of arrays, an ``nn.Module``, or an open checkpoint.
+        root: The name of the one that the others descend from, where that is known.
+        architecture: A JSON file that describes the model (docs/architectures.md); by default its config.json's
+            ``model_type`` decides.
+        adapter_base: The base of adapters among the models, where their config does not name one that can be opened.
+        download: Fetch models of the hub whole instead of reading byte ranges.
+        output: Write a run folder here.
+        force: Replace an existing run folder.
+        progress: Called with pairs done, all pairs, and what was just finished.
+
+    Returns:
+        The run: tables ``lineage`` of pairs, ``tree`` and ``models``.
+
+    Raises:
+        DiffractError: The input is wrong; the message says what, where, and what to do.
+
+    >>> import numpy as np
+    >>> seeds = [np.random.default_rng(seed) for seed in (0, 1)]
+    >>> one, two = ({f"layers.{i}.w": rng.normal(size=(64, 64)) for i in range(6)} for rng in seeds)
+    >>> lineage(one, two)["lineage"]["lineage"].to_list()
+    ['stranger']
+    """
+    from diffract.analysis import Options, relate_all
+    from diffract.run import Run, write
+
+    options = Options(architecture=architecture, adapter_base=adapter_base, download=download, progress=progress)
+    with _output(output, force=force) as draft:
+        found = relate_all(refs, options, root=root)
+        if draft is not None:
+            write(found, draft)
+    return Run(found)
+
+
 def evaluate(
     ref: str | Path | Any,
     tasks: str | Sequence[str] = "math,code,text",

@@ -24,6 +24,11 @@ The heads of several domains
 ``scores``    one row per domain, reference domain and head
 ``lorenz``    the points of each domain's Lorenz curve
 
+The lineage of several checkpoints
+
+``lineage``   one row per pair: the word, and the correlation of the entries
+``tree``      one row per branch
+
 An evaluation
 
 ``items``     one row per task and item
@@ -172,6 +177,21 @@ REFERENCE_SCORES: dict[str, Any] = {
     "score": pl.Float64,
 }
 """Columns of ``scores``: scale01(``head_delta`` of the domain) - scale01(that of the reference), in [-1, 1]."""
+
+LINEAGE: dict[str, Any] = {
+    "a": pl.String,
+    "b": pl.String,
+    "lineage": pl.String,
+    "r": pl.Float64,
+    "matrices": pl.Int32,
+    "shared": pl.List(pl.String),
+}
+"""Columns of ``lineage``: ``lineage`` same values | descendant or sibling | far | rearranged | stranger | cannot
+tell; ``r``, the median over ``matrices`` of a common shape; the tensors that are ``shared`` to the bit.
+"""
+
+TREE: dict[str, Any] = {"a": pl.String, "b": pl.String, "r": pl.Float64}
+"""Columns of ``tree``: its branches, the nearest pairs first; ``a`` is nearer to the root where one was named."""
 
 LORENZ: dict[str, Any] = {"model": pl.String, **_of(pl.Float64, "heads_share", "change_share")}
 """Columns of ``lorenz``: what the least changed ``heads_share`` of heads have of the sum of ||D||_F^2."""
@@ -347,6 +367,7 @@ KINDS: dict[str, Schemas] = {
         "models": MODELS,
         "tensors": TENSORS,
     },
+    "lineage": {"lineage": LINEAGE, "tree": TREE, "models": MODELS},
     "eval": {"items": ITEM_SCORES, "summary": SUMMARY},
     "search rewind": {
         "points": ON_CURVE | QUALITY,

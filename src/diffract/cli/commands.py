@@ -336,6 +336,14 @@ COMMANDS = (
     replace(ANALYSIS, name="compare", functions=("diffract.api:compare",)),
     replace(ANALYSIS, name="trajectory", functions=("diffract.api:trajectory",), show=text.show_trajectory),
     Command("heads", "See", ("diffract.api:heads",), show=text.show_heads, summary=text.sum_up_heads),
+    Command(
+        name="lineage",
+        panel="See",
+        functions=("diffract.api:lineage",),
+        show=text.show_lineage,
+        summary=text.sum_up_lineage,
+        unit="pairs",
+    ),
     Command("inspect", "See", ("diffract.api:inspect",), show=text.show_inspection, summary=text.everything),
     Command("report", "See", (f"{HERE}:report",), show=text.show_path("report"), metavars={"output": "FILE"}),
     Command(

@@ -220,6 +220,42 @@ def _agreement(run: Run) -> list[list[str]]:
 # inspect, metrics, report, plot
 
 
+def show_lineage(run: Run, given: Given) -> None:
+    """Print how each pair is related, strangers first in one sentence, and the branches of the tree."""
+    warn(run.manifest["warnings"])
+    pairs = {(row["a"], row["b"]): row for row in run.lineage.iter_rows(named=True)}
+    for row in pairs.values():
+        tables = f" They share {', '.join(map(printable, row['shared']))} to the bit." if row["shared"] else ""
+        if row["lineage"] == "stranger":
+            both = f"{row['a']} and {row['b']}"
+            say(f"{both} are strangers: neither descends from the other (r {number(row['r'])}).{tables}")
+        elif row["lineage"] == "rearranged":
+            say(f"{row['a']} and {row['b']}: one is the other rearranged (layers, heads or neurons at other places).")
+    names = run.models["model"].to_list()
+    table = []
+    for a in names:
+        cells = [pairs.get((a, b), pairs.get((b, a))) for b in names]
+        table.append([a, *("" if one is None else _related(one) for one in cells)])
+    say_table(["", *names], table, title="Median correlation of the entries of the blocks' matrices:")
+    if len(run.tree):
+        arrow = "->" if run.manifest["settings"]["root"] else "-"
+        branches = ", ".join(f"{a} {arrow} {b} ({r:.3f})" for a, b, r in run.tree.iter_rows())
+        say(f"Tree{'' if given['root'] else ', without a root'}: {branches}")
+    if middles := run.models.filter("middle")["model"].to_list():
+        say(f"In the middle of a path: {', '.join(middles)}")
+    say_place(given, "run")
+
+
+def _related(pair: Mapping[str, Any]) -> str:
+    return pair["lineage"] if pair["r"] is None else f"{pair['r']:.3f} {pair['lineage']}"
+
+
+def sum_up_lineage(run: Run, given: Given) -> dict[str, Any]:
+    """Return pairs, branches and models."""
+    found = {name: run[name].to_dicts() for name in ("lineage", "tree", "models")}
+    return {**kept(run.manifest), **found, "run": place(given)}
+
+
 def show_inspection(found: Inspection, given: Given) -> None:
     """Print what the headers of a checkpoint tell."""
     from diffract.settings import size_text

@@ -78,6 +78,13 @@ def correlation(one: Float64[Tensor, "..."], other: Float64[Tensor, "..."]) -> f
     return min(float((one * other).sum() / (one.norm() * other.norm())), 1 - 1e-12)
 
 
+def shared_matrices(one: Layout, other: Layout) -> list[str]:
+    """Return the stored matrices, tables too, that two models have in common to the bit; blocks of rows are read."""
+    infos = [e.info for e in one.entries.values() if len(e.info.shape) > 1]
+    same = [i.name for i in infos if i.name in other.entries and other.entries[i.name].info.shape == i.shape]
+    return [name for name in same if one.checkpoint.digest(name) == other.checkpoint.digest(name)]
+
+
 def _blocks(layout: Layout) -> Iterator[tuple[str, TensorInfo]]:
     """The stored matrices of a model's blocks; without a known architecture all but those with a table's name."""
     for name, entry in layout.entries.items():
