@@ -224,13 +224,16 @@ def show_lineage(run: Run, given: Given) -> None:
     """Print how each pair is related, strangers first in one sentence, and the branches of the tree."""
     warn(run.manifest["warnings"])
     pairs = {(row["a"], row["b"]): row for row in run.lineage.iter_rows(named=True)}
-    for row in pairs.values():
+    told = [row for row in pairs.values() if row["lineage"] in ("stranger", "rearranged")]
+    for row in told[:SHOWN_HEADS]:
+        both = f"{row['a']} and {row['b']}"
         tables = f" They share {', '.join(map(printable, row['shared']))} to the bit." if row["shared"] else ""
         if row["lineage"] == "stranger":
-            both = f"{row['a']} and {row['b']}"
             say(f"{both} are strangers: neither descends from the other (r {number(row['r'])}).{tables}")
-        elif row["lineage"] == "rearranged":
-            say(f"{row['a']} and {row['b']}: one is the other rearranged (layers, heads or neurons at other places).")
+        else:
+            say(f"{both}: one is the other rearranged (layers, heads or neurons at other places).")
+    if len(told) > SHOWN_HEADS:
+        say(f"... and {len(told) - SHOWN_HEADS} pairs more; the table below has them all.")
     names = run.models["model"].to_list()
     table = []
     for a in names:
