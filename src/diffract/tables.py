@@ -108,7 +108,7 @@ TIMELINE: dict[str, Any] = {"order": pl.Int32, "stage": pl.Int32, "step": pl.Int
 AGAINST: dict[str, Any] = {"against": pl.String}
 """Column of ``models`` in a trajectory: which checkpoint each is compared with; null for the first."""
 
-LINEAGE: dict[str, Any] = {"lineage": pl.String, "lineage_correlation": pl.Float64}
+RELATION: dict[str, Any] = {"lineage": pl.String, "lineage_correlation": pl.Float64}
 """Columns of ``models`` in a comparison or a trajectory: how a model is related to what it is compared with, and the
 median correlation of their matrices' entries. Of a ``stranger`` the numbers of a whole change are null."""
 

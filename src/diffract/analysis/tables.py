@@ -100,7 +100,7 @@ def model_numbers(base: pl.DataFrame, tuned: pl.DataFrame, heads: pl.DataFrame) 
 
 
 def with_lineage(models: pl.DataFrame, found: Sequence[Lineage | None]) -> pl.DataFrame:
-    """Return ``models`` with the columns ``LINEAGE``; of strangers without the numbers of a whole change.
+    """Return ``models`` with the columns ``RELATION``; of strangers without the numbers of a whole change.
 
     Args:
         models: One row per model.
@@ -111,7 +111,7 @@ def with_lineage(models: pl.DataFrame, found: Sequence[Lineage | None]) -> pl.Da
         pl.Series(words, dtype=pl.String),
         pl.Series([one and one.correlation for one in found], dtype=pl.Float64),
     ]
-    marked = models.with_columns(column.alias(name) for name, column in zip(tables.LINEAGE, columns, strict=True))
+    marked = models.with_columns(column.alias(name) for name, column in zip(tables.RELATION, columns, strict=True))
     changes = [c for c in models.columns if c.startswith(CHANGES)]
     stranger = (pl.col("lineage") == "stranger").fill_null(value=False)
     return marked.with_columns(pl.when(~stranger).then(pl.col(name)).alias(name) for name in changes)
