@@ -134,3 +134,14 @@ def test_the_docs_name_every_format_and_kind() -> None:
     page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
     missing = [kind for kind in [known.kind for known in (*FORMATS, *FORMS)] if kind not in page]
     assert not missing
+
+
+@pytest.mark.parametrize("offset", [0xFFFFFFFE, 10_000_000])
+def test_a_directory_that_points_outside_its_file_is_refused(offset: int, tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "x.pt")
+    raw = bytearray((tmp_path / "x.pt").read_bytes())
+    entry = raw.index(b"PK\1\2")
+    raw[entry + 42 : entry + 46] = offset.to_bytes(4, "little")
+    (tmp_path / "x.pt").write_bytes(raw)
+    with pytest.raises(CheckpointError, match=r"x\.pt"):
+        open_checkpoint(tmp_path / "x.pt")

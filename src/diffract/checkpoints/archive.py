@@ -243,7 +243,15 @@ def read_archive(file: ByteFile, where: str) -> Any:
     try:
         with zipfile.ZipFile(_Reader(file)) as archive:
             records = {info.filename: info for info in archive.infolist()}
-    except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, EOFError, struct.error) as error:
+    except (
+        zipfile.BadZipFile,
+        ValueError,
+        OSError,
+        OverflowError,
+        NotImplementedError,
+        EOFError,
+        struct.error,
+    ) as error:
         raise CheckpointError(
             f"cannot read {where!r} as a PyTorch file: {printable(error)}. Fetch it again."
         ) from error
@@ -267,7 +275,9 @@ def _places(file: ByteFile, records: Any, where: str) -> dict[str, tuple[int, in
     end, previous = 0, ""
     for record in sorted(records, key=lambda r: r.header_offset):
         fault = "is compressed" if record.compress_type != zipfile.ZIP_STORED else ""
-        if not fault and record.header_offset + LOCAL_HEADER.size <= file.size:
+        if not 0 <= record.header_offset <= file.size - LOCAL_HEADER.size:
+            fault = "is cut off"
+        if not fault:
             raw = file.fetch(record.header_offset, LOCAL_HEADER.size)
             signature, name, extra = LOCAL_HEADER.unpack(raw)
             start = record.header_offset + LOCAL_HEADER.size + name + extra
