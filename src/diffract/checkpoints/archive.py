@@ -287,8 +287,8 @@ def _places(file: ByteFile, records: Any, where: str) -> dict[str, tuple[int, in
             found[record.filename] = start, record.file_size
         if fault:
             raise CheckpointError(
-                f"{where!r}: its record {printable(record.filename, 60)} {fault}, which torch.save never writes. "
-                "Fetch it again, or load it with torch and save it anew."
+                f"cannot read {where!r} as a PyTorch file: its record {printable(record.filename, 60)} {fault}, which "
+                "torch.save never writes. Fetch it again, or load it with torch and save it anew."
             )
     return found
 
