@@ -222,6 +222,7 @@ def change_cases() -> dict[str, tuple[torch.Tensor, torch.Tensor, dict[str, floa
         **same(chance, "agreement_window_chance"),  # one vector in every window
         **levels,
     }
+    scaled |= {"value_share_turned": 0, "sigma_change_relative": 0.01}
     # Rows 1 and 2 swapped: left vectors are exchanged, right vectors and sigmas stay.
     swapped = base[[1, 0, 2, 3]].clone()
     swap = {
@@ -243,6 +244,8 @@ def change_cases() -> dict[str, tuple[torch.Tensor, torch.Tensor, dict[str, floa
         **same(chance, "agreement_window_chance"),
         **levels,
     }
+    # |u0_i . u1_j| |v0_i . v1_j| is 0 throughout for both pairs, so nothing of them is left on the diagonal.
+    swap |= {"value_share_turned": (16 + 9) / 50, "sigma_change_relative": 0}
     # One entry grows by the rank-one change 2 e4 e4^T: sigmas 4, 3, 3, 2 would tie, so 1 becomes 1.5 instead.
     grown = base + diagonal(0, 0, 0, 0.5)
     grow = {
@@ -261,6 +264,7 @@ def change_cases() -> dict[str, tuple[torch.Tensor, torch.Tensor, dict[str, floa
         **same(3 / 4 * chance, "agreement_window_chance"),
         **levels,
     }
+    grow |= {"value_share_turned": 0, "sigma_change_relative": 0.5 / math.sqrt(30)}
     return {
         "scaled by 1.01": (base, 1.01 * base, scaled),
         "rows swapped": (base, swapped, swap),
@@ -275,6 +279,31 @@ def test_metrics_of_a_pair(case: str, method: str) -> None:
     assert set(want) | {"delta_rounding_floor"} == set(PAIR)
     # D's zero sigmas come out at up to 8e-8 of ||D||_2 from a Gram matrix, and count in its effective rank.
     check(compare(base, tuned, method), want, EXACT if method == "exact" else 1e-5)
+
+
+def test_values_that_change_places_are_no_turn() -> None:
+    base = diagonal(4, 3, 2, 1)
+    found = compare(base, diagonal(4, 1, 2, 3.5))  # sigmas 4, 3.5, 2, 1 of other directions than before
+    assert found["value_share_turned"] == pytest.approx(0, abs=EXACT)
+    assert found["value_share"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("size", [0.4, 0.8])
+def test_turning_alone_gives_the_share_of_values_that_it_has(size: float) -> None:
+    def turn(n: int, seed: int) -> torch.Tensor:
+        a = (
+            torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+            * size
+            / (2 * n) ** 0.5
+        )
+        eye = torch.eye(n, dtype=torch.float64)
+        return torch.linalg.solve(eye + (a - a.mT) / 2, eye - (a - a.mT) / 2)
+
+    w = torch.randn(32, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = compare(w, turn(32, 2) @ w @ turn(64, 3))
+    assert found["value_share"] > 3 * found["value_share_chance"]
+    assert found["value_share_turned"] == pytest.approx(found["value_share"], rel=0.25)
+    assert found["sigma_change_relative"] < 1e-12
 
 
 def test_rounding_floor() -> None:

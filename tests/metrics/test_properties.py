@@ -171,6 +171,16 @@ def value_share(c: Case) -> float:
     return sum((U[:, i] @ c.delta @ V[i]) ** 2 for i in range(len(V))) / (c.delta**2).sum()
 
 
+def value_share_turned(c: Case) -> float:
+    (U0, S0, V0), (U1, _, V1) = c.base, c.tuned
+    weights = np.abs(U0.T @ U1) * np.abs(V0 @ V1.T)
+    base, tuned = scipy.optimize.linear_sum_assignment(weights, maximize=True)
+    moved = np.zeros_like(c.w0)
+    for i, j in zip(base, tuned, strict=True):
+        moved += S0[i] * np.outer(U1[:, j], V1[j])
+    return float((np.diag(U0.T @ (moved - c.w0) @ V0.T) ** 2).sum() / (c.delta**2).sum())
+
+
 def subspace(c: Case, side: str, k: int) -> float:
     first, second = (v[:, :k] for v in c.vectors(side))
     return np.linalg.norm(first.T @ second) ** 2 / k if k <= min(c.resolved) else math.nan
@@ -233,6 +243,12 @@ TABLE: dict[str, Row] = {
     "value_share": (value_share, 0, ALL),
     "value_share_chance": (lambda c: 1 / max(c.w.shape), 0, ALL),
     "spectral_shift_share": (lambda c: ((c.sigmas - c.base[1]) ** 2).sum() / (c.delta**2).sum(), 0, ALL),
+    "value_share_turned": (value_share_turned, 0, ALL),
+    "sigma_change_relative": (
+        lambda c: np.linalg.norm(c.sigmas - c.base[1]) / np.linalg.norm(c.base[1]),
+        0,
+        ALL,
+    ),
     "intruders": (lambda c: float(sum(v.max() < 0.5 for v in c.overlap("left").T[:10])), 0, SIDED),
 }
 

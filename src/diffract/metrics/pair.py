@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float64
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from diffract.metrics.facts import OF_ENTRIES, built_in
@@ -88,6 +89,43 @@ def value_share_chance(shape: tuple[int, int], delta_squares: PerMatrix) -> PerM
 def spectral_shift_share(base_sigmas: Sigmas, sigmas: Sigmas, delta_squares: PerMatrix) -> PerMatrix:
     """sum_i (sigma_i(W1) - sigma_i(W0))^2 / ||D||_F^2, in [0, 1] (Mirsky 1960). NaN when nothing changed."""
     return (sigmas - base_sigmas).square().sum(-1) / delta_squares
+
+
+@built_in("||sigma(W1) - sigma(W0)|| / ||sigma(W0)||", range="[0, inf)")
+def sigma_change_relative(base_sigmas: Sigmas, sigmas: Sigmas) -> PerMatrix:
+    """||sigma(W1) - sigma(W0)|| / ||sigma(W0)||; noise moves sigmas too. NaN for a zero base."""
+    size = base_sigmas.norm(dim=-1)
+    return ((sigmas - base_sigmas).norm(dim=-1) / size).where(size > 0, torch.nan)
+
+
+@built_in("value_share of U1 S0 V1^T - W0, directions assigned first: what turning alone gives", range="[0, inf)")
+def value_share_turned(
+    left_cosines: Float64[Tensor, "b M M"],
+    right_cosines: Float64[Tensor, "b M M"],
+    base_resolved_sigmas: Sigmas,
+    delta_squares: PerMatrix,
+) -> PerMatrix:
+    """Diagonal of U0^T (U1 S0 V1^T - W0) V0, squared and summed, over ||D||_F^2: what turning alone gives.
+
+    A turn of relative size r that leaves every sigma as it is has a ``value_share`` of about r^2 / 4, two unrelated
+    matrices one of 0.5. So ``value_share`` is read beside this one. Tuned directions are assigned one to one to base
+    directions first, so as to maximise sum |u0_i . u1_j| |v0_i . v1_j|: without it a change of values alone that
+    exchanges two of them would look like a turn.
+
+    Returns:
+        0 where nothing turned. NaN when nothing changed, and where one of the matrices has no vectors.
+    """
+    both = left_cosines * right_cosines  # its sign does not depend on how the signs of vectors fall
+    found = torch.full_like(delta_squares, torch.nan)
+    for i, (pair, S) in enumerate(zip(both, base_resolved_sigmas, strict=True)):
+        if bool(pair.isfinite().all()):
+            weights = pair.abs()
+            base_of = weights.argmax(0)
+            # where no two choose the same, each one's best is the best for all, and no search is needed
+            if len(base_of.unique()) < len(base_of):
+                base_of = torch.from_numpy(linear_sum_assignment(weights.mT.cpu().numpy(), maximize=True)[1])
+            found[i] = (pair @ S[base_of.to(S.device)] - S).square().sum()
+    return found / delta_squares
 
 
 DomainGrams = Float64[np.ndarray, "*heads domains domains"]
