@@ -93,6 +93,16 @@ def test_reference(reverse: bool, trio: Trio, tmp_path: Path) -> None:
     assert names == by(-wanted if reverse else wanted)[:4]
 
 
+def test_a_random_order_from_its_end_is_the_rest_of_it(trio: Trio, tmp_path: Path) -> None:
+    base, tuned, _ = trio
+    parts = [
+        done(tmp_path / f"out{reverse}", tuned, to=base, fraction=share, order="random", seed=3, reverse=reverse)[0]
+        for reverse, share in ((False, 0.375), (True, 0.625))
+    ]
+    permuted = [NAMES[i] for i in np.random.default_rng(3).permutation(8)]
+    assert parts == [permuted[:3], permuted[:2:-1]]
+
+
 def test_random_is_seeded(trio: Trio, tmp_path: Path) -> None:
     base, tuned, _ = trio
     drawn = [

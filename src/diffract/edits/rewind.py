@@ -113,7 +113,8 @@ class Rewind(Edit):
         if count in (0, len(units.names)):
             return units.names[:count], {}
         if self.order == "random":
-            return tuple(shuffled(units.names, self.seed)[:count]), {}
+            order = shuffled(units.names, self.seed)
+            return tuple(order[::-1][:count] if self.reverse else order[:count]), {}
         scores = self._scores(bench, draft, units)
         order = least_first(scores)
         # Scores are changes, of which the least goes first, but for effects on quality: there the best does.
