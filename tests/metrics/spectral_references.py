@@ -206,7 +206,8 @@ def rowcol_sigmas(w: np.ndarray) -> np.ndarray:
 
 
 def reached(own: float, draws: list[float]) -> float:
-    return (1 + sum(one >= own for one in draws)) / (1 + len(draws))
+    known = [one for one in draws if not math.isnan(one)]
+    return math.nan if math.isnan(own) or not known else (1 + sum(one >= own for one in known)) / (1 + len(known))
 
 
 def block_exponent(w: np.ndarray) -> float:
@@ -216,10 +217,13 @@ def block_exponent(w: np.ndarray) -> float:
     blocks = [wide[:, i : i + side] for i in range(0, wide.shape[1] - side + 1, side)]
     values = np.sort(np.concatenate([np.linalg.svd(b, compute_uv=False) ** 2 for b in blocks]))[::-1]
     k = len(values) // 2
+    if k == 0:
+        return math.nan  # of one value there is no upper half
     return 1 + k / sum(math.log(x / values[k]) for x in values[:k])
 
 
 def exponent_scatter(values: np.ndarray) -> float:
     x = np.sort(values[values > 0])[::-1]
     picked = torch.randint(len(x), (50, len(x)), generator=torch.Generator().manual_seed(0)).numpy()
-    return float(np.std([best_tail(x[one], "power_law")["alpha"] for one in picked], ddof=1))
+    found = np.array([best_tail(x[one], "power_law")["alpha"] for one in picked])
+    return float(np.std(found[np.isfinite(found)], ddof=1)) if np.isfinite(found).sum() > 25 else math.nan

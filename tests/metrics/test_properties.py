@@ -301,7 +301,7 @@ TABLE |= {
     ),
     "dip_pvalue": (lambda c: slow.reached(dip(np.log(c.sigmas)), [dip(np.log(S)) for S in c.rowcol]), 0, set()),
     "pl_alpha_stderr": (lambda c: slow.exponent_scatter(c.eigenvalues), 0, ALL),
-    "pl_alpha_farms": (lambda c: slow.block_exponent(c.w), 0, set()),
+    "pl_alpha_farms": (lambda c: slow.block_exponent(c.w), 0, {"transpose"}),
     "donoho_gavish_threshold": (lambda c: slow.hard_threshold(c.sigmas, c.w.shape), 1, ALL),
     "donoho_gavish_rank": (lambda c: float((c.sigmas > slow.hard_threshold(c.sigmas, c.w.shape)).sum()), 0, ALL),
     "peak_count": (lambda c: slow.peak_count(c.sigmas), 0, ALL),
@@ -505,11 +505,12 @@ def test_what_is_not_claimed_is_not_so() -> None:
     left, right = rotation(33, 20), rotation(36, 21)
     rotated = numbers(left @ base @ right, left @ tuned @ right, "exact")
     turned = numbers(base.mT.contiguous(), tuned.mT.contiguous(), "exact")
-    for name in QUICK:
+    counts = {"intruders", "sep_spikes", "sep_modes"}  # a count may happen to be the same
+    for name in sorted(set(QUICK) - counts):
         m = CATALOG[name]
         if "rotation" not in m.invariant:
             assert rotated[name] != pytest.approx(before[name], rel=1e-6, abs=0), name
-        if "transpose" not in m.invariant and name != "intruders":  # a count may happen to be the same
+        if "transpose" not in m.invariant:
             assert turned[name] != pytest.approx(before[name], rel=1e-6, abs=0), name
 
 

@@ -161,7 +161,7 @@ def dip(values: np.ndarray) -> float:
 
     Source: Hartigan & Hartigan 1985, The Dip Test of Unimodality, Annals of Statistics 13, section 4.
 
-    >>> dip(np.array([0.0, 0.0, 1.0, 1.0])), dip(np.arange(5.0))
+    >>> float(dip(np.array([0.0, 0.0, 1.0, 1.0]))), float(dip(np.arange(5.0)))
     (0.25, 0.1)
     """
     x, counts = np.unique(values, return_counts=True)

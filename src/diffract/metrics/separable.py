@@ -157,7 +157,7 @@ def _density(short: _Profile, long: _Profile, x: Points) -> Points:
     a, of_a, b, of_b = (part.to(torch.complex128) for part in (short.value, short.count, long.value, long.count))
     # Products of what is common to all points with matrices of points by groups.
     once_a, twice_a, once_b, twice_b = of_a * a, of_a * a**2, of_b * b, of_b * b**2
-    t = torch.empty(0)
+    z = t = torch.empty(0)
     for level in LEVELS:
         z = torch.complex(x, level * x)
         Nz = N * z

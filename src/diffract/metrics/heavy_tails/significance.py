@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from diffract.errors import SelectionError, choose
-from diffract.metrics.facts import OF_THE_ORDER, Metric, built_in
+from diffract.metrics.facts import Metric, built_in
 from diffract.metrics.heavy_tails.exponential import EXPONENTIAL
 from diffract.metrics.heavy_tails.fit import CLAUSET, ROUNDING, Fitted, Law, fit_tails, order, piece_entries
 from diffract.metrics.heavy_tails.log_normal import LOG_NORMAL
@@ -175,7 +175,7 @@ def pl_alpha_stderr(tail_eigenvalues: Float64[Tensor, "b n"], drawn: Bool[Tensor
     "Hill's exponent over the upper half of the pooled eigenvalues of the M x M blocks that tile the matrix",
     range="[1, inf)",
     source="Hu et al. 2025",
-    invariant=OF_THE_ORDER,
+    invariant=frozenset({"transpose"}),
 )
 def pl_alpha_farms(block_sigmas: Float64[Tensor, "b k M"], epsilon: float) -> PerMatrix:
     """Exponent that matrices of different aspect ratio can be compared by: Gaussian noise of every shape reads 2.1.
