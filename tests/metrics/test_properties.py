@@ -440,7 +440,9 @@ def test_numpy_agrees(shape: tuple[int, int], size: float, seed: int, method: st
     base, tuned = make_pair(*shape, size, seed, dtype)
     assume(well_defined(base, tuned))
     case = Case(base.double().numpy(), tuned.double().numpy(), dtype)
-    want = {name: float(row[0](case)) for name, row in TABLE.items()}
+    # Ranks among draws flip where two dips agree to the accuracy of a Gram matrix.
+    left_out = {"dip_pvalue"} if method == "gram" else set()
+    want = {name: float(row[0](case)) for name, row in TABLE.items() if name not in left_out}
     assert differing(numbers(base, tuned, method), want, TOLERANCE[method]) == {}
 
 
@@ -505,7 +507,8 @@ def test_what_is_not_claimed_is_not_so() -> None:
     left, right = rotation(33, 20), rotation(36, 21)
     rotated = numbers(left @ base @ right, left @ tuned @ right, "exact")
     turned = numbers(base.mT.contiguous(), tuned.mT.contiguous(), "exact")
-    counts = {"intruders", "sep_spikes", "sep_modes"}  # a count may happen to be the same
+    drawn = {"peak_count_rowcol", "peak_count_rowcol_pvalue", "dip_pvalue", "mp_spikes_tw_rowcol"}
+    counts = {"intruders", "sep_spikes", "sep_modes"} | drawn  # a count may happen to be the same
     for name in sorted(set(QUICK) - counts):
         m = CATALOG[name]
         if "rotation" not in m.invariant:
