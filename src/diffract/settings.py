@@ -63,10 +63,11 @@ def read_recipe(path: str | Path, expected: str) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for, a device may have no end
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            # a pipe would be waited for, a device may have no end
             raise RecipeError(f"recipe {printable(path)!r} is no file.")
-        text = path.read_text(encoding="utf-8") if path.stat().st_size <= MOST_RECIPE_BYTES else ""
-        if not text or sum(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)) > MOST_ALIASES:
+        text = path.read_text(encoding="utf-8") if path.stat().st_size <= MOST_RECIPE_BYTES else None
+        if text is None or sum(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)) > MOST_ALIASES:
             raise RecipeError(
                 f"recipe {printable(path)!r}: expected {expected} in at most {size_text(MOST_RECIPE_BYTES)}, with at "
                 f"most {MOST_ALIASES} aliases (*name)."
