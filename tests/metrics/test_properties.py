@@ -37,6 +37,9 @@ TOLERANCE = {"exact": 1e-9, "gram": 1e-5}
 """Vectors move by eps over the relative gap of sigmas, which is kept above 1e-3: 1e-12, and room. From Gram matrices by
 eps (sigma_1 / sigma)^2 over the gap, sigma / sigma_1 being kept above 1e-2: 1e-8, and room."""
 
+EQUAL = 1e-12
+"""Dips of samples of one mode are all 1 / 2n, but for rounding, and count as equal."""
+
 
 @dataclass
 class Case:
@@ -299,7 +302,7 @@ TABLE |= {
         0,
         set(),
     ),
-    "dip_pvalue": (lambda c: slow.reached(dip(np.log(c.sigmas)), [dip(np.log(S)) for S in c.rowcol]), 0, set()),
+    "dip_pvalue": (lambda c: slow.reached(dip(np.log(c.sigmas)) - EQUAL, [dip(np.log(S)) for S in c.rowcol]), 0, set()),
     "pl_alpha_stderr": (lambda c: slow.exponent_scatter(c.eigenvalues), 0, ALL),
     "pl_alpha_farms": (lambda c: slow.block_exponent(c.w), 0, {"transpose"}),
     "donoho_gavish_threshold": (lambda c: slow.hard_threshold(c.sigmas, c.w.shape), 1, ALL),
@@ -440,9 +443,7 @@ def test_numpy_agrees(shape: tuple[int, int], size: float, seed: int, method: st
     base, tuned = make_pair(*shape, size, seed, dtype)
     assume(well_defined(base, tuned))
     case = Case(base.double().numpy(), tuned.double().numpy(), dtype)
-    # Ranks among draws flip where two dips agree to the accuracy of a Gram matrix.
-    left_out = {"dip_pvalue"} if method == "gram" else set()
-    want = {name: float(row[0](case)) for name, row in TABLE.items() if name not in left_out}
+    want = {name: float(row[0](case)) for name, row in TABLE.items()}
     assert differing(numbers(base, tuned, method), want, TOLERANCE[method]) == {}
 
 
@@ -507,13 +508,13 @@ def test_what_is_not_claimed_is_not_so() -> None:
     left, right = rotation(33, 20), rotation(36, 21)
     rotated = numbers(left @ base @ right, left @ tuned @ right, "exact")
     turned = numbers(base.mT.contiguous(), tuned.mT.contiguous(), "exact")
-    drawn = {"peak_count_rowcol", "peak_count_rowcol_pvalue", "dip_pvalue", "mp_spikes_tw_rowcol"}
-    counts = {"intruders", "sep_spikes", "sep_modes"} | drawn  # a count may happen to be the same
-    for name in sorted(set(QUICK) - counts):
+    # counts may happen to be the same: this matrix has one peak, and so have all draws
+    counts = {"sep_spikes", "sep_modes", "peak_count_rowcol", "peak_count_rowcol_pvalue"}
+    for name in QUICK:
         m = CATALOG[name]
-        if "rotation" not in m.invariant:
+        if "rotation" not in m.invariant and name not in counts:
             assert rotated[name] != pytest.approx(before[name], rel=1e-6, abs=0), name
-        if "transpose" not in m.invariant:
+        if "transpose" not in m.invariant and name not in counts | {"intruders"}:
             assert turned[name] != pytest.approx(before[name], rel=1e-6, abs=0), name
 
 
