@@ -145,7 +145,7 @@ def _digest(key: str, content: bytes) -> bytes:
 
 
 @dataclass(frozen=True)
-class Entry:
+class CachedFile:
     """A file of the cache.
 
     Attributes:
@@ -161,7 +161,7 @@ class Entry:
     used: float
 
 
-def entries(folder: Path) -> list[Entry]:
+def entries(folder: Path) -> list[CachedFile]:
     """Return all files of a cache; what is not the cache's own, and what goes meanwhile, is left out."""
     paths = [path for path in folder.glob("results.sqlite*") if path.is_file()]  # of versions before
     for kind in CACHED:
@@ -171,11 +171,13 @@ def entries(folder: Path) -> list[Entry]:
     for path in paths:
         with suppress(FileNotFoundError):
             stat, kind = path.lstat(), path.relative_to(folder).parts[0]
-            found.append(Entry(kind, path, stat.st_size, used=max(stat.st_atime, stat.st_mtime)))
+            found.append(CachedFile(kind, path, stat.st_size, used=max(stat.st_atime, stat.st_mtime)))
     return found
 
 
-def prune(found: Sequence[Entry], *, most_bytes: int | None = None, most_seconds: float | None = None) -> list[Entry]:
+def prune(
+    found: Sequence[CachedFile], *, most_bytes: int | None = None, most_seconds: float | None = None
+) -> list[CachedFile]:
     """Remove the files of a cache that were not used for longest, and return them.
 
     Args:

@@ -416,10 +416,11 @@ def _columns(found: StackFacts, metrics: Sequence[Metric]) -> dict[str, pl.Serie
         "resolved": _numbers(plain["resolved"] if spectrum else None, finite),
     }
     for metric in metrics:
-        # In a unit of its own where a matrix needs one, if the metric says how it scales.
-        facts = plain if found.unit is None or metric.degree is None else found.facts
-        values = metric(*(facts[fact] for fact in metric.facts))
-        columns[metric.name] = _numbers(values if facts is plain else values * found.unit**metric.degree, finite)
+        if found.unit is None or metric.degree is None:
+            values = metric(*(plain[fact] for fact in metric.facts))
+        else:  # a matrix needs a unit of its own, and the metric says how it scales
+            values = metric(*(found.facts[fact] for fact in metric.facts)) * found.unit**metric.degree
+        columns[metric.name] = _numbers(values, finite)
     asked = {"tail_warnings": "power_law", "bulk_warnings": "bulk"}
     doubts = [found.facts[words] for words, fact in asked.items() if fact in found.facts] or [("",) * count]
     texts = ["; ".join(filter(None, words)) or None for words in zip(*doubts, strict=True)]

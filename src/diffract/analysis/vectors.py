@@ -63,17 +63,17 @@ def compare_entries(base: Checkpoint, tuned: Checkpoint, name: str) -> Entries:
     Norms are of scaled entries, so that 1e200 is an ordinary number; NaN or Inf in either gives NaN.
     """
     norm = delta = 0.0
-    largest, place, before, after = -1.0, 0, 0.0, 0.0
+    largest, farthest, before, after = -1.0, 0, 0.0, 0.0
     for start, one, other in _blocks(base, tuned, name):
         change = other - one
         norm, delta = math.hypot(norm, _norm(one)), math.hypot(delta, _norm(change))
         at = int(change.abs().argmax())
         if change.numel() and float(change.flatten()[at].abs()) > largest:
-            largest, place = float(change.flatten()[at].abs()), start + at
+            largest, farthest = float(change.flatten()[at].abs()), start + at
             before, after = float(one.flatten()[at]), float(other.flatten()[at])
-    indices = np.unravel_index(place, base.info(name).shape or (1,))
     shape = base.info(name).shape
-    return Entries(norm, delta, tuple(int(i) for i in indices) if shape else (), before, after)
+    place = tuple(int(i) for i in np.unravel_index(farthest, shape)) if shape else ()
+    return Entries(norm, delta, place=place, before=before, after=after)
 
 
 def _blocks(base: Checkpoint, tuned: Checkpoint, name: str) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -123,12 +123,12 @@ class Inert:
 
 
 def _rebuild(storage: Storage, first: int, shape: Any, stride: Any, *_: Any) -> Stored:
-    return Stored(storage, storage.dtype, tuple(shape), tuple(stride), first)
+    return Stored(storage, storage.dtype, tuple(shape), tuple(stride), first=first)
 
 
 def _rebuild_typed(storage: Storage, first: int, shape: Any, stride: Any, *more: Any) -> Stored:
     """Of dtypes for which there is no kind of storage the dtype comes after gradient and hooks."""
-    return Stored(storage, more[2], tuple(shape), tuple(stride), first)
+    return Stored(storage, more[2], tuple(shape), tuple(stride), first=first)
 
 
 KNOWN: dict[tuple[str, str], Any] = {
@@ -139,8 +139,10 @@ KNOWN: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
     ("torch._tensor", "_rebuild_from_type_v2"): lambda _, kind, arguments, __: _rebuild(*arguments),
     ("torch", "Size"): tuple,
-    **{("torch._utils", f"_rebuild_{kind}"): lambda *_, kind=kind: Odd(kind) for kind in ("sparse_tensor", "qtensor")},
-    **{("torch._utils", f"_rebuild_{kind}"): lambda *_, kind=kind: Odd(kind) for kind in ("wrapper_subclass",)},
+    **{
+        ("torch._utils", f"_rebuild_{kind}"): lambda *_, kind=kind: Odd(kind)
+        for kind in ("sparse_tensor", "qtensor", "wrapper_subclass")
+    },
     **{("torch", name): dtype for name, dtype in DTYPES.items()},
     **{(module, name): dtype for module in ("torch", "torch.storage") for name, dtype in STORAGES.items()},
 }
@@ -416,7 +418,7 @@ def _as_checkpoint(file: ByteFile, found: Found, where: str) -> Checkpoint:
             )
         if name in infos:
             raise CheckpointError(f"{where!r}: two values are called {printable(name)!r}. Rename one of them.")
-        infos[name] = TensorInfo(name, stored.shape, stored.dtype, where, stored.offset)
+        infos[name] = TensorInfo(name, stored.shape, stored.dtype, where, offset=stored.offset)
         sources[name] = ArchivedTensor(file, stored)
         if 0 not in stored.shape and first.setdefault(stored.place, name) != name:
             tied[name] = first[stored.place]

@@ -41,7 +41,7 @@ class Section(ByteFile):
 
 
 @dataclass
-class Piece:
+class Chunk:
     """A block of a tensor.
 
     Attributes:
@@ -75,7 +75,7 @@ class Piece:
 class Pieces:
     """The source of a tensor that lies in pieces."""
 
-    pieces: Sequence[Piece]
+    pieces: Sequence[Chunk]
     files: Iterable[ByteFile] = field(default_factory=tuple)
 
     def read(self, info: TensorInfo, rows: Range | None) -> torch.Tensor:
@@ -244,7 +244,7 @@ def _pieces(
     places: Mapping[tuple[str, tuple[int, ...]], tuple[str, int, int]],
     folder: LocalFolder,
     files: dict[str, ByteFile],
-) -> list[Piece]:
+) -> list[Chunk]:
     """Return where the pieces of a tensor lie; together they must be the tensor."""
     pieces = []
     for offsets, sizes in leaf.chunks:
@@ -260,12 +260,12 @@ def _pieces(
                 f"{file.name!r} ends within {printable(leaf.key)!r}: it is truncated. Fetch it again."
             )
         info = TensorInfo(leaf.key, sizes, leaf.dtype, file.name)
-        pieces.append(Piece(offsets, sizes, None, info, Section(file, start, length)))
+        pieces.append(Chunk(offsets, sizes, source=None, info=info, section=Section(file, start, length)))
     _check_cover(leaf.key, leaf.shape, pieces, folder.where)
     return pieces
 
 
-def _check_cover(name: str, shape: tuple[int, ...], pieces: Sequence[Piece], where: str) -> None:
+def _check_cover(name: str, shape: tuple[int, ...], pieces: Sequence[Chunk], where: str) -> None:
     """Raise unless pieces lie within a tensor and have as many entries as it has."""
     inside = all(
         len(piece.offsets) == len(piece.sizes) == len(shape)
@@ -289,7 +289,7 @@ def join_slices(files: Iterable[tuple[Checkpoint, Mapping[str, str]]], where: st
     Raises:
         CheckpointError: A file does not say which slices it holds, or some are missing.
     """
-    pieces: dict[str, list[Piece]] = {}
+    pieces: dict[str, list[Chunk]] = {}
     dtypes: dict[str, str] = {}
     aside: dict[str, SetAside] = {}
     for held, metadata in files:
@@ -301,7 +301,7 @@ def join_slices(files: Iterable[tuple[Checkpoint, Mapping[str, str]]], where: st
         aside |= held.set_aside
         for name, info in held.infos.items():
             at = offsets[name] or (0,) * len(info.shape)
-            pieces.setdefault(name, []).append(Piece(at, info.shape, held.sources[name], info))
+            pieces.setdefault(name, []).append(Chunk(at, info.shape, held.sources[name], info))
             dtypes[name] = info.dtype
     infos: dict[str, TensorInfo] = {}
     for name, held in pieces.items():
@@ -314,9 +314,9 @@ def join_slices(files: Iterable[tuple[Checkpoint, Mapping[str, str]]], where: st
     return Checkpoint(where, infos, sources, set_aside=aside)
 
 
-def _ends(piece: Piece) -> tuple[int, ...]:
+def _ends(piece: Chunk) -> tuple[int, ...]:
     return tuple(at + size for at, size in zip(piece.offsets, piece.sizes, strict=True))
 
 
-def _files(pieces: Iterable[Piece]) -> list[ByteFile]:
+def _files(pieces: Iterable[Chunk]) -> list[ByteFile]:
     return [piece.source for piece in pieces if isinstance(piece.source, ByteFile)]

@@ -57,10 +57,15 @@ class Form:
     weight: str = "weight"
 
 
-_NESTED = {"nested_scale": "weight.nested_absmax", "nested_table": "weight.nested_quant_map"}
-
 FORMS = (
-    Form("GPTQ", "qweight", ("I32",), {"scale": "scales", "zero": "qzeros"}, {"order": "g_idx"}, "columns"),
+    Form(
+        "GPTQ",
+        "qweight",
+        ("I32",),
+        {"scale": "scales", "zero": "qzeros"},
+        optional={"order": "g_idx"},
+        packing="columns",
+    ),
     *(
         Form(
             f"bitsandbytes {kind.upper()}",
@@ -71,8 +76,8 @@ FORMS = (
                 "table": "weight.quant_map",
                 "state": f"weight.quant_state.bitsandbytes__{kind}",
             },
-            _NESTED,
-            "flat",
+            optional={"nested_scale": "weight.nested_absmax", "nested_table": "weight.nested_quant_map"},
+            packing="flat",
         )
         for kind in ("nf4", "fp4")
     ),
@@ -81,28 +86,31 @@ FORMS = (
         "weight_packed",
         ("I32",),
         {"scale": "weight_scale"},
-        {"zero": "weight_zero_point", "order": "weight_g_idx", "shape": "weight_shape"},
-        "whole",
+        optional={"zero": "weight_zero_point", "order": "weight_g_idx", "shape": "weight_shape"},
+        packing="whole",
     ),
-    Form("FP4", "weight_packed", ("U8",), {"scale": "weight_scale"}, {"divisor": "weight_global_scale"}, "E2M1"),
-    Form("NVFP4", "weight", ("U8",), {"scale": "weight_scale", "factor": "weight_scale_2"}, {}, "E2M1"),
-    Form("MXFP4", "_blocks", ("U8",), {"scale": "_scales"}, {}, "E2M1", ""),
-    Form("MLX", "weight", ("U32", "I32"), {"scale": "scales", "bias": "biases"}, {}, "whole"),
-    Form("MLX FP4", "weight", ("U32", "I32"), {"scale": "scales"}, {}, "E2M1"),
     Form(
-        "torchao",
-        "_weight_qdata",
-        ("I8", *FLOAT8),
-        {"scale": "_weight_scale"},
-        {"zero": "_weight_zero_point"},
+        "FP4",
+        "weight_packed",
+        ("U8",),
+        {"scale": "weight_scale"},
+        optional={"divisor": "weight_global_scale"},
+        packing="E2M1",
+    ),
+    Form("NVFP4", "weight", ("U8",), {"scale": "weight_scale", "factor": "weight_scale_2"}, packing="E2M1"),
+    Form("MXFP4", "_blocks", ("U8",), {"scale": "_scales"}, packing="E2M1", weight=""),
+    Form("MLX", "weight", ("U32", "I32"), {"scale": "scales", "bias": "biases"}, packing="whole"),
+    Form("MLX FP4", "weight", ("U32", "I32"), {"scale": "scales"}, packing="E2M1"),
+    Form(
+        "torchao", "_weight_qdata", ("I8", *FLOAT8), {"scale": "_weight_scale"}, optional={"zero": "_weight_zero_point"}
     ),
     Form("quanto", "weight._data", ("I8", *FLOAT8), {"scale": "weight._scale"}),
-    Form("bitsandbytes 8-bit", "weight", ("I8",), {"scale": "SCB"}, {"tiling": "weight_format"}),
+    Form("bitsandbytes 8-bit", "weight", ("I8",), {"scale": "SCB"}, optional={"tiling": "weight_format"}),
     Form("FP8", "weight", FLOAT8, {"scale": "scale_weight"}),
     Form("FP8", "weight", FLOAT8, {"scale": "scale"}),
     Form("FP8", "", FLOAT8, {"scale": "_scale_inv"}, weight=""),
-    Form("FP8", "", FLOAT8, {"scale": "_scale"}, {"factor": "_scale_2"}, weight=""),
-    Form("INT8", "", ("I8",), {"scale": "_scale"}, {"zero": "_zero_point"}, weight=""),
+    Form("FP8", "", FLOAT8, {"scale": "_scale"}, optional={"factor": "_scale_2"}, weight=""),
+    Form("INT8", "", ("I8",), {"scale": "_scale"}, optional={"zero": "_zero_point"}, weight=""),
 )
 
 ACTIVATIONS = re.compile(
@@ -226,7 +234,7 @@ def _replaced(checkpoint: Checkpoint, found: Mapping[str, Weight], reasons: Mapp
     for name, info in checkpoint.infos.items():
         if name in found:
             weight = found[name]
-            infos[weight.name] = TensorInfo(weight.name, weight.shape, DTYPE, info.file, info.offset)
+            infos[weight.name] = TensorInfo(weight.name, weight.shape, DTYPE, info.file, offset=info.offset)
             sources[weight.name] = Dequantised(weight, checkpoint.sources)
         elif name in reasons:
             aside[name] = SetAside(info.shape, info.dtype, info.size_bytes, reasons[name])
