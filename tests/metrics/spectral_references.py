@@ -200,7 +200,7 @@ def against_exponential(values: np.ndarray) -> tuple[float, float]:
 def rowcol_sigmas(w: np.ndarray) -> np.ndarray:
     """Singular values of 39 Gaussians with the matrix's row and column norms."""
     rows, cols = (w**2).sum(1), (w**2).sum(0)
-    seed = zlib.crc32(rows.astype(np.float32).tobytes())
+    seed = zlib.crc32((rows / rows.sum()).astype(np.float32).tobytes())
     normal = torch.randn(39, *w.shape, generator=torch.Generator().manual_seed(seed)).double().numpy()
     return np.linalg.svd(normal * np.sqrt(np.outer(rows, cols) / rows.sum()), compute_uv=False)
 

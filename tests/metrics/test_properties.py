@@ -509,7 +509,7 @@ def test_what_is_not_claimed_is_not_so() -> None:
     rotated = numbers(left @ base @ right, left @ tuned @ right, "exact")
     turned = numbers(base.mT.contiguous(), tuned.mT.contiguous(), "exact")
     # counts may happen to be the same: this matrix has one peak, and so have all draws
-    counts = {"sep_spikes", "sep_modes", "peak_count_rowcol", "peak_count_rowcol_pvalue"}
+    counts = {"sep_spikes", "sep_modes", "peak_count_rowcol", "peak_count_rowcol_pvalue", "mp_spikes_tw_rowcol"}
     for name in QUICK:
         m = CATALOG[name]
         if "rotation" not in m.invariant and name not in counts:

@@ -47,8 +47,9 @@ def rowcol_sigmas(
 ) -> DrawnSigmas:
     """Draw Gaussian matrices of variance R_i C_j / T and return their singular values.
 
-    The seed of a matrix is a digest of its row norms (as float32, which summing in another order leaves as they are):
-    a matrix has the same draws alone and in a batch, and two matrices have draws independent of each other.
+    The seed of a matrix is a digest of its rows' shares of the whole (as float32, which summing in another order leaves
+    as they are): a matrix has the same draws alone, in a batch and in another unit, and two matrices have draws
+    independent of each other.
 
     Args:
         row_squares: R, squared norms of the rows.
@@ -64,7 +65,9 @@ def rowcol_sigmas(
     found = row_squares.new_full((len(row_squares), draws, min(shape)), torch.nan)
     total = row_squares.sum(-1)
     for i in (drawn & (total > 0) & total.isfinite()).nonzero()[:, 0].tolist():
-        generator = torch.Generator().manual_seed(zlib.crc32(row_squares[i].float().cpu().numpy().tobytes()))
+        generator = torch.Generator().manual_seed(
+            zlib.crc32((row_squares[i] / total[i]).float().cpu().numpy().tobytes())
+        )
         # Shares of the whole, as float32 holds them whatever the unit of the entries.
         rows, cols = ((squares[i] / total[i]).sqrt().float() for squares in (row_squares, col_squares))
         for places in torch.arange(draws).split(max(1, PIECE_ENTRIES // (shape[0] * shape[1]))):
@@ -99,7 +102,7 @@ def peak_count_rowcol(rowcol_peaks: PerDraw) -> PerMatrix:
 
 @built_in(
     "(1 + draws of peak_count_rowcol with as many peaks) / 40: large, norms explain the peaks",
-    range="[1/40, 1]",
+    range="[0.025, 1]",
     invariant=OF_THE_ORDER,
 )
 def peak_count_rowcol_pvalue(peaks: Peaks, rowcol_peaks: PerDraw) -> PerMatrix:
@@ -109,7 +112,7 @@ def peak_count_rowcol_pvalue(peaks: Peaks, rowcol_peaks: PerDraw) -> PerMatrix:
 
 @built_in(
     "(1 + draws with the matrix's row and column norms whose dip is as large) / 40: small, several modes",
-    range="[1/40, 1]",
+    range="[0.025, 1]",
     source="Hartigan & Hartigan 1985",
     invariant=OF_THE_ORDER,
 )
