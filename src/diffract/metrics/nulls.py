@@ -2,7 +2,7 @@
 
 Noise whose rows differ in size has spikes, and several peaks, without a direction of its own. So counts stand beside
 their means over draws from the null ``rowcol``: independent Gaussians of variance R_i C_j / T, with R, C and T the
-squared norms of rows, columns and the whole. The null ``row`` is the same with equal columns.
+squared norms of rows, columns and the whole.
 
 Shapes: b matrices m x n, M = min(m, n), d draws of each.
 """
