@@ -16,7 +16,7 @@ from diffract.checkpoints.checkpoint import read_digests, recorded
 from diffract.checkpoints.writer import ShardedWriter
 
 KEPT = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "vocab.json", "merges.txt")
-LEFT = ("optimizer.pt", "notes.md", "trainer_state.json", "events.out")
+LEFT = ("optimizer.pt", "README.md", "trainer_state.json", "events.out")
 
 
 def write_folder(path: Path) -> Path:

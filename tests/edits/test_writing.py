@@ -19,6 +19,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import diffract
+from diffract.checkpoints.header import HEADER_LIMIT
 from diffract.edits import Interpolate, Merge, Rewind, Truncate, apply
 from diffract.errors import DiffractError, RunError
 from diffract.store import whole_folder
@@ -57,6 +58,62 @@ def test_shards_are_those_that_loaders_expect(tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in read(tmp_path / "out").values())
     loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert_same({name: loaded[name] for name in index["weight_map"]}, read(tmp_path / "out"))
+
+
+def test_everything_beside_the_weights_comes_along(write_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Code, pooling and tokenizers in folders; what is too large for a settings file is named in the manifest."""
+    model = write_model("tuned", llama_tensors(0))
+    for name in ("helper.py", "1_Pooling/config.json", "tekken.json"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text(f'{{"name": "{name}"}}')
+    with (model / "corpus.txt").open("wb") as file:
+        file.truncate(HEADER_LIMIT + 1)
+    made = apply({"model": str(model)}, tmp_path / "out")
+    for name in ("helper.py", "1_Pooling/config.json", "tekken.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (model / name).read_bytes()
+    assert list(made.manifest["left_out"]) == ["corpus.txt"]
+    assert not (tmp_path / "out" / "corpus.txt").exists()
+
+
+def test_a_dtype_is_stated_in_every_section_that_states_one(write_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = write_model("tuned", llama_tensors(0))
+    config = json.loads((model / "config.json").read_text()) | {
+        "torch_dtype": "bfloat16",
+        "speech_config": {"torch_dtype": "bfloat16", "rate": 8},
+        "vision_config": {"dtype": "bfloat16", "deeper": {"torch_dtype": "bfloat16"}},
+        "other_config": {"rate": 8},
+    }
+    (model / "config.json").write_text(json.dumps(config))
+    apply({"model": str(model), "output": {"dtype": "float32"}}, tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert found["dtype"] == "float32"
+    assert "torch_dtype" not in found
+    assert found["speech_config"] == {"rate": 8, "dtype": "float32"}
+    assert found["vision_config"] == {"dtype": "float32", "deeper": {"dtype": "float32"}}
+    assert found["other_config"] == {"rate": 8}
+
+
+@pytest.mark.parametrize(
+    ("values", "stored", "dtype", "fault"),
+    [
+        ([1e5, 1.0], torch.bfloat16, "float16", "1 of 2 values become infinite: the largest is 99840"),
+        ([1e39, 1.0], torch.float64, "float32", "1 of 2 values become infinite"),
+        ([1e-9, -1e-9], torch.float32, "float16", "all 2 values become zero: the largest is 1e-09"),
+    ],
+)
+def test_casts_that_lose_values_are_refused(values: list, stored: torch.dtype, dtype: str, fault: str, tmp_path: Path):
+    save_file({"w": torch.tensor([values], dtype=stored)}, tmp_path / "model.safetensors")
+    recipe = {"model": str(tmp_path / "model.safetensors"), "output": {"dtype": dtype}}
+    with pytest.raises(DiffractError, match=f"'w', written as {dtype}: {fault}"):
+        apply(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_infinities_and_zeros_that_are_there_are_kept(tmp_path: Path) -> None:
+    held = torch.tensor([[math.inf, -math.inf, math.nan, 1e-9], [0.0, 0.0, 0.0, 0.0]])
+    save_file({"w": held, "zero": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    apply({"model": str(tmp_path / "model.safetensors"), "output": {"dtype": "float16"}}, tmp_path / "out")
+    assert_same(read(tmp_path / "out"), {"w": held.half(), "zero": torch.zeros(2, 2).half()})
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])

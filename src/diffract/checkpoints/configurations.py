@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 
 from diffract.architectures import builtin_specs
 from diffract.checkpoints.checkpoint import Checkpoint
+from diffract.checkpoints.companions import is_known
 from diffract.checkpoints.sources import CONFIG, parse_object
 from diffract.errors import CheckpointError, printable
 
@@ -144,7 +145,7 @@ def compare_settings(base: Checkpoint, tuned: Checkpoint) -> list[Difference]:
         told = _keys(_flat(base.adapter), _flat(tuned.adapter))
         found += [Difference(ADAPTER, *t, "none" if t[0] in ADAPTER_NOTES else "computation") for t in told]
     companions = base.companions, tuned.companions
-    for name in sorted(base.companions.keys() | tuned.companions.keys()):
+    for name in sorted(filter(is_known, base.companions.keys() | tuned.companions.keys())):
         if name in (CONFIG, *TEMPLATES[:2]):  # these are asked in full, not file by file
             continue
         if not all(name in own for own in companions):

@@ -33,13 +33,14 @@ except ImportError:
 
 from diffract._version import __version__
 from diffract.checkpoints.checkpoint import Checkpoint
+from diffract.checkpoints.companions import find_companions
 from diffract.checkpoints.header import HEADER_LIMIT
 from diffract.checkpoints.sources import (
     SAFETENSORS,
     TORCH_SUFFIXES,
     TRAINER,
     ByteFile,
-    find_companions,
+    TooLargeError,
     find_shards,
     open_shards,
     read_config,
@@ -129,13 +130,13 @@ class HubFolder:
     Attributes:
         repo: ``org/name``.
         commit: The full hash of the version; every read is of this one.
-        names: Its files, those in subfolders left out.
+        files: Its files, with slashes where they lie in subfolders.
         headers: What the client sends along, the user's token included.
     """
 
     repo: str
     commit: str
-    names: list[str]
+    files: list[str]
     headers: Mapping[str, str]
 
     @property
@@ -143,15 +144,27 @@ class HubFolder:
         """The reference that leads to this very version."""
         return f"{self.repo}@{self.commit}"
 
+    @property
+    def names(self) -> list[str]:
+        """Its files, those in subfolders left out."""
+        return [name for name in self.files if "/" not in name]
+
+    @property
+    def nested(self) -> list[str]:
+        """Files of its subfolders."""
+        return [name for name in self.files if "/" in name]
+
+    def holds(self, name: str) -> bool:
+        """Whether a file is the repository's own: there are no links on the hub, but a name may climb."""
+        return ".." not in name.split("/") and not name.startswith("/")
+
     def read_bytes(self, name: str) -> bytes:
         """Return the content of a small file."""
         url, headers, timeout = self._url(name), dict(self.headers), constants.HF_HUB_DOWNLOAD_TIMEOUT
         with explained(f"{self.where}, {name}"):
             size = get_hf_file_metadata(url, headers=headers, timeout=timeout).size or 0
             if size > HEADER_LIMIT:
-                raise CheckpointError(
-                    f"{self.where}, {name}: {size} bytes are too many for a configuration or an index."
-                )
+                raise TooLargeError(f"{self.where}, {name}: {size} bytes are too many for a configuration or an index.")
             response = http_backoff("GET", url, headers=headers, timeout=timeout)
             hf_raise_for_status(response)
         return response.content
@@ -175,10 +188,10 @@ def find_hub_folder(repo: str, revision: str | None = None) -> HubFolder:
     with explained(where):
         api = HfApi(endpoint=constants.ENDPOINT, library_name="diffract", library_version=__version__)
         info = api.model_info(repo, revision=revision, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
-    names = sorted(file.rfilename for file in info.siblings or [] if "/" not in file.rfilename)
+    files = sorted(file.rfilename for file in info.siblings or [])
     if not info.sha:
         raise CheckpointError(f"{where}: the hub names no commit for it. Pass --download, or a local copy.")
-    return HubFolder(repo, info.sha, names, headers)
+    return HubFolder(repo, info.sha, files, headers)
 
 
 def open_hub_folder(folder: HubFolder) -> Checkpoint:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from diffract.checkpoints import adapter
 from diffract.checkpoints.archive import open_pickle, open_pickles
 from diffract.checkpoints.checkpoint import Checkpoint
+from diffract.checkpoints.companions import Read, find_companions, find_neighbours
 from diffract.checkpoints.distributed import INSIDE, METADATA, join_slices, open_distributed
 from diffract.checkpoints.formats import refuse_format, refuse_lone_part, refuse_parts
 from diffract.checkpoints.quantised import dequantised
@@ -26,7 +27,6 @@ from diffract.checkpoints.sources import (
     LocalFile,
     LocalFolder,
     Shards,
-    find_companions,
     find_shards,
     open_safetensors,
     open_shards,
@@ -177,12 +177,14 @@ def _open_file(path: Path, how: _How) -> Checkpoint:
         raise CheckpointError(
             f"{printable(path, 1000)!r}: unknown kind of file, expected .safetensors, .bin, .pt, .pth, .ckpt or .npz."
         )
-    return _with_neighbours(found, folder, config)
+    return _with_neighbours(found, folder, config, find_neighbours(folder))
 
 
-def _with_neighbours(found: Checkpoint, folder: Folder, config: Mapping[str, Any]) -> Checkpoint:
+def _with_neighbours(
+    found: Checkpoint, folder: Folder, config: Mapping[str, Any], companions: Mapping[str, Read]
+) -> Checkpoint:
     """Return weights with what lies beside them: configuration, tokenizer, an adapter's settings."""
-    found = replace(found, config=config, companions=find_companions(folder))
+    found = replace(found, config=config, companions=companions)
     try:
         return adapter.unmerged(found, read_object(folder, adapter.CONFIG))
     except BaseException:
@@ -217,7 +219,7 @@ def _open_folder(path: Path, how: _How) -> Checkpoint:
         raise CheckpointError(
             f"folder {folder.where!r} holds no .safetensors, .bin, .pt or .pth files. Is this the right folder?"
         )
-    found = _with_neighbours(found, folder, config)
+    found = _with_neighbours(found, folder, config, find_companions(folder))
     note = "An adapter lies beside the model; it is not applied. To see it, pass --adapter-base with the folder."
     return replace(found, notes=(*found.notes, note)) if beside and not found.factors else found
 

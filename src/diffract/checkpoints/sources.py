@@ -8,12 +8,10 @@ import os
 import resource  # opens a file of its own: too late when there are too many
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -114,8 +112,19 @@ def _open_descriptor(path: Path) -> int:
         return os.open(path, flags)
 
 
+class TooLargeError(CheckpointError):
+    """A file is larger than what is read whole."""
+
+
+DEEPEST = 3
+"""Subfolders below each other in which files of a model are looked for."""
+
+
 class LocalFolder:
     """A folder on disk.
+
+    Files may be links within it, and within the hub's cache where it is a version there; what a link brings in from
+    elsewhere is no part of a model: it would be published with everything that is made of it.
 
     Attributes:
         path: Where it is.
@@ -130,22 +139,51 @@ class LocalFolder:
             self.names = sorted(p.name for p in path.iterdir() if p.is_file() or (p.is_symlink() and not p.exists()))
         except OSError as error:
             raise CheckpointError(f"cannot list {self.where!r}: {error.strerror}.") from error
+        whole = path.resolve()
+        # the hub's cache keeps a version's files as links to what all versions share
+        self._inside = (whole, whole.parents[1] / "blobs") if whole.parent.name == "snapshots" else (whole,)
+
+    @property
+    def nested(self) -> list[str]:
+        """Files of its subfolders, with slashes; hidden folders, and those that links lead to, left out."""
+        found: list[str] = []
+        for here, folders, files in os.walk(self.path):
+            below = Path(here).relative_to(self.path)
+            ends = len(below.parts) == DEEPEST
+            folders[:] = [] if ends else sorted(f for f in folders if not f.startswith((".", "__pycache__")))
+            found += [(below / name).as_posix() for name in sorted(files) if below.parts]
+        return found
 
     def read_bytes(self, name: str) -> bytes:
         """Return the content of a small file."""
         file = self.open(name)
         try:
             if file.size > HEADER_LIMIT:
-                raise CheckpointError(f"{file.name}: {file.size} bytes are too many for a configuration or an index.")
+                raise TooLargeError(f"{file.name}: {file.size} bytes are too many for a configuration or an index.")
             return file.fetch(0, file.size)
         finally:
             file.close()
 
     def open(self, name: str) -> LocalFile:
-        """Open one of its files."""
+        """Open one of its files.
+
+        Raises:
+            CheckpointError: It cannot be opened, or is a link that leads out of the folder.
+        """
+        if not self.holds(name):
+            raise CheckpointError(
+                f"{printable(self.path / name, 1000)!r} is a link that leads out of its folder. Copy the file there "
+                "or open the checkpoint where it lies."
+            )
         return LocalFile(self.path / name)
 
+    def holds(self, name: str) -> bool:
+        """Whether a file lies in the folder, or in the part of the hub's cache that belongs to it."""
+        target = (self.path / name).resolve()
+        return any(target.is_relative_to(place) for place in self._inside)
 
+
+CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -190,12 +228,21 @@ class Folder(Protocol):
         """Its files, those of its subfolders left out."""
         ...
 
+    @property
+    def nested(self) -> list[str]:
+        """Files of its subfolders, with slashes."""
+        ...
+
     def read_bytes(self, name: str) -> bytes:
         """Return the content of a small file."""
         ...
 
     def open(self, name: str) -> ByteFile:
         """Open a large file."""
+        ...
+
+    def holds(self, name: str) -> bool:
+        """Whether a file is the folder's own, not one that a link brings in from elsewhere."""
         ...
 
 
@@ -379,19 +426,3 @@ def _refuse_gaps(files: list[str], where: str) -> None:
         if number.isdecimal() and total.isdecimal() and len(total) <= 5:
             numbered = (f"{start}-{i:0{len(number)}d}-of-{total}.{suffix}" for i in range(1, int(total) + 1))
             _refuse_missing(list(numbered), set(files), where)
-
-
-CONFIG = "config.json"
-
-PATTERNS = (
-    *(CONFIG, "generation_config.json", "*processor_config.json", "configuration_*.py", "modeling_*.py"),
-    *("tokenizer*", "tokenization_*.py", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
-    *("vocab.*", "vocab-*", "merges.txt", "spiece.model", "sentencepiece*.model", "*.tiktoken", "LICENSE*", "NOTICE*"),
-)
-"""Names of what a loader may need besides weights, and of what says how the weights may be used."""
-
-
-def find_companions(folder: Folder) -> dict[str, Callable[[], bytes]]:
-    """Return a function that reads it for each file of a folder that belongs to its model."""
-    wanted = (name for name in folder.names if any(fnmatchcase(name, pattern) for pattern in PATTERNS))
-    return {name: partial(folder.read_bytes, name) for name in wanted}

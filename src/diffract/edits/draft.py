@@ -100,10 +100,36 @@ class Draft:
         places = (overlap(place, rows) for change in self.changes(name) for place, _ in change.parts)
         touched = [found[0] for found in places if found]
         if after.dtype == before.dtype or any(before[here].shape == before.shape for here in touched):
-            return after.to(dtype)
-        found = before.to(dtype, copy=True)
+            return self._rounded(name, after, dtype)
+        found = self._rounded(name, before, dtype).clone()
         for here in touched:
-            found[here] = after[here].to(dtype)
+            found[here] = self._rounded(name, after[here], dtype)
+        return found
+
+    def _rounded(self, name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return values in a dtype.
+
+        Raises:
+            CheckpointError: A finite one would become infinite, or all of them zero.
+        """
+        found = values.to(dtype)
+        if found.dtype == values.dtype or not found.dtype.is_floating_point or not found.numel():
+            return found
+        before, after = (t.float() if t.element_size() == 1 else t for t in (values, found))  # float8 knows no tests
+        lost = before.isfinite().logical_and_(after.isfinite().logical_not_())
+        if lost.any() or (before.any() and not after.any()):
+            large, known = float(before[before.isfinite()].abs().max()), torch.finfo(dtype)
+            word = str(dtype).removeprefix("torch.")
+            fault = (
+                f"{int(lost.sum())} of {values.numel()} values become infinite: the largest is {large:.6g}, that of "
+                f"{word} {known.max:.6g}"
+                if lost.any()
+                else f"all {values.numel()} values become zero: the largest is {large:.3g}"
+            )
+            raise CheckpointError(
+                f"tensor {printable(name)!r}, written as {word}: {fault}. Choose another output dtype: float32 "
+                "or bfloat16."
+            )
         return found
 
     def _read(self, name: str, rows: Range | None) -> Tensor:

@@ -19,7 +19,7 @@ import yaml
 from diffract._version import __version__
 from diffract.checkpoints import Checkpoint, TensorInfo
 from diffract.checkpoints.provenance import Verdict, read_manifest, verify_folder, write_manifest
-from diffract.checkpoints.sources import CONFIG
+from diffract.checkpoints.sources import CONFIG, TooLargeError
 from diffract.edits.bench import Bench, Plans
 from diffract.edits.draft import Draft
 from diffract.edits.recipe import Output, Recipe, load_recipe
@@ -75,7 +75,7 @@ def apply(
         draft, plans = bench.plan(recipe.edits)
         write = next((planned.write for _, planned in plans if planned.write), write_checkpoint)
         written = write(draft, Target(folder, Path(output), recipe.output, progress))
-        _write_companions(bench.checkpoint, written, recipe.output)
+        left = _write_companions(bench.checkpoint, written, recipe.output)
         manifest = {
             "torch": torch.__version__,
             "recipe": recipe.as_dict(),
@@ -86,6 +86,7 @@ def apply(
         stored = {name: digest for part in written.outputs.values() for name, digest in part.items()}
         equal = [label for label, read in manifest["inputs"].items() if stored.items() <= read.items()]
         manifest["same_weights_as"] = equal if stored else []
+        manifest["left_out"] = left
         text = yaml.safe_dump(manifest["recipe"], sort_keys=False, allow_unicode=True)
         (folder / RECIPE).write_text(text, encoding="utf-8")
         card = model_card(manifest["recipe"], manifest["steps"], adapter=recipe.export is not None)
@@ -111,21 +112,41 @@ def described(plans: Plans) -> list[dict[str, Any]]:
     return [{"step": edit.name, **planned.described()} for edit, planned in plans]
 
 
-def _write_companions(checkpoint: Checkpoint, written: Written, output: Output) -> None:
-    """Write tokenizer, chat template and what else belongs to the model; its configuration where it is one.
+def _write_companions(checkpoint: Checkpoint, written: Written, output: Output) -> dict[str, str]:
+    """Write all that lies beside the model's weights; its configuration where what is written is a model.
 
     A configuration beside an adapter would make loaders take the folder for a whole model.
+
+    Returns:
+        For each file that is too large to be taken along, so much.
     """
+    left: dict[str, str] = {}
     for name, read in checkpoint.companions.items():
-        if written.loads_alone or name != CONFIG:
-            (written.model / name).write_bytes(read())
+        if not written.loads_alone and name == CONFIG:
+            continue
+        try:
+            content = read()
+        except TooLargeError as error:
+            left[name] = str(error)
+            continue
+        place = written.model / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(content)
     config = dict(checkpoint.config)
     # The file's own bytes stay wherever they are true; a model in memory has none, and another dtype makes them wrong.
     if written.loads_alone and config and (output.dtype or CONFIG not in checkpoint.companions):
         if output.dtype:
-            config.pop("torch_dtype", None)
-            config["dtype"] = output.dtype
+            config = {**_restated(config, output.dtype), "dtype": output.dtype}
         (written.model / CONFIG).write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+    return left
+
+
+def _restated(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Return a configuration whose sections that state a dtype all state this one, under today's name."""
+    found = {key: _restated(value, dtype) if isinstance(value, Mapping) else value for key, value in config.items()}
+    stated = [key for key in ("dtype", "torch_dtype") if isinstance(found.get(key), str)]
+    rest = {key: value for key, value in found.items() if key not in stated}
+    return {**rest, "dtype": dtype} if stated else rest
 
 
 def model_card(recipe: Mapping[str, Any], steps: Sequence[Mapping[str, Any]], *, adapter: bool = False) -> str:
