@@ -39,6 +39,20 @@ def test_one_array_is_one_row() -> None:
     np.testing.assert_allclose(run.spectra["values"][0].to_numpy(), sigmas, rtol=1e-12)
 
 
+def test_of_many_tensors_each_keeps_its_own_spectrum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Curves are laid out some tensors at a time; rows stay in file order, the quantities of a tensor together."""
+    monkeypatch.setattr("diffract.analysis.tables.TOGETHER", 3)
+    noise = np.random.default_rng(0)
+    arrays = {f"w{i}": noise.standard_normal((3 + i % 4, 7)) for i in range(8)}
+    run = diffract.scan(arrays)
+    assert run.metrics["name"].to_list() == list(arrays)
+    assert run.spectra["name"].unique(maintain_order=True).to_list() == list(arrays)
+    for name, w in arrays.items():
+        found = run.spectra.filter(name=name, quantity="sigma")["values"][0].to_numpy()
+        # of float64 Gram matrices of well-conditioned ones, a factor of the condition number above their precision
+        np.testing.assert_allclose(found, np.linalg.svd(w, compute_uv=False), rtol=1e-11)
+
+
 def test_every_head_has_its_own_numbers(family: tuple[Path, Path]) -> None:
     base, tuned = family
     run = diffract.compare(base, tuned)

@@ -248,32 +248,37 @@ def _in_order(members: Sequence[Member], parts: Sequence[Part]) -> list[Part]:
 
 def _metrics(members: Sequence[Member], parts: Sequence[Part]) -> pl.DataFrame:
     """One row per model and matrix: labels, outcome and metrics."""
-    frames = []
-    for part in parts:
-        member = members[part.model]
-        labels = [
-            {"model": member.name, **m.labels, "dtype": member.layout.checkpoint.info(m.tensor).dtype}
-            for m in part.matrices
-        ]
-        numbers = part.rows.select(pl.exclude(f"^{CURVE}.*$"))
-        frames.append(pl.concat([pl.DataFrame(labels, schema=tables.LABELS), numbers], how="horizontal"))
+    # one frame for all parts: one for each takes more memory than what it holds
+    placed = [(members[part.model], m) for part in parts for m in part.matrices]
+    labels = [
+        {"model": member.name, **m.labels, "dtype": member.layout.checkpoint.info(m.tensor).dtype}
+        for member, m in placed
+    ]
+    numbers = pl.concat([part.rows for part in parts], how="diagonal").select(pl.exclude(f"^{CURVE}.*$")).rechunk()
+    rows = pl.concat([pl.DataFrame(labels, schema=tables.LABELS), numbers], how="horizontal")
     alone = pl.col("_alone") & (pl.col("status") == "ok")
     outcomes = tensor_table(members).select("model", "tensor", _alone=pl.col("outcome").is_in(["unmatched", "resized"]))
-    rows = pl.concat(frames, how="diagonal").join(outcomes, on=["model", "tensor"], how="left", maintain_order="left")
+    rows = rows.join(outcomes, on=["model", "tensor"], how="left", maintain_order="left")
     return rows.with_columns(status=pl.when(alone).then(pl.lit("unpaired")).otherwise("status")).drop("_alone")
 
 
+TOGETHER = 256
+"""Parts whose curves are laid out at once: few enough to take little memory, enough to cost little time each."""
+
+
 def _spectra(members: Sequence[Member], parts: Sequence[Part]) -> pl.DataFrame:
-    """One row per model, matrix and quantity; part by part, as together they are most of what a run keeps."""
+    """One row per model, matrix and quantity; some parts at a time, as together they are most of what a run keeps."""
     frames = [pl.DataFrame(schema=tables.SPECTRA)]
-    for part in parts:
-        names = pl.DataFrame({"model": members[part.model].name, "name": [m.name for m in part.matrices]})
-        curves = part.rows.select(f"^{CURVE}.*$")
-        long = pl.concat([names, curves], how="horizontal").unpivot(
-            curves.columns, index=["model", "name"], variable_name="quantity", value_name="values"
-        )
+    for start in range(0, len(parts), TOGETHER):
+        some = parts[start : start + TOGETHER]
+        curves = pl.concat([part.rows for part in some], how="diagonal").select(f"^{CURVE}.*$")
         if curves.width:
-            known = long.filter(pl.col("values").is_not_null())
+            places = [(members[p.model].name, m.name, i) for i, p in enumerate(some) for m in p.matrices]
+            named = pl.DataFrame(places, schema=["model", "name", "part"], orient="row")
+            long = pl.concat([named, curves], how="horizontal").unpivot(
+                curves.columns, index=named.columns, variable_name="quantity", value_name="values"
+            )
+            known = long.filter(pl.col("values").is_not_null()).sort("part", maintain_order=True)
             frames.append(known.with_columns(pl.col("quantity").str.strip_prefix(CURVE)).select(*tables.SPECTRA))
     return pl.concat(frames)
 
