@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
+from safetensors.torch import save_file
 
 LLAMA = {
     "model_type": "llama",
@@ -28,3 +32,11 @@ def llama_tensors(seed: int, base: dict[str, torch.Tensor] | None = None) -> dic
     if base is None:
         return {name: value.bfloat16() for name, value in noise.items()}
     return {name: (base[name].float() + 0.05 * value).bfloat16() for name, value in noise.items()}
+
+
+def save_llama(folder: Path, tensors: dict[str, torch.Tensor], **config: object) -> Path:
+    """Write tensors as a model folder; keywords change its config."""
+    folder.mkdir()
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(LLAMA | config))
+    return folder

@@ -1,7 +1,7 @@
 """Every metric of the catalog: against NumPy, under scaling, rotation, transposition and permutation, and by chance.
 
-``TABLE`` holds a row for each metric: a definition in NumPy, and what must leave it as it is. All facts are computed
-the way a scan and a comparison compute them.
+``REFERENCES`` holds a definition in NumPy for each. What its declaration claims is held against what it does, and what
+it does not claim too. All facts are computed the way a scan and a comparison compute them.
 """
 
 import math
@@ -22,6 +22,7 @@ from diffract.analysis.facts import MetricPlan, StackPair, pair_facts, single_fa
 from diffract.analysis.held import Stack
 from diffract.metrics import CATALOG, GROUPS, Facts, Metric, heavy_tails, separable
 from diffract.metrics.agreement import best_match_chance, cosine_chance, principal_angle_chance
+from diffract.metrics.facts import behind
 from diffract.metrics.heavy_tails.fit import fit_tails
 from diffract.metrics.heavy_tails.significance import LAWS
 from diffract.metrics.nulls import dip
@@ -30,6 +31,9 @@ BOOTSTRAPPED = {m.name for m in GROUPS["p_values"]}
 """A thousand fits each: they have a test of their own, below."""
 
 QUICK = [name for name in CATALOG if name not in BOOTSTRAPPED]
+
+DRAWN = {name for name in QUICK if "drawn" in behind(CATALOG[name].facts)}
+"""Draws and laws of row and column norms: most of the time goes to them."""
 
 CPU = torch.device("cpu")
 
@@ -217,99 +221,78 @@ def in_window(c: Case, side: str) -> float:
     return float(np.mean([np.linalg.norm(first[:, c.window(j)].T @ second[:, j]) for j in range(c.resolved[1])]))
 
 
-ALL = {"rotation", "transpose", "permutation"}
-ENTRIES = {"transpose", "permutation"}
-SIDED = {"rotation", "permutation"}
-
-Row = tuple[Callable[[Case], float], int | None, set[str]]
-
-TABLE: dict[str, Row] = {
-    "frobenius_norm": (lambda c: np.linalg.norm(c.w), 1, ALL),
-    "spectral_norm": (lambda c: np.linalg.norm(c.w, 2), 1, ALL),
-    "nuclear_norm": (lambda c: np.linalg.norm(c.w, "nuc"), 1, ALL),
-    "stable_rank": (lambda c: (np.linalg.norm(c.w) / np.linalg.norm(c.w, 2)) ** 2, 0, ALL),
-    "effective_rank": (lambda c: entropy_rank(c.sigmas), 0, ALL),
-    "participation_ratio": (lambda c: (c.sigmas**2).sum() ** 2 / (c.sigmas**4).sum(), 0, ALL),
-    "numerical_rank": (numerical_rank, 0, ALL),
-    "energy_rank_90": (energy_rank, 0, ALL),
-    "aspect_ratio": (lambda c: max(c.w.shape) / min(c.w.shape), 0, ALL),
-    "condition_number": (lambda c: np.linalg.cond(c.w), 0, ALL),
-    "entry_std": (lambda c: c.w.std(), 1, ENTRIES),
-    "entry_kurtosis": (kurtosis, 0, ENTRIES),
-    "delta_frobenius": (lambda c: np.linalg.norm(c.delta), 1, ALL),
-    "delta_relative": (lambda c: np.linalg.norm(c.delta) / np.linalg.norm(c.w0), 0, ALL),
-    "delta_spectral": (lambda c: np.linalg.norm(c.delta, 2), 1, ALL),
-    "delta_stable_rank": (lambda c: (np.linalg.norm(c.delta) / np.linalg.norm(c.delta, 2)) ** 2, 0, ALL),
-    "delta_effective_rank": (lambda c: entropy_rank(c.delta_sigmas), 0, ALL),
-    "delta_changed_share": (lambda c: (c.w != c.w0).mean(), 0, ENTRIES),
-    "delta_rounding_floor": (rounding_floor, None, ENTRIES),
-    "value_share": (value_share, 0, ALL),
-    "value_share_chance": (lambda c: 1 / max(c.w.shape), 0, ALL),
-    "spectral_shift_share": (lambda c: ((c.sigmas - c.base[1]) ** 2).sum() / (c.delta**2).sum(), 0, ALL),
-    "value_share_turned": (value_share_turned, 0, ALL),
-    "sigma_change_relative": (
-        lambda c: np.linalg.norm(c.sigmas - c.base[1]) / np.linalg.norm(c.base[1]),
-        0,
-        ALL,
-    ),
-    "intruders": (lambda c: float(sum(v.max() < 0.5 for v in c.overlap("left").T[:10])), 0, SIDED),
+REFERENCES: dict[str, Callable[[Case], float]] = {
+    "frobenius_norm": lambda c: np.linalg.norm(c.w),
+    "spectral_norm": lambda c: np.linalg.norm(c.w, 2),
+    "nuclear_norm": lambda c: np.linalg.norm(c.w, "nuc"),
+    "stable_rank": lambda c: (np.linalg.norm(c.w) / np.linalg.norm(c.w, 2)) ** 2,
+    "effective_rank": lambda c: entropy_rank(c.sigmas),
+    "participation_ratio": lambda c: (c.sigmas**2).sum() ** 2 / (c.sigmas**4).sum(),
+    "numerical_rank": numerical_rank,
+    "energy_rank_90": energy_rank,
+    "aspect_ratio": lambda c: max(c.w.shape) / min(c.w.shape),
+    "condition_number": lambda c: np.linalg.cond(c.w),
+    "entry_std": lambda c: c.w.std(),
+    "entry_kurtosis": kurtosis,
+    "delta_frobenius": lambda c: np.linalg.norm(c.delta),
+    "delta_relative": lambda c: np.linalg.norm(c.delta) / np.linalg.norm(c.w0),
+    "delta_spectral": lambda c: np.linalg.norm(c.delta, 2),
+    "delta_stable_rank": lambda c: (np.linalg.norm(c.delta) / np.linalg.norm(c.delta, 2)) ** 2,
+    "delta_effective_rank": lambda c: entropy_rank(c.delta_sigmas),
+    "delta_changed_share": lambda c: (c.w != c.w0).mean(),
+    "delta_rounding_floor": rounding_floor,
+    "value_share": value_share,
+    "value_share_chance": lambda c: 1 / max(c.w.shape),
+    "spectral_shift_share": lambda c: ((c.sigmas - c.base[1]) ** 2).sum() / (c.delta**2).sum(),
+    "value_share_turned": value_share_turned,
+    "sigma_change_relative": lambda c: np.linalg.norm(c.sigmas - c.base[1]) / np.linalg.norm(c.base[1]),
+    "intruders": lambda c: float(sum(v.max() < 0.5 for v in c.overlap("left").T[:10])),
 }
 
-for _name in ("variance", "edge"):
-    TABLE[f"mp_{_name}"] = (lambda c, n=_name: c.noise[n], 2, ALL)
-for _name in ("ks", "spikes", "spikes_tw", "soft_rank", "bulk_share"):
-    TABLE[f"mp_{_name}"] = (lambda c, n=_name: c.noise[n], 0, ALL)
-for _short, _law in (("pl", "power_law"), ("exp", "exponential")):
-    _parameters = {"alpha": 0, "alpha_stderr_fixed_xmin": 0} if _short == "pl" else {"rate": -2}
-    for _name, _degree in {**_parameters, "xmin": 2, "ks": 0, "tail_count": 0}.items():
-        TABLE[f"{_short}_{_name}"] = (
-            lambda c, law=_law, n=_name: c.slow_tails[law][n],
-            _degree,
-            ALL,
-        )
+for _name in ("variance", "edge", "ks", "spikes", "spikes_tw", "soft_rank", "bulk_share"):
+    REFERENCES[f"mp_{_name}"] = lambda c, n=_name: c.noise[n]
+_TAIL = ("xmin", "ks", "tail_count")
+for _name in ("alpha", "alpha_stderr_fixed_xmin", *_TAIL):
+    REFERENCES[f"pl_{_name}"] = lambda c, n=_name: c.slow_tails["power_law"][n]
+for _name in ("rate", *_TAIL):
+    REFERENCES[f"exp_{_name}"] = lambda c, n=_name: c.slow_tails["exponential"][n]
+for _name in ("alpha", "rate", *_TAIL):
+    REFERENCES[f"tpl_{_name}"] = lambda c, n=_name: getattr(c.tails["truncated_power_law"], n).item()
+for _name in ("mu", "sigma", *_TAIL):
+    REFERENCES[f"ln_{_name}"] = lambda c, n=_name: getattr(c.tails["log_normal"], n).item()
 for _short, _law in (("tpl", "truncated_power_law"), ("ln", "log_normal")):
-    _parameters = {"alpha": 0, "rate": -2} if _short == "tpl" else {"mu": None, "sigma": 0}
-    for _name, _degree in {**_parameters, "xmin": 2, "ks": 0, "tail_count": 0}.items():
-        TABLE[f"{_short}_{_name}"] = (lambda c, law=_law, n=_name: getattr(c.tails[law], n).item(), _degree, ALL)
-for _short, _law in (("tpl", "truncated_power_law"), ("ln", "log_normal")):
-    TABLE[f"pl_vs_{_short}"] = (lambda c, law=_law: getattr(c.tails["comparisons"], law).ratio.item(), 0, ALL)
-    TABLE[f"pl_vs_{_short}_p"] = (lambda c, law=_law: getattr(c.tails["comparisons"], law).p.item(), 0, ALL)
+    REFERENCES[f"pl_vs_{_short}"] = lambda c, law=_law: getattr(c.tails["comparisons"], law).ratio.item()
+    REFERENCES[f"pl_vs_{_short}_p"] = lambda c, law=_law: getattr(c.tails["comparisons"], law).p.item()
 
 
 def alpha(c: Case) -> float:
     return c.slow_tails["power_law"]["alpha"]
 
 
-TABLE |= {
-    "pl_vs_exp": (lambda c: slow.against_exponential(c.eigenvalues)[0], 0, ALL),
-    "pl_vs_exp_p": (lambda c: slow.against_exponential(c.eigenvalues)[1], 0, ALL),
-    "alpha_hat": (lambda c: alpha(c) * math.log10(c.eigenvalues[0]), None, ALL),
-    "log10_alpha_norm": (lambda c: math.log10((c.eigenvalues ** alpha(c)).sum()), None, ALL),
-    "null_w1": (lambda c: slow.null_distance(c.w, c.sigmas), 0, set()),
-    "null_spectral_norm": (lambda c: slow.null_sigmas(c.w)[0], 1, set()),
-    "mp_spikes_tw_rowcol": (
-        lambda c: float(np.nanmean([slow.noise(S, c.w.shape)["spikes_tw"] for S in c.rowcol])),
-        0,
-        set(),
+REFERENCES |= {
+    "pl_vs_exp": lambda c: slow.against_exponential(c.eigenvalues)[0],
+    "pl_vs_exp_p": lambda c: slow.against_exponential(c.eigenvalues)[1],
+    "alpha_hat": lambda c: alpha(c) * math.log10(c.eigenvalues[0]),
+    "log10_alpha_norm": lambda c: math.log10((c.eigenvalues ** alpha(c)).sum()),
+    "null_w1": lambda c: slow.null_distance(c.w, c.sigmas),
+    "null_spectral_norm": lambda c: slow.null_sigmas(c.w)[0],
+    "mp_spikes_tw_rowcol": lambda c: float(np.nanmean([slow.noise(S, c.w.shape)["spikes_tw"] for S in c.rowcol])),
+    "sep_ks": lambda c: c.separable(separable.sep_ks),
+    "sep_edge": lambda c: c.separable(separable.sep_edge),
+    "sep_spikes": lambda c: c.separable(separable.sep_spikes),
+    "sep_modes": lambda c: c.separable(separable.sep_modes),
+    "peak_count_rowcol": lambda c: float(np.mean([slow.peak_count(S) for S in c.rowcol])),
+    "peak_count_rowcol_pvalue": lambda c: slow.reached(
+        slow.peak_count(c.sigmas), [slow.peak_count(S) for S in c.rowcol]
     ),
-    "sep_ks": (lambda c: c.separable(separable.sep_ks), 0, ENTRIES),
-    "sep_edge": (lambda c: c.separable(separable.sep_edge), 2, ENTRIES),
-    "sep_spikes": (lambda c: c.separable(separable.sep_spikes), 0, ENTRIES),
-    "sep_modes": (lambda c: c.separable(separable.sep_modes), 0, ENTRIES),
-    "peak_count_rowcol": (lambda c: float(np.mean([slow.peak_count(S) for S in c.rowcol])), 0, set()),
-    "peak_count_rowcol_pvalue": (
-        lambda c: slow.reached(slow.peak_count(c.sigmas), [slow.peak_count(S) for S in c.rowcol]),
-        0,
-        set(),
-    ),
-    "dip_pvalue": (lambda c: slow.reached(dip(np.log(c.sigmas)) - EQUAL, [dip(np.log(S)) for S in c.rowcol]), 0, set()),
-    "pl_alpha_stderr": (lambda c: slow.exponent_scatter(c.eigenvalues), 0, ALL),
-    "pl_alpha_farms": (lambda c: slow.block_exponent(c.w), 0, {"transpose"}),
-    "donoho_gavish_threshold": (lambda c: slow.hard_threshold(c.sigmas, c.w.shape), 1, ALL),
-    "donoho_gavish_rank": (lambda c: float((c.sigmas > slow.hard_threshold(c.sigmas, c.w.shape)).sum()), 0, ALL),
-    "peak_count": (lambda c: slow.peak_count(c.sigmas), 0, ALL),
-    "peak_enrichment": (lambda c: slow.enrichment(c.energy, c.in_peaks), 0, SIDED),
-    "peak_enrichment_pvalue": (lambda c: slow.enrichment_pvalue(c.energy, c.in_peaks), 0, SIDED),
+    "dip_pvalue": lambda c: slow.reached(dip(np.log(c.sigmas)) - EQUAL, [dip(np.log(S)) for S in c.rowcol]),
+    "pl_alpha_stderr": lambda c: slow.exponent_scatter(c.eigenvalues),
+    "pl_alpha_farms": lambda c: slow.block_exponent(c.w),
+    "donoho_gavish_threshold": lambda c: slow.hard_threshold(c.sigmas, c.w.shape),
+    "donoho_gavish_rank": lambda c: float((c.sigmas > slow.hard_threshold(c.sigmas, c.w.shape)).sum()),
+    "peak_count": lambda c: slow.peak_count(c.sigmas),
+    "peak_enrichment": lambda c: slow.enrichment(c.energy, c.in_peaks),
+    "peak_enrichment_pvalue": lambda c: slow.enrichment_pvalue(c.energy, c.in_peaks),
 }
 
 for _side in ("left", "right"):
@@ -317,44 +300,27 @@ for _side in ("left", "right"):
     def _d(c: Case, side: str = _side) -> int:
         return c.w.shape[0 if side == "left" else 1]
 
-    TABLE |= {
-        f"{_side}_agreement_mean": (lambda c, s=_side: np.diag(c.overlap(s)).mean(), 0, SIDED),
+    REFERENCES |= {
+        f"{_side}_agreement_mean": lambda c, s=_side: np.diag(c.overlap(s)).mean(),
         f"{_side}_agreement_chance": (
             # E |x_1| / ||x|| for a Gaussian x in d dimensions
-            lambda c, d=_d: math.gamma(d(c) / 2) / math.gamma((d(c) + 1) / 2) / math.sqrt(math.pi),
-            0,
-            SIDED,
+            lambda c, d=_d: math.gamma(d(c) / 2) / math.gamma((d(c) + 1) / 2) / math.sqrt(math.pi)
         ),
-        f"{_side}_best_match_mean": (lambda c, s=_side: c.overlap(s).max(1).mean(), 0, SIDED),
-        f"{_side}_best_match_chance": (
-            lambda c, d=_d: largest_cosine(d(c), c.resolved[1]),
-            0,
-            SIDED,
-        ),
-        f"{_side}_subspace_8": (lambda c, s=_side: subspace(c, s, 8), 0, SIDED),
-        f"{_side}_subspace_8_chance": (lambda c, d=_d: 8 / d(c) if min(c.resolved) >= 8 else math.nan, 0, SIDED),
-        f"{_side}_subspace_32": (lambda c, s=_side: subspace(c, s, 32), 0, SIDED),
-        f"{_side}_subspace_32_chance": (lambda c, d=_d: 32 / d(c) if min(c.resolved) >= 32 else math.nan, 0, SIDED),
-        **{f"{_side}_angle_{k}": (lambda c, s=_side, k=k: angle(c, s, k), 0, SIDED) for k in (8, 32)},
-        **{f"{_side}_angle_{k}_chance": (lambda c, d=_d, k=k: angle_chance(c, d(c), k), 0, SIDED) for k in (8, 32)},
-        f"{_side}_agreement_window_mean": (lambda c, s=_side: in_window(c, s), 0, SIDED),
-        f"{_side}_agreement_window_chance": (
-            lambda c, d=_d: window_level(c, d(c)),
-            0,
-            SIDED,
-        ),
+        f"{_side}_best_match_mean": lambda c, s=_side: c.overlap(s).max(1).mean(),
+        f"{_side}_best_match_chance": lambda c, d=_d: largest_cosine(d(c), c.resolved[1]),
+        f"{_side}_subspace_8": lambda c, s=_side: subspace(c, s, 8),
+        f"{_side}_subspace_8_chance": lambda c, d=_d: 8 / d(c) if min(c.resolved) >= 8 else math.nan,
+        f"{_side}_subspace_32": lambda c, s=_side: subspace(c, s, 32),
+        f"{_side}_subspace_32_chance": lambda c, d=_d: 32 / d(c) if min(c.resolved) >= 32 else math.nan,
+        **{f"{_side}_angle_{k}": lambda c, s=_side, k=k: angle(c, s, k) for k in (8, 32)},
+        **{f"{_side}_angle_{k}_chance": lambda c, d=_d, k=k: angle_chance(c, d(c), k) for k in (8, 32)},
+        f"{_side}_agreement_window_mean": lambda c, s=_side: in_window(c, s),
+        f"{_side}_agreement_window_chance": lambda c, d=_d: window_level(c, d(c)),
     }
 
 
-def test_every_metric_has_its_row() -> None:
-    assert set(TABLE) == set(QUICK)
-
-
-@pytest.mark.parametrize("name", QUICK)
-def test_the_catalog_claims_what_the_table_tests(name: str) -> None:
-    _, degree, invariant = TABLE[name]
-    assert CATALOG[name].degree == degree
-    assert CATALOG[name].invariant == invariant
+def test_every_metric_has_its_reference() -> None:
+    assert set(REFERENCES) == set(QUICK)
 
 
 # Computing
@@ -381,8 +347,8 @@ def compute(
     return found
 
 
-def numbers(base: torch.Tensor, tuned: torch.Tensor, method: str) -> dict[str, float]:
-    return {name: value.item() for name, value in compute(base, tuned, method).items()}
+def numbers(base: torch.Tensor, tuned: torch.Tensor, method: str, names: Sequence[str] = QUICK) -> dict[str, float]:
+    return {name: value.item() for name, value in compute(base, tuned, method, names).items()}
 
 
 def room(name: str, tolerance: float) -> float:
@@ -433,37 +399,49 @@ SEEDS = st.integers(0, 2**20)
 METHODS = st.sampled_from(["exact", "gram"])
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16])
 
+NAMES = st.sampled_from([[name for name in QUICK if name not in DRAWN]] * 4 + [QUICK])
+"""What is drawn joins in every fifth example."""
+
 FEW = settings(max_examples=40, deadline=None, derandomize=True)
 """Seeded by the test's text, so that a run is a repetition; no deadline, as BLAS takes its time to start."""
 
 
 @FEW
-@given(SHAPES, SIZES, SEEDS, METHODS, DTYPES)
-def test_numpy_agrees(shape: tuple[int, int], size: float, seed: int, method: str, dtype: torch.dtype) -> None:
-    base, tuned = make_pair(*shape, size, seed, dtype)
-    assume(well_defined(base, tuned))
-    case = Case(base.double().numpy(), tuned.double().numpy(), dtype)
-    want = {name: float(row[0](case)) for name, row in TABLE.items()}
-    assert differing(numbers(base, tuned, method), want, TOLERANCE[method]) == {}
-
-
-@FEW
-@given(SHAPES, SIZES, SEEDS, METHODS, DTYPES, st.integers(-12, 12))
-def test_scaling(
-    shape: tuple[int, int], size: float, seed: int, method: str, dtype: torch.dtype, exponent: int
+@given(SHAPES, SIZES, SEEDS, METHODS, DTYPES, NAMES)
+def test_numpy_agrees(
+    shape: tuple[int, int], size: float, seed: int, method: str, dtype: torch.dtype, names: list[str]
 ) -> None:
     base, tuned = make_pair(*shape, size, seed, dtype)
     assume(well_defined(base, tuned))
+    case = Case(base.double().numpy(), tuned.double().numpy(), dtype)
+    want = {name: float(REFERENCES[name](case)) for name in names}
+    assert differing(numbers(base, tuned, method, names), want, TOLERANCE[method]) == {}
+
+
+@FEW
+@given(SHAPES, SIZES, SEEDS, METHODS, DTYPES, NAMES, st.integers(-12, 12))
+def test_scaling(
+    shape: tuple[int, int],
+    size: float,
+    seed: int,
+    method: str,
+    dtype: torch.dtype,
+    names: list[str],
+    exponent: int,
+) -> None:
+    base, tuned = make_pair(*shape, size, seed, dtype)
+    assume(well_defined(base, tuned))
+    degrees = {name: degree for name in names if (degree := CATALOG[name].degree) is not None}
     factor = 2.0**exponent
-    before, after = numbers(base, tuned, method), numbers(base * factor, tuned * factor, method)
+    want = numbers(base, tuned, method, list(degrees))
+    after = numbers(base * factor, tuned * factor, method, list(degrees))
     # A power of two is exact in every dtype, so only the tolerance of the metric's own unit counts.
-    want = {n: before[n] for n in QUICK if CATALOG[n].degree is not None}
-    got = {n: after[n] / factor ** (CATALOG[n].degree or 0) for n in want}
+    got = {name: value / factor ** degrees[name] for name, value in after.items()}
     assert differing(got, want, TOLERANCE[method]) == {}
 
 
-def claimed(values: dict[str, float], invariance: str) -> dict[str, float]:
-    return {name: value for name, value in values.items() if invariance in CATALOG[name].invariant}
+def claiming(invariance: str, names: Sequence[str]) -> list[str]:
+    return [name for name in names if invariance in CATALOG[name].invariant]
 
 
 @FEW
@@ -472,50 +450,69 @@ def test_rotation(shape: tuple[int, int], size: float, seed: int, method: str) -
     base, tuned = make_pair(*shape, size, seed, torch.float64)
     assume(well_defined(base, tuned))
     left, right = rotation(shape[0], seed + 10), rotation(shape[1], seed + 11)
-    want = claimed(numbers(base, tuned, method), "rotation")
-    assert differing(numbers(left @ base @ right, left @ tuned @ right, method), want, TOLERANCE[method]) == {}
+    names = claiming("rotation", QUICK)
+    want = numbers(base, tuned, method, names)
+    assert differing(numbers(left @ base @ right, left @ tuned @ right, method, names), want, TOLERANCE[method]) == {}
 
 
 @FEW
-@given(SHAPES, SIZES, SEEDS, METHODS, DTYPES)
-def test_transposition(shape: tuple[int, int], size: float, seed: int, method: str, dtype: torch.dtype) -> None:
+@given(SHAPES, SIZES, SEEDS, METHODS, DTYPES, NAMES)
+def test_transposition(
+    shape: tuple[int, int], size: float, seed: int, method: str, dtype: torch.dtype, names: list[str]
+) -> None:
     base, tuned = make_pair(*shape, size, seed, dtype)
     assume(well_defined(base, tuned))
-    before = numbers(base, tuned, method)
-    after = numbers(base.mT.contiguous(), tuned.mT.contiguous(), method)
-    assert differing(after, claimed(before, "transpose"), TOLERANCE[method]) == {}
     # What belongs to a side changes sides.
-    left = {name: value for name, value in before.items() if name.startswith("left_")}
-    assert left
-    swapped = {name: after["right_" + name.removeprefix("left_")] for name in left}
-    assert differing(swapped, left, TOLERANCE[method]) == {}
+    other = {name: "right_" + name.removeprefix("left_") for name in names if name.startswith("left_")}
+    assert other
+    same = claiming("transpose", names)
+    before = numbers(base, tuned, method, [*same, *other])
+    after = numbers(base.mT.contiguous(), tuned.mT.contiguous(), method, [*same, *other.values()])
+    got = {name: after[other.get(name, name)] for name in before}
+    assert differing(got, before, TOLERANCE[method]) == {}
 
 
 @FEW
-@given(SHAPES, SIZES, SEEDS, METHODS, DTYPES)
-def test_permutation(shape: tuple[int, int], size: float, seed: int, method: str, dtype: torch.dtype) -> None:
+@given(SHAPES, SIZES, SEEDS, METHODS, DTYPES, NAMES)
+def test_permutation(
+    shape: tuple[int, int], size: float, seed: int, method: str, dtype: torch.dtype, names: list[str]
+) -> None:
     base, tuned = make_pair(*shape, size, seed, dtype)
     assume(well_defined(base, tuned))
     generator = torch.Generator().manual_seed(seed)
     rows, cols = torch.randperm(shape[0], generator=generator), torch.randperm(shape[1], generator=generator)
-    want = claimed(numbers(base, tuned, method), "permutation")
-    assert differing(numbers(base[rows][:, cols], tuned[rows][:, cols], method), want, TOLERANCE[method]) == {}
+    names = claiming("permutation", names)
+    want = numbers(base, tuned, method, names)
+    assert differing(numbers(base[rows][:, cols], tuned[rows][:, cols], method, names), want, TOLERANCE[method]) == {}
 
 
 def test_what_is_not_claimed_is_not_so() -> None:
     base, tuned = make_pair(33, 36, 0.3, 5, torch.float64)
     before = numbers(base, tuned, "exact")
     left, right = rotation(33, 20), rotation(36, 21)
-    rotated = numbers(left @ base @ right, left @ tuned @ right, "exact")
-    turned = numbers(base.mT.contiguous(), tuned.mT.contiguous(), "exact")
-    # counts may happen to be the same: this matrix has one peak, and so have all draws
+    order = torch.randperm(36, generator=torch.Generator().manual_seed(1))
+    after = {
+        "rotation": numbers(left @ base @ right, left @ tuned @ right, "exact"),
+        "transpose": numbers(base.mT.contiguous(), tuned.mT.contiguous(), "exact"),
+        "permutation": numbers(base[:, order], tuned[:, order], "exact"),
+    }
+    # Counts may happen to be the same: this matrix has one peak, and so have all draws.
     counts = {"sep_spikes", "sep_modes", "peak_count_rowcol", "peak_count_rowcol_pvalue", "mp_spikes_tw_rowcol"}
-    for name in QUICK:
-        m = CATALOG[name]
-        if "rotation" not in m.invariant and name not in counts:
-            assert rotated[name] != pytest.approx(before[name], rel=1e-6, abs=0), name
-        if "transpose" not in m.invariant and name not in counts | {"intruders"}:
-            assert turned[name] != pytest.approx(before[name], rel=1e-6, abs=0), name
+    happens = {"rotation": counts, "transpose": counts | {"intruders"}, "permutation": counts}
+    for invariance, found in after.items():
+        for name in set(QUICK) - set(claiming(invariance, QUICK)) - happens[invariance]:
+            assert found[name] != pytest.approx(before[name], rel=1e-6, abs=0), (name, invariance)
+    # A metric that has no degree goes with no power of the scale.
+    rest = [name for name in QUICK if CATALOG[name].degree is None]
+    powers = [
+        {
+            name: math.log(abs(value / before[name]), a)
+            for name, value in numbers(a * base, a * tuned, "exact", rest).items()
+        }
+        for a in (1.7, 5.0)
+    ]
+    for name in rest:
+        assert powers[0][name] != pytest.approx(powers[1][name], abs=1e-3), name
 
 
 def bounds(text: str, shape: tuple[int, int]) -> tuple[float, float]:
@@ -524,13 +521,13 @@ def bounds(text: str, shape: tuple[int, int]) -> tuple[float, float]:
 
 
 @FEW
-@given(SHAPES, SIZES, SEEDS, METHODS, DTYPES)
+@given(SHAPES, SIZES, SEEDS, METHODS, DTYPES, NAMES)
 def test_values_lie_in_the_stated_range(
-    shape: tuple[int, int], size: float, seed: int, method: str, dtype: torch.dtype
+    shape: tuple[int, int], size: float, seed: int, method: str, dtype: torch.dtype, names: list[str]
 ) -> None:
     base, tuned = make_pair(*shape, size, seed, dtype)
     assume(bool((base != tuned).any()))
-    for name, value in numbers(base, tuned, method).items():
+    for name, value in numbers(base, tuned, method, names).items():
         low, high = bounds(CATALOG[name].range, shape)
         # A bound that is reached may be passed by rounding: of sums 1e-12, of Gram matrices' sigmas 1e-6.
         slack = 1e-12 if method == "exact" else 1e-6
@@ -608,7 +605,7 @@ UNRELATED = [(9, 14), (14, 9), (10, 10), (8, 64), (64, 8), (16, 24), (32, 32), (
 @pytest.mark.parametrize("shape", UNRELATED, ids=str)
 def test_chance_levels_of_unrelated_matrices(shape: tuple[int, int]) -> None:
     base, tuned = gaussian(2, 2000, *shape, seed=7)
-    names = [m.name for m in GROUPS["agreement"]]
+    names = [m.name for m in GROUPS["agreement"] if "angle" not in m.name and "32" not in m.name]
     found = compute(base, tuned, "exact", names)
     for side in ("left", "right"):
         # Gaussian matrices have Haar-distributed vectors: these levels are exact.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,16 @@ from diffract.plots.choice import curve, facts
 from diffract.report import payload as densities
 from diffract.report.payload import POINTS, pack, payload, short, thin
 from diffract.report.words import headlines
-from tiny_llama import llama_tensors
+from tiny_llama import llama_tensors, save_llama
 
 NAME = "L0.mlp.gate"
 HOSTILE = "t<b onclick='alert(1)'>"
 
 
-@pytest.fixture
-def full(write_model: Callable[..., Path]) -> diffract.Run:
-    tensors = llama_tensors(0)
-    base, tuned = write_model("base", tensors), write_model(HOSTILE, llama_tensors(1, tensors))
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> diffract.Run:
+    place, tensors = tmp_path_factory.mktemp("full"), llama_tensors(0)
+    base, tuned = save_llama(place / "base", tensors), save_llama(place / HOSTILE, llama_tensors(1, tensors))
     return diffract.compare(base, tuned, metrics="all")
 
 

@@ -12,14 +12,14 @@ import torch
 import diffract
 from diffract import report
 from diffract.report.payload import on_page, payload
-from tiny_llama import llama_tensors
+from tiny_llama import llama_tensors, save_llama
 
 
-@pytest.fixture
-def followed(write_model) -> diffract.Run:
-    tensors, paths = llama_tensors(0), []
+@pytest.fixture(scope="module")
+def followed(tmp_path_factory: pytest.TempPathFactory) -> diffract.Run:
+    place, tensors, paths = tmp_path_factory.mktemp("series"), llama_tensors(0), []
     for k in range(4):
-        paths.append(write_model(f"step{100 * k}", tensors))
+        paths.append(save_llama(place / f"step{100 * k}", tensors))
         tensors = llama_tensors(k + 1, tensors)
     return diffract.trajectory(*paths)
 

@@ -67,8 +67,8 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
     ),
     "p_values": heavy_tails.P_VALUES,
 }
-"""Metrics by group; a group's name stands for its members. A metric is added to one, with its row in the property table
-of the tests."""
+"""Metrics by group; a group's name stands for its members. A metric is added to one, and its definition in NumPy to the
+tests, which hold it and its claims against it."""
 
 DEFAULT = ("norms", "ranks", "shape", "change", "agreement")
 """Groups that are computed unless others are named."""

@@ -154,7 +154,14 @@ for _side, _u in (("left", "u"), ("right", "v")):
 
 def behind(names: Iterable[str]) -> frozenset[str]:
     """Return ``names`` and all facts that they are derived from."""
-    return frozenset().union(*({name} | behind(FACTS[name].sources) for name in names))
+    found: set[str] = set()
+    ahead = list(names)
+    while ahead:
+        name = ahead.pop()
+        if name not in found:  # many facts share their sources: each is followed once
+            found.add(name)
+            ahead.extend(FACTS[name].sources)
+    return frozenset(found)
 
 
 def sources(names: Iterable[str]) -> frozenset[str]:
