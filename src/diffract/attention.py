@@ -1,8 +1,8 @@
 """Attention heads in tables: which slices make up a head, and the one place where their numbers are summed.
 
 A query head consists of its own slices of q and o and of the k and v slices of its key-value head. Several query heads
-share one key-value head under grouped-query attention: its slices count for each of them. A head of which one slice has
-no number has no number itself.
+share one key-value head under grouped-query attention: each of them has an equal part of its squares, so that those of
+all heads add up to the squares of all slices. A head of which one slice has no number, or is missing, has none itself.
 """
 
 from __future__ import annotations
@@ -43,8 +43,10 @@ HEADS: dict[str, Any] = {
 }
 """Columns of ``heads``; ``(model, layer, block, head)`` is unique, ``model`` is the tuned model (the domain).
 
-``status`` is ok | non_finite | unpaired; numbers of other than ok rows are null. D is the change of the head's slices,
-``entries`` their number of entries; a shared key-value slice counts for each of its query heads.
+``status`` is ok | non_finite | unpaired; numbers of other than ok rows are null. D is the change of the head's slices;
+squares and products of a key-value slice that g query heads share are divided by g. ``entries`` is the number of
+independent entries that D counts as: that of the slices where nothing is shared, else (sum w)^2 / sum w^2 over entries
+with w = 1 / g for the shared ones, so that a cosine with noise has the mean square 1 / ``entries``.
 ``head_delta`` is ||D||_F, ``head_delta_relative`` ||D||_F / ||W0||_F, ``rank`` 1 for the domain's most changed head,
 ``change_share`` the head's part of the sum of ||D||_F^2 over heads. ``shared_cosine`` is that of D and the mean D of
 the other domains, ``shared_share`` its square: the domain-agnostic part of ||D||_F^2, 1 / ``entries`` by chance;
@@ -61,25 +63,52 @@ def query_heads(slices: pl.DataFrame) -> pl.DataFrame:
 
 
 def head_sums(heads: pl.DataFrame, slices: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
-    """Sum columns over the slices of every query head.
+    """Sum columns of squares or products over the slices of every query head.
+
+    What a key-value slice has is divided by the number of query heads that share it.
 
     Args:
-        heads: From ``query_heads``.
+        heads: From ``query_heads``: all of a model.
         slices: One row per slice: labels, and what is to be summed.
         columns: Which columns are summed; NaN makes the sum NaN.
 
     Returns:
-        The heads, with the sums; 0 for a head without slices.
+        The heads, with the sums; NaN for a head that lacks a slice of a projection that others of its layer have.
     """
     own = slices.filter(pl.col("projection").is_in(PER_QUERY_HEAD), pl.col("head").is_not_null())
     shared = slices.filter(pl.col("projection").is_in(PER_KV_HEAD), pl.col("kv_head").is_not_null())
-    joined = heads
+    counted = pl.col("projection").n_unique()
+    expected = pl.concat([own, shared]).group_by(PLACE).agg(counted.alias(EXPECTED))
+    joined = heads.join(expected, on=PLACE, how="left", nulls_equal=True)
+    joined = joined.with_columns(pl.len().over(*PLACE, "kv_head").alias(GROUP))
     for rows, key, suffix in ((own, "head", ".own"), (shared, "kv_head", ".shared")):
-        sums = rows.group_by(*PLACE, key).agg(pl.col(column).sum().alias(column + suffix) for column in columns)
-        joined = joined.join(sums, on=[*PLACE, key], how="left", nulls_equal=True)
-    parts = ((pl.col(c + ".own").fill_null(0), pl.col(c + ".shared").fill_null(0)) for c in columns)
-    total = {column: one + other for column, (one, other) in zip(columns, parts, strict=True)}
-    return joined.sort(*PLACE, "head").select(*heads.columns, **total)
+        sums = rows.group_by(*PLACE, key).agg(pl.col(*columns).sum(), counted.alias(FOUND))
+        named = sums.rename({name: name + suffix for name in (*columns, FOUND)})
+        joined = joined.join(named, on=[*PLACE, key], how="left", nulls_equal=True)
+    joined = joined.with_columns(pl.selectors.ends_with(".own", ".shared").fill_null(0))
+    whole = pl.col(FOUND + ".own") + pl.col(FOUND + ".shared") == pl.col(EXPECTED)
+    total = {c: pl.col(c + ".own") + pl.col(c + ".shared") / pl.col(GROUP) for c in columns}
+    return joined.sort(*PLACE, "head").select(
+        *heads.columns, **{name: pl.when(whole).then(value).otherwise(math.nan) for name, value in total.items()}
+    )
+
+
+EXPECTED, FOUND, GROUP = ".expected", ".found", ".group"
+"""Columns of ``head_sums``: projections of the layer, of them those that the head has, heads that share its slices."""
+
+
+def independent_entries(heads: pl.DataFrame, slices: pl.DataFrame) -> pl.Series:
+    """Return the column ``entries`` of ``heads``.
+
+    Args:
+        heads: From ``query_heads``.
+        slices: One row per slice: labels and ``entries``.
+    """
+    group = heads.group_by(*PLACE, "kv_head").agg(pl.len().alias(GROUP))
+    joined = slices.join(group, on=[*PLACE, "kv_head"], how="left", nulls_equal=True, maintain_order="left")
+    shared = pl.when(pl.col("projection").is_in(PER_KV_HEAD)).then(GROUP).otherwise(1)
+    sums = head_sums(heads, joined.with_columns(weighed=pl.col("entries") / shared), ["entries", "weighed"])
+    return (sums["entries"] ** 2 / sums["weighed"]).round().fill_nan(None).cast(pl.Int64)
 
 
 def compared_heads(metrics: pl.DataFrame) -> pl.DataFrame:
@@ -114,9 +143,10 @@ def changed_heads(base: pl.DataFrame, tuned: pl.DataFrame) -> pl.DataFrame:
         pl.col("change").fill_null(math.nan),
         absent=(pl.col("status").is_null() | (pl.col("status") == "unpaired")).cast(pl.Int64),
     )
-    sums = head_sums(heads, slices, ["entries", "before", "change", "absent"])
-    numbers = head_numbers(sums["change"].to_numpy(), sums["before"].to_numpy(), absent=sums["absent"].to_numpy() > 0)
-    told = sums.select(*heads.columns, "entries", pl.lit(tuned["model"][0]).alias("model"), **numbers)
+    sums = head_sums(heads, slices, ["before", "change", "absent"])
+    numbers = head_numbers(sums["change"].to_numpy(), sums["before"].to_numpy(), absent=sums["absent"].to_numpy() != 0)
+    entries = independent_entries(heads, slices)
+    told = sums.select(*heads.columns, pl.lit(tuned["model"][0]).alias("model"), entries=entries, **numbers)
     return as_heads([told])
 
 

@@ -15,6 +15,7 @@ from polars.testing import assert_frame_equal
 
 import diffract
 from diffract import tables
+from diffract.attention import head_sums, query_heads
 from tiny_llama import llama_tensors
 
 ATTENTION = "model.layers.{}.self_attn.{}_proj.weight"
@@ -26,14 +27,14 @@ SHARED = {(0, "q"): [(0, 0, 3.0), (1, 1, 4.0)]}
 PLANTED = {
     # layer 1, head 2 (columns 16 to 23 of o): norm sqrt(8)
     "math": {(1, "o"): [(0, 16, 2.0), (5, 17, 2.0)]},
-    # layer 0, key-value head 1 (rows 8 to 15 of k), which heads 2 and 3 share: norm 6
+    # layer 0, key-value head 1 (rows 8 to 15 of k), which heads 2 and 3 share: norm 6, half of its square each
     "text": {(0, "k"): [(8, 0, 6.0)]},
     # half of what math does, and layer 1, head 3 (rows 24 to 31 of q): norms 2 and 1
     "code": {(1, "o"): [(0, 16, 2.0)], (1, "q"): [(24, 3, 1.0)]},
 }
 DELTAS = {
     "math": [5, 0, 0, 0, 0, 0, math.sqrt(8), 0],
-    "text": [5, 0, 6, 6, 0, 0, 0, 0],
+    "text": [5, 0, math.sqrt(18), math.sqrt(18), 0, 0, 0, 0],
     "code": [5, 0, 0, 0, 0, 0, 2, 1],
 }
 """Of layer 0, heads 0 to 3, then layer 1."""
@@ -77,13 +78,14 @@ def test_planted_norms_ranks_and_shares(domains: list[str]) -> None:
         assert rows.select("layer", "head").rows() == PLACES
         assert rows["kv_head"].to_list() == [0, 0, 1, 1] * 2
         assert rows["status"].to_list() == ["ok"] * 8
-        assert rows["entries"].to_list() == [4 * 8 * 32] * 8
+        # 512 entries of q and o, 512 of k and v that count half: (512 + 256)^2 / (512 + 128)
+        assert rows["entries"].to_list() == [922] * 8
         # sums of squares of whole numbers are exact; one square root
         assert rows["head_delta"].to_list() == pytest.approx(deltas, rel=1e-15)
         total = sum(d * d for d in deltas)
         assert rows["change_share"].to_list() == pytest.approx([d * d / total for d in deltas], rel=1e-14)
     assert of(run, "math")["rank"].to_list() == [1, 3, 3, 3, 3, 3, 2, 3]
-    assert of(run, "text")["rank"].to_list() == [3, 4, 1, 1, 4, 4, 4, 4]
+    assert of(run, "text")["rank"].to_list() == [1, 4, 2, 2, 4, 4, 4, 4]
 
 
 def test_relative_change_is_that_of_the_slices(domains: list[str]) -> None:
@@ -93,7 +95,8 @@ def test_relative_change_is_that_of_the_slices(domains: list[str]) -> None:
         q, o = (base[ATTENTION.format(layer, p)].double() for p in "qo")
         k, v = (base[ATTENTION.format(layer, p)].double() for p in "kv")
         own, shared = slice(8 * head, 8 * head + 8), slice(8 * (head // 2), 8 * (head // 2) + 8)
-        squares.append(sum(float((w * w).sum()) for w in (q[own], k[shared], v[shared], o[:, own])))
+        halves = (float((w * w).sum()) / 2 for w in (k[shared], v[shared]))
+        squares.append(sum(float((w * w).sum()) for w in (q[own], o[:, own])) + sum(halves))
     want = np.array(DELTAS["code"]) / np.sqrt(squares)
     assert of(run, "code")["head_delta_relative"].to_list() == pytest.approx(want.tolist(), rel=1e-14)
     model = run.models.row(by_predicate=pl.col("model") == "code", named=True)
@@ -164,6 +167,23 @@ def test_what_all_domains_share_by_hand(domains: list[str]) -> None:
     assert run.models["shared_cosine"][1] == pytest.approx(along, rel=1e-14)
 
 
+def test_squares_of_heads_add_up_to_those_of_attention(family: tuple[Path, Path]) -> None:
+    run = diffract.heads(*family)
+    assert (run.heads["head_delta"] ** 2).sum() == pytest.approx(run.models["attention_delta"][1] ** 2, rel=1e-12)
+
+
+def test_a_head_without_a_slice_that_others_of_its_layer_have_has_no_sum() -> None:
+    places = [("q", 0, 0), ("q", 1, 0), ("q", 2, 1), ("k", None, 0), ("k", None, 1), ("o", 0, 0), ("o", 2, 1)]
+    places += [("qk", 0, 0), ("k_norm", None, None)]  # neither is a slice
+    slices = pl.DataFrame(
+        [{"layer": 0, "block": "attn", "projection": p, "head": h, "kv_head": kv, "x": 2.0} for p, h, kv in places]
+    )
+    sums = head_sums(query_heads(slices), slices, ["x"])
+    # heads 0 and 1 share a key slice, head 1 has no output
+    assert sums["x"].to_list()[::2] == [5.0, 6.0]
+    assert math.isnan(sums["x"][1])
+
+
 def test_scores_by_hand(domains: list[str]) -> None:
     run = diffract.heads(*domains)
     scores = {
@@ -171,8 +191,8 @@ def test_scores_by_hand(domains: list[str]) -> None:
     }
     assert len(scores) == 6 * 8
     # every domain has an unchanged head, so that scale01 is division by the largest
-    assert scores["text", "math", 0, 2] == pytest.approx(1.0, rel=1e-15)
-    assert scores["text", "math", 0, 0] == pytest.approx(5 / 6 - 1, rel=1e-14)
+    assert scores["text", "math", 0, 2] == pytest.approx(math.sqrt(18) / 5, rel=1e-14)
+    assert scores["text", "math", 0, 0] == pytest.approx(0.0, abs=1e-15)
     assert scores["math", "code", 1, 2] == pytest.approx((math.sqrt(8) - 2) / 5, rel=1e-14)
     for (a, b, *place), score in scores.items():
         assert score == -scores[b, a, *place]
@@ -193,7 +213,7 @@ def test_projections_can_be_chosen(
     assert of(run, "code")["head_delta"].to_list() == deltas
     assert of(run, "code")["entries"].to_list() == [entries] * 8
     if "k" in projections:
-        assert of(run, "text")["head_delta"].to_list() == [0, 0, 6, 6, 0, 0, 0, 0]
+        assert of(run, "text")["head_delta"].to_list() == pytest.approx([0, 0, 18**0.5, 18**0.5, 0, 0, 0, 0])
         assert run.models["head_gini"].to_list()[3] is None  # of code nothing has changed
     read = run.tensors.filter(model="base", outcome="analysed")["tensor"]
     assert all(any(f".{p}_proj" in name for p in projections) for name in read)

@@ -56,25 +56,39 @@ def test_interpolate(at: float, models: list[Path], tmp_path: Path) -> None:
 
 
 def test_groups(models: list[Path], tmp_path: Path) -> None:
-    """Of several groups the last counts; vectors belong to none."""
+    """Of several groups the last counts; biases and norms go with what they belong to."""
     one, two = read(models[1]), read(models[2])
     groups = {"layers 0": 0.25, "mlp": 0.75, "layers 1, mlp.down": 1, "layers 1, attn.q, heads 2": 0}
     found = edit(tmp_path / "out", models[1], Interpolate(other=models[2], at=0.5, groups=groups))
     for name in one:
         a, b = array(one[name]), array(two[name])
         at = np.full(a.shape, 0.5)
-        if a.ndim == 2 and ".0." in name:
+        if ".0." in name:
             at[:] = 0.25
-        if "mlp." in name and a.ndim == 2:
+        if "mlp." in name:
             at[:] = 0.75
-        if name == "model.layers.1.self_attn.q_proj.weight":
+        if name.startswith("model.layers.1.self_attn.q_proj."):
             at[16:24] = 0
         if name == "model.layers.1.mlp.down_proj.weight":
             at[:] = 1
             assert_bits(found[name], two[name])
         near(found[name], (1 - at) * a + at * b, name)
-    q = "model.layers.1.self_attn.q_proj.weight"
-    assert_bits(found[q][16:24], one[q][16:24])
+    for kind in ("weight", "bias"):
+        q = f"model.layers.1.self_attn.q_proj.{kind}"
+        assert_bits(found[q][16:24], one[q][16:24])
+
+
+def test_norms_of_a_group(tmp_path: Path) -> None:
+    """A norm of queries goes with the queries, one of a layer with the layer, the last one with the whole model."""
+    base, one, *_ = save_models(tmp_path, "qwen3", torch.float32)
+    groups = {"layers 0": 0.0, "attn.q": 1.0}
+    found, a, b = edit(tmp_path / "out", base, Interpolate(other=one, at=0.5, groups=groups)), read(base), read(one)
+    for name in a:
+        if "norm" in name:
+            at = 1.0 if "q_norm" in name else 0.0 if ".layers.0." in name else 0.5
+            near(found[name], (1 - at) * array(a[name]) + at * array(b[name]), name)
+    whole = edit(tmp_path / "all", base, Interpolate(other=one, at=0.5, groups={"*": 1.0}))
+    assert_same(whole, b)
 
 
 def test_a_selection_moves_alone(models: list[Path], tmp_path: Path) -> None:

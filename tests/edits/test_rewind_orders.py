@@ -22,15 +22,15 @@ NAMES = [f"L{layer}.h{head}" for layer in range(2) for head in range(4)]
 
 
 def head_change(tuned: Tensors, base: Tensors, layer: int, head: int) -> float:
-    """||D||_F over a head's q, k, v and o: 8 rows each; two heads share one of k and v."""
+    """||D||_F over a head's q, k, v and o: 8 rows each; two heads share the squares of k and v."""
     delta = {
         part: (tuned[name].double() - base[name].double()).numpy()
         for part in "qkvo"
         if (name := f"model.layers.{layer}.self_attn.{part}_proj.weight")
     }
     own, shared = slice(8 * head, 8 * head + 8), slice(8 * (head // 2), 8 * (head // 2) + 8)
-    pieces = (delta["q"][own], delta["k"][shared], delta["v"][shared], delta["o"][:, own])
-    return math.sqrt(sum(float((piece**2).sum()) for piece in pieces))
+    alone, halved = (delta["q"][own], delta["o"][:, own]), (delta["k"][shared], delta["v"][shared])
+    return math.sqrt(sum(float((x**2).sum()) for x in alone) + sum(float((x**2).sum()) / 2 for x in halved))
 
 
 def changes(tuned: Path, base: Path) -> np.ndarray:
@@ -91,6 +91,27 @@ def test_reference(reverse: bool, trio: Trio, tmp_path: Path) -> None:
     names, scores = done(tmp_path / "out", tuned, **settings)
     assert list(scores.values()) == pytest.approx(wanted, rel=1e-9, abs=1e-12)  # differences of numbers up to 1
     assert names == by(-wanted if reverse else wanted)[:4]
+
+
+def test_a_reference_score_is_of_all_heads_whichever_are_selected(trio: Trio, tmp_path: Path) -> None:
+    base, tuned, reference = trio
+    settings: dict[str, Any] = {"to": base, "fraction": 0.5, "order": "reference"}
+    _, every = done(tmp_path / "all", tuned, reference=reference, **settings)
+    wanted = {name: score for name, score in every.items() if name.startswith("L1")}
+    _, some = done(tmp_path / "some", tuned, reference=reference, select="layers 1", **settings)
+    assert some == wanted
+    run = diffract.heads(base, f"math={tuned}", f"natural={reference}")
+    told = {"scores": str(run.save(tmp_path / "run") / "heads.parquet"), "domain": "math", "reference": "natural"}
+    _, read_off = done(tmp_path / "read", tuned, select="layers 1", **told, **settings)
+    assert read_off == pytest.approx(wanted, rel=1e-9, abs=1e-12)
+
+
+def test_a_table_need_not_have_heads_that_are_not_selected(trio: Trio, tmp_path: Path) -> None:
+    base, tuned, _ = trio
+    path = tmp_path / "effects.csv"
+    table(effect=EFFECTS).filter(layer=1).write_csv(path)
+    settings = {"to": base, "order": "greedy", "scores": str(path), "fraction": 0.25}
+    assert done(tmp_path / "out", tuned, select="layers 1", **settings)[0] == ["L1.h0"]
 
 
 def test_a_random_order_from_its_end_is_the_rest_of_it(trio: Trio, tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def inputs_of(model: torch.nn.Module, name: str, text: Sample) -> Tensor:
 
 
 def llama(base: Any, tuned: Any, text: Sample, head: int) -> float:
-    """Four heads of 8, of which two share keys and values."""
+    """Four heads of 8, of which two share keys and values, half of their squares each."""
     stem, rows, shared = (
         "model.layers.1.self_attn",
         slice(8 * head, 8 * head + 8),
@@ -149,7 +149,8 @@ def llama(base: Any, tuned: Any, text: Sample, head: int) -> float:
         for p in "qkvo"
     }
     x, z = inputs_of(tuned, f"{stem}.q_proj", text), inputs_of(tuned, f"{stem}.o_proj", text)
-    parts = [x @ d["q"][rows].T, x @ d["k"][shared].T, x @ d["v"][shared].T, z[:, rows] @ d["o"][:, rows].T]
+    halves = [x @ d[p][shared].T / 2**0.5 for p in "kv"]
+    parts = [x @ d["q"][rows].T, *halves, z[:, rows] @ d["o"][:, rows].T]
     return float(torch.cat(parts, dim=1).detach().square().sum(1).mean().sqrt())
 
 

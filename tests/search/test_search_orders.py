@@ -40,15 +40,23 @@ def test_names_as_they_are_typed() -> None:
         parse_orders(" ,", reference=False)
 
 
-def test_every_order_but_random_is_reversed() -> None:
+def test_every_order_is_reversed() -> None:
     curves = rewind_curves(("greedy", "random"), 2, (0.0, 1.0))
     assert [tuple(curve.labels.values()) for curve in curves] == [
         ("greedy", 0, False),
         ("random", 0, False),
         ("random", 1, False),
         ("greedy", 0, True),
+        ("random", 0, True),
+        ("random", 1, True),
     ]
-    assert [curve.control for curve in curves] == [False, True, True, True]
+    assert [curve.control for curve in curves] == [False, True, True, True, True, True]
+
+
+def test_a_random_order_and_its_reverse_share_out_the_heads() -> None:
+    there, back = rewind_curves(("random",), 1, (0.0, 1.0))
+    names = [f"L0.h{i}" for i in range(8)]
+    assert in_order(back, names, {}) == in_order(there, names, {})[::-1] != names
 
 
 def test_heads_are_those_that_rewind_takes(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_ends_are_the_models_themselves(finished: tuple[Run, Path]) -> None:
 
 def test_every_curve_begins_and_ends_alike(finished: tuple[Run, Path]) -> None:
     curves = finished[0].points.filter(pl.col("order") != "base")
-    assert curves.select("order", "seed", "reverse").unique().height == 6 + 5
+    assert curves.select("order", "seed", "reverse").unique().height == 6 + 6
     for at in (0.0, 1.0):
         assert curves.filter(pl.col("fraction") == at)["state"].n_unique() == 1
     assert curves.group_by("order", "seed", "reverse", "split", "task").len()["len"].unique().to_list() == [4]
@@ -107,7 +107,7 @@ def test_rewind_takes_the_greedy_order_of_the_run(finished: tuple[Run, Path]) ->
 
 def test_what_is_chosen_is_chosen_on_selection_and_reported_on_held_out(finished: tuple[Run, Path]) -> None:
     found = finished[0]
-    assert found.choice.height == 2 * 11
+    assert found.choice.height == 2 * 12
     for row in found.choice.iter_rows(named=True):
         own = found.points.filter(
             order=row["order"], seed=row["seed"], reverse=row["reverse"], task="math", split="selection"
@@ -220,8 +220,8 @@ def test_a_dry_run_writes_nothing_and_counts_at_most_what_is_done(finished: tupl
     found = search_rewind(BASE, MATH, reference=NATURAL, output=tmp_path / "run", dry_run=True, **FAST)
     assert isinstance(found, Estimate)
     assert list(tmp_path.iterdir()) == []
-    # ends 3; 32 heads; 11 curves of 2 points; of each 2 chosen points
-    assert found.evaluations == {"selection": 3 + 32 + 22, "held-out": 3 + 22 + 22}
+    # ends 3; 32 heads; 12 curves of 2 points; of each 2 chosen points
+    assert found.evaluations == {"selection": 3 + 32 + 24, "held-out": 3 + 24 + 24}
     assert found.seconds == pytest.approx(57 * found.seconds_each["selection"] + 47 * found.seconds_each["held-out"])
     assert finished[0].manifest["evaluations"] <= sum(found.evaluations.values())
 

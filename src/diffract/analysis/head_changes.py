@@ -27,6 +27,7 @@ from diffract.attention import (
     concentration_noise,
     head_numbers,
     head_sums,
+    independent_entries,
     lorenz_rows,
     query_heads,
 )
@@ -63,7 +64,7 @@ class Grams:
     """The same in groups of slices, n of them: query heads, or the slices themselves.
 
     Attributes:
-        entries: (n,), of all slices of the group together.
+        entries: (n,), the independent entries of the group; see ``attention.HEADS``.
         base: (n,), ||W0||^2.
         changes: (n, D, D), <D_a, D_b>; NaN where one of them is unknown or not finite.
         absent: (n, D), whether the domain lacks a slice of the group.
@@ -87,19 +88,20 @@ def slice_grams(slices: Slices) -> Grams:
 
 
 def head_grams(slices: Slices) -> Grams:
-    """Return the sums over each query head's slices; those of a shared key-value head count for each of its heads."""
+    """Return the sums over each query head's slices; of a shared key-value head each of its heads has an equal part."""
     single = slice_grams(slices)
     count = single.changes.shape[1]
     upper = np.triu_indices(count)
-    columns = {"entries": single.entries, "base": single.base}
+    columns = {"base": single.base}
     columns |= {f"gram.{i}": values for i, values in enumerate(single.changes[:, *upper].T)}
     columns |= {f"absent.{i}": values.astype(np.int64) for i, values in enumerate(single.absent.T)}
-    sums = head_sums(slices.heads, slices.labels.drop("entries").with_columns(**columns), list(columns))
+    sums = head_sums(slices.heads, slices.labels.with_columns(**columns), list(columns))
     changes = np.full((sums.height, count, count), np.nan)
     changes[:, *upper] = sums.select(f"gram.{i}" for i in range(len(upper[0]))).to_numpy()
     changes = np.triu(changes) + np.triu(changes, 1).transpose(0, 2, 1)
-    absent = sums.select(f"absent.{i}" for i in range(count)).to_numpy() > 0
-    return Grams(sums["entries"].to_numpy(), sums["base"].to_numpy(), changes, absent)
+    absent = sums.select(f"absent.{i}" for i in range(count)).to_numpy() != 0
+    entries = independent_entries(slices.heads, slices.labels)
+    return Grams(entries.to_numpy(), sums["base"].to_numpy(), changes, absent)
 
 
 def choose_projections(names: Sequence[str]) -> tuple[str, ...]:
@@ -263,8 +265,9 @@ def _shaped(frames: Sequence[pl.DataFrame], schema: dict[str, Any]) -> pl.DataFr
     return table.with_columns(pl.selectors.float().fill_nan(None))
 
 
+# Version 2: squares of key-value slices are shared among the query heads of their group.
 GLOSSARY: dict[str, dict[str, Any]] = {
-    name: {"summary": summary, "unit": unit, "range": span, "source": source, "version": 1}
+    name: {"summary": summary, "unit": unit, "range": span, "source": source, "version": 2}
     for name, summary, unit, span, source in (
         ("head_delta", "||D||_F over the head's slices, D = W1 - W0", "weight", "[0, inf)", ""),
         ("head_delta_relative", "||D||_F / ||W0||_F over the head's slices", "ratio", "[0, inf)", ""),

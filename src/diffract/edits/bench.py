@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from diffract.checkpoints import Checkpoint, Reference, open_checkpoint, row_blocks
 from diffract.checkpoints.checkpoint import Range, Recorder, read_digests, recorded
-from diffract.edits.draft import BLOCK_BYTES, Apply, Draft, Place, everything, place_of, together
+from diffract.edits.draft import BLOCK_BYTES, Apply, Draft, Place, together
 from diffract.edits.edit import Edit, Planned
 from diffract.edits.mixing import interpolate
 from diffract.errors import CheckpointError, printable
@@ -24,9 +23,6 @@ T = TypeVar("T")
 
 Between = Callable[[Tensor, Tensor, float], Tensor]
 """``between(a, b, at)`` lies at ``at`` of the way from a to b."""
-
-Weighted = dict[str, list[tuple[Place, float]]]
-"""For each tensor its parts, and a number for each."""
 
 Plans = list[tuple[Edit, Planned]]
 """Edits in their order, and what each of them comes to."""
@@ -162,33 +158,6 @@ class Bench:
         """Return selected matrices, attention cut into heads or not; all for ``None``."""
         layout = self.layout if heads else self.whole_layout
         return select(layout.matrices, parse_selection(text))
-
-    def weighted_places(self, text: str | None, weight: float, groups: Mapping[str, float]) -> Weighted:
-        """Return what an entrywise edit moves, and by how much; a tensor is one part where all of it moves alike.
-
-        Args:
-            text: Matrices that move; every tensor, 1-D ones included, for ``None``.
-            weight: Of all that no group names.
-            groups: Weights by selection; of several that name a matrix the last counts.
-        """
-        # Cut into heads, so that a group may be a head; where all parts of a tensor move alike they become one again.
-        kept = self.matrices(text, heads=True)
-        weights = {m.name: weight for m in kept}
-        for group, other in groups.items():
-            weights |= {m.name: other for m in self.matrices(group, heads=True) if m.name in weights}
-        by_tensor: dict[str, list[Matrix]] = defaultdict(list)
-        for m in kept:
-            by_tensor[m.tensor].append(m)
-        if text is None:
-            by_tensor |= {name: [] for name in self.entries() if name not in by_tensor}
-        found: Weighted = {}
-        for name, matrices in by_tensor.items():
-            shape, values = self.checkpoint.info(name).shape, {weights[m.name] for m in matrices} or {weight}
-            if len(values) == 1 and len(matrices) in (0, len(self.layout.entries[name].matrices)):
-                found[name] = [(everything(shape), values.pop())]
-            else:
-                found[name] = [(place_of(m, shape), weights[m.name]) for m in matrices]
-        return found
 
     def plan(self, edits: Iterable[Edit]) -> tuple[Draft, Plans]:
         """Return the model as edits will have changed it, one after the other, and what each comes to.

@@ -239,16 +239,86 @@ def _ordered(parts: Iterable[TensorPart]) -> tuple[str, ...]:
 
 def places_by_tensor(bench: Bench, parts: Iterable[TensorPart]) -> dict[str, list[Place]]:
     """Return the places of parts by tensor; where they fill it, it counts as one place."""
-    found: dict[str, dict[object, Place]] = defaultdict(dict)
+    found: dict[str, dict[object, TensorPart]] = defaultdict(dict)
     for part in parts:
-        found[part.tensor][_key(part.place)] = part.place
+        found[part.tensor][_key(part.place)] = part
     joined = {}
-    for name, places in found.items():
+    for name, own in found.items():
         shape = bench.checkpoint.info(name).shape
         # One place takes one pass over whole rows; many places that fill a tensor would cut each block into pieces.
-        filled = sum(prod(span.stop - span.start for span in place) for place in places.values())
-        joined[name] = [everything(shape)] if filled == prod(shape) else list(places.values())
+        joined[name] = [everything(shape)] if _fill(own.values(), shape) else [part.place for part in own.values()]
     return joined
+
+
+Weighted = dict[str, list[tuple[Place, float]]]
+"""For each tensor its parts, and a number for each."""
+
+
+def weighted_places(bench: Bench, text: str | None, *, weight: float, groups: Mapping[str, float]) -> Weighted:
+    """Return what an entrywise edit moves, and by how much; a tensor is one part where all of it moves alike.
+
+    A group takes the matrices that it selects, and the biases and norms of which it selects all matrices that they
+    belong to: those whose rows they go with, or else those of their module, or of the nearest one around it.
+
+    Args:
+        bench: The model.
+        text: Matrices that move; every tensor, 1-D ones included, for ``None``.
+        weight: Of all that no group names.
+        groups: Weights by selection; of several that name a part the last counts.
+    """
+    chosen = [({m.name for m in bench.matrices(group, heads=True)}, at) for group, at in groups.items()]
+    by_tensor: dict[str, list[TensorPart]] = defaultdict(list)
+    # Cut into heads, so that a group may be a head; where all parts of a tensor move alike they become one again.
+    for m in bench.matrices(text, heads=True):
+        by_tensor[m.tensor].append(TensorPart(m.tensor, _place(bench, m), frozenset({m.name})))
+    if text is None:
+        by_tensor |= _vector_parts(bench)
+    found: Weighted = {}
+    for name, parts in by_tensor.items():
+        weights = [next((at for group, at in reversed(chosen) if part.owners <= group), weight) for part in parts]
+        shape = bench.checkpoint.info(name).shape
+        if len(set(weights)) == 1 and _fill(parts, shape):
+            found[name] = [(everything(shape), weights[0])]
+        else:
+            found[name] = [(part.place, at) for part, at in zip(parts, weights, strict=True)]
+    return found
+
+
+def _vector_parts(bench: Bench) -> dict[str, list[TensorPart]]:
+    """Return the parts of every tensor that holds no matrix, with the names of the matrices that each belongs to."""
+    matrices = bench.layout.matrices
+    projected: dict[str, set[str]] = defaultdict(set)
+    inside: dict[str, set[str]] = defaultdict(set)
+    for m in matrices:
+        projected[m.tensor].add(m.name)
+        for module in _modules(m.tensor):
+            inside[module].add(m.name)
+    cut: dict[str, dict[object, TensorPart]] = defaultdict(dict)
+    for m in matrices:
+        if m.projection != "o" and m.index is None:  # heads have columns of the output in common, not its bias
+            everyone = frozenset(projected[m.tensor])
+            for part in _attached(bench, m, owners=frozenset({m.name}), everyone=everyone):
+                cut[part.tensor][_key(part.place)] = part
+    found = {}
+    for name in bench.entries():
+        if name in projected:
+            continue
+        shape, parts = bench.checkpoint.info(name).shape, list(cut[name].values())
+        owners = next((inside[module] for module in _modules(name) if module in inside), set())
+        found[name] = parts if _fill(parts, shape) else [TensorPart(name, everything(shape), frozenset(owners))]
+    return found
+
+
+def _modules(name: str) -> Iterator[str]:
+    """Yield the modules that a tensor lies in, from the inmost one to the model itself."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _fill(parts: Iterable[TensorPart], shape: tuple[int, ...]) -> bool:
+    """Whether parts that do not overlap are all of a tensor."""
+    return sum(prod(span.stop - span.start for span in part.place) for part in parts) == prod(shape)
 
 
 def _key(place: Place) -> tuple[tuple[int, int], ...]:
@@ -264,7 +334,7 @@ HEADS = ("layer", "head")
 
 
 def change_norms(units: Units, blocks: Blocks, base: Other) -> dict[str, float]:
-    """Return ||W1 - W0||_F of each unit; a part with several owners counts for each of them.
+    """Return ||W1 - W0||_F of each unit; squares of a part with several owners are divided by their number.
 
     Args:
         units: What is measured.
@@ -285,7 +355,8 @@ def change_norms(units: Units, blocks: Blocks, base: Other) -> dict[str, float]:
                 for part in parts:
                     if inside := overlap(part.place, rows):
                         norm = float(torch.linalg.vector_norm(delta[inside[0]], dtype=torch.float64))
-                        squares.update((owner, squares[owner] + norm**2) for owner in part.owners)
+                        share = norm**2 / len(part.owners)
+                        squares.update((owner, squares[owner] + share) for owner in part.owners)
     return {name: value**0.5 for name, value in squares.items()}
 
 

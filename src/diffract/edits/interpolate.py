@@ -27,7 +27,7 @@ class Interpolate(Edit):
     at: Finite
     """The weight a of the other; it may leave 0 to 1."""
     groups: dict[str, Finite] = Field(default_factory=dict)
-    """Other weights by selection, such as {'layers 0-7': 0.3, 'mlp': 0.8}; of several that fit the last counts."""
+    """Other weights by selection, vectors with their matrices: {'layers 0-7': 0.3, 'mlp': 0.8}; the last counts."""
     method: Literal["linear", "slerp"] = "linear"
     """linear, or slerp: along the arc between two tensors."""
     select: str | None = None
@@ -36,11 +36,12 @@ class Interpolate(Edit):
     def plan(self, bench: Bench, draft: Draft) -> Planned:
         """Return changes of every tensor, or of the selected matrices, towards the other's."""
         from diffract.edits.draft import Change
+        from diffract.edits.heads import weighted_places
         from diffract.edits.mixing import interpolate
 
         other = bench.other(self.other)
         changes = {}
-        for name, parts in bench.weighted_places(self.select, self.at, self.groups).items():
+        for name, parts in weighted_places(bench, self.select, weight=self.at, groups=self.groups).items():
             between = interpolate if self.method == "linear" else arc(draft, other, name)
             moved = tuple((place, other.towards(name, at, between)) for place, at in parts if at != 0)
             if moved:

@@ -109,10 +109,11 @@ class Merge(Edit):
     def plan(self, bench: Bench, draft: Draft) -> Planned:
         """Return changes of every tensor, or of the selected matrices, to what the models come to together."""
         from diffract.edits.draft import Change, matrix_changes
+        from diffract.edits.heads import weighted_places
 
         base = None if self.base is None else bench.other(self.base)
         mix = Mix(self, draft, base, others=[bench.other(reference) for reference in self.models.values()])
-        moved = bench.weighted_places(self.select, 1.0, {})
+        moved = weighted_places(bench, self.select, weight=1.0, groups={})
         changes = {name: Change(tuple((p, mix.apply(name)) for p, _ in parts)) for name, parts in moved.items()}
         if self.method in OF_MATRICES:
             changes |= matrix_changes(draft, bench.matrices(self.select, heads=False), mix.of_matrix)

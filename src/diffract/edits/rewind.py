@@ -103,7 +103,7 @@ class Rewind(Edit):
 
     def _choose(self, bench: Bench, draft: Draft, units: Units) -> tuple[tuple[str, ...], dict[str, float]]:
         """Return the units that are rewound, in order, and what each was ordered by."""
-        from diffract.edits.heads import least_first, shuffled
+        from diffract.edits.heads import find_units, least_first, shuffled
 
         if self.heads is not None:
             return units.known(self.heads), {}
@@ -115,7 +115,9 @@ class Rewind(Edit):
         if self.order == "random":
             order = shuffled(units.names, self.seed)
             return tuple(order[::-1][:count] if self.reverse else order[:count]), {}
-        scores = self._scores(bench, draft, units)
+        # A score says where a head stands among all of the model, whichever of them may be chosen.
+        every = self._scores(bench, draft, find_units(bench, self.unit, None))
+        scores = {name: every[name] for name in units.names}
         order = least_first(scores)
         # Scores are changes, of which the least goes first, but for effects on quality: there the best does.
         if self.reverse != (self.order == "greedy"):
@@ -123,6 +125,7 @@ class Rewind(Edit):
         return tuple(order[:count]), scores
 
     def _scores(self, bench: Bench, draft: Draft, units: Units) -> dict[str, float]:
+        """Return what units are ordered by, over all of them."""
         from diffract.edits.heads import change_norms, read_scores, reference_scores
 
         base = bench.other(self.to)

@@ -57,8 +57,8 @@ def search_rewind(
         base: The model that the tuned one descends from, and that its heads go back to.
         tuned: The model that is searched.
         order: The orders in which heads go back, as a list or separated by commas: ``greedy``, ``reference``,
-            ``magnitude``, ``random``, ``first-order``, ``activation``. By default all that can be had. Each but
-            ``random`` is taken in reverse too, as a control.
+            ``magnitude``, ``random``, ``first-order``, ``activation``. By default all that can be had. Each is
+            taken in reverse too, as a control.
         reference: The base tuned on reference text, which order ``reference`` needs.
         eval: The tasks that measure quality, as a list or separated by commas. The first decides, the others are
             reported.

@@ -185,8 +185,8 @@ def activation_changes(model: torch.nn.Module, base: Other, units: Units, sample
     """Return for each head the root of the mean over tokens of the sum over its parts of ||D[P] x||^2.
 
     x is what the part's projection got as input in the tuned model, D = W1 - W0; of an output projection D[P] and x
-    are the head's columns. A part with several owners counts for each of them, as it does in ``head_delta``, of which
-    this is the analogue with real input in place of white noise.
+    are the head's columns. The square of a part with several owners is divided by their number, as in ``head_delta``,
+    of which this is the analogue with real input in place of white noise.
 
     Args:
         model: The tuned model W1, in evaluation mode.
@@ -215,7 +215,7 @@ def activation_changes(model: torch.nn.Module, base: Other, units: Units, sample
             linear = isinstance(module, torch.nn.Linear)
             found = x[:, cols] @ change[part.place].T if linear else x[:, rows] @ change[part.place]
             square = float(torch.linalg.vector_norm(found, dtype=torch.float64).square())
-            squares.update((owner, squares[owner] + square) for owner in part.owners)
+            squares.update((owner, squares[owner] + square / len(part.owners)) for owner in part.owners)
 
     with ExitStack() as hooks, torch.no_grad():
         for name in by_tensor:

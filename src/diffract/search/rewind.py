@@ -62,7 +62,8 @@ def parse_orders(given: str | Sequence[str] | None, *, reference: bool) -> tuple
 def rewind_curves(orders: Sequence[HeadOrder], seeds: int, at: tuple[float, ...]) -> list[SearchCurve]:
     """Return the curves of orders, then the same from their other end; random ones and reversed ones are controls.
 
-    A random order has no reverse: that would be another random one.
+    A random order and its reverse share out the heads: what the one has rewound at a fraction f, the other has at 1 - f
+    left.
     """
     return [
         SearchCurve(
@@ -75,7 +76,6 @@ def rewind_curves(orders: Sequence[HeadOrder], seeds: int, at: tuple[float, ...]
         )
         for reverse in (False, True)
         for order in orders
-        if order != "random" or not reverse
         for seed in range(seeds if order == "random" else 1)
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
@@ -139,6 +140,33 @@ def test_election_against_a_loop(data: st.DataObject, weights: list[float], dtyp
     reference = [reference_entry(column.tolist(), weights) for column in columns]
     # One division, each sum exact.
     np.testing.assert_allclose(got.numpy().ravel(), reference, rtol=2 * torch.finfo(dtype).eps)
+
+
+@given(
+    deltas=st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=6),
+    weights=st.lists(st.sampled_from([0.1, 0.2, 0.3, 0.7, 1.0, 3.0]), min_size=6, max_size=6),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_election_against_exact_arithmetic(deltas: list[float], weights: list[float], dtype: torch.dtype):
+    """The elected sign is that of the exact sum of weights as they are written, or none within its rounding."""
+    exact = [Fraction(str(weight)) * Fraction(d) for d, weight in zip(deltas, weights, strict=False)]
+    vote, cast = sum(exact), sum(map(abs, exact))
+    got = elect_and_merge([torch.tensor([d], dtype=dtype) for d in deltas], weights[: len(deltas)]).item()
+    if abs(vote) > 2 * len(deltas) * Fraction(2.0**-52) * cast:
+        assert got * vote > 0
+    elif vote == 0:
+        assert got == 0
+
+
+def test_sides_of_equal_weight_elect_nobody():
+    """In floating point 0.1 + 0.2 is above 0.3, and in float32 1e8 + 1 is 1e8."""
+    one = torch.ones(3)
+    assert elect_and_merge([one, one, -one], [0.1, 0.2, 0.3]).tolist() == [0, 0, 0]
+    assert elect_and_merge([one / 3, one / 3, -2 * one / 3], [1.0, 1.0, 1.0]).tolist() == [0, 0, 0]
+    assert elect_and_merge([1e8 * one, one, -1e8 * one], [1.0, 1.0, 1.0]).tolist() == [5e7] * 3  # of the two that agree
+    infinite = torch.tensor([torch.inf])
+    assert elect_and_merge([infinite, -infinite / torch.inf], [1.0, 1.0]).isnan().all()
+    assert elect_and_merge([infinite, torch.ones(1)], [1.0, 1.0]).tolist() == [torch.inf]
 
 
 @given(seed=st.integers(0, 1000), count=st.integers(1, 4))
