@@ -15,7 +15,7 @@ demo: setup
 	$(BIN)/diffract demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile # files side by side, one a core
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

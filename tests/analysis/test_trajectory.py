@@ -30,6 +30,7 @@ from tiny_llama import LLAMA, llama_tensors
 STORIES = Path(__file__).parents[3] / "shared" / "data" / "checkpoints" / "hybrid_stories"
 STEPS = (100, 20, 3)
 EXACT = {"check_exact": True}
+FEW = ["stable_rank", "delta_frobenius"]
 
 
 def drifting(steps: int) -> list[dict[str, Tensor]]:
@@ -108,7 +109,7 @@ def test_tables_tell_the_place(series: Path) -> None:
 
 def test_order_does_not_depend_on_how_checkpoints_are_named(series: Path) -> None:
     parts = [series / f"checkpoint-{step}" for step in (100, 3, 20)]
-    one, other = diffract.trajectory(series), diffract.trajectory(*parts)
+    one, other = (diffract.trajectory(*refs, metrics=FEW) for refs in ([series], parts))
     for name in tables.KINDS["trajectory"]:
         assert_frame_equal(getattr(one, name), getattr(other, name), **EXACT)
     backwards = diffract.trajectory(*parts, by="given", select="layers 0, attn.q")
@@ -206,10 +207,11 @@ def test_revisions_of_a_model_on_the_hub(series: Path, monkeypatch: pytest.Monke
 
     with monkeypatch.context() as patch:
         patch.setattr(opening, "open_checkpoint", from_disk)
-        run = diffract.trajectory("org/m@step100", "org/m@step3", "first=org/m@step20", by="step", download=True)
+        refs = ("org/m@step100", "org/m@step3", "first=org/m@step20")
+        run = diffract.trajectory(*refs, by="step", metrics=FEW, download=True)
     assert run.models.select("model", "step").rows() == [("step3", 3), ("first", 20), ("step100", 100)]
     assert asked == 2 * [("org/m@step3", True), ("org/m@step20", True), ("org/m@step100", True)]
-    local = diffract.trajectory(series)
+    local = diffract.trajectory(series, metrics=FEW)
     assert_frame_equal(run.metrics.drop("model"), local.metrics.drop("model"), **EXACT)
 
 
@@ -383,7 +385,7 @@ def test_what_is_wrong_is_said_before_any_work(series: Path, monkeypatch: pytest
 def test_unmatched_tensors_are_listed(series: Path) -> None:
     fewer = {k: v for k, v in llama_tensors(0).items() if "gate" not in k}
     save_file(fewer, series / "checkpoint-20" / "model.safetensors")
-    run = diffract.trajectory(series, allow_unmatched=True)
+    run = diffract.trajectory(series, metrics=FEW, allow_unmatched=True)
     gate = run.tensors.filter(pl.col("tensor").str.contains("layers.0.mlp.gate"))
     assert gate.select("model", "outcome").rows() == [("checkpoint-3", "analysed"), ("checkpoint-100", "unmatched")]
     rows = run.metrics.filter(name="L0.mlp.gate")

@@ -184,7 +184,7 @@ def test_a_killed_process_is_continued(tmp_path: Path) -> None:
     code = (
         "import sys; from diffract.search import search_rewind as s; "
         "s(sys.argv[1], sys.argv[2], order='greedy', eval='own=own.jsonl', data=sys.argv[4], limit=3,"
-        "  fractions='0,0.5,1', output=sys.argv[3], progress=lambda done, total, what: print(done, flush=True))"
+        "  fractions='0,1', output=sys.argv[3], progress=lambda done, total, what: print(done, flush=True))"
     )
     command = [sys.executable, "-c", code, BASE, MATH, str(tmp_path / "run"), str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
