@@ -106,6 +106,7 @@ def compare(
     engine: str = "local",
     cache: bool = True,
     nulls: str = "some",
+    noise: str = "some",
     output: str | Path | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -137,6 +138,9 @@ def compare(
         cache: Use results that are known from earlier, and keep new ones; ``DIFFRACT_CACHE_DIR`` says where.
         nulls: For which matrices nulls that take many draws are drawn: ``some`` are at most 32, spread over roles,
             whose draws cost no more than the rest; ``all``.
+        noise: For which matrices the numbers of a pair are computed of noise too, of the same norm as the change, as
+            ``*_noise``: ``some`` are all where that is cheap, else up to 8 of each role, for a quarter of the work;
+            ``all``, also with the change's row and column norms, as ``*_noise_rowcol``; ``none``.
         output: Write a run folder here, with report.html.
         force: Replace an existing run folder.
         progress: Called with work done, all work, and what was just finished.

@@ -187,6 +187,19 @@ def head_squares(heads: pl.DataFrame) -> Floats:
     return heads["head_delta"].drop_nulls().to_numpy() ** 2
 
 
+def concentration_of_base(heads: pl.DataFrame) -> dict[str, float]:
+    """Return ``head_top10_share_base``: what the top tenth of heads has of ||W0||^2, as of any change in proportion.
+
+    A scaling or a turn of all matrices moves each head by its own norm. NaN where no head's norm is known.
+
+    Args:
+        heads: Rows of one model in ``heads``.
+    """
+    before = (heads["head_delta"] / heads["head_delta_relative"]).drop_nulls().to_numpy() ** 2
+    before = before[np.isfinite(before)]
+    return {"head_top10_share_base": float(top_share(before)) if len(before) else math.nan}
+
+
 def concentration(squares: Floats) -> dict[str, float]:
     """Return the numbers of ``models`` that say how a change is spread over heads; NaN where nothing changed.
 

@@ -50,7 +50,7 @@ def test_a_head_that_stands_out_is_shown_large() -> None:
     assert row["head_top10_share_pvalue"] == 1 / 40
     (large,) = (h for h in headlines(run.tables) if "top tenth of heads" in h.text)
     assert not large.minor
-    assert "times what noise of the same norm has" in large.text
+    assert "times what noise of the same norms gives" in large.text
 
 
 def test_the_noise_of_a_concentration_is_that_of_drawn_matrices() -> None:

@@ -52,6 +52,8 @@ class MetricPlan:
         method: How spectra are computed.
         vectors: Whether singular vectors are saved.
         nulls: Names of the matrices for which nulls that take many draws are drawn; ``None`` for all.
+        noise: Names of the matrices for which noise of equal norm is drawn; ``None`` for all.
+        noises: Which noises are drawn, of ``noise.NOISES``.
         apart: Whether a tuned matrix is analysed alone, like in a scan, and of the pair only what speaks of two.
     """
 
@@ -59,6 +61,8 @@ class MetricPlan:
     method: Method = "auto"
     vectors: bool = False
     nulls: frozenset[str] | None = None
+    noise: frozenset[str] | None = None
+    noises: tuple[str, ...] = ()
     apart: bool = False
 
     @property
@@ -143,7 +147,7 @@ ORDINARY = (1e-60, 1e60)
 """Largest entries between which sums of fourth powers are ordinary numbers."""
 
 
-def _unit(*stacks: Stack) -> Tensor | None:
+def unit_of(*stacks: Stack) -> Tensor | None:
     """Return for each matrix the power of two that makes its largest entry an ordinary number, ``None`` if all are 1.
 
     Whether a matrix is zero, or finite, is a matter of its entries and not of their squares. Only float64 holds entries
@@ -162,7 +166,7 @@ def _unit(*stacks: Stack) -> Tensor | None:
 
 def single_facts(stack: Stack, plan: MetricPlan, device: torch.device) -> StackFacts:
     """Find out what the metrics of one matrix need."""
-    unit = _unit(stack)
+    unit = unit_of(stack)
     if unit is not None:
         return replace(single_facts(stack.over(unit), plan, device), unit=unit.to(device))
     by_gram = takes_gram(stack.dtype, plan.method)
@@ -235,7 +239,7 @@ def pair_facts(pair: StackPair, plan: MetricPlan, device: torch.device) -> tuple
     Returns:
         What is known of the base, and of the tuned and the pair.
     """
-    unit = _unit(pair.base, pair.tuned)
+    unit = unit_of(pair.base, pair.tuned)
     if unit is not None:
         found = pair_facts(pair.over(unit), plan, device)
         return replace(found[0], unit=unit.to(device)), replace(found[1], unit=unit.to(device))
@@ -393,15 +397,27 @@ ONE_AT_A_TIME = Lock()
 them at once spend their time waiting for each other, one beside a thread in a long operation does not."""
 
 
+def numbers(found: StackFacts, metrics: Sequence[Metric]) -> pl.DataFrame:
+    """Return the metrics alone, one row per matrix. What has no value is null."""
+    with ONE_AT_A_TIME:
+        return _settled(pl.DataFrame(_metric_columns(found, metrics, found.in_weights())))
+
+
 def bundle(found: StackFacts, metrics: Sequence[Metric]) -> pl.DataFrame:
     """Return one row per matrix: outcome, metrics, and lists along the spectrum. What has no value is null."""
     for name in {"rowcol_sigmas", "separable"} & behind(fact for m in metrics for fact in m.facts):
         _ = found.facts[name]  # hundreds of decompositions, or an iteration, which others need not wait for
     with ONE_AT_A_TIME:
-        rows = pl.DataFrame(_columns(found, metrics))
-        # Polars' own memory: small arrays that live on among large temporaries keep the allocator from giving these
-        # back, a few MB for each tensor, and memory would grow with the number of layers.
-        return rows.select(pl.all().gather(pl.int_range(len(rows))))
+        return _settled(pl.DataFrame(_columns(found, metrics)))
+
+
+def _settled(rows: pl.DataFrame) -> pl.DataFrame:
+    """Return the rows in Polars' own memory.
+
+    Small arrays that live on among large temporaries keep the allocator from giving these back, a few MB for each
+    tensor, and memory would grow with the number of layers.
+    """
+    return rows.select(pl.all().gather(pl.int_range(len(rows))))
 
 
 def _columns(found: StackFacts, metrics: Sequence[Metric]) -> dict[str, pl.Series]:
@@ -415,12 +431,7 @@ def _columns(found: StackFacts, metrics: Sequence[Metric]) -> dict[str, pl.Serie
         "method": pl.Series(list(spectrum.method) if spectrum else [None] * count, dtype=pl.String),
         "resolved": _numbers(plain["resolved"] if spectrum else None, finite),
     }
-    for metric in metrics:
-        if found.unit is None or metric.degree is None:
-            values = metric(*(plain[fact] for fact in metric.facts))
-        else:  # a matrix needs a unit of its own, and the metric says how it scales
-            values = metric(*(found.facts[fact] for fact in metric.facts)) * found.unit**metric.degree
-        columns[metric.name] = _numbers(values, finite)
+    columns |= _metric_columns(found, metrics, plain)
     asked = {"tail_warnings": "power_law", "bulk_warnings": "bulk"}
     doubts = [found.facts[words] for words, fact in asked.items() if fact in found.facts] or [("",) * count]
     texts = ["; ".join(filter(None, words)) or None for words in zip(*doubts, strict=True)]
@@ -428,6 +439,18 @@ def _columns(found: StackFacts, metrics: Sequence[Metric]) -> dict[str, pl.Serie
     for name, curve in CURVES.items():
         if curve.wanted(found.facts):
             columns[CURVE + name] = _lists(curve.values(plain), finite, ragged=curve.ragged)
+    return columns
+
+
+def _metric_columns(found: StackFacts, metrics: Sequence[Metric], plain: Facts) -> dict[str, pl.Series]:
+    """Return a column for each metric; ``plain`` are the facts of the weights as they are."""
+    finite, columns = found.finite.tolist(), {}
+    for metric in metrics:
+        if found.unit is None or metric.degree is None:
+            values = metric(*(plain[fact] for fact in metric.facts))
+        else:  # a matrix needs a unit of its own, and the metric says how it scales
+            values = metric(*(found.facts[fact] for fact in metric.facts)) * found.unit**metric.degree
+        columns[metric.name] = _numbers(values, finite)
     return columns
 
 

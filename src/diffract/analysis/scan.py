@@ -11,10 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from diffract.analysis.facts import MetricPlan
+from diffract.analysis.noise import NOISES
 from diffract.analysis.notable import add_notable
 from diffract.analysis.tables import Member, assemble
 from diffract.analysis.vectors import read_vectors
-from diffract.analysis.work import AnyTask, Part, Worker, choose_nulls, circuit_tasks, run_all, tensor_tasks
+from diffract.analysis.work import (
+    AnyTask,
+    Part,
+    Worker,
+    choose_noise,
+    choose_nulls,
+    circuit_tasks,
+    run_all,
+    tensor_tasks,
+)
 from diffract.architectures import Architecture
 from diffract.checkpoints import Checkpoint, Reference, open_checkpoint
 from diffract.engine import ENGINES, choose_device
@@ -29,6 +39,8 @@ from diffract.tables import Tables
 METHODS = ("auto", "exact")
 
 NULLS = ("some", "all")
+
+NOISE = ("some", "all", "none")
 
 _NAMED = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]{0,63})=(?P<reference>.+)", re.ASCII)
 
@@ -50,6 +62,7 @@ class Options:
     engine: str = "local"
     cache: bool = True
     nulls: str = "some"
+    noise: str = "none"
     progress: Progress | None = None
 
     def plan(self, *, pair: bool) -> MetricPlan:
@@ -57,6 +70,7 @@ class Options:
         choose("engine", self.engine, ENGINES)
         choose("method", self.method, METHODS)
         choose("nulls", self.nulls, NULLS)
+        choose("noise", self.noise, NOISE)
         return MetricPlan(tuple(choose_metrics(self.metrics, pair=pair)), self.method, self.vectors)
 
     def with_nulls(self, plan: MetricPlan, layout: Layout, tasks: Sequence[AnyTask]) -> MetricPlan:
@@ -65,11 +79,19 @@ class Options:
             return plan
         return replace(plan, nulls=choose_nulls(layout.matrices, sum(task.cost for task in tasks)))
 
+    def with_noise(self, plan: MetricPlan, tasks: Sequence[AnyTask]) -> MetricPlan:
+        """Return the plan with the noises that are drawn, and the matrices chosen for which they are."""
+        if self.noise == "none":
+            return plan
+        if self.noise == "all":
+            return replace(plan, noises=tuple(NOISES))
+        return replace(plan, noises=("noise",), noise=choose_noise(tasks))
+
     def settings(self) -> dict[str, Any]:
         """Return the options as a manifest keeps them."""
         chosen = split_names(self.metrics) if isinstance(self.metrics, str) else self.metrics
         names = None if chosen is None else [m if isinstance(m, str) else m.name for m in chosen]
-        kept = ("select", "heads", "circuits", "vectors", "method", "engine", "nulls")
+        kept = ("select", "heads", "circuits", "vectors", "method", "engine", "nulls", "noise")
         architecture = str(self.architecture) if self.architecture else None
         return {"metrics": names, **{k: getattr(self, k) for k in kept}, "architecture": architecture}
 
@@ -104,7 +126,7 @@ def analyse(
             raise CheckpointError(f"{layouts[0].checkpoint.reference} holds no matrix that could be analysed.")
         if options.circuits:
             tasks += circuit_tasks(layouts)
-        plan = options.with_nulls(plan, layouts[0], tasks)
+        plan = options.with_noise(options.with_nulls(plan, layouts[0], tasks), tasks)
         # the cache keeps no vectors, so whatever is to be saved has to be computed
         cache = (
             stack.enter_context(Cache(cache_folder(), most_bytes=MOST_BYTES))

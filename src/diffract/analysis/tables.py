@@ -14,8 +14,16 @@ import torch
 
 from diffract import tables
 from diffract.analysis.facts import CURVE, MetricPlan
+from diffract.analysis.noise import glossary, over_noise
 from diffract.analysis.work import CIRCUITS, Part
-from diffract.attention import compared_heads, concentration, concentration_noise, head_squares, query_heads
+from diffract.attention import (
+    compared_heads,
+    concentration,
+    concentration_noise,
+    concentration_of_base,
+    head_squares,
+    query_heads,
+)
 from diffract.matrices import Layout
 from diffract.matrices.lineage import Lineage
 from diffract.metrics.catalog import GROUPS
@@ -89,6 +97,9 @@ def model_numbers(base: pl.DataFrame, tuned: pl.DataFrame, heads: pl.DataFrame) 
     pairs = pairs.filter(pl.col("delta_frobenius").is_not_null()).with_columns(d2=pl.col("delta_frobenius") ** 2)
     before = float(pairs["base_squares"].sum()) if pairs["base_squares"].null_count() == 0 else 0.0
     numbers["delta_relative"] = math.sqrt(float(pairs["d2"].sum()) / before) if before else math.nan
+    if "delta_rounding_floor" in pairs.columns:
+        floor = float((pairs["delta_rounding_floor"] ** 2).sum())
+        numbers["rounding_relative"] = math.sqrt(floor / before) if before else math.nan
     for name in ("value_share", "value_share_chance", "spectral_shift_share"):
         numbers[name] = _mean(pairs, name, pl.col("d2"))
     slices = base.select(
@@ -96,7 +107,8 @@ def model_numbers(base: pl.DataFrame, tuned: pl.DataFrame, heads: pl.DataFrame) 
     ).filter(pl.any_horizontal(pl.col("head", "kv_head").is_not_null()))
     slices = slices.join(pairs.select("name", change="d2"), on="name", how="left", maintain_order="left")
     noise = concentration_noise(query_heads(base), slices.with_columns(pl.col("change").fill_null(math.nan)))
-    return _plain(numbers | concentration(head_squares(heads)) | noise)
+    spread = concentration(head_squares(heads)) | concentration_of_base(heads) | noise
+    return _plain(numbers | spread) | over_noise(pairs)
 
 
 def with_lineage(models: pl.DataFrame, found: Sequence[Lineage | None]) -> pl.DataFrame:
@@ -117,7 +129,10 @@ def with_lineage(models: pl.DataFrame, found: Sequence[Lineage | None]) -> pl.Da
     return marked.with_columns(pl.when(~stranger).then(pl.col(name)).alias(name) for name in changes)
 
 
-CHANGES = ("changed_share", "delta_", "value_share", "spectral_shift", "head_")
+CHANGES = (
+    *("changed_share", "delta_", "rounding_", "value_share", "spectral_shift", "sigma_change", "head_"),
+    *("intruders", "left_", "right_", "noise_"),
+)
 """How the names of numbers of a whole change begin."""
 
 SUMMARISED = ("pl_alpha", "alpha_hat", "log10_alpha_norm")
@@ -184,17 +199,19 @@ def assemble(
     parts = _in_order(members, parts)
     rows, spectra = _metrics(members, parts), _spectra(members, parts)
     names = [m.name for m in plan.metrics]
-    metrics = rows.select(*tables.LABELS, *tables.OUTCOME, *(n for n in names if n in rows.columns))
+    noises = glossary(plan)
+    metrics = rows.select(*tables.LABELS, *tables.OUTCOME, *(n for n in (*names, *noises) if n in rows.columns))
     heads = compared_heads(metrics)
     models = _models(members, metrics, heads, digests)
     metrics = pooled_peaks(metrics, spectra)
     groups = {m.name: group for group, members in GROUPS.items() for m in members}
-    glossary = {
+    meanings = {
         m.name: {name: getattr(m, name) for name in TOLD} | {"group": groups.get(m.name, "")} for m in plan.metrics
     }
+    meanings |= {name: meaning for name, meaning in noises.items() if name in metrics.columns}
     if POOLED in metrics.columns:
-        glossary[POOLED] = MEANING
-    described = describe(members, models, manifest, glossary=glossary, warnings=row_warnings(metrics))
+        meanings[POOLED] = MEANING
+    described = describe(members, models, manifest, glossary=meanings, warnings=row_warnings(metrics))
     frames = {"metrics": metrics, "spectra": spectra, "models": models, "tensors": tensor_table(members)}
     return tables.Tables(described, frames | ({"heads": heads} if manifest["kind"] == "compare" else {}))
 

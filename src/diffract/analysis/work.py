@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
@@ -11,8 +12,9 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from diffract.analysis.facts import MetricPlan, StackFacts, StackPair, bundle, pair_facts, single_facts
+from diffract.analysis.facts import MetricPlan, StackFacts, StackPair, bundle, numbers, pair_facts, single_facts
 from diffract.analysis.held import Held
+from diffract.analysis.noise import noise_facts, tells
 from diffract.checkpoints import Checkpoint, Factors, TensorInfo, as_bytes
 from diffract.engine import run_tasks
 from diffract.errors import SelectionError, printable
@@ -27,6 +29,15 @@ from diffract.store import Cache, cache_key
 PAIR_COST = 4
 """Work of comparing two matrices, in scans of one."""
 
+MOST_NOISE = 8
+"""Matrices of each role for which noise is drawn unless it is drawn for all."""
+
+NOISE_SHARE = 0.25
+"""What noise may cost, of the plan."""
+
+SMALL_PLAN = 1.2e11
+"""A plan so cheap, some ten seconds of one core, that noise is drawn for all of its matrices."""
+
 MOST_NULLS = 32
 """Matrices for which nulls are drawn unless all are asked for."""
 
@@ -36,6 +47,9 @@ FREE_COST = 6e10
 BLOCK_ENTRIES = 1 << 22
 """Entries read at once of each checkpoint's tensor where only sums over a tensor that is too large to be kept are
 wanted."""
+
+NOISE_VERSION = 1
+"""Raised when other noise is drawn."""
 
 GRAMS = "grams"
 """The one column of a part that a ``HeadTask`` yields."""
@@ -215,27 +229,57 @@ class Outcome:
     digests: dict[int, str] = field(default_factory=dict)
 
 
-def choose_nulls(matrices: Sequence[Matrix], cost: float) -> frozenset[str]:
-    """Return the names of the matrices for which nulls are drawn unless all are asked for.
+def in_turns(matrices: Sequence[Matrix]) -> list[Matrix]:
+    """Return matrices in the order in which some of them are chosen to be drawn for.
 
-    Roles (block and projection) take turns, the cheapest matrix first, each role's own in a seeded random order, until
-    ``MOST_NULLS`` are chosen or what they cost, foretold from shapes, equals the rest of the plan or ``FREE_COST``.
-
-    Args:
-        matrices: Those of one model.
-        cost: Of the rest of the plan, as tasks tell it.
+    Roles (block and projection) take turns, the cheapest matrix first; each role's own are in a seeded random order.
     """
     roles: dict[tuple[str | None, str | None], list[Matrix]] = {}
     for m in matrices:
         roles.setdefault((m.block, m.projection), []).append(m)
     orders = [torch.randperm(len(role), generator=torch.Generator().manual_seed(0)).tolist() for role in roles.values()]
     shuffled = [[role[i] for i in order] for role, order in zip(roles.values(), orders, strict=True)]
-    turns = sorted(((turn, DRAWS * scan_cost([m]), m.name) for role in shuffled for turn, m in enumerate(role)))
+    turns = [(turn, scan_cost([m]), m.name, m) for role in shuffled for turn, m in enumerate(role)]
+    return [m for *_, m in sorted(turns, key=lambda one: one[:3])]
+
+
+def choose_nulls(matrices: Sequence[Matrix], cost: float) -> frozenset[str]:
+    """Return the names of the matrices for which nulls are drawn unless all are asked for.
+
+    They are chosen ``in_turns`` until there are ``MOST_NULLS``, or what they cost, foretold from shapes, equals the
+    rest of the plan or ``FREE_COST``.
+
+    Args:
+        matrices: Those of one model.
+        cost: Of the rest of the plan, as tasks tell it.
+    """
     chosen, spent = [], 0.0
-    for _, price, name in turns:
+    for m in in_turns(matrices):
+        price = DRAWS * scan_cost([m])
         if len(chosen) < MOST_NULLS and spent + price <= max(cost, FREE_COST):
-            chosen.append(name)
+            chosen.append(m.name)
             spent += price
+    return frozenset(chosen)
+
+
+def choose_noise(tasks: Sequence[AnyTask]) -> frozenset[str]:
+    """Return the names of the matrices for which noise is drawn unless it is asked for all or for none.
+
+    All of a ``SMALL_PLAN``. Else they are chosen ``in_turns``, ``MOST_NOISE`` of each role, as long as together they
+    cost no more than ``NOISE_SHARE`` of the plan, foretold from shapes: each role has one before any has two.
+    """
+    plan = sum(task.cost for task in tasks)
+    paired = {m.name: len(t.tuned) for t in tasks if isinstance(t, TensorTask) for m in t.matrices if t.tuned}
+    matrices = [m for t in tasks if isinstance(t, TensorTask) for m in t.matrices if t.tuned]
+    if plan <= SMALL_PLAN:
+        return frozenset(paired)
+    chosen, spent, counts = [], 0.0, Counter()
+    for m in in_turns(matrices):
+        role, price = (m.block, m.projection), PAIR_COST * paired[m.name] * scan_cost([m])
+        if counts[role] < MOST_NOISE and spent + price <= NOISE_SHARE * plan:
+            chosen.append(m.name)
+            spent += price
+            counts[role] += 1
     return frozenset(chosen)
 
 
@@ -308,20 +352,47 @@ class Worker:
         return self._known_or_new(keys, batch, lambda: [single_facts(one.stack(batch), self.plan, self.device)])
 
     def _compare(self, task: TensorTask, batch: tuple[Matrix, ...], held: Mapping[int, Held]) -> list[Part]:
-        """Return the parts of the base, once, and of each tuned checkpoint."""
+        """Return the parts of the base, once, and of each tuned checkpoint, beside its numbers those of noise."""
         base, parts = held[task.model], []
         for i in task.tuned:
-            tuned, factors = held[i], self.checkpoints[i].factors
-            change = cut_factors(factors[task.tensor](), batch) if task.tensor in factors else None
+            tuned, factors = held[i], self.checkpoints[i].factors.get(task.tensor)
+            change = factors and factors()
 
-            def compute(tuned: Held = tuned, change: LowRank | None = change) -> Sequence[StackFacts]:
-                pair = StackPair(base.stack(batch), tuned.stack(batch), change)
-                return pair_facts(pair, self.plan, self.device)
+            def stacks(of: Sequence[Matrix], tuned: Held = tuned, change: Factors | None = change) -> StackPair:
+                return StackPair(base.stack(of), tuned.stack(of), change and cut_factors(change, of))
 
-            content = ["compare", base.digest, tuned.digest, factor_digest(change)]
-            found = self._known_or_new(self._keys([task.model, i], batch, content), batch, compute)
-            parts += found if not parts else found[1:]
+            def compute(stacks: Callable[[Sequence[Matrix]], StackPair] = stacks) -> Sequence[StackFacts]:
+                return pair_facts(stacks(batch), self.plan, self.device)
+
+            content = [base.digest, tuned.digest, factor_digest(change and cut_factors(change, batch))]
+            keys = self._keys([task.model, i], batch, ["compare", *content])
+            *before, last = self._known_or_new(keys, batch, compute)
+            noise = self._noise(batch, content, stacks)
+            parts += [*(before if not parts else ()), replace(last, rows=last.rows.hstack(noise))]
         return parts
+
+    def _noise(
+        self, batch: Sequence[Matrix], content: Sequence[str], stacks: Callable[[Sequence[Matrix]], StackPair]
+    ) -> list[pl.Series]:
+        """Return what metrics of a pair are of noise of equal norm, null for matrices for which none is drawn."""
+        drawn = [m for m in batch if self.plan.noise is None or m.name in self.plan.noise]
+        metrics = tuple(filter(tells, self.plan.metrics))
+        if not drawn or not metrics:
+            return []
+        plan, columns = replace(self.plan, metrics=metrics, vectors=False), []
+        places = {m.name: i for i, m in enumerate(drawn)}
+        spread = pl.Series([places.get(m.name) for m in batch], dtype=pl.UInt32)
+        for kind in self.plan.noises:
+            seeds = [[m.name, m.slice_key] for m in drawn]
+            key = cache_key(kind, NOISE_VERSION, *content, seeds, plan.key, self.device.type)
+            rows = self.cache.get(key) if self.cache else None
+            if rows is None:
+                found = noise_facts(stacks(drawn), list(places), kind, find=lambda p: pair_facts(p, plan, self.device))
+                rows = numbers(found, metrics)
+                if self.cache:
+                    self.cache.put(key, rows)
+            columns += [column.gather(spread).rename(f"{column.name}_{kind}") for column in rows]
+        return columns
 
     def _apart(self, task: TensorTask, batch: tuple[Matrix, ...], held: Mapping[int, Held]) -> list[Part]:
         """Return the part of the last checkpoint: its rows as a scan has them, beside them what the pair adds."""

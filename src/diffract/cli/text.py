@@ -88,6 +88,7 @@ def sum_up_analysis(run: Run, given: Given) -> dict[str, Any]:
 
 
 def _model_sentence(row: Mapping[str, Any]) -> str:
+    from diffract.report.words import BEYOND, beside_noise, is_rounding, times
     from diffract.settings import size_text
 
     head = f"{row['model']} ({row['role']}, {row['family']}): "
@@ -95,14 +96,17 @@ def _model_sentence(row: Mapping[str, Any]) -> str:
         return f"{head}{size_text(row['parameters'], '')} parameters, {row['matrices']} matrices"
     if row.get("lineage") == "stranger":
         return f"{head}no descendant of the base"
-    parts = [f"relative change {number(row.get('delta_relative'))}"]
-    for quantity, text in (
-        ("value_share", "of it in singular values"),
-        ("head_top10_share", "of attention's part in the top tenth of heads"),
-    ):
-        share, noise = row.get(quantity), row.get(f"{quantity}_noise")
-        if share is not None and noise is not None:
-            parts.append(f"{percent(share)} {text} (noise of the same norm {percent(noise)})")
+    relative = f"relative change {number(row.get('delta_relative'))}"
+    if is_rounding(row):
+        return f"{head}{relative}, no more than rounding to the stored dtype alone would cause"
+    parts = [relative]
+    for quantity, text in BEYOND.items():
+        if (excess := row.get(f"{quantity}_excess")) is not None:
+            parts.append(f"{times(excess)} {text} {beside_noise(row, quantity)}")
+    share, noise = row.get("head_top10_share"), row.get("head_top10_share_noise")
+    if share is not None and noise is not None:
+        text = "of attention's part in the top tenth of heads"
+        parts.append(f"{percent(share)} {text} (noise of the same norms {percent(noise)})")
     return head + "; ".join(parts)
 
 

@@ -14,21 +14,23 @@ LONG_TAIL = 50
 """Eigenvalues from which on a fitted tail is called long; below it, exponents scatter widely."""
 
 STANDS_OUT = 1.2
-"""A share of the change is shown large from so many times what noise has on, or below its inverse."""
+"""A number of the change is shown large from so many times what noise has on."""
 
-BY_CHANCE = 0.05
-"""A p-value beyond which a difference from noise is taken for chance."""
+BY_CHANCE = 0.01
+"""A p-value beyond which a difference from noise is taken for chance: a page shows several."""
+
+HEADS_BY_CHANCE = 0.05
+"""The same for the share of the top heads, whose 39 draws give 1 / 40 at least."""
 
 CIRCUITS = ("qk", "ov")
 
 OF_HEADS = "head_top10_share"
 
-SHARES = {
-    "value_share": "of the change lies in singular values",
-    "spectral_shift_share": "of the change is what moving the singular values alone would take (Mirsky)",
-    OF_HEADS: "of the change in attention is carried by the top tenth of heads",
+BEYOND = {
+    "value_share": "as much of the change lies in singular values",
+    "spectral_shift_share": "as much of the change is what moving singular values alone would take (Mirsky)",
 }
-"""Shares of a tuned model's change that are said beside those of noise."""
+"""Numbers of a tuned model's change that are said as multiples of those of noise."""
 
 
 @dataclass(frozen=True)
@@ -84,22 +86,59 @@ def _of_tuned(row: dict[str, Any]) -> list[Headline]:
         text = "is the size of the change of all matrices relative to the base (Frobenius norm)"
         if (changed := row.get("changed_share")) is not None:
             text += f"; {changed:.1%} of their entries differ"
+        if is_rounding(row):
+            text += ", no more than rounding to the stored dtype alone would cause"
         found.append(Headline(name, percent(relative), text + "."))
-    return found + [h for quantity, text in SHARES.items() for h in _beside_noise(row, quantity, text)]
+    if is_rounding(row):  # whose size follows the entries', which noise of one variance does not
+        return found
+    for quantity, text in BEYOND.items():
+        if (excess := row.get(f"{quantity}_excess")) is not None:
+            clear = excess >= STANDS_OUT and row[f"{quantity}_pvalue"] <= BY_CHANCE
+            found.append(Headline(name, times(excess), f"{text} {beside_noise(row, quantity)}.", minor=not clear))
+    return found + _of_top_heads(row)
 
 
-def _beside_noise(row: dict[str, Any], quantity: str, text: str) -> list[Headline]:
-    """A share of the change beside that of noise of the same norm; nothing where the noise's is not known.
+def is_rounding(row: dict[str, Any]) -> bool:
+    """Whether a model's change is no larger than what rounding it to its stored dtype alone would cause."""
+    size, floor = row.get("delta_relative"), row.get("rounding_relative")
+    return size is not None and floor is not None and size < STANDS_OUT * floor
 
-    Alone such a share says nothing: of plain noise nearly all lies in singular vectors, and some tenth of heads always
-    carries most. It is shown large only where it is another than the noise's.
+
+def beside_noise(row: dict[str, Any], quantity: str) -> str:
+    """Return what a number that has an excess over noise of equal norm stands beside, and of how many matrices."""
+    noise, excess = row[f"{quantity}_noise"], row[f"{quantity}_excess"]
+    count, of = row["noise_matrices"], row["noise_of"]
+    part = f"{of:,.0f}" if count == of else f"{count:,.0f} of {of:,.0f}"
+    return (
+        f"as of noise of the same norm ({percent(noise * excess)} beside {percent(noise)}, medians of {part} matrices)"
+    )
+
+
+def times(excess: float) -> str:
+    """A ratio for people.
+
+    >>> times(8.16), times(0.0421), times(128.4)
+    ('8.2 times', '0.042 times', '128 times')
     """
-    share, noise = row.get(quantity), row.get(f"{quantity}_noise")
+    return f"{excess:.0f} times" if excess >= 100 else f"{excess:.2g} times"
+
+
+def _of_top_heads(row: dict[str, Any]) -> list[Headline]:
+    """Concentration over heads beside that of noise of the same norms; nothing where that is not known.
+
+    Some tenth of heads always carries most. A scaling or a turn of all matrices moves each head by its own norm, so the
+    share is shown large only where it is larger than both what noise gives and what the weights themselves have.
+    """
+    share, noise = row.get(OF_HEADS), row.get(f"{OF_HEADS}_noise")
     if share is None or not noise:
         return []
-    told = f"{text}: {share / noise:.2f} times what noise of the same norm has ({percent(noise)})."
-    alike = 1 / STANDS_OUT < share / noise < STANDS_OUT or (row.get(f"{quantity}_pvalue") or 0.0) > BY_CHANCE
-    return [Headline(printable(row["model"], 60), percent(share), told, minor=alike)]
+    even = row.get(f"{OF_HEADS}_base")
+    text = "of the change in attention is carried by the top tenth of heads: "
+    text += f"{share / noise:.2f} times what noise of the same norms gives ({percent(noise)})"
+    text += f"; of the weights themselves the top tenth has {percent(even)}." if even is not None else "."
+    level = STANDS_OUT * max(noise, even or 0.0)
+    alike = share < level or (row.get(f"{OF_HEADS}_pvalue") or 0.0) > HEADS_BY_CHANCE
+    return [Headline(printable(row["model"], 60), percent(share), text, minor=alike)]
 
 
 def _of_domain(row: dict[str, Any]) -> list[Headline]:
@@ -109,7 +148,7 @@ def _of_domain(row: dict[str, Any]) -> list[Headline]:
     if (relative := row.get("attention_delta_relative")) is not None:
         text = "is the size of the change in attention relative to the base (Frobenius norm)."
         found.append(Headline(name, percent(relative), text))
-    found += _beside_noise(row, OF_HEADS, SHARES[OF_HEADS])
+    found += _of_top_heads(row)
     if (shared := row.get("shared_share")) is not None:
         text = "of the change lies along the mean change of the other domains."
         found.append(Headline(name, percent(shared), text))
