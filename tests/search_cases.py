@@ -8,7 +8,7 @@ from pathlib import Path
 import polars as pl
 
 from diffract.evaluate import Task
-from diffract.tables import ITEM_SCORES
+from diffract.schemas import ITEM_SCORES
 
 SAMPLES = Path(__file__).parents[1] / "samples" / "tiny-olmo2"
 BASE, MATH, NATURAL, CODE = (str(SAMPLES / name) for name in ("base", "math", "natural", "code"))

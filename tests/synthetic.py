@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.special import log_ndtr
 
-from diffract.tables import FORMAT, KINDS, MANIFEST
+from diffract.schemas import KINDS
+from diffract.tables import FORMAT, MANIFEST
 
 Array = NDArray[np.float64]
 LAYERS, HEADS, KV_HEADS, WIDTH, HEAD = 4, 6, 2, 48, 8

@@ -11,7 +11,7 @@ import pytest
 from polars.testing import assert_frame_equal
 
 import diffract
-from diffract import tables
+from diffract import schemas, tables
 
 SAMPLES = Path(__file__).parents[1] / "samples" / "tiny-olmo2"
 DOMAINS = ["natural", "math", "code", "instructions"]
@@ -25,7 +25,7 @@ def saved(family: tuple[Path, Path], tmp_path: Path) -> Path:
 
 
 def test_a_run_folder_comes_back_whole(saved: Path, family: tuple[Path, Path]) -> None:
-    names = list(tables.KINDS["heads"])
+    names = list(schemas.KINDS["heads"])
     assert sorted(p.name for p in saved.iterdir()) == sorted(
         [*(f"{name}.parquet" for name in names), "manifest.json", "report.html"]
     )
@@ -41,9 +41,9 @@ def test_a_run_folder_comes_back_whole(saved: Path, family: tuple[Path, Path]) -
 
 def test_columns_are_the_schemas(saved: Path) -> None:
     found = tables.load(saved, "heads")
-    for name, schema in tables.KINDS["heads"].items():
+    for name, schema in schemas.KINDS["heads"].items():
         assert dict(list(getattr(found, name).schema.items())[: len(schema)]) == schema
-    assert set(found.models.schema.dtypes()[len(tables.MODELS) :]) == {pl.Float64}
+    assert set(found.models.schema.dtypes()[len(schemas.MODELS) :]) == {pl.Float64}
 
 
 def test_folders_are_written_whole_or_not(saved: Path, family: tuple[Path, Path]) -> None:
@@ -68,14 +68,14 @@ def test_another_kind_of_run_is_told(saved: Path, tmp_path: Path) -> None:
         tables.load(tmp_path / "scan", "heads")
 
 
-@pytest.mark.parametrize("name", tables.KINDS["heads"])
+@pytest.mark.parametrize("name", schemas.KINDS["heads"])
 def test_a_damaged_table_is_named(saved: Path, name: str) -> None:
     file = saved / f"{name}.parquet"
     content = file.read_bytes()
     file.write_bytes(content[: len(content) // 2])
     with pytest.raises(diffract.RunError, match="damaged"):
         diffract.load_run(saved)
-    column = next(iter(tables.KINDS["heads"][name]))
+    column = next(iter(schemas.KINDS["heads"][name]))
     getattr(diffract.load_run(_restored(saved, file, content)), name).drop(column).write_parquet(file)
     with pytest.raises(diffract.RunError, match=rf"{name}\.parquet lacks {column}"):
         diffract.load_run(saved)

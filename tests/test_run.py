@@ -12,7 +12,8 @@ from polars.testing import assert_frame_equal
 
 import diffract
 from diffract.report import PAGES
-from diffract.tables import KINDS, MANIFEST, new_manifest
+from diffract.schemas import KINDS
+from diffract.tables import MANIFEST, new_manifest
 
 EARLIER = Path(__file__).parent / "earlier"
 """A run folder of each kind as the first version of the layout wrote them."""

@@ -78,7 +78,7 @@ def trainer(folder: Path, *callbacks: tf.TrainerCallback, net: torch.nn.Module |
 
 def numbers(rows: pl.DataFrame) -> pl.DataFrame:
     """What does not depend on where the model lay."""
-    return rows.drop("model", *diffract.tables.TIMELINE, strict=False)
+    return rows.drop("model", *diffract.schemas.TIMELINE, strict=False)
 
 
 @pytest.fixture(autouse=True)

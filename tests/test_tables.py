@@ -12,7 +12,7 @@ import pytest
 from polars.testing import assert_frame_equal
 
 import diffract
-from diffract import store, tables
+from diffract import schemas, store, tables
 
 
 @pytest.fixture
@@ -22,12 +22,12 @@ def saved(tmp_path: Path) -> Path:
 
 def test_columns_are_the_schemas(saved: Path) -> None:
     found = tables.load(saved)
-    first = {**tables.LABELS, **tables.OUTCOME}
+    first = {**schemas.LABELS, **schemas.OUTCOME}
     assert dict(list(found.metrics.schema.items())[: len(first)]) == first
     assert set(found.metrics.schema.dtypes()[len(first) :]) == {pl.Float64}
-    assert dict(found.spectra.schema) == tables.SPECTRA
-    assert dict(found.models.schema) == tables.MODELS
-    assert dict(found.tensors.schema) == tables.TENSORS
+    assert dict(found.spectra.schema) == schemas.SPECTRA
+    assert dict(found.models.schema) == schemas.MODELS
+    assert dict(found.tensors.schema) == schemas.TENSORS
     assert found.manifest["kind"] == "scan"
     assert found.manifest["diffract"] == diffract.__version__
 
@@ -125,7 +125,7 @@ def test_a_file_is_whole_or_absent(tmp_path: Path) -> None:
 def test_a_comparison_of_before_gets_its_heads_when_it_is_read(family: tuple[Path, Path], tmp_path: Path) -> None:
     run = diffract.compare(*family, output=tmp_path / "run")
     kept = pl.read_parquet(tmp_path / "run" / "heads.parquet")
-    assert dict(kept.schema) == tables.HEADS
+    assert dict(kept.schema) == schemas.HEADS
     assert_frame_equal(kept, run.heads)
     drawn = [diffract.plot(kind, tmp_path / "run").to_json() for kind in ("heads", "lorenz")]
     (tmp_path / "run" / "heads.parquet").unlink()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 from torch import Tensor, nn
 
-from diffract import store, tables
+from diffract import schemas, store, tables
 from diffract._version import __version__
 from diffract.api import compare, scan
 from diffract.checkpoints import Checkpoint, Reference, TensorWriter, open_checkpoint
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 START = "start"
 """The base that is the model as training begins."""
 
-NAMED = tables.LABELS | tables.OUTCOME | tables.TIMELINE
+NAMED = schemas.LABELS | schemas.OUTCOME | schemas.TIMELINE
 """Columns of the table before those of the metrics."""
 
 EVERY = 500
@@ -225,7 +225,7 @@ def placed(found: pl.DataFrame, *, step: int, tokens: int | None, order: int) ->
         order: Measurements so far.
     """
     where = {"order": order, "step": step, "tokens": tokens}
-    columns = [pl.lit(where.get(name), dtype).alias(name) for name, dtype in tables.TIMELINE.items()]
+    columns = [pl.lit(where.get(name), dtype).alias(name) for name, dtype in schemas.TIMELINE.items()]
     rows = found.with_columns(pl.lit(f"step{step}").alias("model"), *columns)
     return rows.select(*NAMED, pl.exclude(*NAMED))
 

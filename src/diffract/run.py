@@ -28,7 +28,7 @@ SHOWN_ROWS = 8
 class Run:
     """What a scan, a comparison, a trajectory, an evaluation, a search or a study found.
 
-    A table is an item, ``run["metrics"]``, and an attribute, ``run.metrics``; ``diffract.tables`` says which tables a
+    A table is an item, ``run["metrics"]``, and an attribute, ``run.metrics``; ``diffract.schemas`` says which tables a
     kind of run has and what their columns mean.
 
     Attributes:

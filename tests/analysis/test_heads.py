@@ -14,7 +14,7 @@ import torch
 from polars.testing import assert_frame_equal
 
 import diffract
-from diffract import tables
+from diffract import schemas
 from diffract.attention import head_sums, query_heads
 from tiny_llama import llama_tensors
 
@@ -287,7 +287,7 @@ def test_one_domain_has_no_pairs(domains: list[str]) -> None:
     for name in ("domains", "scores"):
         table = getattr(run, name)
         assert table.height == 0
-        assert dict(table.schema) == tables.KINDS["heads"][name]
+        assert dict(table.schema) == schemas.KINDS["heads"][name]
     for column in ("shared_cosine", "shared_share", "specific_delta", "agnostic_share"):
         assert run.heads[column].null_count() == 8
 

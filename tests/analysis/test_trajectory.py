@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import diffract
-from diffract import tables
+from diffract import schemas
 from diffract.analysis import scan as opening
 from diffract.analysis import trajectory, work
 from diffract.analysis.trajectory import peaks_appear
@@ -95,11 +95,11 @@ def test_every_change_has_the_numbers_of_its_comparison(
 
 def test_tables_tell_the_place(series: Path) -> None:
     run = diffract.trajectory(f"tokens3B={series / 'checkpoint-20'}", series / "checkpoint-100", by="step")
-    assert run.models.select("model", *tables.TIMELINE).rows() == [
+    assert run.models.select("model", *schemas.TIMELINE).rows() == [
         ("tokens3B", 0, None, 20, 3_000_000_000),
         ("checkpoint-100", 1, None, 100, None),
     ]
-    assert dict(run.metrics.select(*tables.TIMELINE).schema) == tables.TIMELINE
+    assert dict(run.metrics.select(*schemas.TIMELINE).schema) == schemas.TIMELINE
     assert run.metrics.group_by("model", maintain_order=True).agg(pl.col("order", "step").unique()).rows() == [
         ("tokens3B", [0], [20]),
         ("checkpoint-100", [1], [100]),
@@ -110,7 +110,7 @@ def test_tables_tell_the_place(series: Path) -> None:
 def test_order_does_not_depend_on_how_checkpoints_are_named(series: Path) -> None:
     parts = [series / f"checkpoint-{step}" for step in (100, 3, 20)]
     one, other = (diffract.trajectory(*refs, metrics=FEW) for refs in ([series], parts))
-    for name in tables.KINDS["trajectory"]:
+    for name in schemas.KINDS["trajectory"]:
         assert_frame_equal(getattr(one, name), getattr(other, name), **EXACT)
     backwards = diffract.trajectory(*parts, by="given", select="layers 0, attn.q")
     assert backwards.models["step"].to_list() == [100, 3, 20]
@@ -120,7 +120,7 @@ def test_order_does_not_depend_on_how_checkpoints_are_named(series: Path) -> Non
 def test_a_run_folder_comes_back_whole(series: Path, tmp_path: Path) -> None:
     run = diffract.trajectory(series, output=tmp_path / "run", against="first")
     loaded = diffract.load_run(tmp_path / "run")
-    for name in tables.KINDS["trajectory"]:
+    for name in schemas.KINDS["trajectory"]:
         assert_frame_equal(getattr(run, name), getattr(loaded, name), **EXACT)
     assert loaded.manifest["kind"] == "trajectory"
     assert {k: loaded.manifest["settings"][k] for k in ("by", "against", "heads")} == {
@@ -346,7 +346,7 @@ def test_an_interrupted_run_continues_to_the_same_result(
     calls = interrupt_after(10**6, monkeypatch)
     run = diffract.trajectory(series, output=tmp_path / "run")
     assert len(calls) == 2 * 16 - 20  # two pairs of 16 tensors
-    for name in tables.KINDS["trajectory"]:
+    for name in schemas.KINDS["trajectory"]:
         assert_frame_equal(getattr(run, name), getattr(undisturbed, name), **EXACT)
 
 

@@ -13,7 +13,7 @@ import diffract
 from diffract.analysis import held as stack
 from diffract.metrics import CATALOG, GROUPS
 from diffract.metrics.peaks import peak_count
-from diffract.tables import LABELS, OUTCOME
+from diffract.schemas import LABELS, OUTCOME
 
 QUICK = [m.name for group, rows in GROUPS.items() if group != "p_values" for m in rows]
 

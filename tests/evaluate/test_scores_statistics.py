@@ -8,7 +8,7 @@ import pytest
 
 from diffract.errors import RunError
 from diffract.evaluate import Task, paired, summarise
-from diffract.tables import ITEM_SCORES
+from diffract.schemas import ITEM_SCORES
 
 BITS = Task("text", "bits", "held-out", "k", "lower", "bits per byte")
 GSM = Task("gsm", "exact", "held-out", "k", "higher", "accuracy")

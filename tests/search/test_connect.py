@@ -14,8 +14,9 @@ from polars.testing import assert_frame_equal
 from diffract.api import evaluate
 from diffract.errors import CheckpointError, SelectionError
 from diffract.run import Run
+from diffract.schemas import KINDS
 from diffract.search import Estimate, connect
-from diffract.tables import KINDS, load
+from diffract.tables import load
 from search_cases import BASE, CODE, MATH, NATURAL
 
 TASKS = "math,easy=word-problems:1"

@@ -18,10 +18,11 @@ from diffract.edits import LiveModel, Rewind
 from diffract.errors import CheckpointError, CorpusError, RunError, SelectionError
 from diffract.evaluate import Evaluator, holm, load_subject, load_tasks, paired
 from diffract.run import Run
+from diffract.schemas import KINDS
 from diffract.search import Estimate, search_rewind
 from diffract.search.scorer import refuse_overlap
 from diffract.search.stage import SearchRequest, working
-from diffract.tables import KINDS, load
+from diffract.tables import load
 from search_cases import BASE, MATH, NATURAL, score_frame
 
 TASKS = "math,easy=word-problems:1"

@@ -14,8 +14,9 @@ from diffract.edits import LiveModel, Truncate
 from diffract.errors import SelectionError
 from diffract.evaluate import Evaluator, load_subject, load_tasks
 from diffract.run import Run
+from diffract.schemas import KINDS
 from diffract.search import Estimate, search_truncate
-from diffract.tables import KINDS, load
+from diffract.tables import load
 from search_cases import BASE, MATH
 
 FAST: dict[str, Any] = {"eval": "math=word-problems:1", "limit": 6, "fractions": "0,0.5,0.9,1", "seeds": 2}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from diffract import tables
+from diffract import schemas
 from diffract.analysis.facts import MetricPlan
 from diffract.analysis.scan import Options, open_all
 from diffract.analysis.tables import Member, describe, model_row, status_warnings, tensor_table
@@ -37,9 +37,10 @@ from diffract.errors import CheckpointError, SelectionError, choose, printable
 from diffract.matrices import Layout, Matrix, merge_strange_adapters, pair, restrict
 from diffract.metrics.agreement import cosine_chance
 from diffract.metrics.pair import delta_cosine, delta_cosine_chance, split_domains
+from diffract.schemas import MODELS
 from diffract.stats import reference_score, spearman
 from diffract.store import MOST_BYTES, Cache, cache_folder
-from diffract.tables import MODELS, Tables, frame
+from diffract.tables import Tables, frame
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ def domain_table(names: Sequence[str], heads: Grams, slices: Grams) -> pl.DataFr
             "cosine_chance": delta_cosine_chance(entries) if entries else math.nan,
             "cosine_chance_abs": cosine_chance(entries) if entries else math.nan,
         })  # fmt: skip
-    return pl.DataFrame(rows, schema=tables.DOMAINS, orient="row").with_columns(pl.selectors.float().fill_nan(None))
+    return pl.DataFrame(rows, schema=schemas.DOMAINS, orient="row").with_columns(pl.selectors.float().fill_nan(None))
 
 
 def score_table(names: Sequence[str], places: pl.DataFrame, heads: Grams) -> pl.DataFrame:
@@ -215,13 +216,13 @@ def score_table(names: Sequence[str], places: pl.DataFrame, heads: Grams) -> pl.
         )
         for a, b in permutations(range(len(names)), 2)
     ]
-    return _shaped(frames, tables.REFERENCE_SCORES)
+    return _shaped(frames, schemas.REFERENCE_SCORES)
 
 
 def lorenz_table(names: Sequence[str], heads: Grams) -> pl.DataFrame:
     """Return the points of each domain's Lorenz curve of ||D||_F^2 over heads."""
     frames = [lorenz_rows(name, _known(heads.squares[:, i])) for i, name in enumerate(names)]
-    return _shaped(frames, tables.LORENZ)
+    return _shaped(frames, schemas.LORENZ)
 
 
 def domain_numbers(found: Slices, heads: Grams, slices: Grams) -> list[dict[str, float | None]]:

@@ -15,7 +15,8 @@ from diffract.analysis.tables import Member, describe, model_row
 from diffract.checkpoints import Reference
 from diffract.errors import SelectionError, choose
 from diffract.matrices.lineage import Lineage, shared_matrices, tell_lineage
-from diffract.tables import LINEAGE, MODELS, TREE, Tables, frame
+from diffract.schemas import LINEAGE, MODELS, TREE
+from diffract.tables import Tables, frame
 
 APART = ("stranger", "cannot tell")
 """Words of pairs that no branch of a tree joins."""

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import polars as pl
 
-from diffract import tables
+from diffract import schemas, tables
 from diffract.analysis.tables import Member, with_lineage
 from diffract.analysis.vectors import judge_vectors, token_table
 from diffract.analysis.work import CIRCUITS
@@ -48,9 +48,9 @@ def add_notable(
         differences = compare_settings(members[0].layout.checkpoint, member.layout.checkpoint)
         settings += [{"model": member.name, **asdict(difference)} for difference in differences]
     beside = {
-        "vectors": pl.DataFrame(judged, schema=tables.VECTORS, orient="row"),
+        "vectors": pl.DataFrame(judged, schema=schemas.VECTORS, orient="row"),
         "tokens": token_table(members if vectors is not None else members[:1]),
-        "configuration": pl.DataFrame(settings, schema=tables.CONFIGURATION, orient="row"),
+        "configuration": pl.DataFrame(settings, schema=schemas.CONFIGURATION, orient="row"),
     }
     kinship = [tell_lineage(members[0].layout, member.layout) for member in members[1:]]
     models = with_lineage(run.models, [None, *kinship])

@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from diffract import tables
+from diffract import schemas, tables
 from diffract.analysis.facts import CURVE, MetricPlan
 from diffract.analysis.noise import glossary, over_noise
 from diffract.analysis.work import CIRCUITS, Part
@@ -123,7 +123,7 @@ def with_lineage(models: pl.DataFrame, found: Sequence[Lineage | None]) -> pl.Da
         pl.Series(words, dtype=pl.String),
         pl.Series([one and one.correlation for one in found], dtype=pl.Float64),
     ]
-    marked = models.with_columns(column.alias(name) for name, column in zip(tables.RELATION, columns, strict=True))
+    marked = models.with_columns(column.alias(name) for name, column in zip(schemas.RELATION, columns, strict=True))
     changes = [c for c in models.columns if c.startswith(CHANGES)]
     stranger = (pl.col("lineage") == "stranger").fill_null(value=False)
     return marked.with_columns(pl.when(~stranger).then(pl.col(name)).alias(name) for name in changes)
@@ -200,7 +200,7 @@ def assemble(
     rows, spectra = _metrics(members, parts), _spectra(members, parts)
     names = [m.name for m in plan.metrics]
     noises = glossary(plan)
-    metrics = rows.select(*tables.LABELS, *tables.OUTCOME, *(n for n in (*names, *noises) if n in rows.columns))
+    metrics = rows.select(*schemas.LABELS, *schemas.OUTCOME, *(n for n in (*names, *noises) if n in rows.columns))
     heads = compared_heads(metrics)
     models = _models(members, metrics, heads, digests)
     metrics = pooled_peaks(metrics, spectra)
@@ -272,7 +272,7 @@ def _metrics(members: Sequence[Member], parts: Sequence[Part]) -> pl.DataFrame:
         for member, m in placed
     ]
     numbers = pl.concat([part.rows for part in parts], how="diagonal").select(pl.exclude(f"^{CURVE}.*$")).rechunk()
-    rows = pl.concat([pl.DataFrame(labels, schema=tables.LABELS), numbers], how="horizontal")
+    rows = pl.concat([pl.DataFrame(labels, schema=schemas.LABELS), numbers], how="horizontal")
     alone = pl.col("_alone") & (pl.col("status") == "ok")
     outcomes = tensor_table(members).select("model", "tensor", _alone=pl.col("outcome").is_in(["unmatched", "resized"]))
     rows = rows.join(outcomes, on=["model", "tensor"], how="left", maintain_order="left")
@@ -285,7 +285,7 @@ TOGETHER = 256
 
 def _spectra(members: Sequence[Member], parts: Sequence[Part]) -> pl.DataFrame:
     """One row per model, matrix and quantity; some parts at a time, as together they are most of what a run keeps."""
-    frames = [pl.DataFrame(schema=tables.SPECTRA)]
+    frames = [pl.DataFrame(schema=schemas.SPECTRA)]
     for start in range(0, len(parts), TOGETHER):
         some = parts[start : start + TOGETHER]
         curves = pl.concat([part.rows for part in some], how="diagonal").select(f"^{CURVE}.*$")
@@ -296,7 +296,7 @@ def _spectra(members: Sequence[Member], parts: Sequence[Part]) -> pl.DataFrame:
                 curves.columns, index=named.columns, variable_name="quantity", value_name="values"
             )
             known = long.filter(pl.col("values").is_not_null()).sort("part", maintain_order=True)
-            frames.append(known.with_columns(pl.col("quantity").str.strip_prefix(CURVE)).select(*tables.SPECTRA))
+            frames.append(known.with_columns(pl.col("quantity").str.strip_prefix(CURVE)).select(*schemas.SPECTRA))
     return pl.concat(frames)
 
 
@@ -312,7 +312,7 @@ def _models(
         if all((i, name) in digests for name in names):
             digest = blake3.blake3("".join(f"{n}\0{digests[i, n]}\n" for n in names).encode()).hexdigest()
         rows.append(model_row(member, len(own), digest) | numbers | tail_summaries(own))
-    return tables.frame(rows, tables.MODELS)
+    return tables.frame(rows, schemas.MODELS)
 
 
 def model_row(member: Member, matrices: int, digest: str | None = None) -> dict[str, Any]:
@@ -365,7 +365,7 @@ def tensor_table(members: Sequence[Member]) -> pl.DataFrame:
         for member in members
         for name, found in member.layout.checkpoint.set_aside.items()
     ]
-    return tables.frame(rows, tables.TENSORS)
+    return tables.frame(rows, schemas.TENSORS)
 
 
 def row_warnings(metrics: pl.DataFrame) -> list[str]:

@@ -25,10 +25,11 @@ from diffract.engine import choose_device
 from diffract.errors import CheckpointError, choose, printable
 from diffract.matrices import Layout, pair
 from diffract.matrices.lineage import RELATED, Lineage, tell_lineage
+from diffract.schemas import AGAINST, LABELS, MODELS, OUTCOME, TIMELINE
 from diffract.settings import Progress
 from diffract.stats import out_of_line
 from diffract.store import MOST_BYTES, Cache, cache_folder
-from diffract.tables import AGAINST, LABELS, MODELS, OUTCOME, TIMELINE, Tables
+from diffract.tables import Tables
 
 PEAKS = "peak_count"
 """The metric whose rise above one is followed."""

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from diffract import tables
+from diffract import schemas
 from diffract.analysis.tables import Member
 from diffract.checkpoints import Checkpoint, TensorInfo, row_blocks
 from diffract.checkpoints.checkpoint import read_digests, recorded
@@ -192,7 +192,7 @@ def token_table(members: Sequence[Member]) -> pl.DataFrame:
                 {"model": member.name, "tensor": name, "token": texts.get(row["row"]), **row}
                 for row in changed_rows(base.checkpoint, member.layout.checkpoint, name)
             ]
-    return pl.DataFrame(rows, schema=tables.TOKENS, orient="row")
+    return pl.DataFrame(rows, schema=schemas.TOKENS, orient="row")
 
 
 def _is_table(entry: Entry, layout: Layout, tokens: int) -> bool:

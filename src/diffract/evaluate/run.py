@@ -18,10 +18,11 @@ from diffract.evaluate.model import Subject, has_adapters, model_digest, tokeniz
 from diffract.evaluate.scoring import BatchLimit, chunks
 from diffract.evaluate.statistics import paired, summarise
 from diffract.evaluate.tasks import VERSION, Item, Score, Task, score_table
+from diffract.schemas import ITEM_SCORES
 from diffract.settings import Progress
 from diffract.stats import FEWEST_DOCUMENTS, holm
 from diffract.store import MOST_BYTES, Cache, cache_folder, cache_key
-from diffract.tables import ITEM_SCORES, Tables, new_manifest
+from diffract.tables import Tables, new_manifest
 
 
 def compare_scores(before: Tables, after: Tables) -> pl.DataFrame:

@@ -15,6 +15,7 @@ import polars as pl
 
 from diffract.errors import RunError, printable
 from diffract.evaluate.tasks import Task
+from diffract.schemas import SUMMARY
 from diffract.stats import (
     Floats,
     by_document,
@@ -24,7 +25,6 @@ from diffract.stats import (
     ratio_of_sums,
     sign_flip,
 )
-from diffract.tables import SUMMARY
 
 PAIRED: dict[str, Any] = {
     "task": pl.String,

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 import polars as pl
 
 from diffract.corpora import Split
+from diffract.schemas import ITEM_SCORES
 from diffract.store import cache_key
-from diffract.tables import ITEM_SCORES
 
 if TYPE_CHECKING:
     from diffract.evaluate.model import Subject

@@ -23,8 +23,9 @@ from diffract.plots.heads import Grid, HeadGrids, as_array
 from diffract.plots.spectra import AXIS_TITLES, Bars, density_parts
 from diffract.plots.style import DIVERGING
 from diffract.plots.training import places_of, quartiles, time_column
+from diffract.schemas import LABELS, OUTCOME, TIMELINE
 from diffract.stats import scale01
-from diffract.tables import LABELS, OUTCOME, TIMELINE, Tables
+from diffract.tables import Tables
 
 FITTED = {
     "mp_variance": 1.0,

@@ -16,12 +16,13 @@ from diffract.edits import Interpolate, Merge
 from diffract.errors import RunError, SelectionError, printable
 from diffract.evaluate import Task, summarise
 from diffract.evaluate.statistics import documents_of
+from diffract.schemas import ITEMS, PAIRS, PATHS, SIMPLEX
 from diffract.search.plan import UNCHANGED, Point, SearchCurve
 from diffract.search.run import QualitySearch
 from diffract.search.scorer import RESAMPLES, Rows, Scorer
 from diffract.search.stage import Model, Stage
 from diffract.stats import FEWEST_DOCUMENTS, by_document, interval
-from diffract.tables import ITEMS, PAIRS, PATHS, SIMPLEX, frame
+from diffract.tables import frame
 
 Floats = NDArray[np.float64]
 

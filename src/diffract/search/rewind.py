@@ -17,13 +17,14 @@ from diffract.edits.heads import Units, change_norms, find_units, least_first, r
 from diffract.edits.rule import rounded
 from diffract.errors import SelectionError, choose
 from diffract.evaluate import load_tasks
+from diffract.schemas import CHOICE, EFFECTS, ITEMS, ON_CURVE, ORDER_ROWS, QUALITY
 from diffract.search.plan import UNCHANGED, Point, SearchCurve
 from diffract.search.predictions import Sample, activation_changes, first_order_gains, take_sample, task_texts
 from diffract.search.run import QualitySearch
 from diffract.search.scorer import RESAMPLES, Rows, Scorer, difference_rows
 from diffract.search.stage import Model, Stage
 from diffract.stats import holm, spearman
-from diffract.tables import CHOICE, EFFECTS, ITEMS, ON_CURVE, ORDER_ROWS, QUALITY, frame
+from diffract.tables import frame
 
 HeadOrder = Literal["greedy", "reference", "magnitude", "random", "first-order", "activation"]
 ORDERS: tuple[HeadOrder, ...] = get_args(HeadOrder)

@@ -19,11 +19,12 @@ from diffract.edits.mixing import seeded
 from diffract.edits.spectral_edits import change_sigmas
 from diffract.engine import single_threaded
 from diffract.errors import SelectionError, choose
+from diffract.schemas import ITEMS, ON_TRUNCATION, QUALITY, TRUNCATION_CHOICE
 from diffract.search.plan import UNCHANGED, Point, SearchCurve
 from diffract.search.run import QualitySearch
 from diffract.search.scorer import Rows, Scorer
 from diffract.search.stage import Stage
-from diffract.tables import ITEMS, ON_TRUNCATION, QUALITY, TRUNCATION_CHOICE, frame
+from diffract.tables import frame
 
 PLACE_BYTES = 4
 """Bytes that say where a single entry is in its matrix."""
