@@ -40,11 +40,11 @@ def heads(tuned: pl.DataFrame) -> pl.DataFrame:
     return changed_heads(table(), tuned)
 
 
-def test_shared_kv_heads_count_for_each_query_head() -> None:
+def test_query_heads_share_the_squares_of_their_kv_head() -> None:
     found = heads(table())
     assert found["head"].to_list() == [0, 1]
-    # head 0: q 1, o 4, k 4; head 1: q 4, o 16, k 4
-    assert found["head_delta"].to_list() == pytest.approx([3.0, math.sqrt(24.0)], rel=1e-15)
+    # head 0: q 1, o 4, half of k's 4; head 1: q 4, o 16, the other half
+    assert found["head_delta"].to_list() == pytest.approx([math.sqrt(7.0), math.sqrt(22.0)], rel=1e-15)
 
 
 def test_heads_without_kv_slices() -> None:
@@ -57,10 +57,11 @@ def test_heads_without_kv_slices() -> None:
 
 def test_the_row_of_a_head_by_hand() -> None:
     first, second = heads(table()).rows(named=True)
-    assert (first["model"], first["status"], first["entries"]) == ("m", "ok", 3 * 4)
+    assert (first["model"], first["status"]) == ("m", "ok")
+    assert first["entries"] == 11  # (4 + 4 + 2)^2 / (4 + 4 + 1)
     assert (first["rank"], second["rank"]) == (2, 1)
-    assert first["change_share"] == pytest.approx(9 / 33, rel=1e-15)
-    assert first["head_delta_relative"] == pytest.approx(math.sqrt(9 / 27), rel=1e-15)
+    assert first["change_share"] == pytest.approx(7 / 29, rel=1e-15)
+    assert first["head_delta_relative"] == pytest.approx(math.sqrt(7 / 22.5), rel=1e-15)
     assert first["shared_cosine"] is None
 
 
@@ -106,9 +107,9 @@ def test_model_numbers_by_hand() -> None:
     assert found["value_share"] == pytest.approx(5.5 / 38, rel=1e-15)
     # by entries: (4 + 2 + 0 + 0 + 2 + 20) / (5 * 4 + 20)
     assert found["changed_share"] == pytest.approx(28 / 40, rel=1e-15)
-    assert found["head_top10_share"] == pytest.approx(24 / 33, rel=1e-12)
+    assert found["head_top10_share"] == pytest.approx(22 / 29, rel=1e-12)
     assert found["head_top10_share_chance"] == 0.5
-    assert found["head_gini"] == pytest.approx((24 - 9) / (2 * 33), rel=1e-12)
+    assert found["head_gini"] == pytest.approx((22 - 7) / (2 * 29), rel=1e-12)
     assert found["spectral_shift_share"] is None
 
 

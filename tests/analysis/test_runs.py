@@ -234,8 +234,16 @@ def test_frobenius_norm_alone_runs_no_solver(family: tuple[Path, Path], monkeypa
     assert run.metrics["frobenius_norm"].null_count() == 0
     assert run.spectra.height == 0
     run = diffract.compare(*family, metrics=["delta_relative", "delta_changed_share"], cache=False)
-    assert "delta_relative" not in run.models.columns  # the norms it is made of were not asked for
     assert run.metrics.filter(model="tuned")["delta_relative"].null_count() == 0
+
+
+@pytest.mark.parametrize("metrics", ["change", "delta_relative,delta_frobenius", "agreement,delta_relative"])
+def test_the_change_of_a_model_comes_with_that_of_its_matrices(family: tuple[Path, Path], metrics: str) -> None:
+    expected = diffract.compare(*family, cache=False).models["delta_relative"][1]
+    run = diffract.compare(*family, metrics=metrics, cache=False)
+    assert run.models["delta_relative"][1] == pytest.approx(expected, rel=1e-12)
+    assert run.heads.height == (0 if "agreement" in metrics else 8)  # heads are summed from delta_frobenius
+    assert run.heads["head_delta_relative"].null_count() == 0
 
 
 def test_values_need_no_vectors(family: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

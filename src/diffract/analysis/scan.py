@@ -31,7 +31,7 @@ from diffract.engine import ENGINES, choose_device
 from diffract.errors import CheckpointError, SelectionError, choose
 from diffract.linalg import Method
 from diffract.matrices import Layout, lay_out, merge_strange_adapters, pair
-from diffract.metrics import Metric, choose_metrics, split_names
+from diffract.metrics import CATALOG, Metric, choose_metrics, split_names
 from diffract.settings import Progress
 from diffract.store import MOST_BYTES, Cache, cache_folder
 from diffract.tables import Tables
@@ -71,7 +71,12 @@ class Options:
         choose("method", self.method, METHODS)
         choose("nulls", self.nulls, NULLS)
         choose("noise", self.noise, NOISE)
-        return MetricPlan(tuple(choose_metrics(self.metrics, pair=pair)), self.method, self.vectors)
+        metrics = choose_metrics(self.metrics, pair=pair)
+        names = {m.name for m in metrics}
+        # That of a whole model is not made of those of its matrices but of their norms, which cost nothing beside.
+        if "delta_relative" in names and "frobenius_norm" not in names:
+            metrics = [CATALOG["frobenius_norm"], *metrics]
+        return MetricPlan(tuple(metrics), self.method, self.vectors)
 
     def with_nulls(self, plan: MetricPlan, layout: Layout, tasks: Sequence[AnyTask]) -> MetricPlan:
         """Return the plan with the matrices chosen for which nulls are drawn."""
