@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffract.cli import text
+from diffract.cli import analyses, experiments
+from diffract.cli.console import everything
 from diffract.cli.generate import Command
 from diffract.errors import CheckpointError, DiffractError, RecipeError, RunError, SelectionError, printable
 
@@ -165,7 +166,7 @@ def evaluate(
     against: str | None = None,
     progress: Progress | None = None,
     **options: Any,
-) -> text.Evaluated:
+) -> experiments.Evaluated:
     """Say how good a model is at text, questions and choices, with intervals; and against another one.
 
     Args:
@@ -307,8 +308,8 @@ SEARCH = Command(
     name="search",
     panel="Know",
     functions=(),
-    show=text.show_search,
-    summary=text.sum_up_search,
+    show=experiments.show_search,
+    summary=experiments.sum_up_search,
     metavars={"order": "NAMES", "models": "NAME=MODEL..."},
     least={"limit": 1, "shots": 0},
     label="search",
@@ -320,8 +321,8 @@ EDIT = Command(
     name="edit",
     panel="Act",
     functions=(f"{HERE}:edit", f"{HERE}:apply"),
-    show=text.show_edits,
-    summary=text.sum_up_edits,
+    show=experiments.show_edits,
+    summary=experiments.sum_up_edits,
     metavars={"output": "OUT"},
     helps={"groups": "Other weights by selection, such as 'layers 0-7=0.3'; of several that fit the last counts."},
     hidden=("record", "recipe"),
@@ -329,44 +330,44 @@ EDIT = Command(
 )
 """What the commands of all edits have in common."""
 
-ANALYSIS = Command("scan", "See", ("diffract.api:scan",), show=text.show_analysis, summary=text.sum_up_analysis)
+ANALYSIS = Command("scan", "See", ("diffract.api:scan",), show=analyses.show_analysis, summary=analyses.sum_up_analysis)
 
 COMMANDS = (
     ANALYSIS,
     replace(ANALYSIS, name="compare", functions=("diffract.api:compare",)),
-    replace(ANALYSIS, name="trajectory", functions=("diffract.api:trajectory",), show=text.show_trajectory),
-    Command("heads", "See", ("diffract.api:heads",), show=text.show_heads, summary=text.sum_up_heads),
+    replace(ANALYSIS, name="trajectory", functions=("diffract.api:trajectory",), show=analyses.show_trajectory),
+    Command("heads", "See", ("diffract.api:heads",), show=analyses.show_heads, summary=analyses.sum_up_heads),
     Command(
         name="lineage",
         panel="See",
         functions=("diffract.api:lineage",),
-        show=text.show_lineage,
-        summary=text.sum_up_lineage,
+        show=analyses.show_lineage,
+        summary=analyses.sum_up_lineage,
         unit="pairs",
     ),
-    Command("inspect", "See", ("diffract.api:inspect",), show=text.show_inspection, summary=text.everything),
-    Command("report", "See", (f"{HERE}:report",), show=text.show_path("report"), metavars={"output": "FILE"}),
+    Command("inspect", "See", ("diffract.api:inspect",), show=analyses.show_inspection, summary=everything),
+    Command("report", "See", (f"{HERE}:report",), show=analyses.show_path("report"), metavars={"output": "FILE"}),
     Command(
         name="plot",
         panel="See",
         functions=(f"{HERE}:plot", "diffract.plots:plot", "diffract.plots:save"),
-        show=text.show_path("plot"),
+        show=analyses.show_path("plot"),
         metavars={"output": "FILE"},
         helps={"list": "Show the kinds with their options, and exit."},
         least={"width": 100, "height": 100, "scale": 0.1},
         hidden=("made", "path"),
-        listing=text.list_plots,
+        listing=analyses.list_plots,
     ),
     Command(
         name="metrics",
         panel="See",
         functions=(f"{HERE}:metrics",),
-        show=text.show_metrics,
-        summary=text.everything,
+        show=analyses.show_metrics,
+        summary=everything,
         hidden=("quiet",),
     ),
     Command(
-        "cache", "See", (f"{HERE}:cache",), show=text.show_cache, summary=text.everything, metavars={"prune": "LIMIT"}
+        "cache", "See", (f"{HERE}:cache",), show=analyses.show_cache, summary=everything, metavars={"prune": "LIMIT"}
     ),
     replace(ANALYSIS, name="demo", functions=(f"{HERE}:demo",), label="compare"),
     replace(EDIT, name="apply", functions=(f"{HERE}:apply",), hidden=()),
@@ -374,17 +375,17 @@ COMMANDS = (
         name="verify",
         panel="Act",
         functions=("diffract.edits:verify",),
-        show=text.show_verdict,
-        summary=text.everything,
+        show=experiments.show_verdict,
+        summary=everything,
         metavars={"folder": "OUT"},
-        fails=text.tell_faults,
+        fails=experiments.tell_faults,
     ),
     Command(
         name="eval",
         panel="Know",
         functions=(f"{HERE}:evaluate", "diffract.api:evaluate"),
-        show=text.show_evaluation,
-        summary=text.sum_up_evaluation,
+        show=experiments.show_evaluation,
+        summary=experiments.sum_up_evaluation,
         metavars={"against": "OTHER"},
         unit="items",
     ),
@@ -395,13 +396,13 @@ COMMANDS = (
         name="train",
         panel="Know",
         functions=(f"{HERE}:train",),
-        show=text.show_training,
-        summary=text.sum_up_training,
+        show=experiments.show_training,
+        summary=experiments.sum_up_training,
         metavars={"output": "OUT"},
     ),
     replace(SEARCH, name="search rewind", functions=("diffract.search:search_rewind",)),
     replace(SEARCH, name="search truncate", functions=("diffract.search:search_truncate",)),
-    Command("study run", "Know", (f"{HERE}:study",), show=text.show_study, summary=text.sum_up_study),
+    Command("study run", "Know", (f"{HERE}:study",), show=experiments.show_study, summary=experiments.sum_up_study),
 )
 """Every command but those of edits, in the order in which they are listed."""
 

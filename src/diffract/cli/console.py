@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -24,6 +25,9 @@ LINE_SECONDS = 10.0
 
 PIPE_WIDTH = 160
 """Columns of a table where there is no terminal to ask."""
+
+Given = Mapping[str, Any]
+"""What was given for a command's arguments and options, by name."""
 
 EXIT_INPUT, EXIT_BUG, EXIT_INTERRUPTED = 1, 3, 130
 
@@ -191,3 +195,25 @@ def interval(low: float | None, high: float | None, form: str = ".3g") -> str:
 def percent(share: float | None) -> str:
     """Return a share for people, as whole percent."""
     return "-" if share is None else f"{share:.0%}"
+
+
+def everything(found: Any, given: Given) -> Any:
+    """Return all that was found."""
+    return found if isinstance(found, dict) else asdict(found)
+
+
+def kept(manifest: Mapping[str, Any], further: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what every summary takes from a manifest, and what else there is of it."""
+    names = ("kind", "seconds", "settings", *further, "warnings")
+    return {name: manifest[name] for name in names if name in manifest}
+
+
+def place(given: Given, name: str = "") -> str | None:
+    """Return where a run was written, or a file in it; ``None`` if nowhere."""
+    return str(given["output"] / name) if given["output"] else None
+
+
+def say_place(given: Given, what: str, name: str = "") -> None:
+    """Print where a run, or a file in it, was written, if anywhere."""
+    if (written := place(given, name)) is not None:
+        say(f"{what}: {written}")

@@ -1,0 +1,283 @@
+"""What is printed of analyses: a function that shows a run, and one that sums it up for ``--json``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffract.cli.console import Given, kept, number, percent, place, say, say_place, say_table, warn
+from diffract.errors import printable
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from diffract.api import Inspection
+    from diffract.run import Run
+
+EVOLVING = {
+    "delta_relative": ("change", "of the weights relative to {against} (Frobenius norm)"),
+    "lineage_correlation": ("correlation", "of the weights with those"),
+    "value_share": ("in values", "share of it in singular values"),
+    "head_top10_share": ("top heads", "share of it in the top tenth of heads"),
+    "stable_rank_median": ("stable rank", "median over matrices"),
+    "peaked_matrices": ("peaked", "matrices with at least two spectral peaks"),
+}
+"""What is shown of a trajectory's ``models``, as far as it was computed: what the table calls it, and what that is."""
+
+SHOWN_HEADS = 5
+"""Heads of each domain that are shown."""
+
+
+# scan, compare, trajectory
+
+
+def show_analysis(run: Run, given: Given) -> None:
+    """Print what a comparison has to say first, then a sentence on each model of it or of a scan."""
+    for name, sentences in run.manifest.get("notable", {}).items():
+        for sentence in sentences:
+            say(f"{printable(name)}: {sentence}")
+    warn(run.manifest["warnings"])
+    for row in run.models.iter_rows(named=True):
+        say(_model_sentence(row))
+    say_place(given, "report", "report.html")
+
+
+def sum_up_analysis(run: Run, given: Given) -> dict[str, Any]:
+    """Return the models of a scan, a comparison or a trajectory, with settings and places."""
+    places = {"run": place(given), "report": place(given, "report.html")}
+    return {**kept(run.manifest, ("notable",)), "models": run.models.to_dicts(), **places}
+
+
+def _model_sentence(row: dict[str, Any]) -> str:
+    from diffract.report.words import BEYOND, beside_noise, is_rounding, times
+    from diffract.settings import size_text
+
+    head = f"{row['model']} ({row['role']}, {row['family']}): "
+    if row["role"] != "tuned":
+        return f"{head}{size_text(row['parameters'], '')} parameters, {row['matrices']} matrices"
+    if row.get("lineage") == "stranger":
+        return f"{head}no descendant of the base"
+    relative = f"relative change {number(row.get('delta_relative'))}"
+    if is_rounding(row):
+        return f"{head}{relative}, no more than rounding to the stored dtype alone would cause"
+    parts = [relative]
+    for quantity, text in BEYOND.items():
+        if (excess := row.get(f"{quantity}_excess")) is not None:
+            parts.append(f"{times(excess)} {text} {beside_noise(row, quantity)}")
+    share, noise = row.get("head_top10_share"), row.get("head_top10_share_noise")
+    if share is not None and noise is not None:
+        text = "of attention's part in the top tenth of heads"
+        parts.append(f"{percent(share)} {text} (noise of the same norms {percent(noise)})")
+    return head + "; ".join(parts)
+
+
+def show_trajectory(run: Run, given: Given) -> None:
+    """Print a row for each checkpoint."""
+    warn(run.manifest["warnings"])
+    rows = run.models.to_dicts()
+    shown = [name for name in ("stage", "step", "tokens", *EVOLVING) if any(row.get(name) is not None for row in rows)]
+    headers = ["checkpoint", *(EVOLVING.get(name, [name])[0] for name in shown)]
+    say_table(headers, [[row["model"], *(_evolving(name, row[name]) for name in shown)] for row in rows])
+    if known := [" ".join(EVOLVING[name]) for name in shown if name in EVOLVING]:
+        say("; ".join(known).format(against=f"the {given['against']} checkpoint"))
+    say_place(given, "report", "report.html")
+
+
+def _evolving(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if name in ("value_share", "head_top10_share"):
+        return f"{value:.1%}"
+    return f"{value:,.0f}" if name in ("stage", "step", "tokens", "peaked_matrices") else f"{value:#.3g}".rstrip(".")
+
+
+# heads
+
+
+def show_heads(run: Run, given: Given) -> None:
+    """Print a sentence on each domain, its most changed and most specific heads, and how domains agree."""
+    warn(run.manifest["warnings"])
+    domains = run.models.filter(role="tuned")
+    count = run.heads.height // domains.height
+    for row in domains.iter_rows(named=True):
+        say(_domain_sentence(row, count))
+    _say_heads("Most changed heads and the norm of their change:", most_changed(run), "head_delta")
+    if domains.height > 1:
+        _say_heads("Most specific heads and their lowest score against another domain:", most_specific(run), "score")
+        chance = number(run.domains["cosine_chance"].max())  # pyright: ignore[reportArgumentType] (Float64)
+        title = f"Rank correlation of head changes above, cosine of the changes below (chance 0 ± {chance}):"
+        say_table(["", *domains["model"]], _agreement(run), title=title)
+        agnostic = percent(domains["agnostic_share"][0])
+        say(f"Domain-agnostic part of the attention's change, all domains together: {agnostic} (chance 0%)")
+    say_place(given, "run")
+
+
+def sum_up_heads(run: Run, given: Given) -> dict[str, Any]:
+    """Return models, domains, and the first heads of each."""
+    return {
+        **kept(run.manifest),
+        "models": run.models.to_dicts(),
+        "domains": run.domains.to_dicts(),
+        "most_changed": {name: top.to_dicts() for name, top in most_changed(run).items()},
+        "most_specific": {name: top.to_dicts() for name, top in most_specific(run).items()},
+        "run": place(given),
+    }
+
+
+def most_changed(run: Run) -> dict[str, pl.DataFrame]:
+    """Return the heads of each domain whose change is the largest."""
+    known = run.heads.filter(run.heads["rank"].is_not_null())
+    columns = ["layer", "block", "head", "head_delta", "head_delta_relative", "shared_share"]
+    return {name: known.filter(model=name).sort("rank").select(columns).head(SHOWN_HEADS) for name in _domains(run)}
+
+
+def most_specific(run: Run) -> dict[str, pl.DataFrame]:
+    """Return the heads of each domain whose lowest score against any other is the highest."""
+    scores = run.scores.filter(run.scores["score"].is_not_null()).drop("reference")
+    lowest = scores.group_by("domain", "layer", "block", "head", maintain_order=True).min()
+    ordered = lowest.sort("score", descending=True, maintain_order=True)
+    return {name: ordered.filter(domain=name).drop("domain").head(SHOWN_HEADS) for name in _domains(run)}
+
+
+def _domains(run: Run) -> list[str]:
+    return run.models.filter(role="tuned")["model"].to_list()
+
+
+def _domain_sentence(row: Mapping[str, Any], count: int) -> str:
+    share = row["head_top10_share"]
+    parts = [f"relative change of attention {number(row['attention_delta_relative'])}"]
+    if share is not None:
+        chance = percent(row["head_top10_share_chance"])
+        noise = row.get("head_top10_share_noise")
+        beside = f"noise {percent(noise)}, even spread {chance}" if noise is not None else f"even spread {chance}"
+        parts.append(f"top tenth of {count} heads carries {percent(share)} ({beside})")
+        parts.append(f"Gini {number(row['head_gini'])}")
+    if row["shared_cosine"] is not None:
+        parts.append(f"cosine with the other domains' mean {number(row['shared_cosine'])}")
+    return f"{row['model']}: " + "; ".join(parts)
+
+
+def _say_heads(title: str, tops: Mapping[str, pl.DataFrame], column: str) -> None:
+    """Print one column of heads for each domain."""
+
+    def named(row: Mapping[str, Any]) -> str:
+        block = "" if row["block"] == "attn" else f"{row['block']} "
+        return f"{block}L{row['layer']} h{row['head']}  {number(row[column])}"
+
+    cells = [[named(row) for row in top.iter_rows(named=True)] for top in tops.values()]
+    ranks = [[str(rank), *row] for rank, row in enumerate(zip_longest(*cells, fillvalue=""), start=1)]
+    say_table(["", *tops], ranks, title=title)
+
+
+def _agreement(run: Run) -> list[list[str]]:
+    """Return Spearman's correlation above the diagonal, the cosine below it."""
+    names = _domains(run)
+    found = {(row["a"], row["b"]): row for row in run.domains.iter_rows(named=True)}
+
+    def cell(a: str, b: str) -> str:
+        if a == b:
+            return ""
+        return number(found[a, b]["spearman"] if (a, b) in found else found[b, a]["cosine"])
+
+    return [[a, *(cell(a, b) for b in names)] for a in names]
+
+
+# inspect, metrics, report, plot
+
+
+def show_lineage(run: Run, given: Given) -> None:
+    """Print how each pair is related, strangers first in one sentence, and the branches of the tree."""
+    warn(run.manifest["warnings"])
+    pairs = {(row["a"], row["b"]): row for row in run.lineage.iter_rows(named=True)}
+    told = [row for row in pairs.values() if row["lineage"] in ("stranger", "rearranged")]
+    for row in told[:SHOWN_HEADS]:
+        both = f"{row['a']} and {row['b']}"
+        tables = f" They share {', '.join(map(printable, row['shared']))} to the bit." if row["shared"] else ""
+        if row["lineage"] == "stranger":
+            say(f"{both} are strangers: neither descends from the other (r {number(row['r'])}).{tables}")
+        else:
+            say(f"{both}: one is the other rearranged (layers, heads or neurons at other places).")
+    if len(told) > SHOWN_HEADS:
+        say(f"... and {len(told) - SHOWN_HEADS} pairs more; the table below has them all.")
+    names = run.models["model"].to_list()
+    texts = {
+        pair: row["lineage"] if row["r"] is None else f"{row['r']:.3f} {row['lineage']}" for pair, row in pairs.items()
+    }
+    table = [[a, *(texts.get((a, b), texts.get((b, a), "")) for b in names)] for a in names]
+    say_table(["", *names], table, title="Median correlation of the entries of the blocks' matrices:")
+    if len(run.tree):
+        arrow = "->" if run.manifest["settings"]["root"] else "-"
+        branches = ", ".join(f"{a} {arrow} {b} ({r:.3f})" for a, b, r in run.tree.iter_rows())
+        say(f"Tree{'' if given['root'] else ', without a root'}: {branches}")
+    if middles := run.models.filter("middle")["model"].to_list():
+        say(f"In the middle of a path: {', '.join(middles)}")
+    say_place(given, "run")
+
+
+def sum_up_lineage(run: Run, given: Given) -> dict[str, Any]:
+    """Return pairs, branches and models."""
+    found = {name: run[name].to_dicts() for name in ("lineage", "tree", "models")}
+    return {**kept(run.manifest), **found, "run": place(given)}
+
+
+def show_inspection(found: Inspection, given: Given) -> None:
+    """Print what the headers of a checkpoint tell."""
+    from diffract.settings import size_text
+
+    known = ", ".join(f"{k} {v}" for k, v in found.dimensions.items() if v is not None)
+    parameters, bytes_, peak = size_text(found.parameters, ""), size_text(found.size_bytes), size_text(found.peak_bytes)
+    say(printable(found.reference))
+    say(f"  architecture  {found.family}" + (f" ({known})" if known else ""))
+    say(f"  tensors       {found.tensors}, {parameters} parameters, {bytes_}")
+    say(f"  a scan takes  {found.matrices} matrices:")
+    for kind in found.kinds:
+        rows, cols = kind.shape
+        say(f"    {kind.count:6d} x {printable(kind.part):24s} {rows} x {cols}  {kind.dtype}")
+    if found.left_out:
+        say(f"  left out      {', '.join(f'{count} {outcome}' for outcome, count in found.left_out.items())}")
+    work, seconds = size_text(found.multiplications, ""), found.seconds_per_core
+    minutes = f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
+    time = f"{seconds:.1f} s" if seconds < 60 else minutes
+    say(f"  cost          about {work} multiplications, {time} on one core, {peak} of workspace for the largest tensor")
+    warn(found.warnings)
+
+
+def show_metrics(found: Mapping[str, Any], given: Given) -> None:
+    """Print the catalog of metrics, or of the facts that a metric can be made of."""
+    for fact in found.get("facts", []):
+        say(f"{fact['name']}  (needs {fact['needs']})\n    {fact['summary']}")
+    for row in found.get("metrics", []):
+        source = f"  [{row['source']}]" if row["source"] else ""
+        say(f"{row['name']}  ({row['group']}, of a {row['of']}, needs {row['needs']})")
+        say(f"    {row['summary']}; unit {row['unit']}, range {row['range']}{source}")
+    if found.get("extensions"):
+        say("installed extensions: " + ", ".join(found["extensions"]))
+
+
+def show_cache(found: Mapping[str, Any], given: Given) -> None:
+    """Print what the cache holds, and what was removed from it."""
+    from diffract.settings import size_text
+
+    say(f"{found['folder']}: {size_text(sum(row['size_bytes'] for row in found['kinds']))}")
+    rows = [
+        [r["kind"], f"{r['files']:,}", size_text(r["size_bytes"]), f"{r['unused_days']:.1f}"] for r in found["kinds"]
+    ]
+    say_table(["kind", "files", "size", "days unused at most"], rows)
+    if given["prune"] is not None:
+        say(f"removed: {found['removed']} files, {size_text(found['removed_bytes'])}")
+
+
+def list_plots() -> None:
+    """Print the kinds of figures with their options."""
+    from diffract.plots import KINDS
+
+    for name, kind in KINDS.items():
+        say(f"{name:14s}{kind.summary}")
+        say(f"{'':14s}options: {', '.join(f'--{option}' for option in kind.options)}")
+
+
+def show_path(what: str) -> Callable[[Path, Given], None]:
+    """Return a function that prints where something lies."""
+    return lambda path, given: say(f"{what}: {path}")
