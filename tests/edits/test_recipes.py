@@ -166,7 +166,7 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "unknown in output": (
         {"model": "m", "output": {"dtyp": "float32"}},
-        "output.dtyp: unknown setting. Did you mean 'dtype'? Known: dtype, shard_size.",
+        "output.dtyp: unknown setting. Did you mean 'dtype'? Known: dtype, shard_size, link.",
     ),
     "unknown step": (
         {"model": "m", "steps": [{"rewnd": {"to": "b"}}]},

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import diffract
 from diffract.checkpoints.header import HEADER_LIMIT
+from diffract.checkpoints.sources import LocalFile
 from diffract.edits import Interpolate, Merge, Rewind, Truncate, apply
 from diffract.errors import DiffractError, RunError
 from diffract.store import whole_folder
@@ -114,6 +116,71 @@ def test_infinities_and_zeros_that_are_there_are_kept(tmp_path: Path) -> None:
     save_file({"w": held, "zero": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
     apply({"model": str(tmp_path / "model.safetensors"), "output": {"dtype": "float16"}}, tmp_path / "out")
     assert_same(read(tmp_path / "out"), {"w": held.half(), "zero": torch.zeros(2, 2).half()})
+
+
+@pytest.fixture
+def three_shards(tmp_path: Path) -> tuple[Path, Path]:
+    """A base and a tuned model of three files each."""
+    base, tuned = save_pair(tmp_path / "one", "qwen2", torch.bfloat16)
+    for name, model in (("base", base), ("tuned", tuned)):
+        total = sum(tensor.nbytes for tensor in read(model).values())
+        apply({"model": str(model), "output": {"shard_size": total * 2 // 5}}, tmp_path / name)
+    assert len(list((tmp_path / "tuned").glob("*.safetensors"))) == 3
+    return tmp_path / "base", tmp_path / "tuned"
+
+
+FEW_HEADS = {"heads": ["L0.h0"]}
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_what_does_not_change_is_not_written_again(
+    shares: bool, three_shards: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a file system with reflinks only changed rows are written; without, all is; the tensors are the same."""
+    base, tuned = three_shards
+    wanted = edited(tmp_path / "plain", tuned, Rewind(to=base, **FEW_HEADS)).manifest
+    shared: list[str] = []
+
+    def cloned(file: LocalFile, path: Path) -> bool:  # stands for FICLONE, which few file systems have
+        if shares:
+            shared.append(path.name)
+            file.copied(path)
+        return shares
+
+    monkeypatch.setattr(LocalFile, "cloned", cloned)
+    found = edited(tmp_path / "out", tuned, Rewind(to=base, **FEW_HEADS)).manifest
+    assert_same(read(tmp_path / "out"), read(tmp_path / "plain"))
+    assert found["outputs"] == wanted["outputs"]
+    assert diffract.verify(tmp_path / "out", replay=True).faults == []
+    total = sum(tensor.nbytes for tensor in read(tuned).values())
+    before, after = read(tuned), read(tmp_path / "out")
+    rows = {n: (before[n] != after[n]).reshape(len(before[n]), -1).any(1) for n in before}
+    changed = sum(int(rows[n].sum()) * before[n][0].nbytes for n in before)
+    assert found["written_bytes"] == (changed if shares else total)
+    assert 0 < changed < total / 4
+    assert len(shared) == (4 if shares else 0)  # one to find out, and the three files
+
+
+def test_linked_files_are_the_very_files_of_the_model(three_shards: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = three_shards
+    digests = {file.name: file.read_bytes() for file in tuned.iterdir() if file.is_file()}
+    found = edited(tmp_path / "out", tuned, Rewind(to=base, heads=["L0.h0"]), output={"link": True}).manifest
+    edited(tmp_path / "plain", tuned, Rewind(to=base, heads=["L0.h0"]))
+    assert_same(read(tmp_path / "out"), read(tmp_path / "plain"))
+    same = [file.name for file in (tmp_path / "out").glob("*.safetensors") if file.samefile(tuned / file.name)]
+    assert 0 < len(same) < 3
+    assert {file.name: file.read_bytes() for file in tuned.iterdir() if file.is_file()} == digests
+    assert found["written_bytes"] < sum(tensor.nbytes for tensor in read(tuned).values())
+
+
+def test_an_output_without_room_is_refused_before_it_is_written(
+    write_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_model("tuned", llama_tensors(0))
+    monkeypatch.setattr("diffract.edits.write.disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(RunError, match=r"are to be written, and 100 B are free"):
+        apply({"model": str(model)}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import resource  # opens a file of its own: too late when there are too many
@@ -66,7 +67,7 @@ class LocalFile(ByteFile):
     """
 
     def __init__(self, path: Path) -> None:
-        self.name = printable(path, 1000)
+        self.name, self.path = printable(path, 1000), path
         try:
             self._descriptor = _open_descriptor(path)
         except OSError as error:
@@ -94,9 +95,47 @@ class LocalFile(ByteFile):
         if os.fstat(self._descriptor).st_mtime_ns != self._written:
             raise CheckpointError(f"{self.name!r} was written to while it was read. Try again when it is whole.")
 
+    def cloned(self, path: Path) -> bool:
+        """Make a file that shares this one's bytes on disk until either changes; ``False`` where that is not known."""
+        with path.open("xb") as file:
+            try:
+                fcntl.ioctl(file, CLONE, self._descriptor)
+            except OSError as error:
+                if error.errno in CANNOT_CLONE:
+                    path.unlink()
+                    return False
+                raise
+        return True
+
+    def copied(self, path: Path) -> None:
+        """Make a file of the same bytes."""
+        with path.open("xb") as file:
+            done = 0
+            while done < self.size:
+                got = os.copy_file_range(self._descriptor, file.fileno(), self.size - done, offset_src=done)
+                if got == 0:
+                    raise CheckpointError(f"{self.name!r} ends at byte {done}: it shrank while open. Fetch it again.")
+                done += got
+
+    def linked(self, path: Path) -> None:
+        """Give this very file another name; what is written to one is in the other."""
+        try:
+            os.link(self.path.resolve(), path)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot link {self.name!r}: {error.strerror}. Choose an output on the same file system, or leave out "
+                "--link."
+            ) from error
+
     def close(self) -> None:
         """Close the file; further calls do nothing."""
         self._close()
+
+
+CLONE = 0x40049409
+"""Linux's FICLONE: share a file's extents."""
+
+CANNOT_CLONE = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.EPERM, errno.ENOSYS)
 
 
 def _open_descriptor(path: Path) -> int:

@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from diffract.checkpoints.checkpoint import as_bytes
 from diffract.checkpoints.header import TensorInfo, encode_header
-from diffract.checkpoints.sources import SAFETENSORS
+from diffract.checkpoints.sources import SAFETENSORS, LocalFile
 from diffract.errors import CheckpointError, printable
 from diffract.settings import SHARD_BYTES
 
@@ -188,7 +188,16 @@ class ShardedWriter:
 
     A context manager. The files have no names that a loader knows before the block ends well, the index last. The
     folder is the caller's: after an error it is to be thrown away.
+
+    Attributes:
+        folder: Where it writes.
+        names: The files.
+        places: For each tensor the number of its file, and its offset there.
+        written_bytes: Bytes of tensors that are written, not shared with other files.
     """
+
+    fresh = True
+    """Whether every tensor must be written; otherwise the files hold what was there before."""
 
     def __init__(self, folder: Path, infos: Sequence[TensorInfo], *, shard_bytes: int = SHARD_BYTES) -> None:
         """Lay out the files.
@@ -202,8 +211,9 @@ class ShardedWriter:
         shards = list(_shards(infos, shard_bytes))
         self.names = file_names(len(shards))
         self.places: dict[str, tuple[int, int]] = {}
+        self.written_bytes = sum(info.size_bytes for info in infos)
         self._descriptors: list[int] = []
-        self._total_bytes = sum(info.size_bytes for info in infos)
+        self._total_bytes = self.written_bytes
         for shard in shards:
             self._begin(shard)
 
@@ -249,6 +259,56 @@ class ShardedWriter:
 
     def _draft(self, number: int) -> Path:
         return self.folder / f".weights-{number}.partial"
+
+
+class PatchingWriter(ShardedWriter):
+    """Takes over a model's files as they are, to be written to only where values change.
+
+    Files share their bytes with the old ones where the file system can do that (reflinks). Otherwise files in which
+    nothing changes are hard links, which stay the same file under two names, and the others are copies.
+    """
+
+    fresh = False
+
+    def __init__(
+        self,
+        folder: Path,
+        files: Mapping[str, LocalFile],
+        *,
+        infos: Mapping[str, TensorInfo],
+        changed: Mapping[str, int],
+    ) -> None:
+        """Take the files over.
+
+        Args:
+            folder: Where to write; exists, without weights, on the same file system.
+            files: The model's files, by what its tensors' places call them.
+            infos: The tensors, with their places in these files.
+            changed: Bytes that will be written to each file in which anything changes.
+        """
+        self.folder, self.names = folder, [file.path.name for file in files.values()]
+        numbers = {name: number for number, name in enumerate(files)}
+        self.places = {name: (numbers[info.file], info.offset) for name, info in infos.items()}
+        self.written_bytes = sum(changed.values())
+        self._descriptors = []
+        self._total_bytes = sum(info.size_bytes for info in infos.values())
+        for number, (name, file) in enumerate(files.items()):
+            draft = self._draft(number)
+            if not file.cloned(draft):
+                if name in changed:
+                    file.copied(draft)
+                    self.written_bytes += file.size
+                else:
+                    file.linked(draft)
+            self._descriptors.append(os.open(draft, os.O_WRONLY if name in changed else os.O_RDONLY))
+
+
+def can_clone(file: LocalFile, folder: Path) -> bool:
+    """Whether a folder's file system lets a new file share a file's bytes."""
+    probe = folder / ".probe.partial"
+    found = file.cloned(probe)
+    probe.unlink(missing_ok=True)
+    return found
 
 
 def _write_all(descriptor: int, view: memoryview, offset: int) -> None:

@@ -255,6 +255,7 @@ def edit(
     output: Path | None = None,
     output_dtype: str | None = None,
     shard_size: str = "5GB",
+    link: bool = False,
     architecture: str | Path | None = None,
     adapter_base: Reference | None = None,
     progress: Progress | None = None,
@@ -267,6 +268,7 @@ def edit(
         output: The folder to write.
         output_dtype: Convert weights to float32, bfloat16 or float16; each tensor keeps its own dtype by default.
         shard_size: Most bytes of tensors in a file.
+        link: Take files in which nothing changes over as hard links: writing to the model's later changes this too.
         architecture: A JSON file that describes the model (docs/architectures.md).
         adapter_base: The base of a LoRA adapter, where its config does not name one that can be opened.
         progress: Called with bytes done, all bytes, and what was just finished.
@@ -283,7 +285,8 @@ def edit(
                 raise RecipeError(f"--{name}: expected NAME=VALUE, got {printable(wrong[0])!r}.")
             asked[name] = {before: after for before, _, after in pairs}
     recipe = record.as_recipe(arguments, asked)
-    written = {"shard_size": shard_size, **({"dtype": output_dtype} if output_dtype else {})}
+    written = {"shard_size": shard_size, "dtype": output_dtype, "link": link or None}
+    written = {name: value for name, value in written.items() if value is not None}
     further = {"architecture": architecture, "adapter_base": adapter_base}
     recipe |= {"output": written, **{name: str(value) for name, value in further.items() if value is not None}}
     if ":" not in asked.get("at", ""):

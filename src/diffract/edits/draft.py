@@ -78,6 +78,27 @@ class Draft:
         else:
             yield from row_blocks(self.checkpoint.info(name), BLOCK_BYTES)
 
+    def touched(self, name: str, rows: Range | None = None) -> list[Range]:
+        """Return the rows among ``rows``, all by default, in which anything changes: spans apart, in their order."""
+        shape = self.checkpoint.info(self.ties.get(name, name)).shape
+        start, stop = rows or (0, shape[0] if shape else 1)
+        places = [place for change in self.changes(name) for place, _ in change.parts]
+        spans = sorted((max(p[0].start, start), min(p[0].stop, stop)) if p else (start, stop) for p in places)
+        found: list[Range] = []
+        for first, last in spans:
+            if found and first <= found[-1][1]:
+                found[-1] = (found[-1][0], max(last, found[-1][1]))
+            elif first < last:
+                found.append((first, last))
+        return found
+
+    def touched_bytes(self, name: str) -> int:
+        """Return the bytes of the rows of a tensor in which anything changes."""
+        info = self.checkpoint.info(name)
+        return (
+            sum(last - first for first, last in self.touched(name)) * info.size_bytes // max(1, (info.shape or (1,))[0])
+        )
+
     def workspace_bytes(self, name: str) -> int:
         """Return the memory that computing a tensor takes, about."""
         info = self.checkpoint.info(self.ties.get(name, name))

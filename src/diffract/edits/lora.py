@@ -114,7 +114,8 @@ class Lora(Edit):
 
         def write(draft: Draft, target: Target) -> Written:
             found = write_adapter(target.folder, computed(draft, target), bench=bench, base=describe(self.base))
-            return Written({WEIGHTS: found}, target.folder, loads_alone=False)
+            size = (target.folder / WEIGHTS).stat().st_size
+            return Written({WEIGHTS: found}, target.folder, loads_alone=False, written_bytes=size)
 
         changes = matrix_changes(draft, [whole_matrix(bench, name) for name in by_tensor], edit)
         summary = {"base": describe(self.base), "modules": len(modules)}
@@ -173,9 +174,11 @@ def _write_split(draft: Draft, target: Target, *, bench: Bench, factors: Iterato
     residual = target.folder / RESIDUAL
     residual.mkdir()
     # Factors come into being while the residual is written, and only then: the order of the two is no choice.
-    digests = write_draft(draft, replace(target, folder=residual))
+    stored = write_draft(draft, replace(target, folder=residual))
     found = write_adapter(target.folder / ADAPTER, factors, bench=bench, base=str(target.path / RESIDUAL))
-    return Written({RESIDUAL: digests, f"{ADAPTER}/{WEIGHTS}": found}, residual, loads_alone=True)
+    size = stored.written_bytes + (target.folder / ADAPTER / WEIGHTS).stat().st_size
+    outputs = {RESIDUAL: stored.digests, f"{ADAPTER}/{WEIGHTS}": found}
+    return Written(outputs, residual, loads_alone=True, written_bytes=size)
 
 
 def _left_rows(draft: Draft, base: Other, left: Mapping[str, str]) -> list[Row]:

@@ -39,6 +39,8 @@ class Output(BaseModel):
     """Convert floating-point tensors; their own dtype is kept by default."""
     shard_size: Size = SHARD_BYTES
     """Most bytes of tensors in a file, such as 5GB."""
+    link: bool = False
+    """Take files over in which nothing changes as hard links: a later change of the model's file is one of this too."""
 
 
 def _named(edit: object) -> object:

@@ -87,6 +87,7 @@ def apply(
         equal = [label for label, read in manifest["inputs"].items() if stored.items() <= read.items()]
         manifest["same_weights_as"] = equal if stored else []
         manifest["left_out"] = left
+        manifest["written_bytes"] = written.written_bytes
         text = yaml.safe_dump(manifest["recipe"], sort_keys=False, allow_unicode=True)
         (folder / RECIPE).write_text(text, encoding="utf-8")
         card = model_card(manifest["recipe"], manifest["steps"], adapter=recipe.export is not None)
@@ -200,6 +201,7 @@ class EditPreview:
         changed: How many of them change.
         read_bytes: What is read, about.
         written_bytes: Bytes of tensors that are written; of an adapter that is found out with its ranks.
+        changed_bytes: Bytes of the rows in which anything changes: what is written where the rest can be shared.
         seconds: How long it takes, about.
     """
 
@@ -208,6 +210,7 @@ class EditPreview:
     changed: int
     read_bytes: int
     written_bytes: int | None
+    changed_bytes: int
     seconds: float
 
 
@@ -230,6 +233,7 @@ def preview(recipe: Recipe | Mapping[str, Any] | str | Path) -> EditPreview:
             changed=len(changed),
             read_bytes=sum(sizes.values()) + others * sum(sizes[name] for name in changed),
             written_bytes=None if recipe.export is not None else sum(info.size_bytes for info in infos.values()),
+            changed_bytes=sum(draft.touched_bytes(name) for name in sizes),
             seconds=_seconds(draft),
         )
 
