@@ -21,19 +21,20 @@ from diffract.errors import (
 )
 
 if TYPE_CHECKING:
-    from diffract.api import Inspection, compare, heads, inspect, lineage, scan, trajectory
+    from diffract.api import compare, heads, lineage, scan, trajectory
     from diffract.api import evaluate as eval
     from diffract.callback import SpectralCallback
     from diffract.checkpoints import Checkpoint
     from diffract.checkpoints import open_checkpoint as open
     from diffract.edits import LiveModel, Recipe, apply, verify
+    from diffract.inspection import Inspection, inspect
     from diffract.metrics import Metric, metric
     from diffract.plots import plot
     from diffract.run import Run, load_run
 
 _PLACES = {
     "Checkpoint": ("diffract.checkpoints", "Checkpoint"),
-    "Inspection": ("diffract.api", "Inspection"),
+    "Inspection": ("diffract.inspection", "Inspection"),
     "LiveModel": ("diffract.edits", "LiveModel"),
     "Metric": ("diffract.metrics", "Metric"),
     "Recipe": ("diffract.edits", "Recipe"),
@@ -43,7 +44,7 @@ _PLACES = {
     "compare": ("diffract.api", "compare"),
     "eval": ("diffract.api", "evaluate"),
     "heads": ("diffract.api", "heads"),
-    "inspect": ("diffract.api", "inspect"),
+    "inspect": ("diffract.inspection", "inspect"),
     "lineage": ("diffract.api", "lineage"),
     "load_run": ("diffract.run", "load_run"),
     "metric": ("diffract.metrics", "metric"),

@@ -5,10 +5,10 @@ Nothing heavy is imported before a function is called: commands read their optio
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +24,7 @@ if TYPE_CHECKING:
     from diffract.metrics import Metric
     from diffract.run import Run
     from diffract.settings import Progress
-
-SCAN_RATE = 1.2e10
-"""Multiplications per second and core that a scan reaches, as ``scan_cost`` counts them; measured on two cores."""
+    from diffract.tables import Tables
 
 
 def scan(
@@ -218,14 +216,10 @@ def trajectory(
     [None, 1.0, 0.5]
     """
     from diffract.analysis import follow
-    from diffract.run import Run, write
 
     options = _options(locals())
-    with _output(output, force=force) as draft:
-        found = follow(refs, options, by=by, against=against, allow_unmatched=allow_unmatched)
-        if draft is not None:
-            write(found, draft)
-    return Run(found)
+    make = partial(follow, refs, options, by=by, against=against, allow_unmatched=allow_unmatched)
+    return _written(make, output, force=force)
 
 
 def heads(
@@ -272,16 +266,13 @@ def heads(
         DiffractError: The input is wrong; the message says what, where, and what to do.
     """
     from diffract.analysis import analyse_heads
-    from diffract.run import Run, write
 
     options = _options(locals())
     if not tuned:
         raise SelectionError("heads needs a base and at least one tuned checkpoint.")
-    with _output(output, force=force) as draft:
-        found = analyse_heads([base, *tuned], options, projections=projections, allow_unmatched=allow_unmatched)
-        if draft is not None:
-            write(found, draft)
-    return Run(found)
+    models = [base, *tuned]
+    make = partial(analyse_heads, models, options, projections=projections, allow_unmatched=allow_unmatched)
+    return _written(make, output, force=force)
 
 
 def lineage(
@@ -324,14 +315,9 @@ def lineage(
     ['stranger']
     """
     from diffract.analysis import Options, relate_all
-    from diffract.run import Run, write
 
     options = Options(architecture=architecture, adapter_base=adapter_base, download=download, progress=progress)
-    with _output(output, force=force) as draft:
-        found = relate_all(refs, options, root=root)
-        if draft is not None:
-            write(found, draft)
-    return Run(found)
+    return _written(partial(relate_all, refs, options, root=root), output, force=force)
 
 
 def evaluate(
@@ -439,6 +425,17 @@ def _analysed(
     return load_run(str(output)) if options.vectors else Run(found)
 
 
+def _written(make: Callable[[], Tables], output: str | Path | None, *, force: bool) -> Run:
+    """Make the tables of a run; what is wrong with the folder is said before any work."""
+    from diffract.run import Run, write
+
+    with _output(output, force=force) as draft:
+        found = make()
+        if draft is not None:
+            write(found, draft)
+    return Run(found)
+
+
 @contextmanager
 def _output(folder: str | Path | None, *, force: bool) -> Iterator[Path | None]:
     """Yield a draft of the folder, which takes its name when it is whole; nothing where nothing is to be written."""
@@ -449,117 +446,3 @@ def _output(folder: str | Path | None, *, force: bool) -> Iterator[Path | None]:
         return
     with whole_folder(folder, force=force) as draft:
         yield draft
-
-
-@dataclass(frozen=True)
-class MatrixKind:
-    """Matrices of one part and shape.
-
-    Attributes:
-        part: ``attn.q``, ``mlp.gate``, ...
-        shape: Of each matrix, (out, in).
-        dtype: Stored dtype.
-        count: How many.
-    """
-
-    part: str
-    shape: tuple[int, int]
-    dtype: str
-    count: int
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What the headers of a checkpoint tell.
-
-    Attributes:
-        reference: What was opened.
-        family: The architecture, ``generic`` if nothing describes it.
-        dimensions: Layers, width, heads, kv_heads, head_dim, as far as the configuration tells.
-        parameters: Entries of all tensors.
-        size_bytes: Of all tensors.
-        tensors: Number of stored tensors.
-        matrices: Number of matrices that a scan takes.
-        kinds: The matrices, by part and shape.
-        left_out: Tensors that are not analysed: outcome to number.
-        multiplications: What a scan costs, about.
-        seconds_per_core: The same in seconds, about.
-        peak_bytes: Workspace of the largest matrix, about.
-        warnings: What to know.
-    """
-
-    reference: str
-    family: str
-    dimensions: dict[str, int | None]
-    parameters: int
-    size_bytes: int
-    tensors: int
-    matrices: int
-    kinds: tuple[MatrixKind, ...]
-    left_out: dict[str, int]
-    multiplications: float
-    seconds_per_core: float
-    peak_bytes: int
-    warnings: tuple[str, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it."""
-        return asdict(self)
-
-
-def inspect(
-    ref: Reference,
-    *,
-    select: str | None = None,
-    heads: bool = True,
-    architecture: str | Path | None = None,
-    adapter_base: Reference | None = None,
-    download: bool = False,
-) -> Inspection:
-    """Say what is in a checkpoint, how it is sliced, and what a scan costs, from its headers alone.
-
-    Args:
-        ref: A file, a folder, or ``org/name@revision`` on the hub. In Python also a mapping of arrays, an
-            ``nn.Module``, or an open checkpoint.
-        select: Which matrices, such as ``"layers 0-7, attn.q, attn.o"``; all by default.
-        heads: Cut attention projections into heads.
-        architecture: A JSON file that describes the model (docs/architectures.md); by default its config.json's
-            ``model_type`` decides.
-        adapter_base: The base of an adapter, where its config does not name one that can be opened.
-        download: Fetch models of the hub whole instead of reading byte ranges.
-
-    Raises:
-        DiffractError: The checkpoint cannot be opened or contradicts its configuration.
-    """
-    from diffract.checkpoints import open_checkpoint
-    from diffract.matrices import lay_out, scan_cost, workspace_bytes
-
-    checkpoint = open_checkpoint(ref, base=adapter_base, download=download)
-    try:
-        layout = lay_out(checkpoint, select_text=select, heads=heads, spec_file=architecture, check_ties=False)
-    finally:
-        if checkpoint is not ref:
-            checkpoint.close()
-    entries, aside = list(layout.entries.values()), layout.checkpoint.set_aside
-    analysed = [entry for entry in entries if entry.matrices]
-    kinds = Counter(
-        (".".join(dict.fromkeys(p for p in (m.block, m.projection) if p)) or "other", m.shape, m.dtype)
-        for entry in analysed
-        for m in entry.matrices
-    )
-    work = sum(scan_cost(entry.matrices) for entry in analysed)
-    return Inspection(
-        reference=checkpoint.reference,
-        family=layout.architecture.family,
-        dimensions=asdict(layout.architecture.dimensions),
-        parameters=sum(entry.info.entries for entry in entries),
-        size_bytes=sum(entry.info.size_bytes for entry in entries),
-        tensors=len(entries),
-        matrices=sum(len(entry.matrices) for entry in analysed),
-        kinds=tuple(MatrixKind(*kind, count) for kind, count in kinds.items()),
-        left_out=dict(Counter([e.outcome for e in entries if not e.matrices] + ["set_aside"] * len(aside))),
-        multiplications=work,
-        seconds_per_core=work / SCAN_RATE,
-        peak_bytes=max((workspace_bytes(e.matrices, e.info.size_bytes) for e in analysed), default=0),
-        warnings=layout.warnings,
-    )

@@ -78,7 +78,7 @@ def test_a_fault_of_ours_is_told_apart(family: tuple[Path, Path], monkeypatch: p
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("\x1b[31mred")
 
-    monkeypatch.setattr("diffract.api.inspect", broken)
+    monkeypatch.setattr("diffract.inspection.inspect", broken)
     done = run.invoke(app, ["inspect", str(family[0])])
     assert done.exit_code == 3
     assert "ZeroDivisionError" in done.stderr

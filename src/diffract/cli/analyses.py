@@ -13,7 +13,7 @@ from diffract.errors import printable
 if TYPE_CHECKING:
     import polars as pl
 
-    from diffract.api import Inspection
+    from diffract.inspection import Inspection
     from diffract.run import Run
 
 EVOLVING = {

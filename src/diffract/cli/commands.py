@@ -348,7 +348,7 @@ COMMANDS = (
         summary=analyses.sum_up_lineage,
         unit="pairs",
     ),
-    Command("inspect", "See", ("diffract.api:inspect",), show=analyses.show_inspection, summary=everything),
+    Command("inspect", "See", ("diffract.inspection:inspect",), show=analyses.show_inspection, summary=everything),
     Command("report", "See", (f"{HERE}:report",), show=analyses.show_path("report"), metavars={"output": "FILE"}),
     Command(
         name="plot",
