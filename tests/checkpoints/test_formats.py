@@ -66,8 +66,28 @@ def test_ranks_of_megatron_are_parts(tmp_path: Path) -> None:
     for rank in range(2):
         (tmp_path / f"mp_rank_{rank:02d}").mkdir()
         torch.save({"model": {"w": torch.ones(2, 2)}}, tmp_path / f"mp_rank_{rank:02d}" / "model_optim_rng.pt")
-    with pytest.raises(CheckpointError, match="one of 2 parts of a parallel model"):
-        open_checkpoint(tmp_path / "mp_rank_00" / "model_optim_rng.pt")
+    for reference in ("mp_rank_00/model_optim_rng.pt", "mp_rank_01"):
+        with pytest.raises(CheckpointError, match="one of 2 parts of a parallel model"):
+            open_checkpoint(tmp_path / reference)
+    with pytest.raises(CheckpointError, match="Its subfolders do: mp_rank_00, mp_rank_01"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "converter"),
+    [("layer_00-model_00-model_states.pt", "GPT-NeoX"), ("model_world_size_4_rank_0.pt", "verl")],
+)
+def test_a_part_is_known_by_its_name_where_it_is_alone(name: str, converter: str, tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2, 2)}, tmp_path / name)
+    for reference in (tmp_path, tmp_path / name):
+        with pytest.raises(CheckpointError, match=f"parts of a parallel model.*{converter}"):
+            open_checkpoint(reference)
+
+
+def test_what_does_not_begin_as_a_pickle_is_no_pytorch_file(tmp_path: Path) -> None:
+    (tmp_path / "stories.bin").write_bytes((288).to_bytes(4, "little") + bytes(600))
+    with pytest.raises(CheckpointError, match="does not begin as one"):
+        open_checkpoint(tmp_path / "stories.bin")
 
 
 def test_the_only_part_is_the_whole(tmp_path: Path) -> None:

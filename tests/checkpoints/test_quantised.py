@@ -272,6 +272,22 @@ def test_bits_may_differ_from_layer_to_layer(tmp_path: Path, rng: np.random.Gene
         ({"weight_packed": torch.zeros(8, 4, dtype=torch.int32)}, {"quant_method": "vptq"}, "vptq"),
         ({"codes": torch.zeros(8, 4, dtype=torch.uint8)}, {"quant_method": "aqlm"}, "aqlm"),
         (
+            {
+                "codes": torch.zeros(8, 4, 1, dtype=torch.int16),
+                "codebooks": torch.zeros(1, 16, 1, 8),
+                "scales": torch.ones(8, 1, 1, 1),
+            },
+            {"quant_method": "aqlm"},
+            "aqlm",
+        ),
+        ({"Qidxs": torch.zeros(8, 4, dtype=torch.int64), "SU": torch.ones(8)}, {"quant_method": "quip"}, "quip"),
+        ({"dense_weights": torch.zeros(300, dtype=torch.int64)}, {"quant_method": "spqr"}, "spqr"),
+        (
+            {"W_q": torch.zeros(8, 4, dtype=torch.uint8), "scale": torch.ones(8, 1), "zero": torch.ones(8, 1)},
+            {},
+            "a way that is not stated",
+        ),
+        (
             {"weight": torch.zeros(8, 4, dtype=torch.int8), "weight_scale": torch.ones(3, 1)},
             {"quant_method": "x"},
             "do not fit",
@@ -303,6 +319,35 @@ def test_what_is_not_read_is_refused_by_name(
     path = write(tmp_path / "model", parts, {"quantization_config": config})
     with pytest.raises(CheckpointError, match=words):
         open_checkpoint(path)
+
+
+def test_whole_numbers_that_are_no_codes_are_left_alone(tmp_path: Path) -> None:
+    """A model may state how it is quantised when it is loaded, and be stored plain."""
+    parts = {"weight": torch.ones(8, 4), "position_ids": torch.arange(300)[None], "steps": torch.tensor([3])}
+    with open_checkpoint(write(tmp_path / "model", parts, {"quantization_config": {"quant_method": "fp8"}})) as found:
+        assert sorted(name.rpartition(".")[2] for name in found) == ["position_ids", "steps", "weight", "weight"]
+        assert not found.set_aside
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(300, 200), (130, 257), (128, 512)])
+def test_blocks_that_nothing_states_are_square(
+    rng: np.random.Generator, rows: int, columns: int, tmp_path: Path
+) -> None:
+    """Of 300 rows and three scales a scale counts for 128 rows, the last for what is left, not for 100 each."""
+    codes = torch.from_numpy(rng.normal(0, 10, (rows, columns)).astype(np.float32)).to(torch.float8_e4m3fn)
+    scale = scales(rng, -(-rows // 128), -(-columns // 128))
+    wide = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[:rows, :columns]
+    with open_checkpoint(write(tmp_path / "model", {"weight": codes, "weight_scale_inv": scale}, {})) as found:
+        assert torch.equal(found[f"{STEM}.weight"], codes.float() * wide)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_bits_are_told_by_zero_points_where_nothing_states_them(
+    rng: np.random.Generator, bits: int, tmp_path: Path
+) -> None:
+    parts, _, true = gptq(rng, bits, order=True, version="gptq")
+    with open_checkpoint(write(tmp_path / "model", parts, {})) as found:
+        torch.testing.assert_close(found[f"{STEM}.weight"], true)
 
 
 def test_tiles_of_old_bitsandbytes_are_refused_when_read(rng: np.random.Generator, tmp_path: Path) -> None:

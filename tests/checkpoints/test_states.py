@@ -44,6 +44,18 @@ STATES: dict[str, tuple[Any, dict[str, str]]] = {
         {"model": MODEL, "numpy": np.random.default_rng(0).bit_generator.state, "where": Path("x"), "keys": {1, 2}},
         {},
     ),
+    "jax": (
+        {"params": MODEL, "step": torch.tensor(3), "opt_state": [{"mu": {"layer.weight": torch.ones(2, 3)}}]},
+        {"step": NUMBER, "opt_state.0.mu.layer.weight": OPTIMIZER},
+    ),
+    "average among flat names": (
+        {"state_dict": {**MODEL, "model_ema.layerweight": torch.ones(2, 3), "model_ema.decay": torch.tensor(0.9)}},
+        {"model_ema.layerweight": MEAN, "model_ema.decay": NUMBER},
+    ),
+    "average of torch": (
+        {"n_averaged": torch.tensor(5), **MODEL},
+        {"n_averaged": NUMBER},
+    ),
     "flat names": (
         {**MODEL, "optimizer.state.layer.weight.exp_avg": torch.ones(2, 3)},
         {"optimizer.state.layer.weight.exp_avg": OPTIMIZER},
@@ -82,6 +94,24 @@ def test_two_models_are_asked_for(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "x.pt")
     with open_checkpoint(f"{tmp_path / 'x.pt'}#teacher") as found:
         assert list(found) == list(MODEL)
+
+
+@pytest.mark.parametrize(("one", "other"), [("teacher", "student"), ("actor_model", "critic_model")])
+def test_two_models_with_nothing_beside_them_are_asked_for(one: str, other: str, tmp_path: Path) -> None:
+    torch.save({one: MODEL, other: MODEL}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=f"several models: {one}, {other}"):
+        open_checkpoint(tmp_path / "x.pt")
+
+
+def test_an_average_alone_among_flat_names_is_the_model(tmp_path: Path) -> None:
+    torch.save({f"ema.{name}": value for name, value in MODEL.items()}, tmp_path / "x.pt")
+    assert list(open_checkpoint(tmp_path / "x.pt")) == [f"ema.{name}" for name in MODEL]
+
+
+def test_an_optimizer_is_no_model(tmp_path: Path) -> None:
+    torch.save(ADAM, tmp_path / "state.pt")
+    with pytest.raises(CheckpointError, match="state of an optimizer, no model"):
+        open_checkpoint(tmp_path / "state.pt")
 
 
 def test_an_average_of_other_shapes_is_refused(tmp_path: Path) -> None:

@@ -395,6 +395,11 @@ def open_pickle(path: Path, *, part: str | None = None) -> Checkpoint:
         start = file.fetch(0, min(file.size, 64))
         if not start.startswith(b"PK"):
             refuse_format(where, start=start)
+            if not start.startswith(b"\x80"):  # of a pickle, which the format before zip archives is
+                raise CheckpointError(
+                    f"cannot read {where!r} as a PyTorch file: it does not begin as one. Fetch it again, or convert it "
+                    "with the program that wrote it."
+                )
             file.close()
             from diffract.checkpoints.arrays import open_old_pickle
 

@@ -71,7 +71,7 @@ FORMATS = (
     Format(
         "a model of llm.c",
         (),
-        ((20240326).to_bytes(4, "little"), (20240520).to_bytes(4, "little")),
+        tuple(magic.to_bytes(4, "little") for magic in (20240326, 20240520, 20240527)),
         "write it from llm.c with its dev/eval/export_hf.py",
     ),
     Format("a model of llama2.c", (), (b"24ka",), "take the checkpoint that it was exported from"),
@@ -112,23 +112,38 @@ _PARALLEL = (
     (re.compile(r"mp_rank_\d+_model_states\.pt"), "DeepSpeed's ds_to_universal.py, or save a merged model"),
     (re.compile(r"(bf16_|fp16_)?zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt"), "the zero_to_fp32.py beside it"),
     (re.compile(r"model_optim_rng\.pt|model_rng\.pt"), "Megatron's tools/checkpoint/convert.py"),
+    (re.compile(r"layer_\d+-model_\d+-model_states\.pt"), "GPT-NeoX's tools/ckpts/convert_neox_to_hf.py"),
+    (re.compile(r"model_world_size_\d+_rank_\d+\.pt"), "verl's model_merger"),
 )
 """Names of files of which each holds a slice of every tensor, and what joins them."""
 
+_NEVER_WHOLE = re.compile(r"zero_pp_rank|layer_\d|world_size_(?!1_)")
+"""What such a name holds that is a part even where it is the only one."""
 
-def refuse_parts(where: str, names: Iterable[str]) -> None:
+
+def refuse_parts(path: Path, names: Iterable[str]) -> None:
     """Raise if files of a folder are slices of a parallel model.
+
+    Args:
+        path: The folder, or what stands for it.
+        names: Its files.
 
     Raises:
         CheckpointError: It says so, and what joins them.
     """
-    listed = list(names)
+    where, listed = printable(path, 1000), list(names)
     for pattern, converter in _PARALLEL:
         parts = [name for name in listed if pattern.fullmatch(name)]
-        if len(parts) > 1 or any("zero_pp_rank" in name for name in parts):
+        if len(parts) > 1 or any(_NEVER_WHOLE.search(name) for name in parts):
             raise CheckpointError(
                 f"{where!r} holds the parts of a parallel model, {printable(parts[0], 60)} and others: each has slices "
                 f"of the tensors. Join them with {converter}, and open the result."
+            )
+        ranks = [p for p in path.parent.glob("mp_rank_*") if parts and path.name.startswith("mp_rank_")]
+        if len(ranks) > 1:
+            raise CheckpointError(
+                f"{where!r} is one of {len(ranks)} parts of a parallel model (Megatron). Join them with {converter}, "
+                "and open the result."
             )
 
 
@@ -150,10 +165,4 @@ def refuse_lone_part(path: Path) -> None:
             f"{where!r} is one part of a distributed checkpoint (DCP). Open the folder that holds it."
         )
     if any(pattern.fullmatch(path.name) for pattern, _ in _PARALLEL):
-        refuse_parts(printable(path.parent, 1000), (p.name for p in path.parent.iterdir()))
-        ranks = [p for p in path.parent.parent.glob("mp_rank_*/*") if p.name == path.name]
-        if path.parent.name.startswith("mp_rank_") and len(ranks) > 1:
-            raise CheckpointError(
-                f"{where!r} is one of {len(ranks)} parts of a parallel model (Megatron). Join them with "
-                "Megatron's tools/checkpoint/convert.py, and open the result."
-            )
+        refuse_parts(path.parent, (p.name for p in path.parent.iterdir()))

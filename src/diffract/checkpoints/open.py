@@ -203,7 +203,7 @@ def _open_folder(path: Path, how: _How) -> Checkpoint:
     beside = adapter.CONFIG in folder.names
     if beside and not _holds_whole_model(folder, how):
         return _open_adapter(folder, how)
-    refuse_parts(folder.where, folder.names)
+    refuse_parts(path, folder.names)
     config = read_config(folder)
     inside = next((path / name for name in ("", *INSIDE) if (path / name / METADATA).is_file()), None)
     shards = find_shards(folder, SAFETENSORS, (".safetensors",)) if inside is None else Shards([])
@@ -216,9 +216,10 @@ def _open_folder(path: Path, how: _How) -> Checkpoint:
         found = open_pickles(folder, pickles, part=how.part)
     else:
         refuse_format(folder.where, folder.names)
-        raise CheckpointError(
-            f"folder {folder.where!r} holds no .safetensors, .bin, .pt or .pth files. Is this the right folder?"
-        )
+        inner = [p for p in (*_folders(path), *(q for p in _folders(path) for q in _folders(p))) if _holds_weights(p)]
+        told = some([p.relative_to(path).as_posix() for p in inner])
+        advice = f"Its subfolders do: {told}. Open one of them." if inner else "Is this the right folder?"
+        raise CheckpointError(f"folder {folder.where!r} holds no .safetensors, .bin, .pt or .pth files. {advice}")
     found = _with_neighbours(found, folder, config, find_companions(folder))
     note = "An adapter lies beside the model; it is not applied. To see it, pass --adapter-base with the folder."
     return replace(found, notes=(*found.notes, note)) if beside and not found.factors else found
@@ -310,7 +311,7 @@ def find_checkpoints(path: Path) -> FoundCheckpoints:
     """
     folder = LocalFolder(path)
     files = [name for name in folder.names if _is_weights(name, ALONE, BESIDE)]
-    subfolders = [p for p in _children(path) if p.is_dir()]
+    subfolders = _folders(path)
     if folders := [p for p in subfolders if _holds_weights(p)]:
         return FoundCheckpoints(_distinct(folders), [*files, *(f"{p.name}/" for p in subfolders if p not in folders)])
     sharded = any(name.endswith(".index.json") for name in folder.names)
@@ -347,6 +348,10 @@ def some(names: Sequence[str]) -> str:
 
 def _children(path: Path) -> list[Path]:
     return sorted(p for p in path.iterdir() if not p.name.startswith("."))
+
+
+def _folders(path: Path) -> list[Path]:
+    return [p for p in _children(path) if p.is_dir()]
 
 
 def _holds_weights(path: Path) -> bool:

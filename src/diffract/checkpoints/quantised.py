@@ -7,7 +7,7 @@ configuration adds how many bits a code has. Nothing here needs torch: ``dequant
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -122,6 +122,9 @@ ACTIVATIONS = re.compile(
 LAYER = re.compile(r"_?weight_\w+|pre_quant_scale|scales?|amax|zero_point|g_idx|SCB|CB")
 """Last parts of names of what belongs to the codes of the same layer."""
 
+SCALES = re.compile(r"_?(weight_)?(scales?|zeros?|scale_inv|absmax|zero_point)|q?zeros|SCB|S[UV]|codebooks?|centroids")
+"""Last parts of names beside which whole numbers are codes, whatever the configuration says."""
+
 UNREAD = ("marlin-24", "sparse-24-bitmask", "sparse-bitmask", "marlin", "gemv", "gemv_fast", "exllama", "ipex")
 """Values of ``format``, ``checkpoint_format`` and ``version`` under which codes lie in a library's own order."""
 
@@ -187,24 +190,22 @@ def dequantised(checkpoint: Checkpoint) -> Checkpoint:
     config = checkpoint.config
     settings = next((config[key] for key in KEYS if isinstance(config.get(key), Mapping)), {})
     coded = [info for info in checkpoint.infos.values() if info.dtype in CODES and len(info.shape) > 1]
-    if not coded:
-        return checkpoint
     found = {w.parts["codes"].name: w for info in coded if (w := _weight(info, checkpoint, settings)) is not None}
-    beside = _companions(checkpoint, found)
-    rest = [info for info in coded if info.name not in found and info.name not in beside and len(info.shape) < 4]
-    if not found and settings and rest:
-        method = printable(settings.get("quant_method") or settings.get("quant_algo") or "an unknown way")
+    parts = {part.name for weight in found.values() for part in weight.parts.values()}
+    known = parts | _companions(checkpoint, found.keys())
+    unread = [name for name in _unread(checkpoint, parts, stated=bool(settings)) if name not in known]
+    if unread and not found:
+        method = printable(settings.get("quant_method") or settings.get("quant_algo") or "a way that is not stated")
         raise CheckpointError(
-            f"{checkpoint.reference}: the weights are quantised by {method}, and {printable(rest[0].name)!r} "
-            f"({rest[0].dtype}) has no scales that diffract knows. Dequantise it with the library that wrote it "
-            "(model.dequantize() of transformers, then save_pretrained)."
+            f"{checkpoint.reference}: the weights are quantised by {method}, and {printable(unread[0])!r} "
+            f"({checkpoint.infos[unread[0]].dtype}) has no scales that diffract knows. Dequantise it with the library "
+            "that wrote it (model.dequantize() of transformers, then save_pretrained)."
         )
     if not found:
         return checkpoint
+    beside = (parts - found.keys()) | _companions(checkpoint, found.keys() | set(unread))
     reasons = dict.fromkeys(beside, "scales and the like of quantised weights")
-    if settings:  # without a word of quantisation they may be numbers of another kind
-        reasons |= {info.name: "codes without scales" for info in rest}
-    return _replaced(checkpoint, found, reasons)
+    return _replaced(checkpoint, found, reasons | dict.fromkeys(unread, "codes without scales"))
 
 
 KEYS = ("quantization_config", "compression_config", "quantization")
@@ -214,16 +215,44 @@ BESIDE = ("config.json", "hf_quant_config.json")
 """Files that state the quantisation, which a dequantised model no longer has."""
 
 
-def _companions(checkpoint: Checkpoint, found: Mapping[str, Weight]) -> set[str]:
-    """Return the names of what quantised layers have beside their codes."""
-    parts = {part.name for weight in found.values() for part in weight.parts.values()} - found.keys()
-    layers = {name.rpartition(".")[0] for name in found}
-    split = ((name, *name.rpartition(".")[::2]) for name in checkpoint.infos if name not in found) if found else ()
-    return parts | {
-        name
-        for name, layer, last in split
-        if ACTIVATIONS.fullmatch(last) or (layer in layers and LAYER.fullmatch(last))
-    }
+INTEGERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8")
+
+NUMBERS_OF_OTHERS = re.compile(r".*(_ids|_index|indexes|mask|tracked|steps?|counts?)", re.ASCII)
+"""Last parts of names of whole numbers that are no codes."""
+
+FEW = 256
+"""A vector of fewer whole numbers holds no codes of a matrix."""
+
+
+def _unread(checkpoint: Checkpoint, known: Set[str], *, stated: bool) -> list[str]:
+    """Return the names of tensors that hold codes which nothing here reads.
+
+    Something like a scale lies beside them. Where the configuration states a quantisation, whole numbers in a layer are
+    codes without that too, and so are float8 numbers.
+    """
+    layers = {name.rpartition(".")[0] for name in checkpoint.infos if SCALES.fullmatch(name.rpartition(".")[2])}
+
+    def holds_codes(info: TensorInfo) -> bool:
+        layer, _, last = info.name.rpartition(".")
+        if info.dtype not in (*INTEGERS, *(FLOAT8 if stated else ())) or info.name in known:
+            return False
+        few = len(info.shape) < 2 and info.entries < FEW
+        numbers = few or len(info.shape) > 3 or NUMBERS_OF_OTHERS.fullmatch(last)
+        inside = len(info.shape) > 1 or any(word.isdigit() for word in layer.split("."))
+        return not numbers and (layer in layers or (stated and inside))
+
+    return [name for name, info in checkpoint.infos.items() if holds_codes(info)]
+
+
+def _companions(checkpoint: Checkpoint, codes: Set[str]) -> set[str]:
+    """Return the names of what layers with codes have beside these."""
+    layers = {name.rpartition(".")[0] for name in codes}
+    split = ((name, *name.rpartition(".")[::2]) for name in checkpoint.infos if name not in codes) if codes else ()
+
+    def beside(layer: str, last: str) -> bool:
+        return layer in layers and bool(LAYER.fullmatch(last) or SCALES.fullmatch(last))
+
+    return {name for name, layer, last in split if ACTIVATIONS.fullmatch(last) or beside(layer, last)}
 
 
 def _replaced(checkpoint: Checkpoint, found: Mapping[str, Weight], reasons: Mapping[str, str]) -> Checkpoint:
@@ -302,8 +331,7 @@ def _described(weight: Weight, settings: Mapping[str, Any], checkpoint: Checkpoi
         bits = 4 if packing == "E2M1" else _bits(weight, settings, checkpoint)
         lead = codes if weight.form.kind != "MXFP4" else (*codes[:-2], codes[-2] * codes[-1])
         shape = (*lead[:-1], lead[-1] * WORD_BITS[weight.parts["codes"].dtype] // bits)
-    stated_block = settings.get("weight_block_size") if packing == "stored" else None
-    block = _blocks(shape, scale, tuple(stated_block) if isinstance(stated_block, list) else ())
+    block = _blocks(shape, scale, _stated_block(settings) if packing == "stored" else ())
     transposed = weight.form.kind == "MXFP4" and len(shape) == 3
     shape = (*shape[:-2], shape[-1], shape[-2]) if transposed else shape
     return replace(weight, shape=shape, bits=bits, block=block, transposed=transposed)
@@ -311,11 +339,7 @@ def _described(weight: Weight, settings: Mapping[str, Any], checkpoint: Checkpoi
 
 def _bits(weight: Weight, settings: Mapping[str, Any], checkpoint: Checkpoint) -> int:
     """Bits of packed whole numbers: stated, or told by the stored shape, or by the size of a group."""
-    groups = settings.get("config_groups")
-    nested = (
-        [g.get("weights") for g in groups.values() if isinstance(g, Mapping)] if isinstance(groups, Mapping) else []
-    )
-    stated = [settings.get("bits"), *(w.get("num_bits") for w in nested if isinstance(w, Mapping))]
+    stated = [settings.get("bits"), *(scheme.get("num_bits") for scheme in _schemes(settings))]
     found = {bits for bits in stated if isinstance(bits, int)}
     codes, scale = weight.parts["codes"], weight.parts["scale"].shape
     if len(found) != 1 and "shape" in weight.parts:  # several groups of layers, or none stated
@@ -333,13 +357,35 @@ def _bits(weight: Weight, settings: Mapping[str, Any], checkpoint: Checkpoint) -
     return bits
 
 
+def _schemes(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return what compressed-tensors states of the weights of each group of layers."""
+    groups = settings.get("config_groups")
+    held = [g.get("weights") for g in groups.values() if isinstance(g, Mapping)] if isinstance(groups, Mapping) else []
+    return [scheme for scheme in held if isinstance(scheme, Mapping)]
+
+
+def _stated_block(settings: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the size of blocks that a configuration states for all layers alike, empty if it does not."""
+    told = [settings.get("weight_block_size"), *(scheme.get("block_structure") for scheme in _schemes(settings))]
+    blocks = {tuple(block) for block in told if isinstance(block, list) and all(type(n) is int for n in block)}
+    return blocks.pop() if len(blocks) == 1 else ()
+
+
 def _blocks(shape: tuple[int, ...], scale: tuple[int, ...], stated: tuple[int, ...]) -> tuple[int, ...]:
     """Return for how many entries of each axis a scale counts.
 
+    Where nothing is stated, square blocks of a power of two come before equal parts, since the last may be cut off.
+
     >>> _blocks((256, 300), (2, 3), (128, 128)), _blocks((6, 4), (6,), ()), _blocks((6, 4), (), ())
     ((128, 128), (1, 4), (6, 4))
+    >>> _blocks((300, 200), (3, 2), ()), _blocks((300, 200), (3,), ())
+    ((128, 128), (100, 200))
     """
     padded = scale + (1,) * (len(shape) - len(scale))
+    if not stated and len(scale) == len(shape) > 1:
+        squares = ((size, size) for size in (2**i for i in range(3, 11)))
+        fits = (b for b in squares if all(-(-n // s) == k for n, s, k in zip(shape[-2:], b, scale[-2:], strict=True)))
+        stated = next(fits, ())
     wanted = (0,) * (len(shape) - len(stated)) + stated
     block = tuple(
         n if s == 1 else size if size and -(-n // size) == s else n // s if s and n % s == 0 else 0
@@ -354,9 +400,11 @@ def _columns(weight: Weight, settings: Mapping[str, Any]) -> Weight:
     """GPTQ packs along the inputs, AWQ along the outputs; both store (in, out)."""
     codes, (groups, out) = weight.parts["codes"].shape, weight.parts["scale"].shape
     zero = weight.parts["zero"].shape
-    bits = settings.get("bits", settings.get("w_bit", 4))
+    told = 32 * zero[1] / out if len(zero) == 2 and out else 4  # their width tells it where no configuration does
+    bits = settings.get("bits", settings.get("w_bit", told))
     if bits not in BITS:
         raise ValueError(f"{printable(bits)} bits a code, expected one of {BITS}")
+    bits = int(bits)
     per_word = 32 // bits
     if zero != (groups, out // per_word) or out % per_word:
         raise ValueError(f"zero points of shape {list(zero)} do not fit scales of shape {[groups, out]}")

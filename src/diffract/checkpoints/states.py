@@ -19,9 +19,15 @@ AVERAGE = re.compile(r"(.*[_.])?(ema|swa|averaged?|shadow)([_.].*)?", re.ASCII)
 """Keys of averages of the weights."""
 
 TRAINING = re.compile(
-    r"optim|lr_|scheduler|schedule|scaler|grad|rng|random|callbacks|loops|amp$|sampler|dataloader|loss"
+    r"optim|opt_|opt$|lr_|scheduler|schedule|scaler|grad|rng|random|callbacks|loops|amp$|sampler|dataloader|loss"
 )
 """How keys begin that are no weights."""
+
+ROLES = re.compile(
+    r"(teacher|student|generator|discriminator|actor|critic|policy|reference|ref|target|online|best|last)"
+    r"(_?(model|net|network|policy|state_dict))?"
+)
+"""Keys of models that are trained, or kept, side by side."""
 
 MOMENTS = re.compile(
     r"(^|\.)(optimizers?|optim|optimizer_states?|optimizer_state_dict)\."
@@ -64,6 +70,8 @@ def find_model(tree: Any, is_tensor: Callable[[Any], bool], where: str, *, part:
     Raises:
         CheckpointError: It cannot be decided which part is the model, or there is no such part.
     """
+    if isinstance(tree, Mapping) and "param_groups" in tree:
+        raise CheckpointError(f"{where!r} holds the state of an optimizer, no model. Open the file of the model.")
     aside: list[tuple[str, Any, str]] = []
     node, path = tree, ""
     for key in part.split(".") if part else ():
@@ -92,8 +100,21 @@ def find_model(tree: Any, is_tensor: Callable[[Any], bool], where: str, *, part:
                 aside += [(f"{path}{name}", leaf, reason) for name, leaf in _leaves(value, is_tensor, str(key))]
         node, path = node[chosen], f"{path}{chosen}."
     leaves = list(_leaves(node, is_tensor)) if isinstance(node, Mapping) else []
-    aside += [(name, leaf, OPTIMIZER) for name, leaf in leaves if MOMENTS.search(name)]
-    return Found([(name, leaf) for name, leaf in leaves if not MOMENTS.search(name)], aside)
+    reasons = {name: _flat_reason(name, leaf) for name, leaf in leaves}
+    if all(reasons.values()):  # an average alone is the model
+        reasons = {name: OPTIMIZER if MOMENTS.search(name) else "" for name in reasons}
+    aside += [(name, leaf, reasons[name]) for name, leaf in leaves if reasons[name]]
+    return Found([(name, leaf) for name, leaf in leaves if not reasons[name]], aside)
+
+
+def _flat_reason(name: str, leaf: Any) -> str:
+    """Say why a tensor among flat names is no weight of the model; nothing where it is one."""
+    if MOMENTS.search(name):
+        return OPTIMIZER
+    first = name.partition(".")[0]
+    if AVERAGE.fullmatch(first):
+        return MEAN if leaf.ndim else NUMBER
+    return ""
 
 
 def _choose(
@@ -104,7 +125,8 @@ def _choose(
     training = {key for key, value in branches.items() if TRAINING.match(str(key)) or _is_optimizer(value)}
     averages = {key for key in branches if AVERAGE.fullmatch(str(key))} - training
     models = [key for key in branches if key not in training and key not in averages]
-    if not training and not averages and len(node) == len(models) and not set(models) & set(MODELS):
+    plain = not training and not averages and len(node) == len(models) and not set(models) & set(MODELS)
+    if plain and not (len(models) > 1 and all(ROLES.fullmatch(str(key)) for key in models)):
         return None  # nested parameters: nothing lies beside them
     candidates = models or sorted(averages, key=str)
     if not candidates:
