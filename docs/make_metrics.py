@@ -27,6 +27,7 @@ TITLES = {
     "heavy_tails": "Heavy tails",
     "random_matrix": "Random-matrix baselines",
     "spectral_shape": "Spectral shape",
+    "profile": "Where along the spectrum the change sits",
     "p_values": "P-values",
 }
 

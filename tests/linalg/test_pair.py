@@ -60,7 +60,9 @@ def summed(
     rounding: tuple[int, int] = (52, -1022),
 ) -> PairSums:
     shape = (base.shape[1], base.shape[2])
-    sums = PairSums(len(base), shape, powers=powers, delta=delta, vectors=vectors, rounding=rounding, device=CPU)
+    sums = PairSums(
+        len(base), shape, powers=powers, delta=delta, vectors=vectors, row_energy=True, rounding=rounding, device=CPU
+    )
     sums.add(base, tuned)
     return sums
 
@@ -73,6 +75,7 @@ class Reference:
     right: np.ndarray
     diagonal: np.ndarray
     energy: np.ndarray
+    row_energy: np.ndarray
     sigmas: tuple[np.ndarray, np.ndarray]
 
 
@@ -82,7 +85,8 @@ def reference(base: torch.Tensor, tuned: torch.Tensor) -> Reference:
     U1, S1, V1 = np.linalg.svd(w1, full_matrices=False)
     core = U0.T @ (w1 - w0) @ V0.T
     energy = ((U0.T @ (w1 - w0)) ** 2).sum(1)
-    return Reference(np.abs(U0.T @ U1), np.abs(V0 @ V1.T), np.diag(core), energy, (S0, S1))
+    row_energy = (U0.T**2) @ ((w1 - w0) ** 2).sum(1)
+    return Reference(np.abs(U0.T @ U1), np.abs(V0 @ V1.T), np.diag(core), energy, row_energy, (S0, S1))
 
 
 def check(found: PairSpectrum, base: torch.Tensor, tuned: torch.Tensor, tolerance: float = VECTORS) -> None:
@@ -93,6 +97,7 @@ def check(found: PairSpectrum, base: torch.Tensor, tuned: torch.Tensor, toleranc
             ("right_overlap", want.right),
             ("diagonal", want.diagonal),
             ("energy", want.energy),
+            ("row_energy", want.row_energy),
         ):
             got = getattr(found, name)[i].numpy()
             got = np.abs(got) if name.endswith("overlap") else got  # signs of vectors are arbitrary
@@ -117,6 +122,7 @@ def test_sums_of_entries_and_products(shape: tuple[int, int]) -> None:
                 error = abs(getattr(moments, name)[i].item() - (x**power).sum())
                 assert error <= ROUNDING * (np.abs(x) ** power).sum()
             assert moments.squares[i].item() == pytest.approx((w**2).sum(), rel=ROUNDING)
+        assert sums.along[i].item() == pytest.approx((d * w0).sum(), abs=ROUNDING * np.abs(d * w0).sum())
         assert sums.delta_squares[i].item() == pytest.approx((d**2).sum(), rel=ROUNDING)
         g = (lambda a, b: a @ b.T) if shape[0] <= shape[1] else (lambda a, b: a.T @ b)
         scale = ROUNDING * np.linalg.norm(w0) ** 2
@@ -272,7 +278,7 @@ def test_several_pieces_give_the_same(shape: tuple[int, int], monkeypatch: pytes
 def test_rows_may_come_one_block_after_the_other() -> None:
     base, tuned = pair(50, 7)
     whole = summed(base, tuned)
-    parts = PairSums(3, (50, 7), powers=4, delta=True, vectors=True, rounding=(52, -1022), device=CPU)
+    parts = PairSums(3, (50, 7), powers=4, delta=True, vectors=True, row_energy=True, rounding=(52, -1022), device=CPU)
     single = Sums(3, (50, 7), powers=4, products=True, device=CPU)
     for rows in (slice(0, 20), slice(20, 21), slice(21, 50)):
         parts.add(base[:, rows], tuned[:, rows])

@@ -110,10 +110,6 @@ def peak_count(S: np.ndarray) -> float:
     return math.nan if density_peaks(S) is None else float(len(members(S)))
 
 
-def in_peaks(S: np.ndarray) -> np.ndarray:
-    return np.any([np.zeros(len(S), dtype=bool), *members(S)], axis=0)
-
-
 def members(S: np.ndarray) -> list[np.ndarray]:
     """Whether each sigma lies within a peak: down to half-way between the top and the valley on that side.
 
@@ -137,19 +133,45 @@ def members(S: np.ndarray) -> list[np.ndarray]:
     return [one for one in inside if one.sum() >= max(3, 0.05 * (S > 0).sum())]
 
 
-def enrichment(energy: np.ndarray, inside: np.ndarray) -> float:
-    if inside.all() or not inside.any():
-        return math.nan
-    return float(energy[inside].mean() / energy[~inside].mean())
+def expected_energy(energy: np.ndarray, rows: np.ndarray, S: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Least squares on 1, sigma^2 and the rows' energies, reweighted twenty times."""
+    found = np.full(len(energy), math.nan)
+    if known.sum() < 10 or not (energy[known] > 0).any():
+        return found
+    terms = np.stack([np.ones(known.sum()), S[known] ** 2, rows[known]], 1)
+    terms /= terms.max(0)
+    e = energy[known]
+    least = np.sort(e)[(len(e) - 1) // 2]
+    fitted = np.full(len(e), least)
+    for _ in range(20):
+        solution = np.linalg.lstsq(terms / fitted[:, None], e / fitted, rcond=1e-9)[0]
+        fitted = np.maximum(terms @ solution, least / 1000)
+    found[known] = fitted
+    return found
 
 
-def enrichment_pvalue(energy: np.ndarray, inside: np.ndarray) -> float:
-    if inside.all() or not inside.any():
+def tenth(energy: np.ndarray, expected: np.ndarray, k: int) -> float:
+    known = np.flatnonzero(np.isfinite(expected))
+    part = [i for rank, i in enumerate(known) if 10 * rank // len(known) == k]
+    return float(energy[part].sum() / expected[part].sum()) if part else math.nan
+
+
+def enrichment(ratio: np.ndarray, peaks: list[np.ndarray]) -> float:
+    known, inside = np.isfinite(ratio), np.any([*peaks, np.zeros(len(ratio), bool)], 0)
+    if len(peaks) < 2 or (known & ~inside).sum() < 5:
         return math.nan
-    uniform = torch.rand(999, len(energy), generator=torch.Generator().manual_seed(0))
-    observed, reached = energy[inside].sum(), 0
+    return float(ratio[known & inside].mean() / ratio[known & ~inside].mean())
+
+
+def enrichment_pvalue(ratio: np.ndarray, peaks: list[np.ndarray]) -> float:
+    if math.isnan(enrichment(ratio, peaks)):
+        return math.nan
+    known = np.isfinite(ratio)
+    inside, values = np.any(peaks, 0)[known], ratio[known]
+    uniform = torch.rand(999, len(ratio), generator=torch.Generator().manual_seed(0))[:, : len(values)]
+    observed, reached = values[inside].sum(), 0
     for places in uniform.argsort(-1).numpy():
-        reached += energy[places < inside.sum()].sum() >= observed - 1e-12 * energy.sum()
+        reached += values[places < inside.sum()].sum() >= observed - 1e-12 * values.sum()
     return (1 + reached) / 1000
 
 

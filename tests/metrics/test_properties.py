@@ -100,8 +100,13 @@ class Case:
         return ((self.base[0].T @ self.delta) ** 2).sum(1)
 
     @cached_property
-    def in_peaks(self) -> np.ndarray:
-        return slow.in_peaks(self.base[1])
+    def expected(self) -> np.ndarray:
+        rows = (self.base[0] ** 2).T @ (self.delta**2).sum(1)
+        return slow.expected_energy(self.energy, rows, self.base[1], np.arange(len(rows)) < self.resolved[0])
+
+    @cached_property
+    def peaks(self) -> list[np.ndarray]:
+        return slow.members(self.base[1])
 
     def separable(self, m: Metric) -> float:
         """By the law itself, which its own tests hold against draws."""
@@ -178,6 +183,16 @@ def value_share(c: Case) -> float:
     return sum((U[:, i] @ c.delta @ V[i]) ** 2 for i in range(len(V))) / (c.delta**2).sum()
 
 
+def scale_change(c: Case) -> float:
+    return (c.delta * c.w0).sum() / (c.w0**2).sum()
+
+
+def free(c: Case) -> np.ndarray:
+    """The part of the change that no multiple of the base explains; all zero where only rounding is left."""
+    left = c.delta - scale_change(c) * c.w0
+    return left if (left**2).sum() > 1e-12 * (c.delta**2).sum() else np.full_like(left, math.nan)
+
+
 def value_share_turned(c: Case) -> float:
     (U0, S0, V0), (U1, _, V1) = c.base, c.tuned
     weights = np.abs(U0.T @ U1) * np.abs(V0 @ V1.T)
@@ -246,6 +261,14 @@ REFERENCES: dict[str, Callable[[Case], float]] = {
     "spectral_shift_share": lambda c: ((c.sigmas - c.base[1]) ** 2).sum() / (c.delta**2).sum(),
     "value_share_turned": value_share_turned,
     "sigma_change_relative": lambda c: np.linalg.norm(c.sigmas - c.base[1]) / np.linalg.norm(c.base[1]),
+    "scale_change": scale_change,
+    "delta_free_relative": lambda c: np.linalg.norm(np.nan_to_num(free(c))) / np.linalg.norm(c.w0),
+    "value_share_free": lambda c: float(
+        (np.diag(c.base[0].T @ free(c) @ c.base[2].T) ** 2).sum() / (free(c) ** 2).sum()
+    ),
+    "spectral_shift_share_free": lambda c: (
+        ((c.sigmas - abs(1 + scale_change(c)) * c.base[1]) ** 2).sum() / (free(c) ** 2).sum()
+    ),
     "intruders": lambda c: float(sum(v.max() < 0.5 for v in c.overlap("left").T[:10])),
 }
 
@@ -291,8 +314,9 @@ REFERENCES |= {
     "donoho_gavish_threshold": lambda c: slow.hard_threshold(c.sigmas, c.w.shape),
     "donoho_gavish_rank": lambda c: float((c.sigmas > slow.hard_threshold(c.sigmas, c.w.shape)).sum()),
     "peak_count": lambda c: slow.peak_count(c.sigmas),
-    "peak_enrichment": lambda c: slow.enrichment(c.energy, c.in_peaks),
-    "peak_enrichment_pvalue": lambda c: slow.enrichment_pvalue(c.energy, c.in_peaks),
+    "peak_enrichment": lambda c: slow.enrichment(c.energy / c.expected, c.peaks),
+    "peak_enrichment_pvalue": lambda c: slow.enrichment_pvalue(c.energy / c.expected, c.peaks),
+    **{f"energy_tenth_{k + 1}": lambda c, k=k: slow.tenth(c.energy, c.expected, k) for k in range(10)},
 }
 
 for _side in ("left", "right"):

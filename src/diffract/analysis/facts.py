@@ -39,7 +39,7 @@ from diffract.linalg import (
 from diffract.metrics import CURVES, FACTS, Facts, Metric, behind, sources
 from diffract.metrics.random_matrix import entry_order, permuted
 
-OVERLAPS = ("left_cosines", "right_cosines", "diagonal", "delta_energy")
+OVERLAPS = ("left_cosines", "right_cosines", "diagonal", "delta_energy", "delta_row_energy")
 SPECTRA = ("sigma_max", "sigmas", "resolved", "base_sigmas")
 
 
@@ -248,11 +248,11 @@ def pair_facts(pair: StackPair, plan: MetricPlan, device: torch.device) -> tuple
     first, second = sums.base_moments, sums.tuned_moments
     finite0 = first.squares.isfinite()
     finite = finite0 & second.squares.isfinite()
-    for total in (sums.base_gram, sums.cross, sums.delta_gram):
+    for total in (sums.base_gram, sums.cross, sums.delta_gram, sums.weighed_gram):
         total.copy_(_safe(total, finite[: len(total)]))
     facts0, facts1 = _entry_facts(base, first), _entry_facts(tuned, second)
     facts1 |= {"base_epsilon": facts0["epsilon"], "base_squares": first.squares, "delta_squares": sums.delta_squares}
-    facts1 |= {"changed": sums.changed, "rounding_squares": sums.rounding_squares}
+    facts1 |= {"delta_along": sums.along, "changed": sums.changed, "rounding_squares": sums.rounding_squares}
     if plan.needs("delta_sigmas"):
         facts1["delta_sigmas"] = _delta_sigmas(pair, sums, finite, method=plan.method)
     spectra = None
@@ -312,6 +312,7 @@ def _sum_pairs(pair: StackPair, plan: MetricPlan, device: torch.device) -> PairS
         powers=plan.powers,
         delta=vectors or (by_gram and pair.change is None and plan.needs("delta_sigmas")),
         vectors=vectors,
+        row_energy=vectors and plan.needs("delta_row_energy"),
         rounding=pair.tuned.rounding(),
         device=device,
     )
@@ -334,12 +335,15 @@ def _overlap_facts(pair: PairSpectrum) -> dict[str, Tensor]:
     assert pair.left_overlap is not None and pair.right_overlap is not None
     assert pair.diagonal is not None and pair.energy is not None
     zero = ((pair.base.S[:, 0] == 0) | (pair.tuned.S[:, 0] == 0))[:, None]
-    return {
+    found = {
         "left_cosines": pair.left_overlap.clamp_(-1.0, 1.0).masked_fill_(zero[:, :, None], torch.nan),
         "right_cosines": pair.right_overlap.clamp_(-1.0, 1.0).masked_fill_(zero[:, :, None], torch.nan),
         "diagonal": pair.diagonal.masked_fill(zero, torch.nan),
         "delta_energy": pair.energy.masked_fill(zero, torch.nan),
     }
+    if pair.row_energy is not None:
+        found["delta_row_energy"] = pair.row_energy.masked_fill(zero, torch.nan)
+    return found
 
 
 def _delta_sigmas(pair: StackPair, sums: PairSums, finite: Tensor, *, method: Method) -> Tensor:

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from diffract.linalg.blas import product
-from diffract.linalg.exact import Spectrum, lapack
+from diffract.linalg.exact import Spectrum, lapack, mirrored
 from diffract.linalg.spectrum import GRAM_RESOLVES, GRAM_VECTORS, gram_eigen, gram_values, inverse
 from diffract.linalg.sums import PairSums
 
@@ -37,6 +37,8 @@ class PairSpectrum:
         right_overlap: (b, M, M), V0^T V1.
         diagonal: (b, M), C_ii = u0_i^T D v0_i.
         energy: (b, M), ||u0_i^T D||^2.
+        row_energy: (b, M), sum_r u0_ri^2 ||D_r||^2, D_r the rows of D: the energy that independent entries of their
+            rows' sizes would have there. ``None`` if it was not asked for.
     """
 
     base: Spectrum
@@ -45,6 +47,7 @@ class PairSpectrum:
     right_overlap: Tensor | None = None
     diagonal: Tensor | None = None
     energy: Tensor | None = None
+    row_energy: Tensor | None = None
 
 
 def pair_from_sums(sums: PairSums) -> PairSpectrum:
@@ -59,12 +62,16 @@ def pair_from_sums(sums: PairSums) -> PairSpectrum:
     # vectors of the short side are at hand as they are; those of the long side only through the cross product
     if sums.side == "rows":
         energy = (product(P0.mT, sums.delta_gram) * P0.mT).sum(-1)
+        row_energy = (P0.mT.square() @ sums.delta_gram.diagonal(dim1=1, dim2=2)[:, :, None])[:, :, 0]
         left, right = short, long
     else:
         energy = mixed.square().sum(-1) * inverse0.square()
+        weighed = mirrored(sums.weighed_gram)
+        row_energy = (product(P0.mT, weighed) * P0.mT).sum(-1) * inverse0.square() if len(weighed) else None
         left, right = long, short
     base, tuned = _spectra(S0, S1)
-    return PairSpectrum(base, tuned, left_overlap=left, right_overlap=right, diagonal=diagonal, energy=energy)
+    found = PairSpectrum(base, tuned, left_overlap=left, right_overlap=right)
+    return replace(found, diagonal=diagonal, energy=energy, row_energy=row_energy)
 
 
 def pair_values(sums: PairSums) -> PairSpectrum:
@@ -95,7 +102,8 @@ def pair_from_matrices(base: Float[Tensor, "b m n"], tuned: Float[Tensor, "b m n
     """Return the pair's spectra and overlaps by LAPACK on the matrices themselves."""
     first, second = lapack(base, vectors=True), lapack(tuned, vectors=True)
     assert first.U is not None and first.Vh is not None and second.U is not None and second.Vh is not None
-    along = product(first.U.mT.contiguous(), tuned.double() - base.double())
+    delta = tuned.double() - base.double()
+    along = product(first.U.mT.contiguous(), delta)
     return PairSpectrum(
         base=replace(first, U=None, Vh=None),
         tuned=replace(second, U=None, Vh=None),
@@ -103,6 +111,7 @@ def pair_from_matrices(base: Float[Tensor, "b m n"], tuned: Float[Tensor, "b m n
         right_overlap=product(first.Vh, second.Vh.mT),
         diagonal=(along * first.Vh).sum(-1),
         energy=along.square().sum(-1),
+        row_energy=(first.U.mT.square() @ delta.square().sum(-1, keepdim=True))[:, :, 0],
     )
 
 

@@ -124,6 +124,7 @@ class PairSums:
         powers: Highest power of the entries of W1 and W0 that is summed: 2 or 4.
         delta: Whether the Gram matrix of D is summed.
         vectors: Whether the Gram matrices of W0 and W0 with D are summed, from which that of W1 follows.
+        row_energy: Whether what tells sum_r u0_ri^2 ||D_r||^2 is summed, D_r the rows of D.
         rounding: Stored bits of the significand of W1's dtype, and the exponent of its smallest normal number.
         device: Where the sums are computed.
     """
@@ -136,6 +137,7 @@ class PairSums:
         powers: int,
         delta: bool,
         vectors: bool,
+        row_energy: bool = False,
         rounding: tuple[int, int],
         device: torch.device,
     ) -> None:
@@ -144,11 +146,17 @@ class PairSums:
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
         self.base, self.tuned = _Powers(count, powers, device), _Powers(count, powers, device)
         self.delta_squares, self.changed, self.rounding_squares = zeros(count), zeros(count), zeros(count)
+        self.along = zeros(count)
+        """<D, W0>."""
         short = min(shape)
         self._delta_gram = zeros(count if delta else 0, short, short)
         self.base_gram = zeros(count if vectors else 0, short, short)
         """Gram matrices of W0 after the last piece: their upper triangles."""
         self.cross = zeros(count if vectors else 0, short, short)
+        # Left vectors of a matrix with short rows are at hand, those of one with short columns are W0 v / sigma.
+        weighed = row_energy and self.side == "cols"
+        self.weighed_gram = zeros(count if weighed else 0, short, short)
+        """sum_r ||D_r||^2 w_r w_r^T over the rows w_r of W0, where columns are short: upper triangles."""
         self._base, self._tuned, self._scratch = Buffer(device), Buffer(device), Buffer(device)
 
     def add(self, base: Tensor, tuned: Tensor | LowRank) -> None:
@@ -164,6 +172,10 @@ class PairSums:
             if self.base_gram.shape[0]:
                 add_grams(self.base_gram[index[0]], short_first(x0, self.side))
                 add_products(self.cross[index[0]], short_first(x0, self.side), d)
+            if self.weighed_gram.shape[0]:
+                weighed = self._scratch.like(tuple(x0.shape))
+                torch.mul(x0, torch.linalg.vector_norm(x1, dim=2, keepdim=True), out=weighed)
+                add_grams(self.weighed_gram[index[0]], weighed.mT)
 
     def _add_entries(self, batch: slice, base: Tensor, tuned: Tensor) -> None:
         """Add the sums over entries, and turn ``tuned`` into D."""
@@ -174,6 +186,7 @@ class PairSums:
             x1.sub_(x0)  # in place, as W1 is not needed any more and memory is the limit
             self.changed[batch] += changed_count(x1)
             self.delta_squares[batch] += dots(x1, x1)
+            self.along[batch] += dots(x1, x0)
 
     @cached_property
     def delta_gram(self) -> Float64[Tensor, "b M M"]:

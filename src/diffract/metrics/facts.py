@@ -61,6 +61,7 @@ FACTS: dict[str, Fact] = {
     "base_epsilon": Fact("machine epsilon of the base's stored dtype", "shape", pair=True),
     "base_squares": Fact("(b,), squared Frobenius norm of the base W0", "entries", pair=True, degree=2),
     "delta_squares": Fact("(b,), squared Frobenius norm of D = W1 - W0", "entries", pair=True, degree=2),
+    "delta_along": Fact("(b,), <D, W0>", "entries", pair=True, degree=2),
     "changed": Fact("(b,), number of entries that differ", "entries", pair=True),
     "rounding_squares": Fact(
         "(b,), mean squared norm of what rounding W1 to its dtype does", "entries", pair=True, degree=2
@@ -74,6 +75,7 @@ FACTS: dict[str, Fact] = {
     "right_cosines": Fact("(b, M, M), V0^T V1, signs as they fall", "vectors", pair=True),
     "diagonal": Fact("(b, M), u0_i^T D v0_i", "vectors", pair=True, degree=1),
     "delta_energy": Fact("(b, M), ||u0_i^T D||^2", "vectors", pair=True, degree=2),
+    "delta_row_energy": Fact("(b, M), sum_r u0_ri^2 ||D_r||^2, D_r the rows of D", "vectors", pair=True, degree=2),
 }
 """Facts by name. Derived ones are added below, in order of what they come from."""
 
@@ -125,8 +127,12 @@ _derive("separable", "the law of row and column norms, separable.Separable", *("
 _derive("sep_sigmas", "(b, M), singular values that follow that law exactly", "separable", "shape")
 _derive("rowcol_peaks", "(b, d), peaks in each draw", "rowcol_sigmas")
 _derive("base_resolved_sigmas", "(b, M), likewise of W0", "base_sigmas", "base_resolved")
-_derive("base_peaks", "peaks of W0", "base_resolved_sigmas")
-_derive("in_base_peak", "(b, M), whether base sigma i lies in a peak", "base_peaks")
+_derive("base_shaped_sigmas", "(b, M), shaped sigmas of W0", *("base_sigmas", "base_resolved", "shape", "base_epsilon"))
+_derive("base_peaks", "peaks of W0", "base_shaped_sigmas")
+_derive("scale_change", "(b,), <D, W0> / ||W0||^2", "delta_along", "base_squares")
+_derive(
+    "free_squares", "(b,), squared norm of D_free = D - scale_change W0", "delta_squares", "delta_along", "base_squares"
+)
 _MATRIX = ("epsilon", "shape")
 _derive("directions", "(b, M), whether direction i is resolved", "sigmas", "resolved", "squares", *_MATRIX)
 _derive(
@@ -134,6 +140,16 @@ _derive(
     "(b, M), likewise of W0",
     *("base_sigmas", "base_resolved", "base_squares", "base_epsilon", "shape"),
 )
+_derive(
+    "energy_expected",
+    "(b, M), delta_energy as noise, scaling and turns would have it; NaN for base directions that are not resolved",
+    *("delta_energy", "delta_row_energy", "base_sigmas", "base_directions"),
+)
+_derive("energy_ratio", "(b, M), delta_energy over that", "delta_energy", "energy_expected")
+_derive(
+    "energy_by_peak", "(b, k), delta_energy over its expectation in each peak of W0",
+    *("delta_energy", "energy_expected", "base_peaks"),
+)  # fmt: skip
 _RESOLVED = ("base_directions", "directions")
 _derive(
     "window",
@@ -214,6 +230,10 @@ CURVES: dict[str, Quantity] = {
     "peak_mass": Quantity("peaks", "one a peak: its share of the sigmas", function=attrgetter("masses"), ragged=True),
     "delta_sigma": Quantity("delta_sigmas", "singular values of D"),
     "delta_energy": Quantity("delta_energy", "||u0_i^T D||^2"),
+    "energy_expected": Quantity("energy_expected", "the same as noise, scaling and turns would have it"),
+    "energy_by_peak": Quantity(
+        "energy_by_peak", "one a peak of the base: delta_energy over its expectation", "energy_expected", ragged=True
+    ),
 }
 """Quantities by name. Those of overlaps are kept whenever overlaps were computed, whatever asked for them."""
 

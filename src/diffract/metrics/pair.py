@@ -20,6 +20,9 @@ from diffract.metrics.single import effective_rank
 PerMatrix = Float64[Tensor, "b"]
 Sigmas = Float64[Tensor, "b M"]
 
+ROUNDING = 1e-12
+"""Share of a squared norm below which what is left of it is the rounding of its parts."""
+
 
 @built_in("||D||_F, D = W1 - W0", unit="weight", range="[0, inf)", degree=1)
 def delta_frobenius(delta_squares: PerMatrix) -> PerMatrix:
@@ -126,6 +129,50 @@ def value_share_turned(
                 base_of = torch.from_numpy(linear_sum_assignment(weights.mT.cpu().numpy(), maximize=True)[1])
             found[i] = (pair @ S[base_of.to(S.device)] - S).square().sum()
     return found / delta_squares
+
+
+# The scale-free change: D less its part along W0
+
+
+@built_in("<D, W0> / ||W0||_F^2: the part of D along W0, as weight decay and rescaling give", range="(-inf, inf)")
+def scale_change(delta_along: PerMatrix, base_squares: PerMatrix) -> PerMatrix:
+    """How much of W0 the change adds: W1 = (1 + c) W0 + D_free, D_free orthogonal to W0. NaN for a zero base."""
+    return torch.where(base_squares > 0, delta_along / base_squares, torch.nan)
+
+
+def free_squares(delta_squares: PerMatrix, delta_along: PerMatrix, base_squares: PerMatrix) -> PerMatrix:
+    """||D_free||_F^2 = ||D||_F^2 - <D, W0>^2 / ||W0||_F^2; zero where no more is left of it than rounding."""
+    left = delta_squares - delta_along.square() / base_squares
+    return left.where(left > ROUNDING * delta_squares, left * 0)
+
+
+@built_in("||D_free||_F / ||W0||_F, D_free = D - scale_change W0", range="[0, inf)")
+def delta_free_relative(free_squares: PerMatrix, base_squares: PerMatrix) -> PerMatrix:
+    """How far W1 is from the nearest multiple of W0. NaN for a zero base."""
+    return torch.where(base_squares > 0, free_squares / base_squares, torch.nan).sqrt()
+
+
+@built_in("value_share of D_free, the change without its part along W0", range="[0, 1]")
+def value_share_free(
+    diagonal: Sigmas, base_resolved_sigmas: Sigmas, scale_change: PerMatrix, free_squares: PerMatrix
+) -> PerMatrix:
+    """Share sum (C_ii - c sigma_i)^2 / ||D_free||_F^2. NaN where W1 is a multiple of W0."""
+    values = diagonal - scale_change[:, None] * base_resolved_sigmas
+    return values.square().sum(-1) / positive(free_squares)
+
+
+@built_in("spectral_shift_share of D_free: sigmas of W1 against those of (1 + scale_change) W0", range="[0, 1]")
+def spectral_shift_share_free(
+    base_sigmas: Sigmas, sigmas: Sigmas, scale_change: PerMatrix, free_squares: PerMatrix
+) -> PerMatrix:
+    """Share sum (sigma_i(W1) - |1 + c| sigma_i(W0))^2 / ||D_free||_F^2, at most 1 (Mirsky 1960). NaN likewise."""
+    scaled = (1 + scale_change[:, None]).abs() * base_sigmas
+    return (sigmas - scaled).square().sum(-1) / positive(free_squares)
+
+
+def positive(squares: PerMatrix) -> PerMatrix:
+    """Return squares, NaN where they are zero."""
+    return squares.where(squares > 0, torch.nan)
 
 
 DomainGrams = Float64[np.ndarray, "*heads domains domains"]

@@ -1,4 +1,4 @@
-"""How far singular vectors of base and tuned agree, along the spectrum."""
+"""What a change does along the spectrum of its base: how far singular vectors agree, and where its energy sits."""
 
 from __future__ import annotations
 
@@ -9,8 +9,19 @@ from typing import Any
 import plotly.graph_objects as go
 import polars as pl
 
-from diffract.plots.choice import COMPARE_RUN, Frames, base_model, curve, facts, kind, pick_matrix, pick_model
-from diffract.plots.style import CHANCE, COLOURS, caption, figure, panels
+from diffract.plots.choice import (
+    COMPARE_RUN,
+    Frames,
+    base_model,
+    curve,
+    facts,
+    kind,
+    of_projection,
+    part,
+    pick_matrix,
+    pick_model,
+)
+from diffract.plots.style import CHANCE, COLOURS, banded, caption, figure, label, level, line, panels
 
 SIDES = ("left", "right")
 WIDTHS = {"left": 2.5, "right": 1.5}
@@ -129,3 +140,72 @@ def agreement_of_run(frames: Frames, *, matrix: str | None = None, model: str | 
     model = pick_model(frames, model)
     name = pick_matrix(frames, matrix, model, "left_agreement")
     return agreement(frames["spectra"], frames["metrics"], name, model=model, base=base_model(frames, model))
+
+
+TENTHS = tuple(f"energy_tenth_{k}" for k in range(1, 11))
+PROFILE_RUN = "diffract compare BASE TUNED --metrics profile -o RUN"
+
+
+def profile(metrics: pl.DataFrame, spectra: pl.DataFrame, *, model: str, title: str = "") -> go.Figure:
+    """Draw where along the spectrum of the base the change sits, as energy over what noise and turns would give.
+
+    On the left by tenth of the resolved directions, from the largest sigmas on: the median over the matrices of each
+    projection and a band of their quartiles, beside noise of equal norm where the run has it. On the right by peak of
+    the base's spectrum, for the matrices that have two and more: one peak is the bulk.
+
+    Args:
+        metrics: Rows of the metrics table, with ``energy_tenth_1`` and so on.
+        spectra: The spectra table; of it ``energy_by_peak``.
+        model: Name of the tuned model.
+        title: Made safe already.
+    """
+    rows = metrics.filter(pl.col("model") == model, pl.any_horizontal(pl.col(TENTHS).is_not_null()))
+    rows = rows.select(pl.all(), part().alias("_part"))
+    parts = rows["_part"].unique(maintain_order=True).to_list()
+    tenths = [trace for i, one in enumerate(parts) for trace in _tenths(rows.filter(_part=one), TENTHS, one, line(i))]
+    noise = [f"{name}_noise" for name in TENTHS]
+    if set(noise) <= set(rows.columns):
+        tenths += _tenths(rows, noise, "noise of equal norm", {**CHANCE, "dash": "dot"})
+    peaks = (
+        spectra.filter(pl.col("model") == model, quantity="energy_by_peak")
+        .join(rows.select("name", "_part"), on="name", maintain_order="left")
+        .filter(pl.col("values").list.len() > 1)
+        .with_columns(peak=pl.int_ranges(1, pl.col("values").list.len() + 1))
+        .explode("values", "peak")
+    )
+    boxes = [
+        go.Box(
+            x=one["peak"].to_list(),
+            y=one["values"].to_list(),
+            name=label(name),
+            legendgroup=label(name),
+            showlegend=False,
+            marker={"color": line(i)["color"], "size": 4},
+            line={"width": 1},
+            boxpoints="all",
+        )
+        for i, name in enumerate(parts)
+        if len(one := peaks.filter(_part=name))
+    ]
+    titles = ("by tenth of the spectrum, largest σ first", "by peak, smallest σ first")
+    last = float(peaks["peak"].max() or 1)  # pyright: ignore[reportArgumentType] (a number of a peak, or null)
+    ends = ((0.5, 10.5), (0.5, last + 0.5))
+    chance = [level(1, name="expected", look=CHANCE, legend=one is ends[0], ends=one) for one in ends]
+    contents = [[*tenths, chance[0]], [*boxes, chance[1]]]
+    made = panels(titles, contents, x="", y="energy of the change / expected", title=title, height=280, legend=True)
+    return made.update_layout(boxmode="group").update_xaxes(dtick=1).update_yaxes(rangemode="tozero")
+
+
+def _tenths(rows: pl.DataFrame, columns: Sequence[str], name: str, look: dict[str, Any]) -> list[go.Scatter]:
+    """Return medians over matrices by tenth, and their quartiles."""
+    q1, middle, q3 = (rows.select(pl.col(columns).quantile(q)).row(0) for q in (0.25, 0.5, 0.75))
+    hover = "tenth %{x}: %{y:.3g}"
+    return banded(range(1, 11), middle, (q1, q3), name=label(name), look=look, legend=True, hover=hover)
+
+
+@kind(make=PROFILE_RUN, tables=("metrics", "spectra"), columns=TENTHS[:1])
+def profile_of_run(frames: Frames, *, model: str | None = None, projection: str | None = None) -> go.Figure:
+    """Where along the spectrum of the base the change sits, over what noise and turns would give."""
+    model = pick_model(frames, model)
+    rows = of_projection(frames["metrics"], projection)
+    return profile(rows, frames["spectra"], model=model, title=label(model))

@@ -7,7 +7,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 
 from diffract.errors import RunError, SelectionError, choose
-from diffract.plots.agreement import agreement_of_run
+from diffract.plots.agreement import agreement_of_run, profile_of_run
 from diffract.plots.choice import FigureKind, Frames, Tabled, read_frames
 from diffract.plots.heads import (
     effects_of_run,
@@ -27,6 +27,7 @@ KINDS: dict[str, FigureKind] = {
     "ks": ks_of_run,
     "spectrum": spectrum_of_run,
     "agreement": agreement_of_run,
+    "profile": profile_of_run,
     "heads": heads_of_run,
     "lorenz": lorenz_of_run,
     "scores": scores_of_run,
