@@ -95,6 +95,14 @@ PICTURES = (
         width=700,
     ),
     Picture(
+        "profile",
+        "compared",
+        {"model": "math"},
+        "The energy of the change along each base singular direction, over what noise, rescaling and turns would give: "
+        "1 is no preference. Left: by tenth of the spectrum, median over the matrices of a projection, band of "
+        "quartiles. Right: by peak, for the matrices with two peaks or more.",
+    ),
+    Picture(
         "heads", "heads", {}, "The change of every head over its q, k, v and o, in each domain, in the same colours."
     ),
     Picture(

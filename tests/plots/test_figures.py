@@ -101,3 +101,23 @@ def test_drawing_needs_no_torch(module: str) -> None:
     code = f"import sys, {module}; print({{'torch', 'transformers'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout == "set()\n"
+
+
+def test_profile_has_tenths_by_projection_and_peaks_of_those_that_have_two() -> None:
+    names = ["L0.attn.q", "L1.attn.q", "L0.mlp.up"]
+    tenths = {f"energy_tenth_{k}": [k / 10, k / 5, 1.0] for k in range(1, 11)}
+    labels = {"model": ["math"] * 3, "name": names, "block": ["attn", "attn", "mlp"], "projection": ["q", "q", "up"]}
+    metrics = pl.DataFrame(labels | tenths)
+    spectra = pl.DataFrame(
+        {"model": ["math"] * 3, "name": names, "quantity": ["energy_by_peak"] * 3, "values": [[0.5, 1.5], [3.0], [1.0]]}
+    )
+    figure = plots.profile(metrics, spectra, model="math")
+    lines = {t.name: t for t in figure.data if t.type == "scatter" and t.mode == "lines+markers"}
+    assert list(lines) == ["attn.q", "mlp.up"]
+    assert list(lines["attn.q"].y) == pytest.approx([0.15 * k for k in range(1, 11)])
+    (box,) = [t for t in figure.data if t.type == "box"]
+    assert (box.name, list(box.x), list(box.y)) == ("attn.q", [1, 2], [0.5, 1.5])
+    noisy = metrics.with_columns(pl.col(f"energy_tenth_{k}").alias(f"energy_tenth_{k}_noise") for k in range(1, 11))
+    assert "noise of equal norm" in {t.name for t in plots.profile(noisy, spectra, model="math").data}
+    empty = spectra.clear()
+    assert all(t.type != "box" for t in plots.profile(metrics, empty, model="math").data)

@@ -1,6 +1,6 @@
 """Figures from tables, one per file; no weights, no torch."""
 
-from diffract.plots.agreement import agreement, agreement_lines
+from diffract.plots.agreement import agreement, agreement_lines, profile
 from diffract.plots.catalog import KINDS, FigureKind, plot
 from diffract.plots.heads import (
     coloured_boxes,
@@ -49,6 +49,7 @@ __all__ = [
     "model_paths",
     "model_simplex",
     "plot",
+    "profile",
     "reference_scores",
     "rewind_curves",
     "ridge",

@@ -1,12 +1,12 @@
-"""Does continual pre-training leave singular values alone and turn singular vectors, and does it do so at peaks?"""
+"""Does continual pre-training leave singular values alone and turn singular vectors, and where along the spectrum?"""
 
 from __future__ import annotations
 
 import plotly.graph_objects as go
 import polars as pl
-from scipy.stats import binomtest
 
 from diffract.api import compare
+from diffract.plots.agreement import profile
 from diffract.plots.searches import curves
 from diffract.studies.finding import Evidence, Number, better, finding, median, shown
 from diffract.studies.study import NOISE, Study
@@ -14,16 +14,15 @@ from diffract.studies.study import NOISE, Study
 METRICS = (
     "delta_frobenius", "delta_relative", "value_share", "value_share_chance", "spectral_shift_share",
     "left_agreement_mean",
-    "left_agreement_chance", "left_subspace_8", "left_subspace_8_chance", "peak_enrichment", "peak_enrichment_pvalue",
+    "left_agreement_chance", "left_subspace_8", "left_subspace_8_chance", "profile",
 )  # fmt: skip
-LEVEL = 0.05
 MOST = 0.9
 """Share of the change that the claim has in vectors."""
 
 
 @finding(
     title="Singular values against singular vectors",
-    claim="Continual pre-training hardly touches singular values; it turns singular vectors, at spectral peaks.",
+    claim="Continual pre-training hardly touches singular values; it turns singular vectors.",
     control="noise of the same norm in every tensor; and 1 / max(m, n), what random directions put into values",
 )
 def vectors(study: Study) -> Evidence:
@@ -41,11 +40,15 @@ def vectors(study: Study) -> Evidence:
     verdict, because = better(in_vectors, "nine tenths of the change and more turn vectors", than=MOST)
     return Evidence(
         verdict,
-        f"{because} {_of_noise(shares[NOISE], target)} {_peaks(of[study.recipe.target])}",
-        numbers=[in_vectors, *shares.values(), *(_enriched(name, rows) for name, rows in of.items())],
+        f"{because} {_of_noise(shares[NOISE], target)}",
+        numbers=[in_vectors, *shares.values()],
         figures=[
             _figure(of, "value_share", "share of the change in singular values"),
             _figure(of, "left_agreement_mean", "mean |cos| of left vectors"),
+            (
+                "Where along the spectrum of the base the change sits, beside what noise and turns would give.",
+                profile(run.metrics, run.spectra, model=study.recipe.target),
+            ),
         ],
         tables={"metrics": run.metrics, "models": run.models},
     )
@@ -65,23 +68,6 @@ def _of_noise(noise: Number, share: Number) -> str:
     return (
         f"{said}: any small change in many dimensions mostly turns vectors, and this one has {times:.2g} times as much."
     )
-
-
-def _enriched(name: str, rows: pl.DataFrame) -> Number:
-    """Return how many matrices change more inside their peaks than by chance (interval: Clopper & Pearson 1934)."""
-    known = rows.filter(pl.col("peak_enrichment_pvalue").is_not_null())
-    hits = known.filter(pl.col("peak_enrichment_pvalue") < LEVEL).height
-    title = f"share of matrices whose change is enriched at peaks (p < {LEVEL}), {name}"
-    if not known.height:
-        return Number(title, None, chance=LEVEL)
-    interval = binomtest(hits, known.height).proportion_ci()
-    return Number(title, hits / known.height, low=float(interval.low), high=float(interval.high), chance=LEVEL)
-
-
-def _peaks(rows: pl.DataFrame) -> str:
-    found = _enriched("target", rows)
-    _, said = better(found, "the change sits at spectral peaks", than=LEVEL)
-    return said
 
 
 def _figure(of: dict[str, pl.DataFrame], metric: str, title: str) -> tuple[str, go.Figure]:
