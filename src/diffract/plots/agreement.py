@@ -198,7 +198,7 @@ def profile(metrics: pl.DataFrame, spectra: pl.DataFrame, *, model: str, title: 
 
 def _tenths(rows: pl.DataFrame, columns: Sequence[str], name: str, look: dict[str, Any]) -> list[go.Scatter]:
     """Return medians over matrices by tenth, and their quartiles."""
-    q1, middle, q3 = (rows.select(pl.col(columns).quantile(q)).row(0) for q in (0.25, 0.5, 0.75))
+    q1, middle, q3 = (rows.select(pl.col(columns).quantile(q, "linear")).row(0) for q in (0.25, 0.5, 0.75))
     hover = "tenth %{x}: %{y:.3g}"
     return banded(range(1, 11), middle, (q1, q3), name=label(name), look=look, legend=True, hover=hover)
 
