@@ -97,8 +97,13 @@ AGAINST: dict[str, Any] = {"against": pl.String}
 """Column of ``models`` in a trajectory: which checkpoint each is compared with; null for the first."""
 
 RELATION: dict[str, Any] = {"lineage": pl.String, "lineage_correlation": pl.Float64}
-"""Columns of ``models`` in a comparison or a trajectory: how a model is related to what it is compared with, and the
-median correlation of their matrices' entries. Of a ``stranger`` the numbers of a whole change are null."""
+"""Columns of ``models`` where models are compared: how each is related to what it is compared with, and the median
+correlation of their matrices' entries. Of a ``stranger``, and of a ``rearranged`` model whose parts lie under other
+names, the numbers of a whole change are null. Rows of ``metrics``, or of ``heads`` in a run of heads, keep theirs
+beside the word ``lineage``."""
+
+BREAKS: dict[str, Any] = {"breaks": pl.Boolean}
+"""Column of ``models`` in a trajectory: whether a checkpoint falls out of line with the one before it."""
 
 TENSORS: dict[str, Any] = {
     **_of(pl.String, ["model", "tensor"]),
@@ -172,14 +177,17 @@ LINEAGE: dict[str, Any] = {
     "lineage": pl.String,
     "r": pl.Float64,
     "matrices": pl.Int32,
-    "shared": pl.List(pl.String),
+    "share": pl.Float64,
+    **_of(pl.List(pl.String), ["shared", "moved"]),
 }
-"""Columns of ``lineage``: ``lineage`` same values | descendant or sibling | far | rearranged | stranger | cannot
-tell; ``r``, the median over ``matrices`` of a common shape; the tensors that are ``shared`` to the bit.
+"""Columns of ``lineage``: ``lineage`` same | same values | descendant or sibling | far | rearranged | stranger | cannot
+tell; ``r``, the median over ``matrices`` of a common shape (of a rearranged model over what belongs together), which
+hold a ``share`` of the smaller model's blocks; the matrices that are ``shared`` to the bit, by what ``a`` calls them;
+which layers, heads or neurons of ``b`` were ``moved`` from where in ``a``.
 """
 
-TREE: dict[str, Any] = {"a": pl.String, "b": pl.String, "r": pl.Float64}
-"""Columns of ``tree``: its branches, the nearest pairs first; ``a`` is nearer to the root where one was named."""
+TREE: dict[str, Any] = {"a": pl.String, "b": pl.String, "r": pl.Float64, "rooted": pl.Boolean}
+"""Columns of ``tree``: its branches, the nearest pairs first; ``a`` is nearer to the root where the tree has one."""
 
 LORENZ: dict[str, Any] = {"model": pl.String, **_of(pl.Float64, ["heads_share", "change_share"])}
 """Columns of ``lorenz``: what the least changed ``heads_share`` of heads have of the sum of ||D||_F^2."""

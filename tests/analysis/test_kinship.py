@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import diffract
 from diffract.analysis.kinship import tree
@@ -43,11 +45,39 @@ def test_a_family_and_a_stranger_are_told_apart_in_tables_that_can_be_read_again
     assert run.models["nearest"].to_list() == [run.models["nearest"][0], names[0], names[0], None]
 
 
-def test_branches_lead_away_from_a_root_that_is_named() -> None:
-    known = {("x", "y"): 0.96, ("x", "z"): 0.92, ("y", "z"): 0.95}
+def test_branches_lead_away_from_the_earliest_model_of_each_tree() -> None:
+    known = {("x", "y"): 0.96, ("x", "z"): 0.92, ("y", "z"): 0.95, ("v", "w"): 0.97}
     found = {pair: Lineage(KIN, r, 10) for pair, r in known.items()}
-    assert [(b["a"], b["b"]) for b in tree(["x", "y", "z"], found)] == [("x", "y"), ("y", "z")]
-    assert {(b["a"], b["b"]) for b in tree(["x", "y", "z"], found, root="z")} == {("z", "y"), ("y", "x")}
+    names = ["v", "w", "x", "y", "z"]
+    plain = tree(names, found)
+    assert [(b["a"], b["b"], b["rooted"]) for b in plain] == [("v", "w", False), ("x", "y", False), ("y", "z", False)]
+    rooted = tree(names, found, {"z": 0})
+    assert {(b["a"], b["b"], b["rooted"]) for b in rooted} == {("v", "w", False), ("z", "y", True), ("y", "x", True)}
+    timed = tree(names, found, {"v": (0, 2), "w": (0, 1), "x": (0, 5), "y": (0, 5), "z": (0, 5)})
+    assert {(b["a"], b["b"], b["rooted"]) for b in timed} == {("w", "v", True), ("x", "y", False), ("y", "z", False)}
+
+
+def test_the_earliest_model_is_told_by_step_or_by_the_date_of_its_files(tmp_path: Path) -> None:
+    paths = {step: tmp_path / f"step{step}.safetensors" for step in (10, 200, 3000)}
+    for place, (step, path) in enumerate(paths.items()):
+        save_file(moved(seeded(0), step), path)
+        os.utime(path, (1e9 - place, 1e9 - place))
+    by_step = diffract.lineage(*paths.values(), root="step")
+    assert by_step.tree["rooted"].to_list() == [True, True]
+    assert by_step.tree["a"][0] == "step10"
+    by_date = diffract.lineage(*map(str, paths.values()), root="date")
+    assert by_date.tree["a"][0] == "step3000"
+    with pytest.raises(SelectionError, match=r"tells no step\. Name the root"):
+        diffract.lineage(seeded(0), seeded(1), root="step")
+
+
+def test_equal_weights_and_moved_layers_are_told_of_each_pair() -> None:
+    base = seeded(0)
+    turned = {f"layers.{5 - i}.w": base[f"layers.{i}.w"] for i in range(6)}
+    run = diffract.lineage(base, dict(base), turned)
+    assert run.lineage["lineage"].to_list() == ["same", "rearranged", "rearranged"]
+    assert run.lineage["moved"].to_list()[1] == [f"layer {i} from layer {5 - i}" for i in range(6)]
+    assert run.lineage["shared"].list.len().to_list() == [6, 0, 0]
 
 
 def test_one_model_alone_and_an_unknown_root_are_refused() -> None:

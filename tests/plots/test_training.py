@@ -12,6 +12,7 @@ from scipy.stats import gaussian_kde
 import synthetic
 from diffract import plots
 from diffract.plots.training import MOST, OVERLAP, time_column
+from diffract.tables import Tables
 
 RUN = synthetic.trajectory()
 METRICS, SPECTRA = RUN["metrics"], RUN["spectra"]
@@ -34,6 +35,18 @@ def test_evolution_is_median_and_quartiles_of_each_projection() -> None:
     assert figure.layout.yaxis2.matches == "y"
     assert figure.layout.yaxis5.matches is None  # another block
     assert figure.layout.yaxis6.matches == "y5"
+
+
+def test_a_line_stands_where_the_series_breaks() -> None:
+    broken = METRICS.filter(step=STEPS[2])["model"].unique().to_list()
+    one = plots.evolution(METRICS, "pl_alpha", matrix="L1.mlp.gate", over="step", broken=broken)
+    assert [(shape.x0, shape.x1) for shape in one.layout.shapes] == [(STEPS[2], STEPS[2])]
+    assert one.layout.title.text == "L1.mlp.gate (dashed: the series breaks)"
+    assert len(plots.evolution(METRICS, "pl_alpha", broken=broken).layout.shapes) == 6
+    models = METRICS.select("model").unique(maintain_order=True).with_columns(breaks=pl.col("model").is_in(broken))
+    run = Tables({"kind": "trajectory"}, {"metrics": METRICS, "models": models})
+    assert len(plots.plot("evolution", run, metric="pl_alpha").layout.shapes) == 6
+    assert not plots.plot("evolution", Tables(run.manifest, {"metrics": METRICS}), metric="pl_alpha").layout.shapes
 
 
 def test_evolution_of_one_matrix() -> None:

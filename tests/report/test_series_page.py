@@ -45,6 +45,19 @@ def test_headlines_are_the_series(followed: diffract.Run) -> None:
     assert "evenly spaced, are in this page" not in body
 
 
+def test_a_checkpoint_of_another_run_is_named_first_and_drawn() -> None:
+    series = [llama_tensors(0)]
+    series += [llama_tensors(1, series[0]), llama_tensors(9)]
+    series.append(llama_tensors(2, series[2]))
+    run = diffract.trajectory(*series, by="given", metrics="norms,change")
+    page = report.render(run.tables)
+    body = page[page.index("</head>") :]
+    assert "of them break the series, by a restart or as another run under an old name: checkpoint-2." in body
+    assert "BREAKS THE SERIES: stranger" in body
+    evolution: Any = payload(run.tables)["evolution"]
+    assert [mark["x"] for mark in evolution["breaks"]] == [2]
+
+
 def test_peaks_have_a_headline(peaked: diffract.Run) -> None:
     page = report.render(peaked.tables)
     assert "matrices have at least two spectral peaks in the last checkpoint, 0 in the first." in page

@@ -15,8 +15,9 @@ import polars as pl
 
 from diffract import schemas
 from diffract.analysis.facts import MetricPlan
+from diffract.analysis.notable import NAME_CHARACTERS, related
 from diffract.analysis.scan import Options, open_all
-from diffract.analysis.tables import Member, describe, model_row, status_warnings, tensor_table
+from diffract.analysis.tables import Member, describe, model_row, status_warnings, tensor_table, with_lineage
 from diffract.analysis.work import GRAMS, HeadTask, Part, Worker, run_all, tensor_tasks
 from diffract.attention import (
     PER_KV_HEAD,
@@ -35,6 +36,7 @@ from diffract.checkpoints import Reference
 from diffract.engine import ENGINES, choose_device
 from diffract.errors import CheckpointError, SelectionError, choose, printable
 from diffract.matrices import Layout, Matrix, merge_strange_adapters, pair, restrict
+from diffract.matrices.lineage import tell_lineage
 from diffract.metrics.agreement import cosine_chance
 from diffract.metrics.pair import delta_cosine, delta_cosine_chance, split_domains
 from diffract.schemas import MODELS
@@ -314,7 +316,7 @@ def analyse_heads(
         tasks = [HeadTask(task.info, task.matrices, task.model, task.tuned) for task in paired]
         cache = stack.enter_context(Cache(cache_folder(), most_bytes=MOST_BYTES)) if options.cache else None
         worker = Worker([layout.checkpoint for layout in layouts], MetricPlan(), device, cache)
-        parts, _ = run_all(tasks, worker, progress=options.progress)
+        parts = run_all(tasks, worker, progress=options.progress).parts
         slices = _slices(opened[0], layouts, {task.tensor: task.tuned for task in tasks}, parts)
         roles = ["base", *["tuned"] * (len(layouts) - 1)]
         members = [Member(*m) for m in zip(names, roles, layouts, strict=True)]
@@ -325,8 +327,11 @@ def analyse_heads(
             "device": device.type,
         }
         notes = uncut_notes(layouts[0], wanted)
+        kinship = [tell_lineage(opened[0], one) for one in opened[1:]]
+        named = printable(names[0], NAME_CHARACTERS)
+        said = {n: [text] for n, one in zip(names[1:], kinship, strict=True) if (text := related(one, named))}
         manifest = {"kind": "heads", "settings": settings, "seconds": round(time.monotonic() - begun, 3)}
-        return _assemble(members, slices, manifest, notes)
+        return with_lineage(_assemble(members, slices, manifest | {"notable": said}, notes), [None, *kinship])
 
 
 def _slices(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any, TypeAlias
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import polars as pl
 
@@ -21,25 +21,48 @@ NAMED = 3
 
 NAME_CHARACTERS = 120
 
-Digests: TypeAlias = Mapping[tuple[int, str], str]
-"""Digests of tensors by the place of their model and their name."""
+
+@dataclass(frozen=True)
+class Pass:
+    """What is known of the models once their matrices were looked at.
+
+    Attributes:
+        members: The base and its tuned models.
+        digests: Of every tensor that was read, by the place of its model and its name.
+        correlations: Of the entries of tuned tensors with the base's, by the same.
+    """
+
+    members: Sequence[Member]
+    digests: Mapping[tuple[int, str], str]
+    correlations: Mapping[tuple[int, str], float]
+
+    def digests_of(self, place: int) -> dict[str, str]:
+        """Return the digests of one model, by name."""
+        return {name: digest for (i, name), digest in self.digests.items() if i == place}
+
+    def kinship(self, *, whole: bool) -> list[Lineage]:
+        """Return how each tuned model is related to the base; ``whole`` where no part was selected."""
+        found = []
+        for place, member in enumerate(self.members[1:], start=1):
+            known = {name: r for (i, name), r in self.correlations.items() if i == place}
+            both = self.digests_of(0), self.digests_of(place)
+            found.append(tell_lineage(self.members[0].layout, member.layout, whole=whole, known=known, digests=both))
+        return found
 
 
-def add_notable(
-    run: tables.Tables, members: Sequence[Member], vectors: Sequence[Mapping[str, Any]] | None, *, digests: Digests
-) -> tables.Tables:
+def add_notable(run: tables.Tables, done: Pass, vectors: Sequence[Mapping[str, Any]] | None) -> tables.Tables:
     """Return a comparison with the tables ``vectors``, ``tokens`` and ``configuration``, and what has to be said first.
 
     Args:
         run: The tables of the matrices.
-        members: The base and its tuned models.
+        done: The models and what is known of them.
         vectors: The rows of their vectors; ``None`` where a part of the models was selected: neither these nor tokens
             are asked for then.
-        digests: Of every tensor that was read, by model and name.
 
     Returns:
         The tables; ``notable`` of their manifest has the sentences of each tuned model, the most important first.
     """
+    members = done.members
     known = run.metrics.filter(pl.col("delta_relative") >= 0) if "delta_relative" in run.metrics.columns else None
     judged, settings = [], []
     for member in members[1:]:
@@ -52,13 +75,12 @@ def add_notable(
         "tokens": token_table(members if vectors is not None else members[:1]),
         "configuration": pl.DataFrame(settings, schema=schemas.CONFIGURATION, orient="row"),
     }
-    kinship = [tell_lineage(members[0].layout, member.layout) for member in members[1:]]
-    models = with_lineage(run.models, [None, *kinship])
-    found = tables.Tables(run.manifest, run.frames | beside | {"models": models})
+    kinship = done.kinship(whole=vectors is not None)
+    found = with_lineage(tables.Tables(run.manifest, run.frames | beside), [None, *kinship])
     said: dict[str, list[str]] = {}
     for i, member in enumerate(members[1:], start=1):
         sentences = [
-            _same(found, digests, (member.name, i)),
+            _same(found, done, i),
             related(kinship[i - 1], printable(members[0].name, NAME_CHARACTERS)),
             _settings(found, member.name, "computation"),
             *_vectors(found.vectors.filter(model=member.name)),
@@ -73,25 +95,32 @@ def related(found: Lineage, base: str) -> str:
     """Return what is said of a model that is no near relative of what it is compared with; nothing of one that is."""
     if found.word not in WORDS:
         return ""
+    parts = [printable(f"{part} from {origin}", NAME_CHARACTERS) for part, origin in found.moved.items()]
+    moved = ", ".join(parts[:MOVED]) + (f" and {len(parts) - MOVED} more" if len(parts) > MOVED else "")
     return (
-        f"{WORDS[found.word].format(base=base)} (correlation {found.correlation:.3f} over {found.matrices} matrices)."
+        f"{WORDS[found.word].format(base=base, moved=moved)} (correlation {found.correlation:.3f} over "
+        f"{found.matrices} matrices)."
     )
 
+
+MOVED = 8
+"""Moved layers that a sentence names."""
 
 WORDS = {
     "stranger": "A STRANGER to {base}: its weights do not descend from it; numbers of a whole change are left out, "
     "those of single matrices are chance",
-    "rearranged": "REARRANGED: its rows are those of {base} in other places (layers, heads or neurons moved), so that "
-    "what is compared by name does not belong together",
+    "rearranged": "REARRANGED: parts of {base} lie at other places ({moved}). What is compared by name does not belong "
+    "together there; numbers of a whole change are left out",
     "far": "FAR from {base}: numbers are given, but hardly speak of one stage of training",
 }
+"""What is said of a model that is no near relative."""
 
 
-def _same(run: tables.Tables, digests: Digests, which: tuple[str, int]) -> str:
+def _same(run: tables.Tables, done: Pass, place: int) -> str:
     """Whether a tuned model is the base again; else, where it differs in bytes alone, what was not looked at."""
-    name, place = which
+    name = done.members[place].name
     base = printable(run.models["model"][0], NAME_CHARACTERS)
-    ours, theirs = ({n: d for (i, n), d in digests.items() if i == at} for at in (0, place))
+    ours, theirs = done.digests_of(0), done.digests_of(place)
     other = [n for n in dict.fromkeys((*ours, *theirs)) if ours.get(n) != theirs.get(n)]
     own = run.metrics.filter(pl.col("model") == name, ~pl.col("projection").is_in(CIRCUITS).fill_null(value=False))
     moved = set(own.filter(_changed(own))["tensor"])

@@ -12,7 +12,7 @@ from typing import Any
 
 from diffract.analysis.facts import MetricPlan
 from diffract.analysis.noise import NOISES
-from diffract.analysis.notable import add_notable
+from diffract.analysis.notable import Pass, add_notable
 from diffract.analysis.tables import Member, assemble
 from diffract.analysis.vectors import read_vectors
 from diffract.analysis.work import (
@@ -145,7 +145,7 @@ def analyse(
                 for matrix, found in zip(part.matrices, vectors, strict=True):
                     vectors_to.add(f"{names[part.model]}/{matrix.name}.{side}", found.float().cpu().contiguous())
 
-        parts, digests = run_all(tasks, worker, progress=options.progress, keep=save_vectors)
+        parts, digests, correlations = run_all(tasks, worker, progress=options.progress, keep=save_vectors)
         roles = ["base", *["tuned"] * (len(layouts) - 1)] if len(layouts) > 1 else ["model"]
         members = [Member(*m) for m in zip(names, roles, layouts, strict=True)]
         kind = "compare" if len(layouts) > 1 else "scan"
@@ -160,7 +160,7 @@ def analyse(
             manifest["nulls"] = {"drawn": of if plan.nulls is None else len(plan.nulls), "of": of}
         manifest["seconds"] = round(time.monotonic() - begun, 3)
         found = assemble(members, parts, digests, plan=plan, manifest=manifest)
-        return found if kind == "scan" else add_notable(found, members, vectors, digests=digests)
+        return found if kind == "scan" else add_notable(found, Pass(members, digests, correlations), vectors)
 
 
 def other_digests(

@@ -111,27 +111,37 @@ def model_numbers(base: pl.DataFrame, tuned: pl.DataFrame, heads: pl.DataFrame) 
     return _plain(numbers | spread) | over_noise(pairs)
 
 
-def with_lineage(models: pl.DataFrame, found: Sequence[Lineage | None]) -> pl.DataFrame:
-    """Return ``models`` with the columns ``RELATION``; of strangers without the numbers of a whole change.
+def with_lineage(run: tables.Tables, found: Sequence[Lineage | None]) -> tables.Tables:
+    """Return a run with how each model is related to what it is compared with.
 
     Args:
-        models: One row per model.
-        found: How each is related to what it is compared with; ``None`` for the first.
+        run: With ``models``, one row per model.
+        found: How each is related; ``None`` for the first.
+
+    Returns:
+        The run: ``models`` with the columns ``RELATION``; ``metrics``, or of a run of heads ``heads``, with the word.
+        Of strangers, and of rearranged models, whose matrices of one name do not belong together, the numbers of a
+        whole change are null.
     """
-    words = [None if one is None else one.word for one in found]
-    columns = [
-        pl.Series(words, dtype=pl.String),
-        pl.Series([one and one.correlation for one in found], dtype=pl.Float64),
+    told = [
+        (name, one and one.word, one and one.correlation) for name, one in zip(run.models["model"], found, strict=True)
     ]
-    marked = models.with_columns(column.alias(name) for name, column in zip(schemas.RELATION, columns, strict=True))
-    changes = [c for c in models.columns if c.startswith(CHANGES)]
-    stranger = (pl.col("lineage") == "stranger").fill_null(value=False)
-    return marked.with_columns(pl.when(~stranger).then(pl.col(name)).alias(name) for name in changes)
+    words = pl.DataFrame(told, schema={"model": pl.String, **schemas.RELATION}, orient="row")
+    models = run.models.join(words, on="model", how="left", maintain_order="left")
+    apart = pl.col("lineage").is_in(["stranger", "rearranged"]).fill_null(value=False)
+    changes = [name for name in run.models.columns if name.startswith(CHANGES)]
+    frames = {"models": models.with_columns(pl.when(~apart).then(pl.col(name)).alias(name) for name in changes)}
+    rows = "heads" if run.kind == "heads" else "metrics"
+    marked = run[rows].join(words.select("model", "lineage"), on="model", how="left", maintain_order="left")
+    labels = [name for name in marked.columns if name in schemas.LABELS | schemas.OUTCOME | schemas.TIMELINE]
+    frames[rows] = marked.select(*labels, "lineage", pl.exclude(*labels, "lineage"))
+    return tables.Tables(run.manifest, run.frames | frames)
 
 
 CHANGES = (
     *("changed_share", "delta_", "rounding_", "value_share", "spectral_shift", "sigma_change", "head_"),
     *("intruders", "left_", "right_", "noise_"),
+    *("attention_delta", "shared_", "agnostic_", "scale_change", "energy_tenth"),
 )
 """How the names of numbers of a whole change begin."""
 

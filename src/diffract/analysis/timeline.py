@@ -242,7 +242,7 @@ def find_series(references: Sequence[Reference], by: str) -> tuple[list[Stop], l
     """
     ordering = parse_by(by)
     chosen, warnings = list(references), []
-    folder = _local(chosen[0]) if len(chosen) == 1 else None
+    folder = local_path(chosen[0]) if len(chosen) == 1 else None
     if folder is not None and folder.is_dir():
         found = find_checkpoints(folder)
         chosen, left_out = list(found.paths), some(found.left_out)
@@ -254,12 +254,12 @@ def find_series(references: Sequence[Reference], by: str) -> tuple[list[Stop], l
             f"a trajectory needs at least two checkpoints, got {len(chosen)}{only}. Name several, or a folder that "
             "holds several. Use scan for one alone."
         )
-    stops = _with_unique_names([_stop(reference, ordering.pattern) for reference in chosen])
+    stops = _with_unique_names([locate(reference, ordering.pattern) for reference in chosen])
     return arrange(stops, ordering), warnings
 
 
-def _local(reference: Reference) -> Path | None:
-    """The path that a reference is, if there is something."""
+def local_path(reference: Reference) -> Path | None:
+    """Return the path that a reference is, if there is something."""
     if not isinstance(reference, str | Path):
         return None
     try:
@@ -269,7 +269,13 @@ def _local(reference: Reference) -> Path | None:
         return None
 
 
-def _stop(reference: Reference, pattern: re.Pattern[str] | None) -> Stop:
+def locate(reference: Reference, pattern: re.Pattern[str] | None = None) -> Stop:
+    """Return where a checkpoint stands, as its names or the trainer's note beside it tell.
+
+    Args:
+        reference: The checkpoint; text may begin with ``name=``.
+        pattern: A user's own, by which names alone are read.
+    """
     given, inner = split_name(reference)
     labels = _labels(inner)
     texts = [*([given] if given else []), *labels]
@@ -281,7 +287,7 @@ def _stop(reference: Reference, pattern: re.Pattern[str] | None) -> Stop:
 
 def _labels(reference: Reference) -> list[str]:
     """What tells a checkpoint apart: a revision and its repository, or the last part of a path."""
-    if path := _local(reference):
+    if path := local_path(reference):
         stem = path.stem if path.name.endswith(ALONE) and path.is_file() else _folder_name(path)
         return [_folder_name(path.parent), stem] if path.is_file() and stem in USUAL else [stem]
     text = reference.reference if isinstance(reference, Checkpoint) else reference
@@ -298,7 +304,7 @@ def _folder_name(path: Path) -> str:
 
 def _with_state(stop: Stop) -> Stop:
     """Fill in what the names leave open from the trainer's note; tokens are 0 there unless it was asked to count."""
-    path = _local(stop.reference)
+    path = local_path(stop.reference)
     state = trainer_state(path) if path else {}
     if not state:
         return stop
@@ -322,7 +328,7 @@ def _with_unique_names(stops: Sequence[Stop]) -> list[Stop]:
     often = given + Counter(found[0] for stop, found in zip(stops, labels, strict=True) if not stop.name)
     taken, named = set(given), []
     for stop, found in zip(stops, labels, strict=True):
-        path = _local(stop.reference)
+        path = local_path(stop.reference)
         longer = "/".join(path.absolute().parts[-2:]) if path else "@".join(reversed(found))
         wanted = found[0] if often[found[0]] == 1 else longer
         name, number = stop.name or wanted, 2

@@ -10,6 +10,7 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from diffract.engine import choose_device
 from diffract.errors import CheckpointError, choose, printable
 from diffract.matrices import Layout, pair
 from diffract.matrices.lineage import RELATED, Lineage, tell_lineage
-from diffract.schemas import AGAINST, LABELS, MODELS, OUTCOME, TIMELINE
+from diffract.schemas import AGAINST, BREAKS, LABELS, MODELS, OUTCOME, TIMELINE
 from diffract.settings import Progress
 from diffract.stats import out_of_line
 from diffract.store import MOST_BYTES, Cache, cache_folder
@@ -174,6 +175,7 @@ def follow(
     costs = _survey(series, options, against, allow_unmatched=allow_unmatched)
     found: list[Tables] = []
     kinship: list[Lineage | None] = []
+    digested: list[dict[str, str]] = []
     with ExitStack() as stack:
         cache = stack.enter_context(Cache(cache_folder(), most_bytes=MOST_BYTES)) if options.cache else None
         opened = stack.enter_context(closing(visits(series, options, against)))
@@ -183,42 +185,73 @@ def follow(
             plan = options.with_nulls(plan, layouts[-1], tasks)
             worker = Worker([replace(layout.checkpoint, factors={}) for layout in layouts], plan, device, cache)
             progress = _shifted(options.progress, costs, len(found), visit.stop.name)
-            parts, digests = run_all(tasks, worker, progress=progress)
-            own = {(0, name): digest for (i, name), digest in digests.items() if i == len(layouts) - 1}
-            own |= other_digests(layouts[-1:], own, complete=options.select is None)
+            parts, digests, correlations = run_all(tasks, worker, progress=progress)
+            own_digests = {(0, name): digest for (i, name), digest in digests.items() if i == len(layouts) - 1}
+            own_digests |= other_digests(layouts[-1:], own_digests, complete=options.select is None)
             member = Member(visit.stop.name, "checkpoint", layouts[-1])
             tables = assemble(
-                [member], [replace(part, model=0) for part in parts], own, plan=plan, manifest={"kind": "trajectory"}
+                [member],
+                [replace(part, model=0) for part in parts],
+                own_digests,
+                plan=plan,
+                manifest={"kind": "trajectory"},
             )
             base = found[0 if against == "first" else -1].metrics if found else None
             own = tables.metrics
             change = {} if base is None else model_numbers(base, own, changed_heads(base, own))
             compared = visit.base_stop.name if visit.base_stop else None
-            kinship.append(tell_lineage(visit.base, visit.layout) if visit.base else None)
+            digested.append({name: digest for (_, name), digest in own_digests.items()})
+            if visit.base is None:
+                kinship.append(None)
+            else:
+                both = digested[0 if against == "first" else -2], digested[-1]
+                known = {name: r for (_, name), r in correlations.items()}
+                whole = options.select is None
+                kinship.append(tell_lineage(visit.base, visit.layout, whole=whole, known=known, digests=both))
             found.append(place(tables, len(found), visit.stop.place, against=compared, change=change))
             del visit, layouts, tasks, worker, member  # nothing of a checkpoint may live on while the next is opened
     settings = {**options.settings(), "by": by, "against": against, "device": device.type}
     manifest = {"kind": "trajectory", "settings": settings, "seconds": round(time.monotonic() - begun, 3)}
-    series_found = join(found, manifest, [*warnings, *breaks([stop.name for stop in series], kinship)])
-    models = with_lineage(series_found.models, kinship)
-    return Tables(series_found.manifest, series_found.frames | {"models": models})
+    neighbours = kinship if against == "previous" else _neighbours(series, options)
+    broken = breaks(neighbours)
+    joined = with_lineage(join(found, manifest, [*warnings, *_said(series, neighbours, broken)]), kinship)
+    marks = pl.Series("breaks", broken, dtype=BREAKS["breaks"])
+    return Tables(joined.manifest, joined.frames | {"models": joined.models.with_columns(marks)})
 
 
-def breaks(names: Sequence[str], kinship: Sequence[Lineage | None]) -> list[str]:
-    """Return a sentence for each checkpoint that falls out of line with its series: a restart, or another run.
+def _neighbours(series: Sequence[Stop], options: Options) -> list[Lineage | None]:
+    """How each checkpoint is related to the one before it, where all are compared with the first: by a sample."""
+    found: list[Lineage | None] = []
+    with closing(visits(series, options, "previous", check_ties=False)) as opened:
+        for visit in opened:
+            found.append(tell_lineage(visit.base, visit.layout) if visit.base else None)
+            del visit
+    return found
 
-    That is a stranger to what it is compared with, or one whose distance 1 - correlation stands out among all steps;
-    the first step of a series may be far, as weights move most at the beginning of training.
+
+def breaks(kinship: Sequence[Lineage | None]) -> list[bool]:
+    """Return which checkpoints fall out of line with the one before: a restart, or another run under an old name.
+
+    That is a stranger to it, or one whose distance 1 - correlation stands out among all steps; the first step of a
+    series may be far, as weights move most at the beginning of training.
+
+    Args:
+        kinship: How each checkpoint is related to the one before; ``None`` for the first.
     """
     known = [one for one in kinship if one is not None]
     distances = np.array([1 - one.correlation if one.correlation is not None else 0.0 for one in known])
     among = distances[1:] if len(known) > 1 else distances
     marked = (distances > 1 - RELATED) & out_of_line(distances, among) & (np.arange(len(known)) > 0)
+    told = [bool(far) or one.word in ("stranger", "rearranged") for one, far in zip(known, marked, strict=True)]
+    return [False] * (len(kinship) - len(known)) + told
+
+
+def _said(series: Sequence[Stop], neighbours: Sequence[Lineage | None], broken: Sequence[bool]) -> list[str]:
     return [
-        f"{name} BREAKS THE SERIES: {one.word}, its weights correlate {one.correlation:.3f} with those that it is "
-        "compared with; a restart, or another run under this name."
-        for name, one, far in zip(names[1:], known, marked, strict=True)
-        if far or one.word == "stranger"
+        f"{stop.name} BREAKS THE SERIES: {one.word}, its weights correlate {one.correlation:.3f} with those of "
+        f"{before.name}; a restart, or another run under this name."
+        for (before, stop), one, far in zip(pairwise(series), neighbours[1:], broken[1:], strict=True)
+        if far and one is not None
     ]
 
 

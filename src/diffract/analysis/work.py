@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import blake3
 import polars as pl
@@ -21,6 +21,7 @@ from diffract.errors import SelectionError, printable
 from diffract.linalg import LowRank, change_grams, circuit_spectrum
 from diffract.matrices import Layout, Matrix, batches, cut, is_paired, scan_cost, workspace_bytes
 from diffract.matrices.layout import KEEP_BYTES, PIECE_BYTES
+from diffract.matrices.lineage import EntrySums
 from diffract.metrics import GROUPS, Facts, Metric, sources
 from diffract.metrics.nulls import DRAWS
 from diffract.settings import Progress
@@ -50,6 +51,9 @@ wanted."""
 
 NOISE_VERSION = 1
 """Raised when other noise is drawn."""
+
+CORRELATION_VERSION = 1
+"""Raised when the correlation of two tensors changes."""
 
 GRAMS = "grams"
 """The one column of a part that a ``HeadTask`` yields."""
@@ -223,10 +227,19 @@ class Part:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a task yields: parts, and the digests of the tensors that it read, by model."""
+    """What a task yields: parts, and by model digests of the tensors that it read, and correlations with the base."""
 
     parts: list[Part]
     digests: dict[int, str] = field(default_factory=dict)
+    correlations: dict[int, float] = field(default_factory=dict)
+
+
+class Done(NamedTuple):
+    """What all tasks yield: parts, and by model and tensor digests of what was read and correlations with the base."""
+
+    parts: list[Part]
+    digests: dict[tuple[int, str], str]
+    correlations: dict[tuple[int, str], float]
 
 
 def in_turns(matrices: Sequence[Matrix]) -> list[Matrix]:
@@ -289,7 +302,7 @@ def run_all(
     *,
     progress: Progress | None = None,
     keep: Callable[[Part], None] | None = None,
-) -> tuple[list[Part], dict[tuple[int, str], str]]:
+) -> Done:
     """Do all tasks.
 
     Args:
@@ -298,14 +311,14 @@ def run_all(
         progress: What is told of it.
         keep: Takes each part while it has its vectors; they are let go of then.
 
-    Returns:
-        The parts, and the digests of what was read, by model and tensor.
     """
     total, done = sum(task.cost for task in tasks), 0.0
     parts: list[Part] = []
     digests: dict[tuple[int, str], str] = {}
+    correlations: dict[tuple[int, str], float] = {}
     for task, outcome in run_tasks(tasks, worker, device=worker.device):
         digests |= {(i, task.tensor): digest for i, digest in outcome.digests.items()}
+        correlations |= {(i, task.tensor): r for i, r in outcome.correlations.items()}
         for part in outcome.parts:
             if keep:
                 keep(part)
@@ -314,7 +327,7 @@ def run_all(
         done += task.cost
         if progress:
             progress(done, total, task.tensor)
-    return parts, digests
+    return Done(parts, digests, correlations)
 
 
 @dataclass(frozen=True)
@@ -344,7 +357,22 @@ class Worker:
         # digests of the very bytes that are analysed: a file that changes meanwhile spoils no result that is kept
         do = self._apart if self.plan.apart else self._compare if task.tuned else self._scan
         digests = {i: one.digest for i, one in held.items()}
-        return Outcome([part for batch in batches(task.matrices) for part in do(task, batch, held)], digests)
+        related = {i: self._correlation(held[task.model], held[i]) for i in task.tuned}
+        return Outcome([part for batch in batches(task.matrices) for part in do(task, batch, held)], digests, related)
+
+    def _correlation(self, base: Held, tuned: Held) -> float:
+        """Return how the entries of two tensors correlate, the heads and experts in them together."""
+        key = cache_key("correlation", str(CORRELATION_VERSION), base.digest, tuned.digest)
+        known = self.cache.get(key) if self.cache else None
+        if known is None:
+            sums, rows = EntrySums(), max(1, BLOCK_ENTRIES * base.info.shape[0] // base.info.entries)
+            for start in range(0, base.info.shape[0], rows):
+                stop = min(start + rows, base.info.shape[0])
+                sums.add(base.rows(start, stop), tuned.rows(start, stop))
+            known = pl.DataFrame({"r": [sums.correlation()]})
+            if self.cache:
+                self.cache.put(key, known)
+        return known["r"][0]
 
     def _scan(self, task: TensorTask, batch: tuple[Matrix, ...], held: Mapping[int, Held]) -> list[Part]:
         one = held[task.model]

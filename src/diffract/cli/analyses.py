@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,19 +29,38 @@ EVOLVING = {
 SHOWN_HEADS = 5
 """Heads of each domain that are shown."""
 
+SHOWN_PAIRS = 4
+"""Pairs of related models that are named for each word."""
+
+KINSHIP = {
+    "same": "The same weights, equal to the bit",
+    "same values": "The same values in other dtypes",
+    "descendant or sibling": "Descendant or sibling",
+    "far": "Far relatives",
+    "rearranged": "Rearranged, layers, heads or neurons at other places",
+    "stranger": "Strangers",
+    "cannot tell": "Too little of one shape to tell",
+}
+"""What the terminal says of pairs by their word, the nearest first."""
+
 
 # scan, compare, trajectory
 
 
 def show_analysis(run: Run, given: Given) -> None:
     """Print what a comparison has to say first, then a sentence on each model of it or of a scan."""
-    for name, sentences in run.manifest.get("notable", {}).items():
-        for sentence in sentences:
-            say(f"{printable(name)}: {sentence}")
+    _say_notable(run)
     warn(run.manifest["warnings"])
     for row in run.models.iter_rows(named=True):
         say(_model_sentence(row))
     say_place(given, "report", "report.html")
+
+
+def _say_notable(run: Run) -> None:
+    """Print what has to be said of each model before any number."""
+    for name, sentences in run.manifest.get("notable", {}).items():
+        for sentence in sentences:
+            say(f"{printable(name)}: {sentence}")
 
 
 def sum_up_analysis(run: Run, given: Given) -> dict[str, Any]:
@@ -98,6 +117,7 @@ def _evolving(name: str, value: Any) -> str:
 
 def show_heads(run: Run, given: Given) -> None:
     """Print a sentence on each domain, its most changed and most specific heads, and how domains agree."""
+    _say_notable(run)
     warn(run.manifest["warnings"])
     domains = run.models.filter(role="tuned")
     count = run.heads.height // domains.height
@@ -188,32 +208,50 @@ def _agreement(run: Run) -> list[list[str]]:
 
 
 def show_lineage(run: Run, given: Given) -> None:
-    """Print how each pair is related, strangers first in one sentence, and the branches of the tree."""
+    """Print families and strangers in sentences, how near each pair is as a matrix, and the branches of the tree."""
     warn(run.manifest["warnings"])
-    pairs = {(row["a"], row["b"]): row for row in run.lineage.iter_rows(named=True)}
-    told = [row for row in pairs.values() if row["lineage"] in ("stranger", "rearranged")]
-    for row in told[:SHOWN_HEADS]:
-        both = f"{row['a']} and {row['b']}"
-        tables = f" They share {', '.join(map(printable, row['shared']))} to the bit." if row["shared"] else ""
-        if row["lineage"] == "stranger":
-            say(f"{both} are strangers: neither descends from the other (r {number(row['r'])}).{tables}")
-        else:
-            say(f"{both}: one is the other rearranged (layers, heads or neurons at other places).")
-    if len(told) > SHOWN_HEADS:
-        say(f"... and {len(told) - SHOWN_HEADS} pairs more; the table below has them all.")
     names = run.models["model"].to_list()
-    texts = {
-        pair: row["lineage"] if row["r"] is None else f"{row['r']:.3f} {row['lineage']}" for pair, row in pairs.items()
-    }
-    table = [[a, *(texts.get((a, b), texts.get((b, a), "")) for b in names)] for a in names]
-    say_table(["", *names], table, title="Median correlation of the entries of the blocks' matrices:")
-    if len(run.tree):
-        arrow = "->" if run.manifest["settings"]["root"] else "-"
-        branches = ", ".join(f"{a} {arrow} {b} ({r:.3f})" for a, b, r in run.tree.iter_rows())
-        say(f"Tree{'' if given['root'] else ', without a root'}: {branches}")
+    for sentence in _kinship(run):
+        say(sentence)
+    pairs = {(row["a"], row["b"]): row["r"] for row in run.lineage.iter_rows(named=True)}
+    places = {name: str(place) for place, name in enumerate(names, start=1)}
+    table = []
+    for a in names:
+        cells = ["" if a == b else _near(pairs.get((a, b), pairs.get((b, a)))) for b in names]
+        table.append([f"{places[a]} {a}", *cells])
+    say_table(["", *places.values()], table, title="Median correlation of the entries of the blocks' matrices:")
+    for rooted, title in ((True, "Tree, from its root"), (False, "Tree, without a root")):
+        rows = run.tree.filter(rooted=rooted).iter_rows(named=True)
+        if branches := [f"{row['a']} {'->' if rooted else '-'} {row['b']} ({_near(row['r'])})" for row in rows]:
+            say(f"{title}: {', '.join(branches)}")
     if middles := run.models.filter("middle")["model"].to_list():
-        say(f"In the middle of a path: {', '.join(middles)}")
+        say(f"In the middle of a path, as base of its ends or as a stage between them: {', '.join(middles)}")
     say_place(given, "run")
+
+
+def _kinship(run: Run) -> Iterator[str]:
+    """Say of each word which pairs it holds for."""
+    for word, title in KINSHIP.items():
+        rows = run.lineage.filter(lineage=word)
+        if rows.is_empty():
+            continue
+        pairs = [f"{row['a']} and {row['b']}" for row in rows.head(SHOWN_PAIRS).iter_rows(named=True)]
+        more = f" and {len(rows) - SHOWN_PAIRS} pairs more" if len(rows) > SHOWN_PAIRS else ""
+        yield f"{title}: {'; '.join(pairs)}{more}."
+        if word == "stranger":
+            farthest = number(max(abs(r) for r in rows["r"]))
+            yield f"  Neither descends from the other; r is that of chance, at most {farthest} in size."
+            if tables := rows["shared"].explode().drop_nulls().unique().sort().to_list():
+                count = rows["shared"].list.len().gt(0).sum()
+                yield f"  To the bit {count} of these pairs share {', '.join(map(printable, tables[:SHOWN_PAIRS]))}."
+        for row in (row for row in rows.iter_rows(named=True) if row["moved"]):
+            some = [f"{part} of {row['a']}" for part in row["moved"][:SHOWN_PAIRS]]
+            yield f"  In {row['b']} {'; '.join(some)}{', ...' if len(row['moved']) > SHOWN_PAIRS else ''}."
+
+
+def _near(r: float | None) -> str:
+    """A correlation that is 1 of equal weights alone."""
+    return "-" if r is None else f"{r:.3f}" if r == 1 or abs(r) < 0.9995 else f"{r:.6f}"
 
 
 def sum_up_lineage(run: Run, given: Given) -> dict[str, Any]:

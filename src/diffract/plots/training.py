@@ -22,15 +22,24 @@ BAND = "rgba(15,118,110,0.18)"
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 """The order of panels within a block; others follow in that of the tables."""
 
+BREAK: dict[str, Any] = {"line": {"color": "#b91c1c", "width": 1.5, "dash": "dash"}}
+"""How the place is drawn at which a series breaks."""
+
 NAMES = ("median over layers and heads", "lower to upper quartile")
 
 
 def evolution(
-    metrics: pl.DataFrame, metric: str, *, over: str | None = None, matrix: str | None = None, axes: str = "lin-lin"
+    metrics: pl.DataFrame,
+    metric: str,
+    *,
+    over: str | None = None,
+    matrix: str | None = None,
+    axes: str = "lin-lin",
+    broken: Sequence[str] = (),
 ) -> go.Figure:
     """Draw the median and the quartiles of a metric over training, a panel for each projection.
 
-    Panels of one block have the same y axis.
+    Panels of one block have the same y axis. A line stands where the series breaks.
 
     Args:
         metrics: The metrics table of a trajectory: ``order``, and ``tokens`` or ``step`` where they are known.
@@ -38,8 +47,10 @@ def evolution(
         over: ``tokens``, ``step`` or ``order``; the first of them that is known for every checkpoint.
         matrix: Draw this one alone.
         axes: Of y and x, each ``lin`` or ``log``. What is not positive is not on a logarithmic axis.
+        broken: Checkpoints that fall out of line with the one before.
     """
     over = over or time_column(metrics)
+    marks = metrics.filter(pl.col("model").is_in(list(broken)))[over].drop_nulls().unique().to_list() if broken else []
     known = metrics.filter(pl.col(metric).is_not_null() & pl.col(over).is_not_null()).sort("order", maintain_order=True)
     lost = axes.endswith("-log") and bool((known[over] <= 0).any())
     if lost:
@@ -49,14 +60,23 @@ def evolution(
     if matrix is not None:
         rows = known.filter(pl.col("name") == matrix)
         words["title"] = ", ".join(filter(None, [label(matrix), words["title"]]))
-        return _scaled(evolution_line(rows[over].to_list(), rows[metric].to_list(), **words), axes)
+        return _scaled(_marked(evolution_line(rows[over].to_list(), rows[metric].to_list(), **words), marks), axes)
     places = places_of(known)
     bands = quartiles(known, metric, over)
     contents = [_band(bands.filter(pl.col("part") == p), over, legend=not i) for i, p in enumerate(places["part"])]
     titles = [label(p) for p in places["part"]]
     made = panels(titles, contents, **words, height=150 if len(titles) > 4 else 220, share_y=False, legend=True)
     _share_within_blocks(made, places["block"].to_list())
-    return _scaled(made, axes)
+    return _scaled(_marked(made, marks), axes)
+
+
+def _marked(made: go.Figure, marks: Sequence[float]) -> go.Figure:
+    """Draw a line in every panel where the series breaks."""
+    for place in marks:
+        made.add_vline(x=place, **BREAK)
+    if marks:
+        made.update_layout(title_text=f"{made.layout.title.text or ''} (dashed: the series breaks)".strip())
+    return made
 
 
 def places_of(metrics: pl.DataFrame) -> pl.DataFrame:
@@ -251,7 +271,10 @@ def evolution_of_run(
     names = metrics["name"].unique(maintain_order=True).to_list()
     one = None if matrix is None else pick("matrix", matrix, names)
     scales = pick("axes", axes, AXES)
-    return evolution(metrics, chosen, over=_time_axis(metrics, over), matrix=one, axes=scales)
+    models = frames.get("models", pl.DataFrame())
+    broken = models.filter("breaks")["model"].to_list() if "breaks" in models.columns else []
+    time = _time_axis(metrics, over)
+    return evolution(metrics, chosen, over=time, matrix=one, axes=scales, broken=broken)
 
 
 @kind(make=TRAJECTORY, tables=("metrics", "spectra"), quantities=("sigma",), columns=("order",))

@@ -22,8 +22,8 @@ from diffract.plots.choice import part
 from diffract.plots.heads import Grid, HeadGrids, as_array
 from diffract.plots.spectra import AXIS_TITLES, Bars, density_parts
 from diffract.plots.style import DIVERGING
-from diffract.plots.training import places_of, quartiles, time_column
-from diffract.schemas import LABELS, OUTCOME, TIMELINE
+from diffract.plots.training import BREAK, places_of, quartiles, time_column
+from diffract.schemas import LABELS, OUTCOME, RELATION, TIMELINE
 from diffract.stats import scale01
 from diffract.tables import Tables
 
@@ -195,12 +195,13 @@ def _empty_score(found: HeadGrids) -> go.Figure:
 BAND = ("low", "middle", "high")
 
 
-def bands(metrics: pl.DataFrame, names: list[str]) -> dict[str, Any]:
-    """Return median and quartiles of each metric, part and checkpoint.
+def bands(metrics: pl.DataFrame, names: list[str], broken: Sequence[str] = ()) -> dict[str, Any]:
+    """Return median and quartiles of each metric, part and checkpoint, and where the series breaks.
 
     Args:
         metrics: The metrics table of a trajectory, with all its checkpoints.
         names: Of metrics.
+        broken: Checkpoints that fall out of line with the one before.
     """
     over = time_column(metrics)
     ordered = metrics.sort("order", maintain_order=True)
@@ -212,7 +213,9 @@ def bands(metrics: pl.DataFrame, names: list[str]) -> dict[str, Any]:
             str(part): {"times": rows[over].to_list()} | {end: [short(v) for v in rows[end].to_list()] for end in BAND}
             for (part,), rows in parts.items()
         }
-    return {"over": over, "parts": places_of(metrics)["part"].to_list(), "bands": found}
+    marks = metrics.filter(pl.col("model").is_in(list(broken)))[over].unique().sort().to_list()
+    parts = places_of(metrics)["part"].to_list()
+    return {"over": over, "parts": parts, "bands": found, "breaks": [{**BREAK, "x": at} for at in marks]}
 
 
 CURVE_BUDGET = 4_000_000
@@ -274,8 +277,9 @@ def points_per_curve(spectra: pl.DataFrame) -> int | None:
 
 
 def _of_matrices(tables: Tables) -> dict[str, Any]:
-    metrics = [c for c in tables.metrics.columns if c not in LABELS | OUTCOME | TIMELINE]
-    evolution = bands(tables.metrics, metrics) if tables.manifest["kind"] == "trajectory" else None
+    metrics = [c for c in tables.metrics.columns if c not in LABELS | OUTCOME | TIMELINE | RELATION]
+    broken = tables.models.filter("breaks")["model"].to_list() if "breaks" in tables.models.columns else []
+    evolution = bands(tables.metrics, metrics, broken) if tables.manifest["kind"] == "trajectory" else None
     tables = on_page(tables)
     drawn = tables.spectra.filter(pl.col("quantity").is_in(DRAWN))
     points = points_per_curve(drawn)

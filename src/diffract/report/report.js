@@ -234,6 +234,7 @@
       fig.layout.title.text = safe(part);
       fig.layout.xaxis.title.text = data.evolution.over === "order" ? "checkpoint" : data.evolution.over;
       fig.layout.showlegend = false;
+      fig.layout.shapes = data.evolution.breaks.map(({ x, line }) => ({ type: "line", yref: "paper", y0: 0, y1: 1, x0: x, x1: x, line }));
       place.dataset.part = part;
       by("bands").append(place);
       Plotly.newPlot(place, fig.data, fig.layout, config);

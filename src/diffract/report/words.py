@@ -22,6 +22,9 @@ BY_CHANCE = 0.01
 HEADS_BY_CHANCE = 0.05
 """The same for the share of the top heads, whose 39 draws give 1 / 40 at least."""
 
+NAMED = 4
+"""Checkpoints that a sentence names."""
+
 CIRCUITS = ("qk", "ov")
 
 OF_HEADS = "head_top10_share"
@@ -206,6 +209,10 @@ def _of_scan(models: pl.DataFrame, metrics: pl.DataFrame) -> list[Headline]:
 def _of_trajectory(models: pl.DataFrame) -> list[Headline]:
     first, last = models.row(0, named=True), models.row(-1, named=True)
     found = [Headline("", str(len(models)), f"checkpoints, from {_at(first)} to {_at(last)}.")]
+    if "breaks" in models.columns and (broken := models.filter("breaks")["model"].to_list()):
+        names = ", ".join(printable(name, 60) for name in broken[:NAMED]) + (", ..." if len(broken) > NAMED else "")
+        text = f"of them break the series, by a restart or as another run under an old name: {names}."
+        found.append(Headline("", str(len(broken)), text))
     if "delta_relative" in models.columns:
         changes = models.filter(pl.col("delta_relative").is_not_null()).to_dicts()
         for row in (changes[:1] + changes[-1:]) if len(changes) > 1 else changes:
