@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 import diffract
-from diffract.edits import Edited, apply
+from diffract.edits import Edited, LiveModel, apply
+from diffract.edits.bench import Other
 from families import FAMILIES
 from tiny_llama import LLAMA
 
@@ -51,6 +52,12 @@ def edited(folder: Path, model: Any, *steps: Any, **recipe: Any) -> Edited:
     """Apply steps."""
     plain = [step if isinstance(step, dict) else {step.name: step} for step in steps]
     return apply({"model": model, "steps": plain, **recipe}, folder)
+
+
+def everything_of(live: LiveModel, model: torch.nn.Module) -> Other:
+    """Another model, as edits of all tensors of a live one take weights from it."""
+    (other,) = live.bench.meet([model], live.bench.entries(), chosen=False)
+    return other
 
 
 def family_pair(

@@ -97,6 +97,7 @@ def compare(
     vectors: bool = False,
     architecture: str | Path | None = None,
     adapter_base: Reference | None = None,
+    allow: Sequence[str] = (),
     allow_unmatched: bool = False,
     download: bool = False,
     method: Method = "auto",
@@ -128,7 +129,9 @@ def compare(
         architecture: A JSON file that describes the model (docs/architectures.md); by default its config.json's
             ``model_type`` decides.
         adapter_base: The base of adapters among the models, where their config does not name one that can be opened.
-        allow_unmatched: Go on when more than embeddings have no partner.
+        allow: ``unmatched``: go on when more than embeddings have no partner. Other permissions of edits change
+            nothing.
+        allow_unmatched: The same as ``--allow unmatched``.
         download: Fetch models of the hub whole instead of reading byte ranges.
         method: ``auto``, or ``exact`` for LAPACK throughout.
         device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
@@ -152,7 +155,8 @@ def compare(
     options = _options(locals())
     if not tuned:
         raise SelectionError("compare needs a base and at least one tuned checkpoint. Use scan for one alone.")
-    return _analysed([base, *tuned], options, output, force=force, allow_unmatched=allow_unmatched)
+    unmatched = allow_unmatched or "unmatched" in allow
+    return _analysed([base, *tuned], options, output, force=force, allow_unmatched=unmatched)
 
 
 def trajectory(
@@ -164,6 +168,7 @@ def trajectory(
     heads: bool = True,
     architecture: str | Path | None = None,
     adapter_base: Reference | None = None,
+    allow: Sequence[str] = (),
     allow_unmatched: bool = False,
     download: bool = False,
     method: Method = "auto",
@@ -192,7 +197,9 @@ def trajectory(
         architecture: A JSON file that describes the model (docs/architectures.md); by default its config.json's
             ``model_type`` decides.
         adapter_base: The base of adapters among the models, where their config does not name one that can be opened.
-        allow_unmatched: Go on when more than embeddings have no partner.
+        allow: ``unmatched``: go on when more than embeddings have no partner. Other permissions of edits change
+            nothing.
+        allow_unmatched: The same as ``--allow unmatched``.
         download: Fetch models of the hub whole instead of reading byte ranges.
         method: ``auto``, or ``exact`` for LAPACK throughout.
         device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
@@ -218,7 +225,8 @@ def trajectory(
     from diffract.analysis import follow
 
     options = _options(locals())
-    make = partial(follow, refs, options, by=by, against=against, allow_unmatched=allow_unmatched)
+    unmatched = allow_unmatched or "unmatched" in allow
+    make = partial(follow, refs, options, by=by, against=against, allow_unmatched=unmatched)
     return _written(make, output, force=force)
 
 
@@ -228,6 +236,7 @@ def heads(
     projections: Sequence[str] = ("q", "k", "v", "o"),
     architecture: str | Path | None = None,
     adapter_base: Reference | None = None,
+    allow: Sequence[str] = (),
     allow_unmatched: bool = False,
     download: bool = False,
     device: str = "auto",
@@ -250,7 +259,8 @@ def heads(
         architecture: A JSON file that describes the model (docs/architectures.md); by default its config.json's
             ``model_type`` decides.
         adapter_base: The base of adapters among the models, where their config does not name one that can be opened.
-        allow_unmatched: Go on when attention tensors have no partner; their heads get a status and no numbers.
+        allow: ``unmatched``: go on when attention tensors have no partner; their heads get a status and no numbers.
+        allow_unmatched: The same as ``--allow unmatched``.
         download: Fetch models of the hub whole instead of reading byte ranges.
         device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
         engine: What runs the work; ``local`` is the only engine so far.
@@ -270,8 +280,9 @@ def heads(
     options = _options(locals())
     if not tuned:
         raise SelectionError("heads needs a base and at least one tuned checkpoint.")
+    unmatched = allow_unmatched or "unmatched" in allow
     models = [base, *tuned]
-    make = partial(analyse_heads, models, options, projections=projections, allow_unmatched=allow_unmatched)
+    make = partial(analyse_heads, models, options, projections=projections, allow_unmatched=unmatched)
     return _written(make, output, force=force)
 
 

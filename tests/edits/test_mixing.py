@@ -328,12 +328,11 @@ def test_selections_that_name_nothing(settings: dict, message: str, models: list
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "vocabulary": ({"vocab_size": 60}, r"embed_tokens\.weight: \[50, 32\] against \[60, 32\]"),
-    "width": ({"intermediate_size": 32}, r"mlp\.\w+_proj\.weight: \[24, 32\] against \[32, 32\]"),
-    "heads": ({"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4}, "4 heads against 8"),
-    "layers": ({"num_hidden_layers": 3}, r"model\.layers\.2\.[\w.]+: only in the other.*; and \d+ more"),
-    "fewer layers": ({"num_hidden_layers": 1}, r"model\.layers\.1\.[\w.]+: only in the model"),
-    "architecture": ({"model_type": "mistral"}, "architecture qwen2 against"),
+    "width": ({"intermediate_size": 32}, "intermediate_size 24 against 32"),
+    "heads": ({"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4}, "num_attention_heads 4 against 8"),
+    "layers": ({"num_hidden_layers": 3}, "num_hidden_layers 2 against 3"),
+    "fewer layers": ({"num_hidden_layers": 1}, "num_hidden_layers 2 against 1"),
+    "architecture": ({"model_type": "mistral"}, "model_type qwen2 against mistral"),
 }
 
 
@@ -355,7 +354,7 @@ def test_models_that_do_not_fit(step: str, kind: str, models: list[Path], tmp_pa
         "merge": {"steps": [{"merge": {"base": ok, "models": {"x": place}}}]},
         "lora": {"export": {"lora": {"base": place}}},
     }[step]
-    with pytest.raises(CheckpointError, match=f"are not of one shape: .*{message}"):
+    with pytest.raises(CheckpointError, match=f"do not belong together.*{message}"):
         edited(tmp_path / "out", models[1], *recipe.pop("steps", []), **recipe)
     assert not (tmp_path / "out").exists()
 

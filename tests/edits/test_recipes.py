@@ -53,6 +53,8 @@ GOOD: dict[str, dict[str, Any]] = {
         ],
         "architecture": "mine.json",
         "adapter_base": "b",
+        "allow": "strangers,rope_theta",
+        "vocabulary": "refuse",
         "output": {"dtype": "bfloat16", "shard_size": "2GB"},
     },
     "lora": {"model": "m", "export": {"lora": {"base": "b", "rank": "full", "dtype": "float16"}}},
@@ -329,7 +331,6 @@ def test_errors_come_before_weights(family: tuple[Path, Path], tmp_path: Path, n
     base, tuned = map(str, family)
     for step in (
         {"rewind": {"to": base, "heads": "L9.h0"}},
-        {"rewind": {"to": base, "fraction": 0.5, "order": "greedy", "scores": "nothing.csv"}},
         {"rewind": {"to": base, "fraction": 0.5, "select": "mpl"}},
         {"truncate": {"base": base, "rank": 1, "select": "layers 7"}},
         {"interpolate": {"with": str(tmp_path / "nowhere"), "at": 0.5}},

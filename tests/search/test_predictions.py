@@ -14,7 +14,7 @@ from diffract.edits import LiveModel, Rewind
 from diffract.edits.heads import Units, find_units
 from diffract.errors import SelectionError
 from diffract.search.predictions import Batch, Sample, activation_changes, first_order_gains, sum_of_bits
-from edit_cases import family_pair
+from edit_cases import everything_of, family_pair
 
 STEP = 3e-3
 CLOSE = 2e-5
@@ -61,7 +61,7 @@ def test_gains_are_slopes_of_the_loss(family: str) -> None:
     base, tuned = family_pair(family, torch.float64)
     live, text = LiveModel(tuned), scored_sample(padded=True)
     units = find_units(live.bench, "head", None)
-    gains = first_order_gains(tuned, live.bench.other(base), units, text)
+    gains = first_order_gains(tuned, everything_of(live, base), units, text)
     assert list(gains) == list(units.names)
     whole = slope(tuned, base, text, units, list(units.names))
     assert abs(whole) > 1e-3
@@ -76,7 +76,7 @@ def test_shared_parts_are_split_among_their_owners() -> None:
     base, tuned = family_pair("llama", torch.float64)
     live, text = LiveModel(tuned), scored_sample()
     units = find_units(live.bench, "head", None)
-    gains = first_order_gains(tuned, live.bench.other(base), units, text)
+    gains = first_order_gains(tuned, everything_of(live, base), units, text)
     together = slope(tuned, base, text, units, ["L0.h0", "L0.h1"])
     assert gains["L0.h0"] + gains["L0.h1"] == pytest.approx(together, abs=CLOSE)
     alone = [slope(tuned, base, text, units, [name]) for name in ("L0.h0", "L0.h1")]
@@ -96,7 +96,7 @@ def test_a_step_in_the_direction_of_the_loss_gains_what_is_promised() -> None:
         for (name, _), way in zip(parameters.items(), up, strict=True):
             tuned.get_parameter(name).add_(size * way)
     live = LiveModel(tuned)
-    gains = first_order_gains(tuned, live.bench.other(base), find_units(live.bench, "head", None), text)
+    gains = first_order_gains(tuned, everything_of(live, base), find_units(live.bench, "head", None), text)
     promised = size * sum(float(way.square().sum()) for way in up)
     assert sum(gains.values()) == pytest.approx(promised, rel=0.02)  # curvature over a small step
 
@@ -107,7 +107,7 @@ def test_the_model_is_left_as_it_was() -> None:
     frozen.requires_grad_(False)
     before = {name: p.clone() for name, p in tuned.state_dict().items()}
     live = LiveModel(tuned)
-    first_order_gains(tuned, live.bench.other(base), find_units(live.bench, "head", None), scored_sample())
+    first_order_gains(tuned, everything_of(live, base), find_units(live.bench, "head", None), scored_sample())
     assert all(torch.equal(p, before[name]) for name, p in tuned.state_dict().items())
     assert all(p.grad is None for p in tuned.parameters())
     assert [name for name, p in tuned.named_parameters() if not p.requires_grad] == [
@@ -171,7 +171,7 @@ def gpt2(base: Any, tuned: Any, text: Sample, head: int) -> float:
 def test_activation_changes_of_every_head(family: str, by_hand: Callable[..., float]) -> None:
     base, tuned = family_pair(family)
     live, text = LiveModel(tuned), input_sample()
-    found = activation_changes(tuned, live.bench.other(base), find_units(live.bench, "head", None), text)
+    found = activation_changes(tuned, everything_of(live, base), find_units(live.bench, "head", None), text)
     for head in range(4):
         expected = by_hand(base, tuned, text, head)
         assert expected > 0.01
@@ -181,7 +181,7 @@ def test_activation_changes_of_every_head(family: str, by_hand: Callable[..., fl
 def test_a_model_that_did_not_change_has_none() -> None:
     base, _ = family_pair("llama")
     live = LiveModel(base)
-    found = activation_changes(base, live.bench.other(base), find_units(live.bench, "head", None), input_sample())
+    found = activation_changes(base, everything_of(live, base), find_units(live.bench, "head", None), input_sample())
     assert set(found.values()) == {0.0}
 
 
@@ -190,4 +190,4 @@ def test_input_that_cannot_be_seen_is_an_error(monkeypatch: pytest.MonkeyPatch) 
     live = LiveModel(tuned)
     monkeypatch.setattr(tuned, "forward", lambda **_: None)
     with pytest.raises(SelectionError, match=r"order activation: the input of model\.layers\.0\..* cannot be seen"):
-        activation_changes(tuned, live.bench.other(base), find_units(live.bench, "head", None), input_sample())
+        activation_changes(tuned, everything_of(live, base), find_units(live.bench, "head", None), input_sample())

@@ -23,7 +23,7 @@ from diffract.search.truncate import (
     total_bytes,
     truncation_curves,
 )
-from edit_cases import family_pair
+from edit_cases import everything_of, family_pair
 
 
 def matrices(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -37,7 +37,7 @@ def norms(model: torch.nn.Module, base: torch.nn.Module) -> float:
 
 def truncater(base: torch.nn.Module, tuned: torch.nn.Module) -> tuple[LiveModel, Truncater]:
     live = LiveModel(tuned)
-    return live, Truncater(base, matrix_changes_of(live.bench, live.bench.other(base)))
+    return live, Truncater(base, matrix_changes_of(live.bench, everything_of(live, base)))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from diffract.search.rewind import (
     parse_orders,
     rewind_curves,
 )
-from edit_cases import family_pair
+from edit_cases import everything_of, family_pair
 
 
 def test_names_as_they_are_typed() -> None:
@@ -63,14 +63,14 @@ def test_heads_are_those_that_rewind_takes(tmp_path: Path) -> None:
     base, tuned = family_pair("llama", torch.float32)
     _, reference = family_pair("llama", torch.float32, scale=0.08)
     live = LiveModel(tuned)
-    units, other = find_units(live.bench, "head", None), live.bench.other(base)
+    units, other = find_units(live.bench, "head", None), everything_of(live, base)
     effects = dict(zip(units.names, np.random.default_rng(0).normal(size=8).round(1).tolist(), strict=True))
     effects["L1.h3"] = effects["L0.h1"]  # equal ones
     rows = [{**units.heads[name]._asdict(), "effect": value} for name, value in effects.items()]
     pl.DataFrame(rows).write_parquet(tmp_path / "effects.parquet")
     magnitude = change_norms(units, live.bench.draft().blocks, other)
     scores: dict[str, HeadScores] = {"greedy": effects, "magnitude": magnitude}
-    scores["reference"] = reference_scores(magnitude, change_norms(units, live.bench.other(reference).blocks, other))
+    scores["reference"] = reference_scores(magnitude, change_norms(units, everything_of(live, reference).blocks, other))
     extra: dict[str, dict[str, Any]] = {
         "greedy": {"scores": str(tmp_path / "effects.parquet")},
         "reference": {"reference": reference},

@@ -292,7 +292,7 @@ def test_what_cannot_be_searched(tmp_path: Path) -> None:
         search_rewind(str(tmp_path / "none"), MATH, **fast)
     other = tmp_path / "other"
     _narrower(other)
-    with pytest.raises(CheckpointError, match="are not of one shape"):
+    with pytest.raises(CheckpointError, match="do not belong together"):
         search_rewind(str(other), MATH, **fast)
 
 

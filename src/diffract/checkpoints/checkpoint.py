@@ -273,6 +273,12 @@ def recorded(checkpoint: Checkpoint) -> tuple[Checkpoint, Recorder]:
     return replace(checkpoint, sources=dict.fromkeys(checkpoint.infos, recorder)), recorder
 
 
+def unrecorded(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint whose reads are not noted: what is looked at only to judge is not what was used."""
+    sources = checkpoint.sources.items()
+    return replace(checkpoint, sources={n: s.sources[n] if isinstance(s, Recorder) else s for n, s in sources})
+
+
 def read_digests(checkpoint: Checkpoint, recorder: Recorder) -> dict[str, str]:
     """Return the digest of each tensor that was read; what was read in part only is read once more."""
     return {name: digest_as_read(checkpoint, name) for name in checkpoint.names if name in recorder.seen}

@@ -64,6 +64,12 @@ ASSUMED: dict[str, Any] = {
 }
 """What counts where a configuration of any family is silent."""
 
+OFF_IF_SILENT = (
+    *("attention_multiplier", "attn_logit_softcapping", "embedding_multiplier", "final_logit_softcapping"),
+    *("logit_scale", "logits_scaling", "residual_multiplier", "rope_scaling", "rope_theta", "sliding_window"),
+)
+"""Keys of config.json that change the computation by being there at all."""
+
 TOKENIZER_NOTES = (
     *("added_tokens_decoder", "auto_map", "backend", "chat_template", "is_local", "local_files_only"),
     *("model_max_length", "name_or_path", "processor_class", "special_tokens_map_file", "tokenizer_class"),
@@ -100,6 +106,17 @@ class Difference:
     base: str
     tuned: str
     effect: Effect
+
+    @property
+    def certain(self) -> bool:
+        """Whether the two models surely compute something else: both state it, or silence means that it is off.
+
+        A key that only one states may be news of another version of the library that wrote it, or the usual value.
+        """
+        values, words = (self.base, self.tuned), self.key.split(".")
+        off = any(word in OFF_IF_SILENT for word in words)
+        usual = words[-1] == "rope_theta" and any(value in ("10000", "10000.0") for value in values)
+        return self.effect == "computation" and (NOT_STATED not in values or (off and not usual))
 
     def __str__(self) -> str:
         """What is said of it in a sentence: ``rms_norm_eps 1e-05 -> 0.001``."""
@@ -176,6 +193,28 @@ def token_texts(checkpoint: Checkpoint) -> dict[int, str]:
     else:
         tokens = _parsed(_read(own, "vocab.json")) or {}
     return {number: str(token) for token, number in tokens.items() if isinstance(number, int)}
+
+
+def vocabulary(checkpoint: Checkpoint) -> dict[str, int]:
+    """Return each token's number, as it is written in ``tokenizer.json``, ``vocab.json`` or ``vocab.txt``; else none.
+
+    Tokens that were added and stand in files of their own, ``added_tokens.json`` or ``tokenizer_config.json``, count.
+    """
+    own = checkpoint.companions
+    if parsed := _parsed(_read(own, TOKENIZER)):
+        return _vocabulary(parsed)
+    if (text := _read(own, "vocab.txt")) is not None:
+        found: dict[str, Any] = {token: i for i, token in enumerate(text.decode("utf-8", "replace").splitlines())}
+    else:
+        found = _parsed(_read(own, "vocab.json")) or {}
+    if not found:
+        return {}
+    found |= _parsed(_read(own, "added_tokens.json")) or {}
+    listed = (_parsed(_read(own, "tokenizer_config.json")) or {}).get("added_tokens_decoder")
+    for number, how in listed.items() if isinstance(listed, dict) else ():
+        if number.isdecimal() and isinstance(how, Mapping):
+            found[str(how.get("content"))] = int(number)
+    return {token: number for token, number in found.items() if isinstance(number, int)}
 
 
 def _ordered(found: Iterable[Difference]) -> list[Difference]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -229,6 +229,7 @@ def apply(
     recipe: Any,
     output: str | Path | None = None,
     *,
+    allow: Sequence[str] = (),
     dry_run: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -238,6 +239,8 @@ def apply(
     Args:
         recipe: A YAML file (docs/recipes.md).
         output: The folder to write.
+        allow: What is allowed though it speaks against taking weights from another model: strangers, tokenizers,
+            unmatched, or a key of their configurations such as rope_theta.
         dry_run: Say what would change, how many bytes, how long; write nothing.
         force: Replace a folder that an edit has written.
         progress: Called with bytes done, all bytes, and what was just finished.
@@ -245,8 +248,8 @@ def apply(
     from diffract import edits
 
     if output is None or dry_run:
-        return [edits.preview(recipe)]
-    return [edits.apply(recipe, output, force=force, progress=progress)]
+        return [edits.preview(recipe, allow=allow)]
+    return [edits.apply(recipe, output, allow=allow, force=force, progress=progress)]
 
 
 def edit(
@@ -258,6 +261,8 @@ def edit(
     link: bool = False,
     architecture: str | Path | None = None,
     adapter_base: Reference | None = None,
+    allow: Sequence[str] = (),
+    vocabulary: str = "common",
     progress: Progress | None = None,
     **given: Any,
 ) -> list[Any]:
@@ -271,6 +276,10 @@ def edit(
         link: Take files in which nothing changes over as hard links: writing to the model's later changes this too.
         architecture: A JSON file that describes the model (docs/architectures.md).
         adapter_base: The base of a LoRA adapter, where its config does not name one that can be opened.
+        allow: What is allowed though it speaks against taking weights from another model: strangers, tokenizers,
+            unmatched, or a key of their configurations such as rope_theta.
+        vocabulary: What becomes of tables with another number of tokens: of common ones the rows are paired and the
+            others stay; or refuse.
         progress: Called with bytes done, all bytes, and what was just finished.
         given: The edit's arguments and settings, and how ``apply`` is to be called.
     """
@@ -289,6 +298,7 @@ def edit(
     written = {name: value for name, value in written.items() if value is not None}
     further = {"architecture": architecture, "adapter_base": adapter_base}
     recipe |= {"output": written, **{name: str(value) for name, value in further.items() if value is not None}}
+    recipe |= {"allow": tuple(allow), "vocabulary": vocabulary}
     if ":" not in asked.get("at", ""):
         return apply(recipe, output, **how)
     from diffract.settings import decimal_row
@@ -421,7 +431,8 @@ def edit_commands() -> Iterator[Command]:
     from diffract.edits.recipe import EDITS
 
     for record in EDITS:
-        yield replace(EDIT, name=record.name, edit=record)
+        hidden = EDIT.hidden if record.takes_others else (*EDIT.hidden, "allow", "vocabulary")
+        yield replace(EDIT, name=record.name, edit=record, hidden=hidden)
 
 
 def all_commands() -> Iterator[Command]:

@@ -38,6 +38,8 @@ def show_edits(found: Sequence[Edited | EditPreview], given: Given) -> None:
     for edited in found:
         for label in [] if given["dry_run"] else edited.manifest["same_weights_as"]:
             say(f"THE SAME WEIGHTS as {printable(label)}: every tensor that was written is equal to the bit.")
+        for text in edited.notes if given["dry_run"] else edited.manifest["notes"]:
+            say(text)
         for step in sum_up_edit(edited)["steps"]:
             say(f"{step['step']}:")
             for key, value in step["summary"].items():
@@ -59,7 +61,7 @@ def sum_up_edits(found: Sequence[Edited | EditPreview], given: Given) -> Any:
 def sum_up_edit(edited: Any) -> dict[str, Any]:
     """Return what was done for one checkpoint, or everything that is known beforehand."""
     if hasattr(edited, "manifest"):
-        told = {name: edited.manifest[name] for name in ("steps", "same_weights_as")}
+        told = {name: edited.manifest[name] for name in ("steps", "same_weights_as", "notes")}
         return {"output": str(edited.folder), **told}
     return asdict(edited)
 

@@ -40,6 +40,7 @@ TYPES: dict[str, tuple[Any, str]] = {
     "path": (Path, "FILE"),
     "text": (str, "NAME"),
     "names": (str, "NAMES"),
+    "row": (list[str], "NAME"),
     "model": (str, "MODEL"),
     "pairs": (list[str], "NAME=NUMBER"),
 }
@@ -173,7 +174,9 @@ def read_signature(reference: str) -> Signature:
         if place.arg in TOLD:
             continue
         default = REQUIRED if node is None else _value(home, node)
-        found = Parameter(place.arg, kind_of(place.annotation), default, helps.get(place.arg, ""))
+        # names that stand in for others come as one text; of those that are added to none each has an option of its own
+        kind = "row" if (kind := kind_of(place.annotation)) == "names" and default == () else kind
+        found = Parameter(place.arg, kind, default, helps.get(place.arg, ""))
         # Where to write is said with -o by every command, also where the function must be told.
         if place in given.args[:required] and place.arg != "output":
             arguments.append(replace(found, argument=True))
@@ -329,6 +332,8 @@ def _typed(parameter: Parameter, command: Command) -> inspect.Parameter:
         shown = typer.Option(*flags, metavar=metavar or None, help=text, min=command.least.get(name))
     if parameter.kind == "names":
         default = ",".join(parameter.default)
+    if parameter.kind == "row":
+        default = list(parameter.default)
     if parameter.kind == "path" and isinstance(default, str):
         default = Path(default)
     annotation = Annotated[kind | None if default is None else kind, shown]
@@ -391,8 +396,9 @@ def _called(
     """Return the call of a function, but for what is told of its work."""
     options = {parameter.name: given[parameter.name] for parameter in taken if parameter.name in given}
     for parameter in taken:
-        if parameter.kind == "names":
-            options[parameter.name] = [n.strip() for n in options[parameter.name].split(",") if n.strip()]
+        if parameter.kind in ("names", "row") and parameter.name in options:
+            given_text = options[parameter.name] if parameter.kind == "names" else ",".join(options[parameter.name])
+            options[parameter.name] = [n.strip() for n in given_text.split(",") if n.strip()]
     if command.edit is not None:
         return partial(function, command.edit, **options)
     positional = []

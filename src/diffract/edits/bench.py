@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,12 +12,13 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from diffract.checkpoints import Checkpoint, Reference, open_checkpoint, row_blocks
-from diffract.checkpoints.checkpoint import Range, Recorder, read_digests, recorded
+from diffract.checkpoints.checkpoint import Range, Recorder, read_digests, recorded, unrecorded
 from diffract.edits.draft import BLOCK_BYTES, Apply, Draft, Place, together
 from diffract.edits.edit import Edit, Planned
 from diffract.edits.mixing import interpolate
-from diffract.errors import CheckpointError, printable
-from diffract.matrices import Entry, Layout, Matrix, counterparts, lay_out, parse_selection, select
+from diffract.errors import CheckpointError, printable, suggest
+from diffract.matrices import Entry, Layout, Matrix, lay_out, parse_selection, select
+from diffract.matrices.meeting import Meeting, Objection, Vocabulary, meet
 
 T = TypeVar("T")
 
@@ -27,21 +28,59 @@ Between = Callable[[Tensor, Tensor, float], Tensor]
 Plans = list[tuple[Edit, Planned]]
 """Edits in their order, and what each of them comes to."""
 
-SHOWN = 8
-"""Differences between two models that a message lists."""
+SHOWN = 3
+"""Tensors that a sentence names."""
 
 
 @dataclass(frozen=True)
 class Other:
-    """Another checkpoint of the same shape as the model.
+    """Another checkpoint that weights are taken from.
 
     Attributes:
-        checkpoint: It.
-        names: What it calls each of the model's tensors: ties may be stored once or twice.
+        checkpoint: What it is.
+        names: What it calls those of the model's tensors that can be taken from it; ties may be stored once or twice.
+        rows: Of tables with another number of tokens, how many of the first rows can be taken.
     """
 
     checkpoint: Checkpoint
     names: Mapping[str, str]
+    rows: Mapping[str, int] = field(default_factory=dict)
+
+    def shared(self, name: str, place: Place) -> Place | None:
+        """Return the part of a place in a tensor of the model that can be taken from here; ``None`` if none can."""
+        if name not in self.names:
+            return None
+        count = self.rows.get(name)
+        if count is None or place[0].stop <= count:
+            return place
+        return (slice(place[0].start, count), *place[1:]) if place[0].start < count else None
+
+    def shared_matrices(self, matrices: Iterable[Matrix]) -> list[Matrix]:
+        """Return those of the model's matrices that can be taken from here, tables of tokens as far as they can."""
+        found = []
+        for m in matrices:
+            count = self.rows.get(m.tensor)
+            if m.tensor in self.names and count != 0:
+                found.append(m if count is None else replace(m, rows=(0, count), shape=(count, m.shape[1])))
+        return found
+
+    def beside(
+        self, name: str, blocks: Iterable[tuple[Range | None, Tensor]]
+    ) -> Iterator[tuple[Range | None, Tensor, Tensor]]:
+        """Yield blocks of a tensor of the model, as far as it can be taken from here, and this one's beside them.
+
+        Both come in the one dtype that edits compute in.
+        """
+        count = self.rows.get(name)
+        for rows, block in blocks:
+            if count is None:
+                yield rows, *together(block, self.checkpoint.read(self.names[name], rows))
+                continue
+            first, last = rows or (0, len(block))
+            last = min(last, count)
+            if first < last:
+                part = self.checkpoint.read(self.names[name], (first, last))
+                yield (first, last), *together(block[: last - first], part)
 
     def read(self, name: str, place: Place) -> Tensor:
         """Return a part of a tensor by the model's name for it, in its stored dtype."""
@@ -64,14 +103,10 @@ class Other:
 
         return moved
 
-    def block(self, name: str, rows: Range | None) -> Tensor:
-        """Return a block of rows of a tensor."""
-        return self.checkpoint.read(self.names[name], rows)
-
     def blocks(self, name: str) -> Iterator[tuple[Range | None, Tensor]]:
         """Yield all blocks of a tensor in their order."""
         for rows in row_blocks(self.checkpoint.info(self.names[name]), BLOCK_BYTES):
-            yield rows, self.block(name, rows)
+            yield rows, self.checkpoint.read(self.names[name], rows)
 
 
 @dataclass(frozen=True)
@@ -93,6 +128,8 @@ class Bench:
         checkpoint: The model.
         layout: Its matrices, attention cut into heads.
         inputs: Every checkpoint that was opened, by what it was called; the model first.
+        kept: For each other checkpoint what was not taken from it or not used of it, by name, with the reason.
+        notes: What a reader of the outcome should know, in sentences.
     """
 
     def __init__(
@@ -101,6 +138,8 @@ class Bench:
         *,
         architecture: str | Path | None = None,
         adapter_base: Reference | None = None,
+        allow: Collection[str] = (),
+        vocabulary: Vocabulary = "common",
         record: bool = True,
     ) -> None:
         """Open the model; headers only.
@@ -109,14 +148,20 @@ class Bench:
             model: What is edited.
             architecture: A JSON file that describes it; by default its config.json's ``model_type`` decides.
             adapter_base: The base of an adapter whose config names none that can be opened.
+            allow: Names of what is allowed though it speaks against taking weights from another model: ``strangers``,
+                ``tokenizers``, ``unmatched``, or keys of their configurations, such as ``rope_theta``.
+            vocabulary: What becomes of tables with another number of tokens: the ``common`` rows count, or ``refuse``.
             record: Note the digests of what is read.
         """
         self._record = record
+        self._allow, self._vocabulary = frozenset(allow), vocabulary
         self._opened = ExitStack()
         self._adapter_base = adapter_base
         self._architecture = architecture
         self._made: dict[Hashable, Any] = {}
         self.inputs: dict[str, Input] = {}
+        self.kept: dict[str, dict[str, str]] = {}
+        self.notes: list[str] = []
         try:
             self.checkpoint = self._open(model)
             self.layout = lay_out(self.checkpoint, spec_file=architecture)
@@ -140,19 +185,89 @@ class Bench:
         """Return the model as it is, to be changed."""
         return Draft(self.checkpoint, self.ties)
 
-    def other(self, reference: Reference) -> Other:
-        """Open a checkpoint of the same architecture, tensors and shapes.
+    def meet(self, references: Sequence[Reference], asked: Collection[str], *, chosen: bool) -> list[Other]:
+        """Open checkpoints that an edit takes weights from, and find out what can be taken.
+
+        What only one of the models has stays as it is in the model: buffers, task heads, layers that predict further
+        tokens, rows of tokens that the other does not know. ``kept`` lists it.
+
+        Args:
+            references: The others; what is taken, is there in all of them.
+            asked: The names of the tensors that the edit takes.
+            chosen: Whether a user named these: then all of them must be there.
 
         Raises:
-            CheckpointError: It differs; the message lists how.
+            CheckpointError: Something speaks against it and is not allowed; the message has all of it.
         """
         # Mappings and modules have no hash; the cache holds what was opened of them, so that no id is used twice.
-        key = reference if isinstance(reference, str | Path) else id(reference)
-        return self.remember(("other", key), lambda: match(self.layout, self._open(reference), self.ties))
+        keys = [reference if isinstance(reference, str | Path) else id(reference) for reference in references]
+        pairs = [
+            self.remember(("other", key), lambda r=reference: self._met(r))
+            for key, reference in zip(keys, references, strict=True)
+        ]
+        self._refuse([(checkpoint, list(self._objections(met, asked, chosen=chosen))) for checkpoint, met in pairs])
+        names = set(asked).intersection(*(met.names for _, met in pairs))
+        if asked and not names:
+            where = ", ".join(printable(checkpoint.reference) for checkpoint, _ in pairs)
+            raise CheckpointError(
+                f"{where}: nothing of what is asked for is there. Take checkpoints of one architecture."
+            )
+        rows: dict[str, int] = {}
+        for checkpoint, met in pairs:
+            rows |= {name: min(count, rows.get(name, count)) for name, count in met.rows.items()}
+            self._note(checkpoint, met)
+        return [
+            Other(checkpoint, {n: met.names[n] for n in met.names if n in names}, rows) for checkpoint, met in pairs
+        ]
+
+    def _met(self, reference: Reference) -> tuple[Checkpoint, Meeting]:
+        checkpoint = self._open(reference)
+        # without notes: what is looked at to find out whether two models belong together is no input of the outcome
+        model = replace(self.layout, checkpoint=unrecorded(self.checkpoint))
+        like = self.layout.architecture
+        other = lay_out(unrecorded(checkpoint), spec_file=self._architecture, like=like, check_ties=False)
+        return checkpoint, meet(model, other, self.ties)
+
+    def _objections(self, met: Meeting, asked: Collection[str], *, chosen: bool) -> Iterator[Objection]:
+        for objection in met.against(asked, chosen=chosen, vocabulary=self._vocabulary):
+            if (objection.option or "").removeprefix("--allow ") not in self._allow:
+                yield objection
+
+    def _refuse(self, found: Sequence[tuple[Checkpoint, list[Objection]]]) -> None:
+        """Raise one error with everything that speaks against others of an edit, if anything does."""
+        told = [f"{printable(c.reference)}: {'; '.join(o.text for o in own)}" for c, own in found if own]
+        if not told:
+            return
+        options = dict.fromkeys(objection.option for _, own in found for objection in own)
+        where = printable(self.checkpoint.reference)
+        text = f"weights of {where} and of other models do not belong together. {'. '.join(told)}."
+        if None not in options:
+            text += f" Take models of one origin; or, to do it all the same, pass {' '.join(map(str, options))}."
+        needed = [str(option).removeprefix("--allow ") for option in options if option]
+        near = {word: suggest(word, needed) for word in sorted(self._allow)}
+        raise CheckpointError(text + next((hint for hint in near.values() if hint), ""))
+
+    def _note(self, checkpoint: Checkpoint, met: Meeting) -> None:
+        """Keep what is not taken from another checkpoint, and say it, once."""
+        label, stays = checkpoint.reference, met.stays()
+        if label in self.kept or not stays:
+            return
+        self.kept[label] = stays
+        ours = [n for n in stays if n not in met.extra]
+        if ours:
+            self.notes.append(f"As in the model, not from {printable(label)}: {_listed(ours)}.")
+        if met.extra:
+            self.notes.append(f"Only in {printable(label)}, not used: {_listed(list(met.extra))}.")
+        if met.by_position:
+            self.notes.append(
+                "Tables of tokens differ in length, and no tokenizer lies beside both models: rows of "
+                f"{printable(label)} are paired by their position."
+            )
 
     def entries(self) -> dict[str, Entry]:
-        """Return the tensors that edits can change, by name: floating point, and not tied to another."""
-        return {n: e for n, e in self.layout.entries.items() if e.info.is_float and n not in self.ties}
+        """Return the tensors that edits can change, by name: floating point, no buffer, and not tied to another."""
+        found = self.layout.entries.items()
+        return {n: e for n, e in found if e.info.is_float and e.outcome != "buffer" and n not in self.ties}
 
     def matrices(self, text: str | None, *, heads: bool) -> list[Matrix]:
         """Return selected matrices, attention cut into heads or not; all for ``None``."""
@@ -202,53 +317,6 @@ class Bench:
         return checkpoint
 
 
-def match(layout: Layout, checkpoint: Checkpoint, ties: Mapping[str, str]) -> Other:
-    """Find each of a model's tensors in another checkpoint.
-
-    Raises:
-        CheckpointError: Tensors, shapes, or the architectures differ.
-    """
-    other = lay_out(checkpoint, like=layout.architecture, check_ties=False)
-    # Ties may be stored once or twice: a tensor that is not there by its own name may be there by its twin's.
-    called = {own: name for name, own in counterparts(layout, other).items()}
-    names = {name: called.get(name) or _own_name(name, other, ties) for name in layout.entries}
-    missing = [name for name, own in names.items() if own is None]
-    used = set(names.values())
-    extra = [n for n in checkpoint.names if n not in used and other.entries[n].outcome != "tied"]
-    shaped = {n: own for n, own in names.items() if own is not None}
-    resized = [n for n, own in shaped.items() if checkpoint.info(own).shape != layout.entries[n].info.shape]
-    lines = [
-        *_architectures(layout, other),
-        *(f"{printable(n)}: {_shape(layout.checkpoint, n)} against {_shape(checkpoint, shaped[n])}" for n in resized),
-        *(f"{printable(n)}: only in the model" for n in missing),
-        *(f"{printable(n)}: only in the other" for n in extra),
-    ]
-    if lines:
-        more = f"; and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
-        raise CheckpointError(
-            f"{printable(layout.checkpoint.reference)} and {printable(checkpoint.reference)} are not of one shape: "
-            f"{'; '.join(lines[:SHOWN])}{more}. Take checkpoints of one architecture and vocabulary."
-        )
-    return Other(checkpoint, shaped)
-
-
-def _own_name(name: str, other: Layout, ties: Mapping[str, str]) -> str | None:
-    """What another checkpoint calls a tensor; where it ties what the model does not, there is a twin."""
-    names = other.checkpoint.names
-    if name in other.checkpoint:
-        return name
-    twins = (ties.get(name), other.architecture.tied_to(name, names))
-    return next((twin for twin in twins if twin in other.checkpoint), None)
-
-
-def _shape(checkpoint: Checkpoint, name: str) -> list[int]:
-    return list(checkpoint.info(name).shape)
-
-
-def _architectures(one: Layout, two: Layout) -> list[str]:
-    """Say how two models differ beyond their tensors: the same tensors may be cut into other heads."""
-    a, b = one.architecture, two.architecture
-    found = [f"architecture {a.family} against {b.family}"] if a.family != b.family else []
-    words = {"heads": "heads", "kv_heads": "key-value heads", "head_dim": "head size"}
-    differ = ((word, getattr(a.dimensions, key), getattr(b.dimensions, key)) for key, word in words.items())
-    return found + [f"{x} {word} against {y}" for word, x, y in differ if x != y]
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{', '.join(map(printable, names[:SHOWN]))}{more}"

@@ -90,6 +90,7 @@ class Edit(BaseModel):
         arguments: What the command takes before its options.
         not_options: Fields that arguments stand for.
         writes_adapter: Whether it ends a recipe, as what is written instead of a checkpoint.
+        takes_others: Whether weights are taken from other models.
         takes_output: Whether dtype and size of files, as recipes set them, concern what it writes.
     """
 
@@ -100,6 +101,7 @@ class Edit(BaseModel):
     arguments: ClassVar[tuple[Argument, ...]] = (EDITED,)
     not_options: ClassVar[tuple[str, ...]] = ()
     writes_adapter: ClassVar[bool] = False
+    takes_others: ClassVar[bool] = True
     takes_output: ClassVar[bool] = True
 
     @abstractmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffract.checkpoints.checkpoint import Range
 from diffract.edits.bench import Bench, Other
-from diffract.edits.draft import Place, everything, overlap, place_of, together
+from diffract.edits.draft import Place, everything, overlap, place_of
 from diffract.edits.edit import Shared, Unit
 from diffract.engine import one_torch_thread
 from diffract.errors import SelectionError, printable, suggest
@@ -89,6 +89,13 @@ class Units:
         if not names:
             raise SelectionError("the list names nothing. Write it as L3.h5,L7.h0.")
         return names
+
+    def shared_with(self, other: Other) -> Units:
+        """Return what of the units can be taken from another checkpoint; one that lacks a matrix there is left out."""
+        there = [(part, other.shared(part.tensor, part.place)) for part in self.parts]
+        lost = {owner for part, place in there if place is None and part.counts for owner in part.owners}
+        parts = tuple(replace(part, place=place) for part, place in there if place is not None)
+        return replace(self, names=tuple(name for name in self.names if name not in lost), parts=parts)
 
     def chosen(self, names: Collection[str], shared: Shared) -> tuple[TensorPart, ...]:
         """Return the parts that go with some units.
@@ -349,8 +356,7 @@ def change_norms(units: Units, blocks: Blocks, base: Other) -> dict[str, float]:
     # Blocks of a megabyte: other threads would cost more than they give, and sums must not depend on their number.
     with one_torch_thread():
         for name, parts in by_tensor.items():
-            for rows, block in blocks(name):
-                tuned, origin = together(block, base.block(name, rows))
+            for rows, tuned, origin in base.beside(name, blocks(name)):
                 delta = tuned - origin
                 for part in parts:
                     if inside := overlap(part.place, rows):

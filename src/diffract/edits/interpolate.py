@@ -39,11 +39,13 @@ class Interpolate(Edit):
         from diffract.edits.heads import weighted_places
         from diffract.edits.mixing import interpolate
 
-        other = bench.other(self.other)
+        asked = weighted_places(bench, self.select, weight=self.at, groups=self.groups)
+        (other,) = bench.meet([self.other], asked, chosen=self.select is not None)
         changes = {}
-        for name, parts in weighted_places(bench, self.select, weight=self.at, groups=self.groups).items():
+        for name, parts in asked.items():
             between = interpolate if self.method == "linear" else arc(draft, other, name)
-            moved = tuple((place, other.towards(name, at, between)) for place, at in parts if at != 0)
+            there = ((other.shared(name, place), at) for place, at in parts if at != 0)
+            moved = tuple((place, other.towards(name, at, between)) for place, at in there if place is not None)
             if moved:
                 changes[name] = Change(moved)
         return Planned(changes, {"with": describe(self.other), "tensors moved": len(changes)})
@@ -51,12 +53,11 @@ class Interpolate(Edit):
 
 def arc(draft: Draft, other: Other, name: str) -> Between:
     """Return what goes along the arc between two whole tensors; the angle is measured once, when first needed."""
-    from diffract.edits.draft import together
     from diffract.edits.mixing import angle, slerp
 
     # The angle is of whole tensors, whatever block or part is asked for first; dry runs and heads need none of it.
     @cache
     def theta() -> float:
-        return angle(together(block, other.block(name, rows)) for rows, block in draft.blocks(name))
+        return angle((one, two) for _, one, two in other.beside(name, draft.blocks(name)))
 
     return lambda a, b, at: slerp(a, b, at, theta())

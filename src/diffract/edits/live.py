@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
@@ -36,16 +36,19 @@ class LiveModel:
     True
     """
 
-    def __init__(self, model: torch.nn.Module, *, architecture: str | Path | None = None) -> None:
+    def __init__(
+        self, model: torch.nn.Module, *, architecture: str | Path | None = None, allow: Collection[str] = ()
+    ) -> None:
         """Look at a model; nothing of it is copied.
 
         Args:
             model: Its parameters must not be replaced afterwards; training them in place is fine.
             architecture: A JSON file that describes it; by default ``model.config`` does.
+            allow: What is allowed though it speaks against taking weights from another model, as in recipes.
         """
         state = model.state_dict(keep_vars=True)
         self._tensors = {name: value.data for name, value in state.items() if isinstance(value, Tensor)}
-        self.bench = Bench(model, architecture=architecture, record=False)
+        self.bench = Bench(model, architecture=architecture, allow=allow, record=False)
 
     @contextmanager
     def edited(self, *steps: Edit) -> Iterator[None]:

@@ -87,8 +87,14 @@ class Lora(Edit):
         from diffract.edits.spectral_edits import low_rank
         from diffract.edits.write import TensorJob, Written, run_jobs
 
-        base, rule, dtype = bench.other(self.base), self.criterion(), getattr(torch, self.dtype)
+        rule, dtype = self.criterion(), getattr(torch, self.dtype)
         modules, left = linear_modules(bench, self.select)
+        asked = {module.tensor for module in modules}
+        (base,) = bench.meet([self.base], asked | left.keys(), chosen=self.select is not None)
+        # an adapter lies over the whole of the base's tensor: one with fewer rows or none cannot carry it
+        modules = [module for module in modules if module.tensor in base.names and module.tensor not in base.rows]
+        left = {name: why for name, why in left.items() if name in base.names}
+        left |= {name: "the base has another number of tokens" for name in asked & base.rows.keys()}
         by_tensor = {module.tensor: module for module in modules}
         rows, factors = _left_rows(draft, base, left), {}
 
@@ -127,6 +133,7 @@ class Pissa(Edit):
 
     name: ClassVar = "pissa"
     usage: ClassVar = "diffract pissa MODEL --rank 16 -o OUT"
+    takes_others: ClassVar = False
     writes_adapter: ClassVar = True
 
     rank: Annotated[int, Field(ge=1)] = 16
@@ -186,8 +193,8 @@ def _left_rows(draft: Draft, base: Other, left: Mapping[str, str]) -> list[Row]:
     from diffract.edits.draft import everything
     from diffract.edits.heads import TensorPart, Units, change_norms
 
-    infos = {name: draft.checkpoint.info(name) for name in left}
-    parts = (TensorPart(name, everything(info.shape), frozenset({name})) for name, info in infos.items())
+    wholes = {name: base.shared(name, everything(draft.checkpoint.info(name).shape)) for name in left}
+    parts = (TensorPart(name, place, frozenset({name})) for name, place in wholes.items() if place is not None)
     changes = change_norms(Units(tuple(left), tuple(parts)), draft.blocks, base)
     return [{"name": name, "left": why, "change": changes[name], "error": changes[name]} for name, why in left.items()]
 

@@ -111,12 +111,19 @@ class Merge(Edit):
         from diffract.edits.draft import Change, matrix_changes
         from diffract.edits.heads import weighted_places
 
-        base = None if self.base is None else bench.other(self.base)
-        mix = Mix(self, draft, base, others=[bench.other(reference) for reference in self.models.values()])
-        moved = weighted_places(bench, self.select, weight=1.0, groups={})
-        changes = {name: Change(tuple((p, mix.apply(name)) for p, _ in parts)) for name, parts in moved.items()}
+        asked = weighted_places(bench, self.select, weight=1.0, groups={})
+        references = [*self.models.values(), *([] if self.base is None else [self.base])]
+        found = bench.meet(references, asked, chosen=self.select is not None)
+        others = found[: len(self.models)]
+        mix = Mix(self, draft, base=None if self.base is None else found[-1], others=others)
+        changes = {}
+        for name, parts in asked.items():
+            moved = [there for place, _ in parts if (there := others[0].shared(name, place)) is not None]
+            if moved:
+                changes[name] = Change(tuple((place, mix.apply(name)) for place in moved))
         if self.method in OF_MATRICES:
-            changes |= matrix_changes(draft, bench.matrices(self.select, heads=False), mix.of_matrix)
+            matrices = others[0].shared_matrices(bench.matrices(self.select, heads=False))
+            changes |= matrix_changes(draft, matrices, mix.of_matrix)
         models = {self.called: bench.checkpoint.reference}
         models |= {name: describe(reference) for name, reference in self.models.items()}
         return Planned(changes, {"method": self.method, "models": models, "tensors": len(changes)})
@@ -200,15 +207,16 @@ class Mix:
         return self.thresholds[name]
 
     def _threshold(self, name: str, source: Draft | Other) -> float:
-        from diffract.edits.draft import together
+        from math import prod
+
         from diffract.edits.mixing import magnitude_threshold
 
         assert self.base is not None
-        base, entries = self.base, self.draft.checkpoint.info(name).entries
+        base, shape = self.base, self.draft.checkpoint.info(name).shape
+        entries = prod((base.rows[name], *shape[1:]) if name in base.rows else shape)
 
         def deltas() -> Iterator[Tensor]:
-            for rows, block in source.blocks(name):
-                tuned, origin = together(block, base.block(name, rows))
+            for _, tuned, origin in base.beside(name, source.blocks(name)):
                 yield tuned - origin
 
         return magnitude_threshold(deltas, max(1, round(self.step.density * entries)))

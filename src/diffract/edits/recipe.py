@@ -14,7 +14,7 @@ from diffract.edits.edit import Edit, Model
 from diffract.edits.interpolate import Interpolate
 from diffract.edits.lora import Lora, Pissa
 from diffract.edits.merge import Merge
-from diffract.edits.rewind import Rewind
+from diffract.edits.rewind import Names, Rewind
 from diffract.edits.svf import Svf
 from diffract.edits.truncate import Laser, Truncate
 from diffract.errors import printable
@@ -96,6 +96,11 @@ class Recipe(BaseModel):
     """A JSON file that describes the model."""
     adapter_base: Model | None = None
     """The base of a LoRA adapter whose config names none that can be opened."""
+    allow: Names = ()
+    """What is allowed though it speaks against taking weights from another model: strangers, tokenizers, unmatched, or
+    keys of config.json such as rope_theta."""
+    vocabulary: Literal["common", "refuse"] = "common"
+    """Tables with another number of tokens: their common rows are paired, or the edit is refused."""
     output: Output = Output()
     """How it is written."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, model_validator
@@ -11,7 +12,9 @@ from diffract.edits.rule import rounded
 from diffract.errors import SelectionError
 
 if TYPE_CHECKING:
-    from diffract.edits.bench import Bench
+    from collections.abc import Callable
+
+    from diffract.edits.bench import Bench, Other
     from diffract.edits.draft import Draft
     from diffract.edits.heads import Units
 
@@ -83,9 +86,18 @@ class Rewind(Edit):
         from diffract.edits.draft import Change
         from diffract.edits.heads import find_units, places_by_tensor
 
-        base = bench.other(self.to)
-        units = find_units(bench, self.unit, self.select)
-        chosen, scores = self._choose(bench, draft, units)
+        every = units = find_units(bench, self.unit, self.select)
+        if self.heads is not None:  # what else there is need not be in the base
+            units = replace(units, parts=units.chosen(units.known(self.heads), self.kv))
+        # A score says where a head stands among all of the model, whichever of them may be chosen.
+        scored = units if self.order == "magnitude" and self.scores is None else find_units(bench, self.unit, None)
+        compared = self.heads is None and self.order == "reference" and self.scores is None
+        asked = {part.tensor for part in (scored if compared else units).parts}
+        named = self.unit == "head" or self.heads is not None or self.select is not None
+        base, *others = bench.meet([self.to, *([self.reference] if compared else [])], asked, chosen=named)
+        units = units.shared_with(base)
+        scored = scored.shared_with(base) if self.scores is None else scored
+        chosen, scores = self._choose(units, lambda: self._scores(draft, scored, base, *others))
         parts = units.chosen(chosen, self.kv)
         changes = {
             name: Change(tuple((place, base.towards(name, self.amount)) for place in places))
@@ -96,17 +108,19 @@ class Rewind(Edit):
             "rewound": len(chosen),
             "of": len(units.names),
             "shared parts rewound": sum(len(part.owners) > 1 for part in parts),
-            "shared parts": sum(len(part.owners) > 1 for part in units.parts),
+            "shared parts": sum(len(part.owners) > 1 for part in every.parts),
             "names": list(chosen),
         }
         return Planned(changes, summary, [{"name": n, "score": scores.get(n), "rewound": n in chosen} for n in scores])
 
-    def _choose(self, bench: Bench, draft: Draft, units: Units) -> tuple[tuple[str, ...], dict[str, float]]:
-        """Return the units that are rewound, in order, and what each was ordered by."""
-        from diffract.edits.heads import find_units, least_first, shuffled
+    def _choose(
+        self, units: Units, measure: Callable[[], dict[str, float]]
+    ) -> tuple[tuple[str, ...], dict[str, float]]:
+        """Return the units that are rewound, in order, and what each was ordered by, which is measured if need be."""
+        from diffract.edits.heads import least_first, shuffled
 
         if self.heads is not None:
-            return units.known(self.heads), {}
+            return tuple(name for name in self.heads if name in units.names), {}
         assert self.fraction is not None
         count = rounded(self.fraction, len(units.names))
         # Where no order decides anything none is measured: that would read all weights.
@@ -115,8 +129,7 @@ class Rewind(Edit):
         if self.order == "random":
             order = shuffled(units.names, self.seed)
             return tuple(order[::-1][:count] if self.reverse else order[:count]), {}
-        # A score says where a head stands among all of the model, whichever of them may be chosen.
-        every = self._scores(bench, draft, find_units(bench, self.unit, None))
+        every = measure()
         scores = {name: every[name] for name in units.names}
         order = least_first(scores)
         # Scores are changes, of which the least goes first, but for effects on quality: there the best does.
@@ -124,23 +137,22 @@ class Rewind(Edit):
             order.reverse()
         return tuple(order[:count]), scores
 
-    def _scores(self, bench: Bench, draft: Draft, units: Units) -> dict[str, float]:
-        """Return what units are ordered by, over all of them."""
+    def _scores(self, draft: Draft, units: Units, *others: Other) -> dict[str, float]:
+        """Return what units are ordered by, over all of them: changes against the base, and the reference's."""
         from diffract.edits.heads import change_norms, read_scores, reference_scores
 
-        base = bench.other(self.to)
         if self.order == "greedy":
             assert self.scores is not None
             return read_scores(self.scores, units, "effect", model=self.domain)
         if self.scores is None:
-            domain = change_norms(units, draft.blocks, base)
+            domain = change_norms(units, draft.blocks, others[0])
         else:
             domain = read_scores(self.scores, units, "head_delta", model=self.domain)
         if self.order == "magnitude":
             return domain
         assert self.reference is not None
         if self.scores is None:
-            reference = change_norms(units, bench.other(self.reference).blocks, base)
+            reference = change_norms(units, others[1].blocks, others[0])
         elif isinstance(self.reference, str):
             reference = read_scores(self.scores, units, "head_delta", model=self.reference)
         else:

@@ -23,6 +23,7 @@ class Svf(Edit):
 
     name: ClassVar = "svf"
     usage: ClassVar = "diffract svf MODEL --select mlp --z 0.9 -o OUT"
+    takes_others: ClassVar = False
 
     z: Finite | None = None
     """One factor for all."""

@@ -56,6 +56,7 @@ def apply(
     recipe: Recipe | Mapping[str, Any] | str | Path,
     output: str | Path,
     *,
+    allow: Sequence[str] = (),
     force: bool = False,
     progress: Progress | None = None,
 ) -> Edited:
@@ -64,13 +65,14 @@ def apply(
     Args:
         recipe: A recipe, or a YAML file.
         output: The folder to write; must not exist unless ``force``.
+        allow: What is allowed besides what the recipe allows.
         force: Replace a folder that an edit has written.
         progress: Called with bytes done, all bytes, and what was just finished.
 
     Raises:
         DiffractError: The recipe is wrong, checkpoints do not fit, or the folder cannot be written.
     """
-    recipe = as_recipe(recipe)
+    recipe = as_recipe(recipe, allow)
     with whole_folder(output, force=force) as folder, open_bench(recipe) as bench:
         draft, plans = bench.plan(recipe.edits)
         write = next((planned.write for _, planned in plans if planned.write), write_checkpoint)
@@ -82,6 +84,8 @@ def apply(
             "steps": described(plans),  # what edits find out while they compute is known only now
             "inputs": {label: found.digests() for label, found in bench.inputs.items()},
             "outputs": dict(written.outputs),
+            "kept": bench.kept,
+            "notes": bench.notes,
         }
         stored = {name: digest for part in written.outputs.values() for name, digest in part.items()}
         equal = [label for label, read in manifest["inputs"].items() if stored.items() <= read.items()]
@@ -96,16 +100,24 @@ def apply(
     return Edited(Path(output), {"diffract": __version__, **manifest})
 
 
-def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
-    """Return a recipe, read and validated where it is not one yet."""
+def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path, allow: Sequence[str] = ()) -> Recipe:
+    """Return a recipe that allows some more, read and validated where it is not one yet."""
     if isinstance(recipe, str | Path):
-        return load_recipe(recipe)
-    return recipe if isinstance(recipe, Recipe) else validated(Recipe, recipe, "recipe")
+        recipe = load_recipe(recipe)
+    elif not isinstance(recipe, Recipe):
+        recipe = validated(Recipe, recipe, "recipe")
+    return recipe.model_copy(update={"allow": tuple(dict.fromkeys((*recipe.allow, *allow)))}) if allow else recipe
 
 
 def open_bench(recipe: Recipe) -> Bench:
     """Open the model of a recipe."""
-    return Bench(recipe.model, architecture=recipe.architecture, adapter_base=recipe.adapter_base)
+    return Bench(
+        recipe.model,
+        architecture=recipe.architecture,
+        adapter_base=recipe.adapter_base,
+        allow=recipe.allow,
+        vocabulary=recipe.vocabulary,
+    )
 
 
 def described(plans: Plans) -> list[dict[str, Any]]:
@@ -203,6 +215,7 @@ class EditPreview:
         written_bytes: Bytes of tensors that are written; of an adapter that is found out with its ranks.
         changed_bytes: Bytes of the rows in which anything changes: what is written where the rest can be shared.
         seconds: How long it takes, about.
+        notes: What a reader of the outcome should know, in sentences.
     """
 
     steps: list[dict[str, Any]]
@@ -212,15 +225,20 @@ class EditPreview:
     written_bytes: int | None
     changed_bytes: int
     seconds: float
+    notes: list[str]
 
 
-def preview(recipe: Recipe | Mapping[str, Any] | str | Path) -> EditPreview:
+def preview(recipe: Recipe | Mapping[str, Any] | str | Path, *, allow: Sequence[str] = ()) -> EditPreview:
     """Say what a recipe would do; checkpoints are opened and compared, a few tensors computed, nothing is written.
+
+    Args:
+        recipe: A recipe, or a YAML file.
+        allow: What is allowed besides what the recipe allows.
 
     Raises:
         DiffractError: The recipe is wrong, or checkpoints do not fit.
     """
-    recipe = as_recipe(recipe)
+    recipe = as_recipe(recipe, allow)
     with open_bench(recipe) as bench:
         draft, plans = bench.plan(recipe.edits)
         infos = written_infos(draft, recipe.output)
@@ -235,6 +253,7 @@ def preview(recipe: Recipe | Mapping[str, Any] | str | Path) -> EditPreview:
             written_bytes=None if recipe.export is not None else sum(info.size_bytes for info in infos.values()),
             changed_bytes=sum(draft.touched_bytes(name) for name in sizes),
             seconds=_seconds(draft),
+            notes=bench.notes,
         )
 
 

@@ -80,8 +80,9 @@ class Truncate(Edit):
         from diffract.edits.mixing import seeded
         from diffract.edits.spectral_edits import truncate
 
-        base, rule = bench.other(self.base), self.criterion()
-        matrices = bench.matrices(self.select, heads=self.per == "head")
+        asked, rule = bench.matrices(self.select, heads=self.per == "head"), self.criterion()
+        (base,) = bench.meet([self.base], {m.tensor for m in asked}, chosen=self.select is not None)
+        matrices = base.shared_matrices(asked)
         rows: list[Row] = []
 
         def edit(values: Tensor, matrix: Matrix, place: Place) -> Tensor:
@@ -99,6 +100,7 @@ class Laser(Edit):
 
     name: ClassVar = "laser"
     usage: ClassVar = "diffract laser MODEL --select 'layers 20-, mlp.up' --keep 0.1 -o OUT"
+    takes_others: ClassVar = False
 
     keep: Annotated[float, Field(gt=0, le=1)]
     """Share rho of the singular directions that is kept, rounded down; one at least."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -12,6 +13,8 @@ from diffract.errors import CheckpointError, printable
 from diffract.matrices.layout import Entry, Layout
 
 T = TypeVar("T")
+
+FIRST_NUMBER = re.compile(r"(.*?)\.(\d+)(?:\.|$)")
 
 MAY_DIFFER = ("embed", "unembed")
 """Blocks that may be unmatched: a vocabulary grows, a head is tied."""
@@ -31,7 +34,7 @@ def pair(layouts: Sequence[Layout], *, allow_unmatched: bool = False) -> list[La
         CheckpointError: More than embeddings are unmatched and that is not allowed, or nothing is paired at all.
     """
     base, *others = layouts
-    tuned = [_renamed(other, counterparts(base, other)) for other in others]
+    tuned = [renamed_like(base, other) for other in others]
     children = [replace(t, entries={n: _match(e, base.entries.get(n)) for n, e in t.entries.items()}) for t in tuned]
     for child in children:
         _check_matched(base, child, allow_unmatched=allow_unmatched)
@@ -56,8 +59,9 @@ def _part(layout: Layout, name: str) -> tuple[object, ...]:
     return (place.role.part, place.role.stacked, place.layer, place.expert, place.head)
 
 
-def _renamed(layout: Layout, names: Mapping[str, str]) -> Layout:
+def renamed_like(base: Layout, layout: Layout) -> Layout:
     """Return a layout that goes by the names of its base; each entry notes its own."""
+    names = counterparts(base, layout)
     if not names:
         return layout
 
@@ -110,15 +114,16 @@ def _match_any(name: str, entry: Entry, children: Sequence[Layout]) -> Entry:
 
 def _check_matched(base: Layout, child: Layout, *, allow_unmatched: bool) -> None:
     where = f"{printable(base.checkpoint.reference)} and {printable(child.checkpoint.reference)}"
-    lost = [e for e in child.entries.values() if e.outcome in ("unmatched", "resized")]
-    lost += [e for n, e in base.entries.items() if e.matrices and n not in child.entries]
+    alone = [e for e in child.entries.values() if e.outcome in ("unmatched", "resized")]
+    gone = [e for n, e in base.entries.items() if e.matrices and n not in child.entries]
+    lost = [*alone, *gone]
     if not any(is_paired(e) and e.matrices for e in child.entries.values()):
         raise CheckpointError(
             f"{where} share no tensor of one name and shape{_example(lost, base, child)}. "
             "Compare a checkpoint with one that descends from it."
         )
-    # what stands outside of all layers is an end of the model: a vocabulary grows, a task has a head of its own
-    serious = [e for e in lost if _is_inside(e)]
+    ours, theirs = stacks(base), stacks(child)
+    serious = [e for e in alone if within_layers(e, child, ours)] + [e for e in gone if within_layers(e, base, theirs)]
     if serious and not allow_unmatched:
         inner = [{m.name for e in side.entries.values() for m in e.matrices} for side in (base, child)]
         if all(m.name in inner[0] & inner[1] for e in serious for m in e.matrices):
@@ -132,9 +137,28 @@ def _check_matched(base: Layout, child: Layout, *, allow_unmatched: bool) -> Non
         )
 
 
-def _is_inside(entry: Entry) -> bool:
-    matrices, numbered = entry.matrices, any(word.isdigit() for word in entry.info.name.split("."))
-    return not all(m.block in MAY_DIFFER or (m.block == "other" and not numbered) for m in matrices)
+def stacks(layout: Layout) -> set[str]:
+    """Return what stands before the numbers of layers in a model's names: ``layers``, ``encoder.block``, ..."""
+    return {stack for name in layout.entries if (stack := _stack(layout, name)[0])}
+
+
+def within_layers(entry: Entry, layout: Layout, stacks_of_other: Collection[str]) -> bool:
+    """Whether a tensor holds matrices of layers that two models have in common.
+
+    Neither ends of a model do (a vocabulary grows, a task has a head of its own), nor parts that only one of them has:
+    a tower for images, a value head, layers past the last that predict further tokens.
+    """
+    if not entry.matrices or all(m.block in MAY_DIFFER for m in entry.matrices):
+        return False
+    stack, number = _stack(layout, entry.info.name)
+    layers = layout.architecture.dimensions.layers
+    return stack in stacks_of_other and (layers is None or number < layers)
+
+
+def _stack(layout: Layout, name: str) -> tuple[str, int]:
+    """Split a name at its first number; no text where there is none."""
+    found = FIRST_NUMBER.match(layout.architecture.bare.get(name, name))
+    return (found[1], int(found[2])) if found else ("", 0)
 
 
 def _example(entries: Sequence[Entry], base: Layout, child: Layout) -> str:

@@ -45,6 +45,7 @@ def search_rewind(
     dtype: str = "auto",
     tokenizer: Any = None,
     architecture: str | Path | None = None,
+    allow: Sequence[str] = (),
     force: bool = False,
     progress: Progress | None = None,
 ) -> Run | Estimate:
@@ -85,6 +86,8 @@ def search_rewind(
             ``float32``, ``bfloat16`` or ``float16``.
         tokenizer: The model or folder to take the tokenizer from, where none is beside the tuned model.
         architecture: The JSON file that describes the model, where its configuration does not suffice.
+        allow: What is allowed though it speaks against mixing the models' weights: ``strangers``, ``tokenizers``,
+            ``unmatched``, or a key of their configurations such as ``rope_theta``.
         force: Replace an existing run folder, whose scores are used again, and the checkpoint.
         progress: Called with evaluations done, all of them, and what is done now.
 
@@ -114,6 +117,7 @@ def search_rewind(
         dtype=dtype,
         tokenizer=tokenizer,
         architecture=architecture,
+        allow=allow,
         seeds=seeds,
         tolerance=tolerance,
         choose_by=choose_by,
@@ -148,6 +152,7 @@ def search_truncate(
     dtype: str = "auto",
     tokenizer: Any = None,
     architecture: str | Path | None = None,
+    allow: Sequence[str] = (),
     force: bool = False,
     progress: Progress | None = None,
 ) -> Run | Estimate:
@@ -189,6 +194,8 @@ def search_truncate(
             ``float32``, ``bfloat16`` or ``float16``.
         tokenizer: The model or folder to take the tokenizer from, where none is beside the tuned model.
         architecture: The JSON file that describes the model, where its configuration does not suffice.
+        allow: What is allowed though it speaks against mixing the models' weights: ``strangers``, ``tokenizers``,
+            ``unmatched``, or a key of their configurations such as ``rope_theta``.
         force: Replace an existing run folder, whose scores are used again, and the checkpoint.
         progress: Called with evaluations done, all of them, and what is done now.
 
@@ -214,6 +221,7 @@ def search_truncate(
         dtype=dtype,
         tokenizer=tokenizer,
         architecture=architecture,
+        allow=allow,
         seeds=seeds,
         tolerance=tolerance,
         choose_by=choose_by,
@@ -245,6 +253,7 @@ def connect(
     dtype: str = "auto",
     tokenizer: Any = None,
     architecture: str | Path | None = None,
+    allow: Sequence[str] = (),
     force: bool = False,
     progress: Progress | None = None,
 ) -> Run | Estimate:
@@ -275,6 +284,8 @@ def connect(
             ``float32``, ``bfloat16`` or ``float16``.
         tokenizer: The model or folder to take the tokenizer from, where none is beside the base.
         architecture: The JSON file that describes the model, where its configuration does not suffice.
+        allow: What is allowed though it speaks against mixing the models' weights: ``strangers``, ``tokenizers``,
+            ``unmatched``, or a key of their configurations such as ``rope_theta``.
         force: Replace an existing run folder, whose scores are used again.
         progress: Called with evaluations done, all of them, and what is done now.
 
@@ -306,6 +317,7 @@ def connect(
         dtype=dtype,
         tokenizer=tokenizer,
         architecture=architecture,
+        allow=allow,
         budget=budget,
         output=output,
         dry_run=dry_run,

@@ -241,8 +241,8 @@ class ConnectSearch(QualitySearch):
         stage = self.stage
         asked = stage.asked.models
         models = {name: stage.of_same_vocabulary(model) for name, model in asked.items() if name != BASE}
-        for model in models.values():
-            stage.live.bench.other(model)  # all are of one shape, or refused before anything is evaluated
+        bench = stage.live.bench
+        bench.meet(list(models.values()), bench.entries(), chosen=False)  # refused before anything is evaluated
         self.kind = "connect"
         self.models = {BASE: stage.subject.model, **models}
         self.mixer = Mixer(models, stage.in_memory(asked[BASE]), self.scale)

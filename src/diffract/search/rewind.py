@@ -160,8 +160,9 @@ class RewindSearch(QualitySearch):
         base = stage.in_memory(stage.asked.models["base"])
         self.kind = "search rewind"
         self.models = {"base": base, "tuned": stage.subject.model}
-        self.base = stage.live.bench.other(base)
-        self.units = find_units(stage.live.bench, "head", None)
+        units = find_units(stage.live.bench, "head", None)
+        (self.base,) = stage.live.bench.meet([base], {part.tensor for part in units.parts}, chosen=True)
+        self.units = units.shared_with(self.base)
         self.rewinder = Rewinder(base, self.units, self.kv)
         self.curves = rewind_curves(self.orders, stage.asked.seeds, self.at)
         self.ends = [self.rewinder.rewound(self.units.names), self.rewinder.whole()]
@@ -215,7 +216,8 @@ class RewindSearch(QualitySearch):
 
     def _of_reference(self) -> HeadScores:
         assert self.reference is not None, "orders were read with it"
-        other = self.stage.live.bench.other(self.stage.in_memory(self.reference))
+        reference, tensors = self.stage.in_memory(self.reference), {part.tensor for part in self.units.parts}
+        (other,) = self.stage.live.bench.meet([reference], tensors, chosen=True)
         return reference_scores(self.magnitude, change_norms(self.units, other.blocks, self.base))
 
     def point(self, curve: SearchCurve, at: float) -> Point:

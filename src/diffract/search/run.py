@@ -96,6 +96,7 @@ def run_search(asked: SearchRequest, open_search: Callable[[Stage], QualitySearc
     with working(asked) as cache:
         stage = set_up(asked)
         search = open_search(stage)
+        stage.notes += stage.live.bench.notes
         if asked.write is not None and all(curve.control for curve in search.curves):
             raise SelectionError("only controls are searched, of which none is chosen: there is nothing to write.")
         plan, seconds_each = _planned(stage, search)
@@ -249,6 +250,7 @@ def _written(
         "model": asked.models["tuned"],
         "steps": [plain_step(step, search.models["base"], base) for step in point.steps],
         **({} if asked.architecture is None else {"architecture": str(asked.architecture)}),
+        "allow": asked.allow,
     }
     apply(recipe, asked.write, force=asked.force)
     subject = load_subject(asked.write, device=asked.device, dtype=asked.dtype, tokenizer=asked.tokenizer)

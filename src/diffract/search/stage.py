@@ -15,6 +15,7 @@ from diffract.corpora import Split
 from diffract.edits.live import LiveModel
 from diffract.errors import CheckpointError, RunError, SelectionError, choose, printable
 from diffract.evaluate import Evaluator, Subject, Task, load_subject, load_tasks
+from diffract.matrices.meeting import TOKENIZERS
 from diffract.search.plan import SPLITS, Which, parse_budget
 from diffract.search.scorer import Scorer
 from diffract.settings import Progress
@@ -41,6 +42,7 @@ class SearchRequest:
         dtype: What it is computed in.
         tokenizer: The tokenizer, where it is not beside the live model.
         architecture: A JSON file that describes the model.
+        allow: What is allowed though it speaks against taking weights from another model, as in recipes.
         seeds: How many random curves of each kind.
         tolerance: The largest loss that counts as none, see ``run.furthest_without_loss``.
         choose_by: Which point is written.
@@ -66,6 +68,7 @@ class SearchRequest:
     dtype: str = "auto"
     tokenizer: Any = None
     architecture: str | Path | None = None
+    allow: Sequence[str] = ()
     seeds: int = 1
     tolerance: float | None = None
     choose_by: Which = "best"
@@ -90,7 +93,8 @@ class SearchRequest:
         chosen_by = ("seeds", "tolerance", "choose_by") if "selection" in self.splits else ()
         names = ("limit", "shots", "device", "dtype", *chosen_by, "budget")
         data = str(self.data) if self.data else None
-        return {"eval": plain, "data": data, **{name: getattr(self, name) for name in names}}
+        told = {name: getattr(self, name) for name in names}
+        return {"eval": plain, "data": data, **told, "allow": list(self.allow)}
 
 
 @dataclass
@@ -149,10 +153,12 @@ class Stage:
         if isinstance(model, torch.nn.Module):
             return model
         found = load_subject(model, device="cpu", dtype=self.asked.dtype, tokenizer=self.asked.tokenizer)
-        if found.tokenizer.get_vocab() != self.subject.tokenizer.get_vocab():
+        same = found.tokenizer.get_vocab() == self.subject.tokenizer.get_vocab()
+        if not same and TOKENIZERS not in self.asked.allow:
             raise CheckpointError(
                 f"{printable(model)} and {printable(self.subject.name)} have different tokenizers: their tokens do not "
-                "mean the same. Take models of one vocabulary, or say with --tokenizer which one is right for all."
+                "mean the same. Take models of one vocabulary, say with --tokenizer which one is right for all, or "
+                f"pass --allow {TOKENIZERS}."
             )
         return found.model
 
@@ -173,7 +179,7 @@ def set_up(asked: SearchRequest) -> Stage:
     return Stage(
         asked=asked,
         subject=subject,
-        live=LiveModel(subject.model, architecture=asked.architecture),
+        live=LiveModel(subject.model, architecture=asked.architecture, allow=asked.allow),
         tasks=tasks,
         notes=notes,
     )

@@ -76,7 +76,7 @@ def matrix_changes_of(bench: Bench, base: Other) -> list[MatrixChange]:
     """Return the change of every matrix of the model; vectors have none."""
     found = []
     with single_threaded():
-        for m in bench.matrices(None, heads=False):
+        for m in base.shared_matrices(bench.matrices(None, heads=False)):
             info = bench.checkpoint.info(m.tensor)
             place = place_of(m, info.shape)
             tuned = bench.checkpoint.read(m.tensor)[place]
@@ -258,7 +258,8 @@ class TruncateSearch(QualitySearch):
         base = stage.in_memory(stage.asked.models["base"])
         self.kind = "search truncate"
         self.models = {"base": base, "tuned": stage.subject.model}
-        self.truncater = Truncater(base, matrix_changes_of(bench, bench.other(base)))
+        (other,) = bench.meet([base], {m.tensor for m in bench.matrices(None, heads=False)}, chosen=False)
+        self.truncater = Truncater(base, matrix_changes_of(bench, other))
         self.curves = truncation_curves(self.rules, stage.asked.seeds, self.at)
         # All of the change dropped is the end of every curve but those of rules that make one model.
         ends = [*truncation_curves(["drop"], 1, (0.0, 1.0)), *(c for c in self.curves if c.labels["rule"] in SINGLE)]

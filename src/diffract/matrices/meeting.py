@@ -1,0 +1,251 @@
+"""Two models that meet in an edit: which tensors they share, and what speaks against taking weights from the other.
+
+One place decides for every edit, merge and search: lineage, configuration, tokenizers and shapes are asked here, and
+each objection has the name that a user allows it by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from diffract.architectures.dimensions import TEXT_SECTIONS
+from diffract.checkpoints.configurations import compare_configurations, vocabulary
+from diffract.errors import printable
+from diffract.matrices.layout import Layout
+from diffract.matrices.lineage import tell_lineage
+from diffract.matrices.pairing import MAY_DIFFER, counterparts, renamed_like, stacks, within_layers
+
+Vocabulary = Literal["common", "refuse"]
+"""What becomes of tables of tokens that have another number of rows: the common rows are paired, or none."""
+
+TOKENIZERS, UNMATCHED, STRANGERS = "tokenizers", "unmatched", "strangers"
+"""Names of permissions; every key of a configuration is one too."""
+
+TIE = "tie_word_embeddings"
+
+OF_SHAPES = ("vocab_size", "quantization_config", TIE)
+"""Keys that are no objection: tensors themselves tell sizes and ties, and codes are read as numbers."""
+
+WORDS_OF_TABLES = ("embed", "wte", "lm_head")
+"""What tables of tokens are called where no family is known; a table of positions has one of the next words too."""
+
+OTHER_TABLES = ("pos", "type", "seg")
+
+SHOWN = 8
+"""Tensors that a message lists."""
+
+
+class Objection(NamedTuple):
+    """What speaks against an edit with another model: the reason, and the option that allows it, if anything does."""
+
+    text: str
+    option: str | None
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """How a model and another one fit together.
+
+    Attributes:
+        names: What the other calls each tensor of the model that can be taken from it.
+        rows: Of tables of tokens that have another number of rows, how many of the first belong together.
+        apart: The model's tensors that cannot be taken from the other, to why.
+        extra: Tensors that only the other has, to why.
+        matrices: Those of ``apart`` that hold matrices; vectors and buffers never stop an edit.
+        within: Those of ``apart`` and ``extra`` that hold matrices of layers which both models have.
+        tables: The model's tables of tokens.
+        objections: What speaks against any edit.
+        tokens: How the tokenizers differ, where the same number is another token; empty if none is.
+        by_position: Whether rows are paired by their number alone, since a tokenizer is not known.
+    """
+
+    names: Mapping[str, str]
+    rows: Mapping[str, int]
+    apart: Mapping[str, str]
+    extra: Mapping[str, str]
+    matrices: frozenset[str]
+    within: frozenset[str]
+    tables: frozenset[str]
+    objections: tuple[Objection, ...]
+    tokens: str
+    by_position: bool
+
+    def against(self, asked: Collection[str], *, chosen: bool, vocabulary: Vocabulary) -> Iterator[Objection]:
+        """Yield what speaks against taking some tensors.
+
+        Args:
+            asked: The model's names for them.
+            chosen: Whether a user named them. Otherwise all is meant that the models share: parts that only one of them
+                has stay, but for those within layers of both.
+            vocabulary: What becomes of tables with another number of tokens.
+        """
+        yield from self.objections
+        if self.tokens and self.tables.intersection(asked):
+            yield Objection(self.tokens, f"--allow {TOKENIZERS}")
+        needed = (self.matrices if chosen else self.within).intersection(asked)
+        missing = {n: why for n, why in self.apart.items() if n in needed}
+        lost = missing if chosen else missing | {n: why for n, why in self.extra.items() if n in self.within}
+        if lost:
+            told = [f"{printable(name)}: {why}" for name, why in lost.items()]
+            more = f"; and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
+            yield Objection(f"not of one shape, {'; '.join(told[:SHOWN])}{more}", f"--allow {UNMATCHED}")
+        resized = [name for name in self.rows if name in asked]
+        if resized and vocabulary == "refuse":
+            yield Objection(f"another number of tokens in {printable(', '.join(resized))}", "--vocabulary common")
+
+    def stays(self) -> dict[str, str]:
+        """Return what is not taken or not used, by name, with the reason."""
+        grown = {name: f"rows from {count} on stay as they are in the model" for name, count in self.rows.items()}
+        return {**grown, **self.apart, **self.extra}
+
+
+def meet(model: Layout, other: Layout, ties: Mapping[str, str]) -> Meeting:
+    """Find out how a model and another one fit together; of weights only a sample of the blocks' matrices is read.
+
+    Args:
+        model: What is edited.
+        other: What weights are taken from.
+        ties: The model's tensors that share another's values, to that other.
+    """
+    own = {ours: theirs for theirs, ours in counterparts(model, other).items()}
+    found = {name: own.get(name) or _called(name, other, ties) for name in model.entries}
+    shapes = {name: other.checkpoint.info(theirs).shape for name, theirs in found.items() if theirs is not None}
+    tables = frozenset(_token_tables(model))
+    sizes = {name: (model.entries[name].info.shape, shape) for name, shape in shapes.items()}
+    grown = _grown(sizes, tables, model)
+    common, tokens, by_position = _common_tokens(model, other)
+    rows = {name: _leading(sizes[name], common) for name in grown}
+    names, apart = {}, {}
+    for name, theirs in found.items():
+        if theirs is None:
+            apart[name] = "only in the model"
+        elif len(set(sizes[name])) > 1 and name not in grown:
+            apart[name] = " against ".join(str(list(shape)) for shape in sizes[name])
+        elif model.entries[name].outcome == "buffer":
+            apart[name] = "made anew by the model, no weight"
+        else:
+            names[name] = theirs
+    used = {theirs for theirs in found.values() if theirs is not None}
+    unused = (name for name in other.entries if name not in used and other.entries[name].outcome != "tied")
+    extra = dict.fromkeys(unused, "only in the other")
+    ours, theirs = stacks(model), stacks(other)
+    within = [name for name in apart if within_layers(model.entries[name], model, theirs)]
+    within += [name for name in extra if within_layers(other.entries[name], other, ours)]
+    return Meeting(
+        names=names,
+        rows=rows,
+        apart=apart,
+        extra=extra,
+        matrices=frozenset(name for name in apart if model.entries[name].matrices),
+        within=frozenset(within),
+        tables=tables,
+        objections=tuple(_objections(model, other)),
+        tokens=tokens,
+        by_position=bool(rows) and by_position,
+    )
+
+
+def _called(name: str, other: Layout, ties: Mapping[str, str]) -> str | None:
+    """What another checkpoint calls a tensor; where it ties what the model does not, there is a twin."""
+    if name in other.checkpoint:
+        return name
+    twins = (ties.get(name), other.architecture.tied_to(name, other.checkpoint.names))
+    return next((twin for twin in twins if twin in other.checkpoint), None)
+
+
+def _objections(model: Layout, other: Layout) -> Iterator[Objection]:
+    """Yield what speaks against any edit: the other is a stranger, or computes something else with its weights."""
+    kin = tell_lineage(renamed_like(model, other), model)
+    told = "" if kin.correlation is None else f" (correlation {kin.correlation:.3f} over {kin.matrices} matrices)"
+    if kin.word == "stranger":
+        yield Objection(f"a stranger, neither descends from the other{told}", f"--allow {STRANGERS}")
+    if kin.word == "rearranged":
+        yield Objection(
+            f"its layers, heads or neurons stand in other places{told}, so that tensors of one name do not belong "
+            "together; take the checkpoint that has them in the same places",
+            None,
+        )
+    differing: dict[str, list[str]] = {}
+    for difference in compare_configurations(*_of_one_level(model, other)):
+        words = [word for word in difference.key.split(".") if word not in TEXT_SECTIONS]
+        if difference.certain and words[0] not in OF_SHAPES:
+            differing.setdefault(words[0], []).append(f"{difference.key} {difference.base} against {difference.tuned}")
+    # only entries that are all equal correlate by 1; whether that is so everywhere is asked where it matters
+    if differing and kin.correlation == 1 and _equal(model, other):
+        return
+    for key, texts in differing.items():
+        yield Objection("; ".join(texts), f"--allow {key}")
+    # a head of the other's own has no place in a model that shares its embedding; the reverse is only stored twice
+    if model.architecture.ties and other.checkpoint.config and not other.architecture.ties:
+        yield Objection(f"{TIE} true against false", f"--allow {TIE}")
+
+
+def _equal(model: Layout, other: Layout) -> bool:
+    """Whether two models have the same tensors to the bit; both are read."""
+    one, two = model.checkpoint, other.checkpoint
+    return one.names == two.names and all(one.digest(name) == two.digest(name) for name in one.names)
+
+
+def _of_one_level(model: Layout, other: Layout) -> list[Mapping[str, object]]:
+    """The configurations of two models; of a larger model beside a language model alone that of its language model."""
+    configs: list[Mapping[str, object]] = [model.checkpoint.config, other.checkpoint.config]
+    texts = [next((config[s] for s in TEXT_SECTIONS if isinstance(config.get(s), Mapping)), None) for config in configs]
+    if (texts[0] is None) != (texts[1] is None):
+        return [config if text is None else text for config, text in zip(configs, texts, strict=True)]  # type: ignore[misc]
+    return configs
+
+
+def _token_tables(model: Layout) -> Iterator[str]:
+    """Yield the names of tables with a row for each token, biases of the output left out."""
+    for name, entry in model.entries.items():
+        known = model.architecture.place(name) is not None
+        last = name.lower().rpartition(".weight")[0] or name.lower()
+        called = any(w in last for w in WORDS_OF_TABLES) and not any(w in last.split(".")[-1] for w in OTHER_TABLES)
+        if (known and any(m.projection in MAY_DIFFER for m in entry.matrices)) or (not known and called):
+            yield name
+
+
+Sizes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+"""Shapes of a tensor in the model and in the other."""
+
+
+def _grown(sizes: Sizes, tables: Collection[str], model: Layout) -> list[str]:
+    """Tables, and what else goes by tokens (an output of a name of its own, its bias), of another number of rows."""
+    differ = {name: (a, b) for name, (a, b) in sizes.items() if a != b and a[1:] == b[1:] and a and b}
+    counts = {(a[0], b[0]) for name, (a, b) in differ.items() if name in tables}
+    return [name for name, (a, b) in differ.items() if (a[0], b[0]) in counts and not _numbered(name, model)]
+
+
+def _numbered(name: str, model: Layout) -> bool:
+    return any(word.isdigit() for word in model.architecture.bare.get(name, name).split("."))
+
+
+def _common_tokens(model: Layout, other: Layout) -> tuple[Collection[int] | None, str, bool]:
+    """Compare tokenizers token by token.
+
+    Returns:
+        The numbers that only one of them knows, how they contradict each other, and whether one is not known at all.
+    """
+    ours, theirs = vocabulary(model.checkpoint), vocabulary(other.checkpoint)
+    if not ours or not theirs:
+        return (), "", True
+    one, two = ({number: token for token, number in known.items()} for known in (ours, theirs))
+    other_tokens = [number for number in one if number in two and one[number] != two[number]]
+    text = ""
+    if other_tokens:
+        first = min(other_tokens)
+        text = (
+            f"the same number is another token in {len(other_tokens):,} of {len(one.keys() & two.keys()):,} cases, "
+            f"first {first}: {printable(repr(one[first]), 40)} against {printable(repr(two[first]), 40)}"
+        )
+    return one.keys() ^ two.keys(), text, False
+
+
+def _leading(shapes: tuple[tuple[int, ...], tuple[int, ...]], alone: Collection[int] | None) -> int:
+    """How many of the first rows both models have: the smaller table, without tokens at its end that only one knows."""
+    count = min(shape[0] for shape in shapes)
+    while count and alone and count - 1 in alone:
+        count -= 1
+    return count
