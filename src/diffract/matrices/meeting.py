@@ -165,8 +165,8 @@ def _objections(model: Layout, other: Layout) -> Iterator[Objection]:
         parts = [printable(f"{part} is its {origin}") for part, origin in kin.moved.items()]
         more = f" and {len(parts) - SHOWN} more" if len(parts) > SHOWN else ""
         yield Objection(
-            f"its layers, heads or neurons stand in other places ({', '.join(parts[:SHOWN])}{more}), so that tensors of "
-            "one name do not belong together; take the checkpoint that has them in the same places",
+            f"its layers, heads or neurons stand in other places ({', '.join(parts[:SHOWN])}{more}), so that tensors "
+            "of one name do not belong together; take the checkpoint that has them in the same places",
             None,
         )
     differing: dict[str, list[str]] = {}
