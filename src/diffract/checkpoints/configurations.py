@@ -150,6 +150,30 @@ def compare_configurations(base: Mapping[str, Any], tuned: Mapping[str, Any]) ->
     return _ordered(Difference(CONFIG, *told, effect(told[0])) for told in _keys(ours, theirs))
 
 
+def own_attention(config: Mapping[str, Any], where: str) -> dict[str, str]:
+    """Return what a loader is to be told so that a configuration brings in no code of others.
+
+    An implementation called ``org/name`` is a kernel that loaders fetch from the hub and run; one such as
+    ``flash_attention_2`` may be fetched likewise where it is not installed. The result does not depend on either.
+
+    Args:
+        config: As it lies beside the weights, untrusted.
+        where: What to call the model in messages.
+
+    Raises:
+        CheckpointError: It names a kernel.
+    """
+    stated = {key: value for key, value in _flat(config).items() if "_implementation" in key or "kernel" in key}
+    for key, value in stated.items():
+        if "/" in str(value):
+            raise CheckpointError(
+                f"{printable(where)}, config.json: {printable(key)} is {printable(value)!r}, code that a loader would "
+                "fetch and run. Remove the key: the model computes the same without it."
+            )
+    usual = all(value in ("eager", "sdpa") for key, value in stated.items() if key.endswith("attn_implementation"))
+    return {} if usual else {"attn_implementation": "eager"}
+
+
 def compare_settings(base: Checkpoint, tuned: Checkpoint) -> list[Difference]:
     """Return everything in which two models differ besides the values of their weights, by what it changes.
 

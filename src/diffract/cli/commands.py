@@ -208,7 +208,15 @@ def train(
     return training.train(recipe, output, progress=progress)
 
 
-def study(recipe: str, output: str | Path, *, dry_run: bool = False, data: str | Path | None = None, say: Any) -> Any:
+def study(
+    recipe: str,
+    output: str | Path,
+    *,
+    dry_run: bool = False,
+    data: str | Path | None = None,
+    allow: Sequence[str] = (),
+    say: Any,
+) -> Any:
     """Run a study from its recipe, or go on with one that was stopped.
 
     Args:
@@ -216,13 +224,14 @@ def study(recipe: str, output: str | Path, *, dry_run: bool = False, data: str |
         output: The folder of the study.
         dry_run: Say what would be done, and do nothing.
         data: The folder that names of files in the recipe are relative to.
+        allow: launch: start whatever program the recipe names, which is code of its author.
         say: Called with what is being done.
     """
     from diffract.studies import runner
 
     if dry_run:
         return runner.preview(recipe, output, data=data)
-    return runner.run_study(recipe, output, data=data, say=say)
+    return runner.run_study(recipe, output, data=data, allow=allow, say=say)
 
 
 def apply(

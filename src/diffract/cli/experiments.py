@@ -48,6 +48,9 @@ def show_edits(found: Sequence[Edited | EditPreview], given: Given) -> None:
             written = "the adapter" if edited.written_bytes is None else size_text(edited.written_bytes)
             say(f"would change {edited.changed} of {edited.tensors} tensors")
             say(f"would read {size_text(edited.read_bytes)}, write {written}, in about {edited.seconds:.3g} s")
+            if edited.written_bytes and edited.changed_bytes < edited.written_bytes:
+                shared = "where unchanged bytes are shared (reflinks; with --link whole files)"
+                say(f"  of these {size_text(edited.changed_bytes)} change, all that is written {shared}")
         else:
             say(f"written: {edited.folder} (details in manifest.json)")
 
@@ -61,7 +64,7 @@ def sum_up_edits(found: Sequence[Edited | EditPreview], given: Given) -> Any:
 def sum_up_edit(edited: Any) -> dict[str, Any]:
     """Return what was done for one checkpoint, or everything that is known beforehand."""
     if hasattr(edited, "manifest"):
-        told = {name: edited.manifest[name] for name in ("steps", "same_weights_as", "notes")}
+        told = {name: edited.manifest[name] for name in ("steps", "same_weights_as", "notes", "written_bytes")}
         return {"output": str(edited.folder), **told}
     return asdict(edited)
 

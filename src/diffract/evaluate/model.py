@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffract.checkpoints import open_checkpoint
+from diffract.checkpoints.configurations import own_attention
 from diffract.engine import choose_device
 from diffract.errors import CheckpointError, DiffractError, choose, printable
 
@@ -79,10 +80,11 @@ def _own_place(ref: str) -> tuple[str, dict[str, Any]] | None:
 
 
 def _from_transformers(place: tuple[str, dict[str, Any]], dtype: Any) -> tuple[Any, list[str]]:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+    own = own_attention(PreTrainedConfig.get_config_dict(place[0], **place[1])[0], place[0])
     found: Any = AutoModelForCausalLM.from_pretrained(
-        place[0], dtype=dtype, trust_remote_code=False, output_loading_info=True, **place[1]
+        place[0], dtype=dtype, trust_remote_code=False, output_loading_info=True, **own, **place[1]
     )
     return found[0], _lost(found[1])
 
@@ -95,9 +97,10 @@ def _from_checkpoint(ref: str, dtype: Any) -> tuple[Any, list[str]]:
             raise CheckpointError(
                 f"{printable(ref)} has no config.json. Pass the folder that holds config and weights."
             )
-        config = AutoConfig.for_model(**checkpoint.config)
+        own = own_attention(checkpoint.config, ref)
+        config = AutoConfig.for_model(**{**checkpoint.config, **own})
         with torch.device("meta"):
-            kind = type(AutoModelForCausalLM.from_config(config))
+            kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
         tensors = {name: checkpoint.read(name) for name in checkpoint.names}
         model, info = kind.from_pretrained(
             None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, model_validator
 
+from diffract.errors import RecipeError, printable
 from diffract.settings import STRICT
 from diffract.train.recipe import MixPart
 
@@ -104,6 +107,16 @@ class SearchSettings(BaseModel):
     """Paths between models."""
 
 
+LAUNCHERS = ("torchrun", "accelerate")
+"""What may stand first in ``launch``."""
+
+_SETTING = re.compile(
+    r"launch|--?[a-z][\w-]*(=[\w.:-]+)?|[\d.:]+|[\w-]+\.ya?ml|auto|gpu|cpu|no|bf16|fp16|fp8|localhost"
+)
+_STARTS = ("-m", "--module", "--no_python", "--no-python", "--run-path", "--run_path", "--entrypoint", "--main")
+"""Options that take a program, or make one of the word behind them."""
+
+
 class StudyRecipe(BaseModel):
     """A study."""
 
@@ -135,6 +148,24 @@ class StudyRecipe(BaseModel):
     """Threads of each training run and of everything else; PyTorch's own number by default."""
     launch: list[str] = []
     """What stands before a training command, such as [accelerate, launch, --num_processes, 8]."""
+
+    def check_launch(self, allow: Sequence[str]) -> None:
+        """Refuse to start a program of the recipe's choice, but for the usual launchers with usual settings.
+
+        Args:
+            allow: Permissions; ``launch`` is the one for any program.
+
+        Raises:
+            RecipeError: It is another program, or settings that start one.
+        """
+        program, *rest = self.launch or [""]
+        harmless = all(_SETTING.fullmatch(word) and not word.startswith(_STARTS) for word in rest)
+        if self.launch and not (program in LAUNCHERS and harmless) and "launch" not in allow:
+            raise RecipeError(
+                f"launch: {printable(' '.join(self.launch))!r} starts a program of the recipe's choice; without "
+                f"permission only {' and '.join(LAUNCHERS)} are started, with options and numbers. If you trust the "
+                "recipe, pass --allow launch."
+            )
 
     @model_validator(mode="after")
     def _check(self) -> StudyRecipe:

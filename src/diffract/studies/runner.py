@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -49,7 +49,12 @@ def load_study(path: str | Path) -> StudyRecipe:
 
 
 def run_study(
-    recipe: str | Path, output: str | Path, *, data: str | Path | None = None, say: Say = lambda text: None
+    recipe: str | Path,
+    output: str | Path,
+    *,
+    data: str | Path | None = None,
+    allow: Sequence[str] = (),
+    say: Say = lambda text: None,
 ) -> Run:
     """Run a study, or go on with one that was stopped.
 
@@ -57,6 +62,7 @@ def run_study(
         recipe: The file of a recipe.
         output: The study's folder. It holds the family, every score, and a folder for each finding.
         data: The folder that names of files in the recipe are relative to.
+        allow: ``launch``: start whatever program the recipe names, which is code of its author.
         say: Is told what is being done.
 
     Returns:
@@ -68,6 +74,9 @@ def run_study(
     """
     # Recipes of training hold paths in the study's folder, and a run goes on only with the very same recipe.
     asked, folder = load_study(recipe), Path(output).resolve()
+    for name in allow:
+        choose("permission", name, ("launch",))
+    asked.check_launch(allow)
     where = asked.data_folder(Path(recipe), data)
     all_jobs(asked, folder, where)
     _claim(asked, folder)

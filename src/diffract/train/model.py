@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffract.checkpoints import open_checkpoint
+from diffract.checkpoints.configurations import own_attention
 from diffract.checkpoints.dtypes import TORCH_DTYPES
 from diffract.checkpoints.open import parse_hub_name
 from diffract.errors import RecipeError, printable, suggest
@@ -34,16 +35,18 @@ def make_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerFast) -> PreTr
     Raises:
         RecipeError: The model cannot be made or loaded, or does not fit the tokenizer or the context.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, PreTrainedConfig
 
     config = make_config(recipe, tokenizer)
     if recipe.model.init is None:
+        own_attention(recipe.model.config or {}, "model.config")
         with _explained("model.config"):
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     name, revision = parse_hub_name(recipe.model.init) or (recipe.model.init, None)
     with _explained("model.init"):
+        own = own_attention(PreTrainedConfig.get_config_dict(name, revision=revision)[0], name)
         return AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=torch.float32, trust_remote_code=False
+            name, revision=revision, dtype=torch.float32, trust_remote_code=False, **own
         )
 
 
@@ -74,7 +77,7 @@ def count_parameters(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerFast) ->
 
     config = make_config(recipe, tokenizer)
     with _explained("model"), torch.device("meta"):
-        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config, trust_remote_code=False).parameters())
 
 
 def saved_dtype(recipe: TrainRecipe) -> torch.dtype:
