@@ -1,6 +1,6 @@
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -254,3 +254,76 @@ def test_of_an_archive_only_headers_are_read_at_first(tmp_path: Path, monkeypatc
         found = open_checkpoint(tmp_path / "x.npz")
     assert (found.info("a").shape, found.info("b").dtype) == ((3, 4), "F16")
     assert found.read("a", (1, 2)).tolist() == [[1.0] * 4]
+
+
+class Coded(torch.Tensor):
+    """A tensor that stands for codes and a scale, as torchao's do."""
+
+    @staticmethod
+    def __new__(cls, codes: torch.Tensor, scale: torch.Tensor) -> "Coded":
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+
+    def __init__(self, codes: torch.Tensor, scale: torch.Tensor) -> None:
+        self.codes, self.scale = codes, scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return type(args[0])(args[0].codes, args[0].scale)
+        raise NotImplementedError(func)
+
+
+class Readable(Coded):
+    def dequantize(self) -> torch.Tensor:
+        return self.codes.float() * self.scale
+
+
+def test_tensors_that_stand_for_codes_are_read_as_numbers_and_are_not_tied() -> None:
+    one, two = (torch.arange(i, i + 6, dtype=torch.int8).reshape(2, 3) for i in (0, 6))
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 2, bias=False), "b": torch.nn.Linear(3, 2, bias=False)})
+    for name, codes in (("a", one), ("b", two)):
+        model[name].weight = torch.nn.Parameter(Readable(codes, torch.tensor(0.5)), requires_grad=False)
+    with open_checkpoint(model) as found:
+        assert not found.tied
+        assert torch.equal(found["a.weight"], one * 0.5)
+        assert torch.equal(found.read("b.weight", (1, 2)), two[1:] * 0.5)
+
+
+def test_tensors_that_hide_their_entries_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="Coded hides its entries"):
+        open_checkpoint({"w": Coded(torch.ones(2, 3, dtype=torch.int8), torch.tensor(1.0))})
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
+def test_a_model_that_one_process_has_distributed_is_read() -> None:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import init_device_mesh
+
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 4))
+    plain = {name: value.clone() for name, value in model.state_dict().items()}
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    with open_checkpoint(model) as found:
+        assert not found.tied
+        assert all(torch.equal(found[name], value) for name, value in plain.items())
+
+
+def test_a_tensor_on_several_processes_is_refused() -> None:
+    class Mesh:
+        def size(self) -> int:
+            return 4
+
+    class Distributed(torch.Tensor):
+        device_mesh = Mesh()
+
+        def to_local(self) -> torch.Tensor:
+            raise AssertionError
+
+    with pytest.raises(CheckpointError, match=r"over 4 processes \(DTensor\)\. Gather"):
+        open_checkpoint({"w": torch.ones(2, 3).as_subclass(Distributed)})

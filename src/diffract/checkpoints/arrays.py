@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -41,7 +41,8 @@ class Memory:
 
     def read(self, info: TensorInfo, rows: Range | None) -> torch.Tensor:
         """Return entries ``rows`` of the leading axis, on the CPU."""
-        return _to_tensor(self.array if rows is None else self.array[rows[0] : rows[1]])
+        array = self.array.detach().dequantize() if _is_coded(self.array) else self.array
+        return _to_tensor(array if rows is None else array[rows[0] : rows[1]])
 
     def close(self) -> None:
         """Nothing is open."""
@@ -160,10 +161,40 @@ def flatten(arrays: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
+def _is_coded(array: Array) -> TypeGuard[torch.Tensor]:
+    """Whether a tensor stands for codes and scales that it holds itself, as torchao's do, and can turn into numbers."""
+    return _stands_for_others(array) and type(array).dequantize is not torch.Tensor.dequantize
+
+
+def _stands_for_others(array: Array) -> TypeGuard[torch.Tensor]:
+    return isinstance(array, torch.Tensor) and type(array).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+
+
+def _whole(value: torch.Tensor, where: str) -> torch.Tensor:
+    """Return a tensor that FSDP2 or tensor parallelism has distributed, where one process has all of it.
+
+    Raises:
+        CheckpointError: It lies on several processes, or is a kind of tensor that hides what it holds.
+    """
+    if hasattr(value, "device_mesh") and hasattr(value, "to_local"):
+        if value.device_mesh.size() > 1:
+            raise CheckpointError(
+                f"{where}: it is distributed over {value.device_mesh.size()} processes (DTensor). Gather the model with "
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options=StateDictOptions("
+                "full_state_dict=True)), and pass what it returns."
+            )
+        return value.to_local()
+    if _stands_for_others(value) and not _is_coded(value):
+        raise CheckpointError(
+            f"{where}: a {type(value).__name__} hides its entries, and has no dequantize(). Pass plain tensors."
+        )
+    return value
+
+
 def _as_array(value: Any, where: str) -> Array:
     """Return a value as a dense array that holds data, without a copy."""
     try:
-        array = _plain(value)
+        array = _plain(_whole(value, where) if isinstance(value, torch.Tensor) else value)
         if isinstance(array, torch.Tensor) and (array.is_meta or array.is_quantized or array.layout != torch.strided):
             raise TypeError(f"a {array.layout} tensor of {array.dtype} on {array.device} holds no plain entries")
         return array
@@ -192,7 +223,7 @@ def _plain(value: Any) -> Array:
 def _describe(name: str, array: Array, reference: str) -> TensorInfo:
     where = f"{reference}, tensor {printable(name)!r}"
     try:
-        dtype = _to_tensor(array[:0] if array.ndim else array).dtype
+        dtype = array.dtype if _is_coded(array) else _to_tensor(array[:0] if array.ndim else array).dtype
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"{where}: dtype {array.dtype} has no counterpart ({printable(error)}). Convert it."
@@ -220,7 +251,9 @@ def _to_tensor(array: Array) -> torch.Tensor:
 def _ties(arrays: Mapping[str, Array]) -> dict[str, str]:
     """Map each name whose array is the very memory of an earlier one to that one."""
     first: dict[tuple[Any, ...], str] = {}
-    places = {name: _place(array) for name, array in arrays.items() if 0 not in array.shape}
+    # a tensor that stands for others has no memory of its own, and would share that with every such
+    own = {name: array for name, array in arrays.items() if 0 not in array.shape and not _is_coded(array)}
+    places = {name: _place(array) for name, array in own.items()}
     return {name: first[place] for name, place in places.items() if first.setdefault(place, name) != name}
 
 
