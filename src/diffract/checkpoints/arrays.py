@@ -167,7 +167,9 @@ def _is_coded(array: Array) -> TypeGuard[torch.Tensor]:
 
 
 def _stands_for_others(array: Array) -> TypeGuard[torch.Tensor]:
-    return isinstance(array, torch.Tensor) and type(array).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    """Whether a tensor has no entries of its own, but is a class that says what operations on it do."""
+    plain = getattr(torch.Tensor, "__torch_dispatch__")  # noqa: B009  # that torch has no type for
+    return isinstance(array, torch.Tensor) and getattr(type(array), "__torch_dispatch__", plain) is not plain
 
 
 def _whole(value: torch.Tensor, where: str) -> torch.Tensor:
@@ -176,14 +178,14 @@ def _whole(value: torch.Tensor, where: str) -> torch.Tensor:
     Raises:
         CheckpointError: It lies on several processes, or is a kind of tensor that hides what it holds.
     """
-    if hasattr(value, "device_mesh") and hasattr(value, "to_local"):
-        if value.device_mesh.size() > 1:
+    mesh, local = getattr(value, "device_mesh", None), getattr(value, "to_local", None)
+    if mesh is not None and local is not None:
+        if mesh.size() > 1:
             raise CheckpointError(
-                f"{where}: it is distributed over {value.device_mesh.size()} processes (DTensor). Gather the model with "
-                "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, options=StateDictOptions("
-                "full_state_dict=True)), and pass what it returns."
+                f"{where}: it is distributed over {mesh.size()} processes (DTensor). Gather the model: pass what "
+                "get_model_state_dict of torch.distributed.checkpoint.state_dict returns with full_state_dict=True."
             )
-        return value.to_local()
+        return local()
     if _stands_for_others(value) and not _is_coded(value):
         raise CheckpointError(
             f"{where}: a {type(value).__name__} hides its entries, and has no dequantize(). Pass plain tensors."
