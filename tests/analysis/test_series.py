@@ -55,6 +55,26 @@ def test_weights_beside_the_checkpoints_are_left_out_aloud(trained: Path) -> Non
     assert warnings == [f"{trained}: 3 checkpoints; left out are model.safetensors, runs/."]
 
 
+def test_folders_around_a_model_tell_its_step(tmp_path: Path) -> None:
+    for step in (20, 100):
+        (tmp_path / "run" / f"global_step_{step}" / "actor" / "huggingface").mkdir(parents=True)
+        (tmp_path / "run" / f"global_step_{step}" / "actor" / "huggingface" / "model.safetensors").touch()
+    stops, _ = find_series([tmp_path / "run"], "step")
+    assert [stop.place.step for stop in stops] == [20, 100]
+    given, _ = find_series([tmp_path / "run" / f"global_step_{step}" / "actor" for step in (100, 20)], "step")
+    assert [stop.name for stop in given] == ["global_step_20/actor", "global_step_100/actor"]
+
+
+def test_refs_of_the_hubs_cache_are_names_and_places(tmp_path: Path) -> None:
+    cache = tmp_path / "models--org--name"
+    (cache / "refs").mkdir(parents=True)
+    for step in (1000, 20):
+        (cache / "refs" / f"step{step}").write_text(f"{step:040}")
+        (cache / "snapshots" / f"{step:040}").mkdir(parents=True)
+        (cache / "snapshots" / f"{step:040}" / "model.safetensors").touch()
+    assert names(cache) == ["step20", "step1000"]
+
+
 def test_revisions_are_names_and_places() -> None:
     repo = "EleutherAI/pythia-70m"
     stops, _ = find_series([f"{repo}@step{n}" for n in (1000, 0, 512)], "step")

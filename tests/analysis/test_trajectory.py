@@ -56,6 +56,16 @@ def columns_of(metrics: pl.DataFrame, model: str) -> pl.DataFrame:
     return metrics.filter(model=model).drop("model")
 
 
+def test_a_half_written_step_of_a_folder_is_left_out_aloud(series: Path) -> None:
+    weights = series / "checkpoint-20" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    run = diffract.trajectory(series, metrics=FEW, cache=False)
+    assert run.models["model"].to_list() == ["checkpoint-3", "checkpoint-100"]
+    assert any("checkpoint-20 is left out, as it cannot be read" in text for text in run.manifest["warnings"])
+    with pytest.raises(diffract.CheckpointError):
+        diffract.trajectory(*sorted(series.iterdir()), metrics=FEW, cache=False)  # whoever names it means it
+
+
 def test_every_checkpoint_has_the_numbers_of_its_scan(series: Path) -> None:
     run = diffract.trajectory(series)
     assert run.models["model"].to_list() == ["checkpoint-3", "checkpoint-20", "checkpoint-100"]
@@ -380,7 +390,7 @@ def test_what_is_wrong_is_said_before_any_work(series: Path, monkeypatch: pytest
         diffract.trajectory(series)
     (last / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(diffract.CheckpointError, match="checkpoint-100"):
-        diffract.trajectory(series)
+        diffract.trajectory(*series.iterdir())
 
 
 def test_unmatched_tensors_are_listed(series: Path) -> None:

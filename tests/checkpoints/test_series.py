@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from diffract.checkpoints.open import find_checkpoints, trainer_state
+from diffract.checkpoints.series import find_checkpoints, trainer_state
 from diffract.errors import CheckpointError
 
 
@@ -57,6 +57,44 @@ def test_subfolders_with_weights_come_first(tmp_path: Path) -> None:
         "logs/",
     ]  # a checkpoint without weights is not passed over in silence
     assert names(tmp_path) == (["checkpoint-10", "checkpoint-15", "checkpoint-5"], left_out)
+
+
+def test_folders_that_a_trainer_has_not_renamed_yet_are_left_out(tmp_path: Path) -> None:
+    staged = ["tmp-checkpoint-500", "checkpoint-600.tmp", "step-7-staging", "checkpoint-8.incomplete"]
+    make(tmp_path, *(f"{name}/model.safetensors" for name in [*staged, "checkpoint-100", "attempt-2"]))
+    assert names(tmp_path) == (["attempt-2", "checkpoint-100"], sorted(f"{name}/" for name in staged))
+
+
+def test_the_model_may_lie_further_down(tmp_path: Path) -> None:
+    make(
+        tmp_path,
+        "global_step_10/actor/huggingface/model.safetensors",
+        "global_step_10/actor/optim.pt",
+        "global_step_10/critic/huggingface/model.safetensors",
+        "global_step_20/weights/model.safetensors",
+        "global_step_30/one/model.safetensors",
+        "global_step_30/two/model.safetensors",
+        "a/b/c/d/model.safetensors",
+    )
+    found = find_checkpoints(tmp_path)
+    inside = [path.relative_to(tmp_path).as_posix() for path in found.paths]
+    assert inside == ["global_step_10/actor/huggingface", "global_step_20/weights"]
+    assert found.left_out == ["a/", "global_step_30/"]  # which of two is meant nobody can tell
+
+
+def test_refs_of_the_hubs_cache_are_checkpoints(tmp_path: Path) -> None:
+    cache = tmp_path / "models--org--name"
+    make(cache, *(f"snapshots/{digit * 40}/model.safetensors" for digit in "ab"), f"snapshots/{'c' * 40}/README.md")
+    for name, digit in {"main": "b", "step1": "a", "step2": "b", "step3": "c", "step4": "d"}.items():
+        (cache / "refs").mkdir(exist_ok=True)
+        (cache / "refs" / name).write_text(digit * 40)
+    found = find_checkpoints(cache)
+    assert {path.name[0]: name for path, name in found.called.items()} == {"a": "step1", "b": "step2"}
+    assert found.paths == list(found.called)
+    assert found.left_out == ["refs/step3", "refs/step4", "refs/main"]
+    make(tmp_path, "empty/snapshots/x/README.md", "empty/refs/main")
+    with pytest.raises(CheckpointError, match="no revision with weights"):
+        find_checkpoints(tmp_path / "empty")
 
 
 def test_a_link_to_another_checkpoint_is_none(tmp_path: Path) -> None:

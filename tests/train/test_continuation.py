@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from diffract.analysis.timeline import read_place
-from diffract.checkpoints.open import find_checkpoints
+from diffract.checkpoints.series import find_checkpoints
 from diffract.errors import CorpusError, RecipeError
 from diffract.train import preview_training, train
 from diffract.train.records import read_log

@@ -13,7 +13,7 @@ from typing import Any
 
 from diffract.analysis.scan import split_name
 from diffract.checkpoints import Checkpoint, Reference
-from diffract.checkpoints.open import ALONE, STATE, USUAL, find_checkpoints, some, trainer_state
+from diffract.checkpoints.series import ALONE, STATE, USUAL, find_checkpoints, some, trainer_state
 from diffract.errors import CheckpointError, SelectionError, choose, printable
 from diffract.settings import natural_key
 
@@ -245,9 +245,11 @@ def find_series(references: Sequence[Reference], by: str) -> tuple[list[Stop], l
     folder = local_path(chosen[0]) if len(chosen) == 1 else None
     if folder is not None and folder.is_dir():
         found = find_checkpoints(folder)
-        chosen, left_out = list(found.paths), some(found.left_out)
+        # A name that is given counts first: the path of a snapshot of a repository tells a digest.
+        called = {path: name.replace("/", "-") for path, name in found.called.items()}
+        chosen = [f"{called[path]}={path}" if path in called else path for path in found.paths]
         if found.left_out:
-            warnings = [f"{printable(folder)}: {len(chosen)} checkpoints; left out are {left_out}."]
+            warnings = [f"{printable(folder)}: {len(chosen)} checkpoints; left out are {some(found.left_out)}."]
     if len(chosen) < 2:
         only = f", {printable(chosen[0])!r}" if chosen and isinstance(chosen[0], str | Path) else ""
         raise CheckpointError(
@@ -282,7 +284,17 @@ def locate(reference: Reference, pattern: re.Pattern[str] | None = None) -> Stop
     if pattern is not None:
         whole = [str(inner)] if isinstance(inner, str | Path) else []
         return Stop(given or "", inner, read_place([*texts, *whole], pattern), (*texts, *whole))
-    return _with_state(Stop(given or "", inner, read_place(texts), tuple(texts)))
+    stop = _with_state(Stop(given or "", inner, read_place(texts), tuple(texts)))
+    path = _local(inner)
+    if path is None or stop.place != Milestone():
+        return stop
+    # In global_step_100/actor/huggingface the folder of the model tells nothing, those around it do.
+    above = [parent.name for parent in path.absolute().parents[:ABOVE]]
+    return replace(stop, place=told) if (told := read_place(above)) != Milestone() else stop
+
+
+ABOVE = 2
+"""Folders around a checkpoint that are asked for its step where it tells none itself."""
 
 
 def _labels(reference: Reference) -> list[str]:

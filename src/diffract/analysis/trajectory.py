@@ -172,7 +172,12 @@ def follow(
     choose("against", against, REFERENCES)
     plan, device = replace(options.plan(pair=True), apart=True), choose_device(options.device)
     series, warnings = find_series(references, by)
-    costs = _survey(series, options, against, allow_unmatched=allow_unmatched)
+    # In a folder the run may still be writing; a checkpoint that is named is meant.
+    unread: dict[str, CheckpointError] | None = {} if len(references) == 1 else None
+    costs = _survey(series, options, against, allow_unmatched=allow_unmatched, unread=unread)
+    if unread:
+        series = [stop for stop in series if stop.name not in unread]
+        warnings += [f"{printable(n)} is left out, as it cannot be read: {error}" for n, error in unread.items()]
     found: list[Tables] = []
     kinship: list[Lineage | None] = []
     digested: list[dict[str, str]] = []
@@ -256,14 +261,28 @@ def _said(series: Sequence[Stop], neighbours: Sequence[Lineage | None], broken: 
 
 
 def visits(
-    series: Sequence[Stop], options: Options, against: str, *, check_ties: bool = True
+    series: Sequence[Stop],
+    options: Options,
+    against: str,
+    *,
+    check_ties: bool = True,
+    unread: dict[str, CheckpointError] | None = None,
 ) -> Generator[Visit, None, None]:
-    """Open one checkpoint after the other, each beside the one that it is compared with; at most two are open."""
+    """Open one checkpoint after the other, each beside the one that it is compared with; at most two are open.
+
+    Those that cannot be read are passed over and noted in ``unread``, if that is given.
+    """
     base: tuple[Visit, ExitStack] | None = None
     try:
         for stop in series:
             with ExitStack() as stack:
-                layout = open_layout(stop.reference, options, stack, check_ties=check_ties)
+                try:
+                    layout = open_layout(stop.reference, options, stack, check_ties=check_ties)
+                except CheckpointError as error:
+                    if unread is None:
+                        raise
+                    unread[stop.name] = error
+                    continue
                 visit = Visit(stop, layout)
                 yield visit if base is None else Visit(stop, layout, base[0].layout, base[0].stop)
                 if base is None or against == "previous":
@@ -276,10 +295,17 @@ def visits(
             base[1].close()
 
 
-def _survey(series: Sequence[Stop], options: Options, against: str, *, allow_unmatched: bool) -> list[float]:
+def _survey(
+    series: Sequence[Stop],
+    options: Options,
+    against: str,
+    *,
+    allow_unmatched: bool,
+    unread: dict[str, CheckpointError] | None,
+) -> list[float]:
     """Return the work of each checkpoint from headers alone, so that what is wrong is said before hours of work."""
     costs = []
-    with closing(visits(series, options, against, check_ties=False)) as opened:
+    with closing(visits(series, options, against, check_ties=False, unread=unread)) as opened:
         for visit in opened:
             if visit.base is not None and visit.base_stop is not None:  # names of matrices must mean the same in all
                 before, after = (layout.architecture.family for layout in (visit.base, visit.layout))
@@ -294,6 +320,8 @@ def _survey(series: Sequence[Stop], options: Options, against: str, *, allow_unm
                 raise CheckpointError(f"{visit.layout.checkpoint.reference} holds no matrix that could be analysed.")
             costs.append(sum(task.cost for task in tasks))
             del visit
+    if unread and len(costs) < 2:
+        raise next(iter(unread.values()))
     return costs
 
 
