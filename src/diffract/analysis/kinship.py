@@ -14,7 +14,7 @@ from diffract.analysis.scan import Options, open_all, split_name
 from diffract.analysis.tables import Member, describe, model_row
 from diffract.analysis.timeline import local_path, locate
 from diffract.checkpoints import Reference
-from diffract.checkpoints.open import ALONE
+from diffract.checkpoints.series import ALONE
 from diffract.errors import SelectionError, choose, printable
 from diffract.matrices.lineage import Lineage, tell_lineage
 from diffract.schemas import LINEAGE, MODELS, TREE
