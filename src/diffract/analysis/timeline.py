@@ -285,7 +285,7 @@ def locate(reference: Reference, pattern: re.Pattern[str] | None = None) -> Stop
         whole = [str(inner)] if isinstance(inner, str | Path) else []
         return Stop(given or "", inner, read_place([*texts, *whole], pattern), (*texts, *whole))
     stop = _with_state(Stop(given or "", inner, read_place(texts), tuple(texts)))
-    path = _local(inner)
+    path = local_path(inner)
     if path is None or stop.place != Milestone():
         return stop
     # In global_step_100/actor/huggingface the folder of the model tells nothing, those around it do.
