@@ -69,7 +69,7 @@ def scan(
         engine: What runs the work; ``local`` is the only engine so far.
         cache: Use results that are known from earlier, and keep new ones; ``DIFFRACT_CACHE_DIR`` says where.
         nulls: For which matrices nulls that take many draws are drawn: ``some`` are at most 32, spread over roles,
-            whose draws cost no more than the rest; ``all``.
+            whose draws are foretold to cost no more than the rest; ``all``.
         output: Write a run folder here, with report.html.
         force: Replace an existing run folder.
         progress: Called with work done, all work, and what was just finished.
@@ -138,7 +138,7 @@ def compare(
         engine: What runs the work; ``local`` is the only engine so far.
         cache: Use results that are known from earlier, and keep new ones; ``DIFFRACT_CACHE_DIR`` says where.
         nulls: For which matrices nulls that take many draws are drawn: ``some`` are at most 32, spread over roles,
-            whose draws cost no more than the rest; ``all``.
+            whose draws are foretold to cost no more than the rest; ``all``.
         noise: For which matrices the numbers of a pair are computed of noise too, of the same norm as the change, as
             ``*_noise``: ``some`` are all where that is cheap, else up to 8 of each role, for a quarter of the work;
             ``all``, also with the change's row and column norms, as ``*_noise_rowcol``; ``none``.
@@ -206,7 +206,7 @@ def trajectory(
         engine: What runs the work; ``local`` is the only engine so far.
         cache: Use results that are known from earlier, and keep new ones; ``DIFFRACT_CACHE_DIR`` says where.
         nulls: For which matrices nulls that take many draws are drawn: ``some`` are at most 32, spread over roles,
-            whose draws cost no more than the rest; ``all``.
+            whose draws are foretold to cost no more than the rest; ``all``.
         output: Write a run folder here, with report.html.
         force: Replace an existing run folder.
         progress: Called with work done, all work, and what was just finished.

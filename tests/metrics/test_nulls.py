@@ -8,8 +8,10 @@ import torch
 from scipy.optimize import linprog
 
 import diffract
-from diffract.analysis.work import choose_nulls
+from diffract.analysis.facts import MetricPlan
+from diffract.analysis.work import choose_nulls, null_cost
 from diffract.matrices import lay_out
+from diffract.metrics import choose_metrics
 from diffract.metrics.nulls import dip, dips, reached, rowcol_sigmas
 
 
@@ -153,7 +155,12 @@ def test_nulls_are_drawn_for_some_matrices_of_every_role() -> None:
 def test_nulls_cost_no_more_than_the_rest() -> None:
     with diffract.open({f"w{i}": np.zeros((512, 512), np.float32) for i in range(8)}) as checkpoint:
         matrices = lay_out(checkpoint).matrices
-    assert len(choose_nulls(matrices, 0.0)) < len(choose_nulls(matrices, 1e12)) == 8
+    plan = MetricPlan(tuple(choose_metrics("all", pair=False)))
+    assert 0 < len(choose_nulls(matrices, plan, 0.0)) < len(choose_nulls(matrices, plan, 1e12)) == 8
+    # the bootstrap of the exponent alone costs less than the draws
+    alone = MetricPlan(tuple(choose_metrics("pl_alpha_stderr", pair=False)))
+    assert null_cost(matrices[0], alone) < null_cost(matrices[0], plan) / 10
+    assert len(choose_nulls(matrices, alone, 0.0)) == 8
 
 
 def test_the_weights_stay_as_they_are() -> None:

@@ -82,7 +82,7 @@ class Options:
         """Return the plan with the matrices chosen for which nulls are drawn."""
         if self.nulls == "all" or not plan.needs("drawn"):
             return plan
-        return replace(plan, nulls=choose_nulls(layout.matrices, sum(task.cost for task in tasks)))
+        return replace(plan, nulls=choose_nulls(layout.matrices, plan, sum(task.cost for task in tasks)))
 
     def with_noise(self, plan: MetricPlan, tasks: Sequence[AnyTask]) -> MetricPlan:
         """Return the plan with the noises that are drawn, and the matrices chosen for which they are."""

@@ -22,8 +22,9 @@ from diffract.linalg import LowRank, change_grams, circuit_spectrum
 from diffract.matrices import Layout, Matrix, batches, cut, is_paired, scan_cost, workspace_bytes
 from diffract.matrices.layout import KEEP_BYTES, PIECE_BYTES
 from diffract.matrices.lineage import EntrySums
-from diffract.metrics import GROUPS, Facts, Metric, sources
+from diffract.metrics import GROUPS, Facts, Metric, behind, sources
 from diffract.metrics.nulls import DRAWS
+from diffract.metrics.separable import GROUPS as LAW_GROUPS
 from diffract.settings import Progress
 from diffract.store import Cache, cache_key
 
@@ -42,8 +43,12 @@ SMALL_PLAN = 1.2e11
 MOST_NULLS = 32
 """Matrices for which nulls are drawn unless all are asked for."""
 
-FREE_COST = 6e10
-"""What drawing nulls may cost in any case, as ``scan_cost`` counts: some seconds of one core."""
+FREE_COST = 1.2e10
+"""What drawing nulls may cost in any case, as ``scan_cost`` counts: a second of one core."""
+
+SCAN_SHARE, METRICS_COST = 1 / 3, 1.5e8
+"""What the other metrics of a matrix take beside which nulls are drawn: so much of what is foretold, and so much more
+whatever its size (measured at 16 x 128 to 1024 x 1024)."""
 
 BLOCK_ENTRIES = 1 << 22
 """Entries read at once of each checkpoint's tensor where only sums over a tensor that is too large to be kept are
@@ -256,22 +261,31 @@ def in_turns(matrices: Sequence[Matrix]) -> list[Matrix]:
     return [m for *_, m in sorted(turns, key=lambda one: one[:3])]
 
 
-def choose_nulls(matrices: Sequence[Matrix], cost: float) -> frozenset[str]:
+def null_cost(matrix: Matrix, plan: MetricPlan) -> float:
+    """Return what the nulls of a matrix cost, as ``scan_cost`` counts, from its shape; measured like ``SCAN_SHARE``."""
+    wanted = behind(fact for metric in plan.metrics for fact in metric.facts)
+    draws = DRAWS * (scan_cost([matrix]) / 8 + 6e6)  # sigmas of a Gram matrix alone, and counts of peaks, dips, spikes
+    law = 4e6 * sum(min(side, LAW_GROUPS) for side in matrix.shape)
+    resamples = 5e7 + 1.2e6 * min(matrix.shape)  # the whole fit, in the bootstrap of its exponent
+    return draws * ("rowcol_sigmas" in wanted) + law * ("separable" in wanted) + resamples * ("power_law" in wanted)
+
+
+def choose_nulls(matrices: Sequence[Matrix], plan: MetricPlan, cost: float) -> frozenset[str]:
     """Return the names of the matrices for which nulls are drawn unless all are asked for.
 
-    They are chosen ``in_turns`` until there are ``MOST_NULLS``, or what they cost, foretold from shapes, equals the
-    rest of the plan or ``FREE_COST``.
+    They are chosen ``in_turns`` until there are ``MOST_NULLS``, or what they cost equals what else the metrics of all
+    matrices take, ``FREE_COST`` at least. All is foretold from shapes.
 
     Args:
         matrices: Those of one model.
+        plan: What is computed.
         cost: Of the rest of the plan, as tasks tell it.
     """
-    chosen, spent = [], 0.0
+    chosen, left = [], max(SCAN_SHARE * cost + METRICS_COST * len(matrices), FREE_COST)
     for m in in_turns(matrices):
-        price = DRAWS * scan_cost([m])
-        if len(chosen) < MOST_NULLS and spent + price <= max(cost, FREE_COST):
+        if len(chosen) < MOST_NULLS and null_cost(m, plan) <= left:
             chosen.append(m.name)
-            spent += price
+            left -= null_cost(m, plan)
     return frozenset(chosen)
 
 

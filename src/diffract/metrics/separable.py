@@ -39,8 +39,8 @@ LEVELS = tuple(4.0 * 10**-step for step in torch.linspace(0, 6.6, 13).tolist())
 NEWTON_STEPS = 60
 """At each of them; three to six are usual."""
 
-TOLERANCE = 1e-10
-"""Of the last Newton step, relative."""
+TOLERANCE, ON_THE_WAY = 1e-10, 1e-3
+"""Of the last Newton step, relative, at the smallest imaginary part and at those before, where the next one starts."""
 
 NOTHING = 1e-4
 """Of x times the density at x: less is what the imaginary part left, outside of the support."""
@@ -162,6 +162,7 @@ def _density(short: _Profile, long: _Profile, x: Points) -> Points:
         z = torch.complex(x, level * x)
         Nz = N * z
         t = -1 / z if level == LEVELS[0] else t
+        tolerance = TOLERANCE if level == LEVELS[-1] else ON_THE_WAY
         for _ in range(NEWTON_STEPS):
             fall = torch.outer(t, a).add_(1).reciprocal_()
             d = -(fall @ once_a) / Nz
@@ -170,7 +171,7 @@ def _density(short: _Profile, long: _Profile, x: Points) -> Points:
             error = -(fall @ once_b) / Nz - t
             step = error / ((fall.square_() @ twice_b) / Nz * slope - 1)
             t = t - step
-            if bool((step.abs() <= TOLERANCE * t.abs()).all()):
+            if bool((step.abs() <= tolerance * t.abs()).all()):
                 break
     fall = torch.outer(t, a).add_(1).reciprocal_()
     return -(fall @ of_a).div(M * z).imag / math.pi
