@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import diffract
+from diffract.analysis.drawn import MOST_NOISE, SMALL_PLAN, choose_noise
 from diffract.analysis.facts import MetricPlan, StackFacts, StackPair, pair_facts
 from diffract.analysis.held import Stack
 from diffract.analysis.noise import noise_facts, over_noise
-from diffract.analysis.work import MOST_NOISE, SMALL_PLAN, TensorTask, choose_noise
+from diffract.analysis.work import TensorTask
 from diffract.checkpoints import TensorInfo
 from diffract.linalg import LowRank
 from diffract.matrices import Matrix

@@ -8,8 +8,8 @@ import torch
 from scipy.optimize import linprog
 
 import diffract
+from diffract.analysis.drawn import choose_nulls, null_cost
 from diffract.analysis.facts import MetricPlan
-from diffract.analysis.work import choose_nulls, null_cost
 from diffract.matrices import lay_out
 from diffract.metrics import choose_metrics
 from diffract.metrics.nulls import dip, dips, reached, rowcol_sigmas

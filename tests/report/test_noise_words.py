@@ -12,13 +12,22 @@ from safetensors.torch import load_file
 
 import diffract
 from diffract.checkpoints import open_checkpoint
+from diffract.cli.analyses import show_analysis
 from diffract.report import headlines
+from diffract.report.words import BEYOND, is_rounding
 
 BASE = Path(__file__).parents[2] / "samples" / "tiny-olmo2" / "base"
 
+Weights = dict[str, torch.Tensor]
+
+
+def compared(base: Weights, tuned: Weights, metrics: str = "norms,change") -> diffract.Run:
+    config = open_checkpoint(BASE).config
+    return diffract.compare(*(replace(open_checkpoint(w), config=config) for w in (base, tuned)), metrics=metrics)
+
 
 @cache
-def changed(seed: int, head: float = 1.0, metrics: str = "norms,change,agreement") -> diffract.Run:
+def changed(seed: int, head: float = 1.0, metrics: str = "norms,change") -> diffract.Run:
     """The sample with Gaussian noise of a tenth of each tensor's norm, on one query head ``head`` times as much."""
     generator = torch.Generator().manual_seed(seed)
     weights = {name: tensor.float() for name, tensor in load_file(BASE / "model.safetensors").items()}
@@ -28,20 +37,63 @@ def changed(seed: int, head: float = 1.0, metrics: str = "norms,change,agreement
     for name in ("q_proj", "o_proj"):
         rows = noise[f"model.layers.1.self_attn.{name}.weight"]
         (rows if name == "q_proj" else rows.T)[:16] *= head
-    config = open_checkpoint(BASE).config
-    tuned = replace(open_checkpoint({n: w + noise[n] for n, w in weights.items()}), config=config)
-    return diffract.compare(replace(open_checkpoint(weights), config=config), tuned, metrics=metrics)
+    return compared(weights, {n: w + noise[n] for n, w in weights.items()}, metrics)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_of_noise_no_sentence_and_no_large_figure_claims_structure(seed: int) -> None:
-    run = changed(seed)
+ROUNDED = ("scaling", "scaling in bf16", "rounding")
+"""Changes that are rounding, or that are so once scaling is taken off."""
+
+
+def turned(w: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The matrix with all directions of its short side turned by about a tenth."""
+    short = min(w.shape)
+    skew = torch.randn(short, short, generator=generator, dtype=torch.float64) * 0.07 / short**0.5
+    turn = torch.matrix_exp(skew - skew.T)
+    return (turn @ w.double() if w.shape[0] == short else w.double() @ turn).float()
+
+
+@cache
+def without_structure(kind: str) -> diffract.Run:
+    """The sample, its matrices changed in a way that has no structure of its own."""
+    generator = torch.Generator().manual_seed(0)
+    base = {name: tensor.float() for name, tensor in load_file(BASE / "model.safetensors").items()}
+    if kind == "rounding":
+        base = {name: w * 1.2345 for name, w in base.items()}
+    change: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "turn": lambda w: turned(w, generator),
+        "scaling": lambda w: w * 1.1,
+        "scaling in bf16": lambda w: (w * 1.1).bfloat16(),
+        "rounding": lambda w: w.bfloat16(),
+    }
+    return compared(base, {name: change[kind](w) if w.ndim == 2 else w for name, w in base.items()})
+
+
+@pytest.mark.parametrize("kind", [0, 1, "turn", "scaling", "scaling in bf16", "rounding"])
+def test_of_a_change_without_structure_no_sentence_and_no_large_figure_claims_any(kind: int | str) -> None:
+    run = changed(kind) if isinstance(kind, int) else without_structure(kind)
     assert run.manifest["notable"] == {"tuned": []}
     found = headlines(run.tables)
-    assert [(h.figure, "size of the change" in h.text) for h in found if not h.minor] == [("10%", True)]
-    for headline in found:
-        assert headline.text.startswith("is the size of the change") or "noise of the same norm" in headline.text
-        assert "in singular vectors" not in headline.text
+    (large,) = (h for h in found if not h.minor)
+    assert large.text.startswith("is the size of the change of all matrices")
+    assert ("scales the matrices, by 1.1 in the mean" in large.text) == (str(kind).startswith("scaling"))
+    assert ("no more than rounding to the stored dtype" in large.text) == (kind in ROUNDED)
+    for headline in (h for h in found if h.minor):
+        assert "noise of the same norm" in headline.text
+    row = run.models.row(1, named=True)
+    for quantity in BEYOND:
+        excess, p = row.get(f"{quantity}_excess"), row.get(f"{quantity}_pvalue")
+        assert excess is None or excess < 1.2 or p > 0.01 or is_rounding(row)
+
+
+def test_the_terminal_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    show_analysis(changed(0), {"output": None})
+    said = capsys.readouterr().out
+    assert "as much of the change lies in singular values as of noise of the same norm" in said
+    assert "medians of 93 matrices" in said
+    assert "in singular values;" not in said
+    show_analysis(without_structure("scaling in bf16"), {"output": None})
+    said = capsys.readouterr().out
+    assert said.rstrip().endswith("the rest of it is no more than rounding to the stored dtype alone would cause")
 
 
 def test_a_head_that_stands_out_is_shown_large() -> None:

@@ -32,6 +32,7 @@ NOISES = {
 RATIOS = (
     *("delta_spectral", "delta_stable_rank", "delta_effective_rank"),
     *("value_share", "value_share_turned", "spectral_shift_share", "sigma_change_relative"),
+    *("delta_free_relative", "value_share_free", "spectral_shift_share_free"),
 )
 """Norms and shares of the change: their excess over noise is own / noise."""
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from diffract.analysis.drawn import choose_noise, choose_nulls
 from diffract.analysis.facts import MetricPlan
 from diffract.analysis.noise import NOISES
 from diffract.analysis.notable import Pass, add_notable
@@ -19,8 +20,6 @@ from diffract.analysis.work import (
     AnyTask,
     Part,
     Worker,
-    choose_noise,
-    choose_nulls,
     circuit_tasks,
     run_all,
     tensor_tasks,

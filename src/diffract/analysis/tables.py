@@ -97,9 +97,14 @@ def model_numbers(base: pl.DataFrame, tuned: pl.DataFrame, heads: pl.DataFrame) 
     pairs = pairs.filter(pl.col("delta_frobenius").is_not_null()).with_columns(d2=pl.col("delta_frobenius") ** 2)
     before = float(pairs["base_squares"].sum()) if pairs["base_squares"].null_count() == 0 else 0.0
     numbers["delta_relative"] = math.sqrt(float(pairs["d2"].sum()) / before) if before else math.nan
-    if "delta_rounding_floor" in pairs.columns:
-        floor = float((pairs["delta_rounding_floor"] ** 2).sum())
-        numbers["rounding_relative"] = math.sqrt(floor / before) if before else math.nan
+    of_the_whole = {
+        "delta_free_relative": pl.col("delta_free_relative") ** 2 * pl.col("base_squares"),
+        "rounding_relative": pl.col("delta_rounding_floor") ** 2,
+    }
+    for name, squared in of_the_whole.items():
+        if before and set(squared.meta.root_names()) <= set(pairs.columns):
+            numbers[name] = math.sqrt(float(pairs.select(squared.sum()).item()) / before)
+    numbers["scale_change"] = _mean(pairs, "scale_change", pl.col("base_squares"))
     for name in ("value_share", "value_share_chance", "spectral_shift_share"):
         numbers[name] = _mean(pairs, name, pl.col("d2"))
     slices = base.select(
@@ -139,7 +144,7 @@ def with_lineage(run: tables.Tables, found: Sequence[Lineage | None]) -> tables.
 
 
 CHANGES = (
-    *("changed_share", "delta_", "rounding_", "value_share", "spectral_shift", "sigma_change", "head_"),
+    *("changed_share", "delta_", "rounding_", "value_share", "spectral_shift", "sigma_change", "scale_", "head_"),
     *("intruders", "left_", "right_", "noise_"),
     *("attention_delta", "shared_", "agnostic_", "scale_change", "energy_tenth"),
 )

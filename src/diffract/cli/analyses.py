@@ -70,7 +70,7 @@ def sum_up_analysis(run: Run, given: Given) -> dict[str, Any]:
 
 
 def _model_sentence(row: dict[str, Any]) -> str:
-    from diffract.report.words import BEYOND, beside_noise, is_rounding, times
+    from diffract.report.words import BEYOND, beside_noise, is_rounding, rest_of_change, times
     from diffract.settings import size_text
 
     head = f"{row['model']} ({row['role']}, {row['family']}): "
@@ -79,9 +79,9 @@ def _model_sentence(row: dict[str, Any]) -> str:
     if row.get("lineage") == "stranger":
         return f"{head}no descendant of the base"
     relative = f"relative change {number(row.get('delta_relative'))}"
+    parts = [relative + rest_of_change(row)]
     if is_rounding(row):
-        return f"{head}{relative}, no more than rounding to the stored dtype alone would cause"
-    parts = [relative]
+        return head + parts[0]
     for quantity, text in BEYOND.items():
         if (excess := row.get(f"{quantity}_excess")) is not None:
             parts.append(f"{times(excess)} {text} {beside_noise(row, quantity)}")

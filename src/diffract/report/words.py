@@ -30,10 +30,10 @@ CIRCUITS = ("qk", "ov")
 OF_HEADS = "head_top10_share"
 
 BEYOND = {
-    "value_share": "as much of the change lies in singular values",
-    "spectral_shift_share": "as much of the change is what moving singular values alone would take (Mirsky)",
+    "value_share_free": "as much of the change lies in singular values",
+    "spectral_shift_share_free": "as much of the change is what moving singular values alone would take (Mirsky)",
 }
-"""Numbers of a tuned model's change that are said as multiples of those of noise."""
+"""Numbers of a tuned model's change, scaling apart, that are said as multiples of those of noise."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,7 @@ def _of_tuned(row: dict[str, Any]) -> list[Headline]:
         text = "is the size of the change of all matrices relative to the base (Frobenius norm)"
         if (changed := row.get("changed_share")) is not None:
             text += f"; {changed:.1%} of their entries differ"
-        if is_rounding(row):
-            text += ", no more than rounding to the stored dtype alone would cause"
-        found.append(Headline(name, percent(relative), text + "."))
+        found.append(Headline(name, percent(relative), text + rest_of_change(row) + "."))
     if is_rounding(row):  # whose size follows the entries', which noise of one variance does not
         return found
     for quantity, text in BEYOND.items():
@@ -102,9 +100,20 @@ def _of_tuned(row: dict[str, Any]) -> list[Headline]:
 
 
 def is_rounding(row: dict[str, Any]) -> bool:
-    """Whether a model's change is no larger than what rounding it to its stored dtype alone would cause."""
-    size, floor = row.get("delta_relative"), row.get("rounding_relative")
+    """Whether a model's change, scaling apart, is no larger than what rounding to its stored dtype would cause."""
+    size, floor = row.get("delta_free_relative"), row.get("rounding_relative")
     return size is not None and floor is not None and size < STANDS_OUT * floor
+
+
+def rest_of_change(row: dict[str, Any]) -> str:
+    """Return what scaling and rounding explain of a model's change, as the end of a sentence; empty where little."""
+    size, free, scale = (row.get(name) for name in ("delta_relative", "delta_free_relative", "scale_change"))
+    scaled = bool(size and scale is not None and free is not None and free**2 < size**2 / 2)
+    text = f"; most of it scales the matrices, by {1 + scale:.4g} in the mean" if scaled and scale is not None else ""
+    if is_rounding(row):
+        what = "the rest of it is" if scaled else "it is"
+        text += f"; {what} no more than rounding to the stored dtype alone would cause"
+    return text
 
 
 def beside_noise(row: dict[str, Any], quantity: str) -> str:
