@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow lint check docs bench gallery clean
+.PHONY: setup demo test test-slow lint check docs bench calibration gallery clean
 
 setup: .venv/ready
 
@@ -34,6 +34,9 @@ docs: setup
 
 bench: setup
 	$(BIN)/python benchmarks/run.py
+
+calibration: setup
+	$(BIN)/python benchmarks/calibration.py # an hour or two of one core; goes on where it was stopped
 
 gallery: setup
 	$(BIN)/python docs/make_gallery.py

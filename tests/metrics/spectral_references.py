@@ -224,7 +224,11 @@ def rowcol_sigmas(w: np.ndarray) -> np.ndarray:
     rows, cols = (w**2).sum(1), (w**2).sum(0)
     seed = zlib.crc32((rows / rows.sum()).astype(np.float32).tobytes())
     normal = torch.randn(39, *w.shape, generator=torch.Generator().manual_seed(seed)).double().numpy()
-    return np.linalg.svd(normal * np.sqrt(np.outer(rows, cols) / rows.sum()), compute_uv=False)
+    drawn = normal * np.sqrt(np.outer(rows, cols) / rows.sum())
+    for _ in range(3):
+        drawn *= np.sqrt(cols / np.maximum((drawn**2).sum(1), 1e-300))[:, None, :]
+        drawn *= np.sqrt(rows / np.maximum((drawn**2).sum(2), 1e-300))[:, :, None]
+    return np.linalg.svd(drawn, compute_uv=False)
 
 
 def reached(own: float, draws: list[float]) -> float:
