@@ -197,19 +197,15 @@ def _vectors(own: pl.DataFrame) -> list[str]:
 def _tokens(own: pl.DataFrame) -> list[str]:
     said = []
     for (tensor,), rows in own.group_by("tensor", maintain_order=True):
-        told = [
-            f"row {row['row']}{_token(row['token'])} by {size(row['delta_relative'])}"
-            for row in rows.head(NAMED).iter_rows(named=True)
-        ]
+        told = []
+        for row in rows.head(NAMED).iter_rows(named=True):
+            text = "" if row["token"] is None else f" ({printable(repr(row['token']), NAME_CHARACTERS)})"
+            told.append(f"row {row['row']}{text} by {size(row['delta_relative'])}")
         more = f" and {rows.height - NAMED} more" if rows.height > NAMED else ""
         middle = rows["median_relative"][0]
         usual = f"; the other rows by {size(middle)} in the median" if middle else "; other rows did not"
         said.append(f"{printable(tensor, NAME_CHARACTERS)} changed out of line: {', '.join(told)}{more}{usual}.")
     return said
-
-
-def _token(text: str | None) -> str:
-    return "" if text is None else f" ({printable(repr(text), NAME_CHARACTERS)})"
 
 
 def size(value: float | None) -> str:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal, TypeVar
 
 from diffract.architectures import builtin_specs
@@ -211,7 +210,7 @@ def token_texts(checkpoint: Checkpoint) -> dict[int, str]:
     if parsed := _parsed(_read(own, TOKENIZER)):
         tokens = _vocabulary(parsed)
         bytewise = "ByteLevel" in json.dumps([parsed.get("pre_tokenizer"), parsed.get("decoder")])
-        return {number: _from_bytes(token) if bytewise else token for token, number in tokens.items()}
+        return dict(zip(tokens.values(), _from_bytes(tokens) if bytewise else tokens, strict=True))
     if (text := _read(own, "vocab.txt")) is not None:
         tokens = {token: i for i, token in enumerate(text.decode("utf-8", "replace").splitlines())}
     else:
@@ -366,11 +365,13 @@ def _only(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, str]
     lost, new = ([printable(repr(t), 40) for t in a if t not in b] for a, b in ((ours, theirs), (theirs, ours)))
     if not lost and not new:
         return f"{len(ours):,} entries", f"{len(theirs):,} entries in another order"
-    return _both(((ours, lost), (theirs, new)), lambda own: f"{len(own[0]):,} entries, {_own(own[1])}")
 
+    def told(of: tuple[Mapping[str, Any], list[str]]) -> str:
+        every, own = of
+        first = f" ({own[0]}, ...)" if own else ""
+        return f"{len(every):,} entries, {len(own):,} of its own{first}"
 
-def _own(tokens: Sequence[str]) -> str:
-    return f"{len(tokens):,} of its own" + (f" ({tokens[0]}, ...)" if tokens else "")
+    return _both(((ours, lost), (theirs, new)), told)
 
 
 def _both(pair: tuple[T, T], tell: Callable[[T], str]) -> tuple[str, str]:
@@ -423,16 +424,12 @@ def _of_storage(base: Checkpoint, tuned: Checkpoint) -> list[Difference]:
     return found
 
 
-@cache
-def _bytes_of_letters() -> dict[str, int]:
-    """Which byte each letter of a byte-level vocabulary stands for: printable ones for themselves, the rest follow."""
+def _from_bytes(tokens: Iterable[str]) -> list[str]:
+    """Return texts of a byte-level vocabulary, where printable bytes stand for themselves and letters for the rest."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-def _from_bytes(token: str) -> str:
-    letters = _bytes_of_letters()
-    if not all(letter in letters for letter in token):
-        return token
-    return bytes(letters[letter] for letter in token).decode("utf-8", "replace")
+    letters = {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    return [
+        bytes(map(letters.__getitem__, token)).decode("utf-8", "replace") if letters.keys() >= set(token) else token
+        for token in tokens
+    ]

@@ -174,7 +174,10 @@ def open_distributed(folder: LocalFolder, *, part: str | None = None) -> Checkpo
         raise CheckpointError(f"{where!r} is no metadata of a distributed checkpoint (DCP). Fetch it again.")
     try:
         leaves = [_leaf(key, entry) for key, entry in held.get("state_dict_metadata").items() if type(entry) is _Tensor]
-        places = {_index(index): _place(stored) for index, stored in (held.get("storage_data") or {}).items()}
+        places = {
+            (str(index.get("fqn")), tuple(index.get("offset") or ())): _place(stored)
+            for index, stored in (held.get("storage_data") or {}).items()
+        }
         tree = _tree(leaves, held.get("planner_data") or {})
     except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
         raise CheckpointError(f"{where!r} is damaged ({printable(error)}). Fetch it again.") from error
@@ -214,10 +217,6 @@ def _whole(numbers: Any) -> tuple[int, ...]:
     if len(found) > 64 or any(type(n) is not int or not 0 <= n < 1 << 48 for n in found):
         raise ValueError(f"{printable(numbers, 60)} is no place or size")
     return found
-
-
-def _index(index: Record) -> tuple[str, tuple[int, ...]]:
-    return str(index.get("fqn")), tuple(index.get("offset") or ())
 
 
 def _place(stored: Record) -> tuple[str, int, int]:
@@ -307,15 +306,12 @@ def join_slices(files: Iterable[tuple[Checkpoint, Mapping[str, str]]], where: st
     for name, held in pieces.items():
         if len({len(piece.offsets) for piece in held}) > 1 or len({piece.info.dtype for piece in held}) > 1:
             raise CheckpointError(f"{where}: the slices of {printable(name)!r} do not fit each other. Fetch it again.")
-        shape = tuple(max(ends) for ends in zip(*(_ends(piece) for piece in held), strict=True))
+        ends = [map(sum, zip(piece.offsets, piece.sizes, strict=True)) for piece in held]
+        shape = tuple(map(max, zip(*ends, strict=True)))
         _check_cover(name, shape, held, where)
         infos[name] = TensorInfo(name, shape, dtypes[name], where)
     sources: dict[str, Source] = {name: Pieces(held, _files(held)) for name, held in pieces.items()}
     return Checkpoint(where, infos, sources, set_aside=aside)
-
-
-def _ends(piece: Chunk) -> tuple[int, ...]:
-    return tuple(at + size for at, size in zip(piece.offsets, piece.sizes, strict=True))
 
 
 def _files(pieces: Iterable[Chunk]) -> list[ByteFile]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -164,7 +165,9 @@ def _open_file(path: Path, how: _How) -> Checkpoint:
         found = open_pickle(path, part=how.part)
     elif path.suffix == ".safetensors":
         found, metadata = open_safetensors(LocalFile(path))
-        config = config or _metadata_config(metadata, found.reference)
+        told = metadata.get("config", "")
+        if not config and told.lstrip().startswith("{"):  # which a lone file may carry with it
+            config = parse_object(told.encode(), f"{found.reference}, config in its metadata")
         if SLICES in metadata:
             if len([name for name in folder.names if name.endswith(".safetensors")]) > 1:
                 found.close()
@@ -191,16 +194,12 @@ def _with_neighbours(
         raise
 
 
-def _metadata_config(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
-    """A lone file may carry its configuration in its metadata, under ``config``."""
-    text = metadata.get("config", "")
-    return parse_object(text.encode(), f"{where}, config in its metadata") if text.lstrip().startswith("{") else {}
-
-
 def _open_folder(path: Path, how: _How) -> Checkpoint:
     folder = LocalFolder(path)
     beside = adapter.CONFIG in folder.names
-    if beside and not _holds_whole_model(folder, how):
+    whole = CONFIG in folder.names and any(fnmatchcase(name, "model*.safetensors") for name in folder.names)
+    # A model beside an adapter is what is meant, unless a base is given that is elsewhere.
+    if beside and not (whole and (how.base is None or how.above > 0)):
         return _open_adapter(folder, how)
     refuse_parts(path, folder.names)
     config = read_config(folder)
@@ -222,14 +221,6 @@ def _open_folder(path: Path, how: _How) -> Checkpoint:
     found = _with_neighbours(found, folder, config, find_companions(folder))
     note = "An adapter lies beside the model; it is not applied. To see it, pass --adapter-base with the folder."
     return replace(found, notes=(*found.notes, note)) if beside and not found.factors else found
-
-
-def _holds_whole_model(folder: Folder, how: _How) -> bool:
-    """Whether a model lies beside an adapter; then it is meant, unless a base is given that is elsewhere."""
-    whole = CONFIG in folder.names and any(
-        name.startswith("model") and name.endswith(".safetensors") for name in folder.names
-    )
-    return whole and (how.base is None or how.above > 0)
 
 
 def _open_adapter(folder: Folder, how: _How) -> Checkpoint:

@@ -122,7 +122,11 @@ def _choose(
 ) -> Any | None:
     """Return the key of the model among what a wrapper holds, or ``None`` where it is no wrapper."""
     branches = {key: value for key, value in held.items() if not is_tensor(value)}
-    training = {key for key, value in branches.items() if TRAINING.match(str(key)) or _is_optimizer(value)}
+    training = {
+        key
+        for key, value in branches.items()
+        if TRAINING.match(str(key)) or (isinstance(value, Mapping) and ("param_groups" in value or "exp_avg" in value))
+    }
     averages = {key for key in branches if AVERAGE.fullmatch(str(key))} - training
     models = [key for key in branches if key not in training and key not in averages]
     plain = not training and not averages and len(node) == len(models) and not set(models) & set(MODELS)
@@ -152,10 +156,6 @@ def _check_average(model: Any, average: Any, said: tuple[str, Callable[[Any], bo
                 f"{where}: {printable(name)!r} has shape {tuple(leaf.shape)}, in the model {shapes[name]}. An average "
                 "has the model's shapes: name the one that is wanted by its key after #."
             )
-
-
-def _is_optimizer(value: Any) -> bool:
-    return isinstance(value, Mapping) and ("param_groups" in value or "exp_avg" in value)
 
 
 def _leaves(value: Any, is_tensor: Callable[[Any], bool], prefix: str = "") -> Iterator[tuple[str, Any]]:

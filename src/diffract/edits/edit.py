@@ -40,6 +40,11 @@ def _reference(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
+def words_of(value: object) -> object:
+    """Split text at its commas, as recipes and the command line have lists; all else stays what it is."""
+    return tuple(word.strip() for word in value.split(",") if word.strip()) if isinstance(value, str) else value
+
+
 def describe(reference: object) -> str:
     """Name a checkpoint in a manifest."""
     return reference if isinstance(reference, str) else printable(type(reference).__name__)

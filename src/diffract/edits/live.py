@@ -85,20 +85,17 @@ class LiveModel:
                 with draft.named(name), _threads_of_files(draft, name):
                     # All new values come before the first is stored: a step may read the tensor that it changes.
                     found = list(_new_values(draft, info, self._tensors[name]))
+                own = self._tensors[name]
+                twins = (self._tensors[twin] for twin, target in self.bench.ties.items() if target == name)
+                copies = [own, *(twin for twin in twins if twin.data_ptr() != own.data_ptr())]
                 for place, values in found:
-                    for tensor in self._copies(name):
+                    for tensor in copies:
                         saved.append((tensor[place], tensor[place].clone()))
                         tensor[place].copy_(values)
         except BaseException:
             _undo(saved)
             raise
         return saved
-
-    def _copies(self, name: str) -> list[Tensor]:
-        """Return the tensor, and those tied to it that have memory of their own."""
-        twins = (self._tensors[twin] for twin, target in self.bench.ties.items() if target == name)
-        own = self._tensors[name]
-        return [own, *(twin for twin in twins if twin.data_ptr() != own.data_ptr())]
 
 
 @torch.no_grad()

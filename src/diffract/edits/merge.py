@@ -167,8 +167,9 @@ class Mix:
             if step.method == "task-arithmetic":
                 return mixing.task_arithmetic(base, tuned, [step.scale * share for share in shares])
             if step.method == "ties":
-                thresholds = self._thresholds(name)
-                return mixing.ties(base, tuned, thresholds=thresholds, weights=shares, scale=step.scale)
+                if name not in self.thresholds:  # which are of the whole tensor, and this is a block of it
+                    self.thresholds[name] = [self._threshold(name, source) for source in (self.draft, *self.others)]
+                return mixing.ties(base, tuned, thresholds=self.thresholds[name], weights=shares, scale=step.scale)
             deltas = [w - base for w in tuned]
             if step.method == "dare":
                 change = mixing.weighted_sum(self._dropped(name, place, deltas), shares)
@@ -200,13 +201,8 @@ class Mix:
             for model, delta in zip(models, deltas, strict=True)
         ]
 
-    def _thresholds(self, name: str) -> list[float]:
-        """Return the least magnitude that each model's change keeps; over the whole tensor, measured once."""
-        if name not in self.thresholds:
-            self.thresholds[name] = [self._threshold(name, source) for source in (self.draft, *self.others)]
-        return self.thresholds[name]
-
     def _threshold(self, name: str, source: Draft | Other) -> float:
+        """Return the least magnitude that a model's change keeps."""
         from math import prod
 
         from diffract.edits.mixing import magnitude_threshold

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, model_validator
 
-from diffract.edits.edit import TUNED, Edit, Finite, Model, Planned, Shared, Unit, describe
+from diffract.edits.edit import TUNED, Edit, Finite, Model, Planned, Shared, Unit, describe, words_of
 from diffract.edits.rule import rounded
 from diffract.errors import SelectionError
 
@@ -21,14 +21,9 @@ if TYPE_CHECKING:
 Order = Literal["reference", "magnitude", "random", "greedy"]
 
 
-def _names(value: object) -> object:
-    """Read ``L3.h5,L7.h0`` as recipes and the command line have it."""
-    return tuple(word.strip() for word in value.split(",") if word.strip()) if isinstance(value, str) else value
-
-
 Names = Annotated[
     tuple[str, ...],
-    BeforeValidator(_names),
+    BeforeValidator(words_of),
     PlainSerializer(",".join, when_used="json"),
     WithJsonSchema({"type": "string"}),
 ]

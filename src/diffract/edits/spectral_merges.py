@@ -48,7 +48,10 @@ def tsv_merge(deltas: Sequence[Float[Tensor, "m n"]]) -> Float64[Tensor, "m n"]:
     require_same_shape(*deltas)
     gram = takes_gram(wider(*(d.dtype for d in deltas)), "auto")
     count = max(1, min(deltas[0].shape) // len(deltas))
-    parts = [_top(exact(delta), count, gram=gram) for delta in deltas]
+    parts = []
+    for found in (decomposed(exact(delta), gram=gram) for delta in deltas):
+        k = min(count, int((found.told > 0).sum()))  # directions that can be told from zero
+        parts.append((found.U[:, :k], found.S[:k], found.Vh[:k]))
     U, S, Vh = torch.cat([u for u, _, _ in parts], 1), torch.cat([s for _, s, _ in parts]), [v for _, _, v in parts]
     # No task changed anything.
     if len(S) == 0:
@@ -64,13 +67,6 @@ def nearest_orthonormal(x: Float64[Tensor, "p q"], *, gram: bool) -> Float64[Ten
     """
     found = decomposed(x, gram=gram)
     return found.added(slice(0, int((found.told > 0).sum())), torch.ones_like(found.S))
-
-
-def _top(x: Tensor, count: int, *, gram: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U, S and Vh of the top directions that can be told from zero, at most ``count``."""
-    found = decomposed(x, gram=gram)
-    k = min(count, int((found.told > 0).sum()))
-    return found.U[:, :k], found.S[:k], found.Vh[:k]
 
 
 def iso_c(deltas: Sequence[Float[Tensor, "m n"]]) -> Float64[Tensor, "m n"]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from diffract.edits.edit import TUNED, Edit, Model, Planned, Row, describe
+from diffract.edits.edit import TUNED, Edit, Model, Planned, Row, describe, words_of
 from diffract.edits.rule import NoiseRule, Rule, Side
 
 if TYPE_CHECKING:
@@ -19,12 +19,7 @@ if TYPE_CHECKING:
     from diffract.matrices import Matrix
 
 
-def _split(value: object) -> object:
-    """Read ``0.1,0.5`` as the command line has it."""
-    return value.split(",") if isinstance(value, str) else value
-
-
-Band = Annotated[tuple[float, float], BeforeValidator(_split)]
+Band = Annotated[tuple[float, float], BeforeValidator(words_of)]
 
 
 class Truncate(Edit):

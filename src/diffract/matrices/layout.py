@@ -123,11 +123,13 @@ def restrict(layout: Layout, keep: Callable[[Matrix], bool]) -> Layout:
 
 
 def _entry(info: TensorInfo, architecture: Architecture, ties: Mapping[str, str], *, heads: bool) -> Entry:
+    # of the name of a bias is a buffer too that is a mask of four axes
+    mask = info.name.endswith("attn.bias") and len(info.shape) == 4
     reasons = {
         "not_float": (not info.is_float, f"{info.dtype} is listed, not analysed"),
         "tied": (info.name in ties, f"shares its values with {ties.get(info.name)}"),
         "empty": (info.entries == 0, "no entries"),
-        "buffer": (_is_buffer(info), "made anew by the model, no weight"),
+        "buffer": (mask or bool(BUFFERS.search(info.name)), "made anew by the model, no weight"),
         "vector": (len(info.shape) < 2, ""),
     }
     for outcome, (met, note) in reasons.items():
@@ -137,11 +139,6 @@ def _entry(info: TensorInfo, architecture: Architecture, ties: Mapping[str, str]
     if not matrices:
         return Entry(info, (), "not_matrix", f"{len(info.shape)} axes, and nothing says that one counts experts")
     return Entry(info, matrices, "analysed")
-
-
-def _is_buffer(info: TensorInfo) -> bool:
-    """Whether a name is a buffer's; ``attn.bias`` is one where it is a mask of four axes."""
-    return bool(BUFFERS.search(info.name)) or (info.name.endswith("attn.bias") and len(info.shape) == 4)
 
 
 def _restrict(entry: Entry, keep: Callable[[Matrix], bool]) -> Entry:

@@ -84,7 +84,10 @@ def _cuts(name: str, shape: Range, architecture: Architecture, *, place: TensorP
         if heads:
             yield from pieces
         elif role.packing == "blocks":
-            yield from _join(pieces)
+            # whole projections: the span from the first head of each part to its last
+            for part in dict.fromkeys(piece.part for piece in pieces):
+                spans = [p.span for p in pieces if p.part == part and p.span]
+                yield _Cut(part, (spans[0][0], spans[-1][1]), pieces[0].axis)
         else:  # parts of one projection do not lie together, so the fused tensor stays whole
             yield _Cut(_fused_part(role.part))
 
@@ -162,13 +165,6 @@ def _check_extent(name: str, shape: Range, pieces: list[_Cut], dims: Dimensions)
             f"{dims.heads} heads, {dims.kv_heads} key-value heads and head_dim {dims.head_dim} make {expected}. "
             "Correct config.json, pass --architecture FILE, or --no-heads to take whole matrices."
         )
-
-
-def _join(pieces: list[_Cut]) -> Iterator[_Cut]:
-    """Whole projections of a fused tensor: the span from the first head of each part to its last."""
-    for part in dict.fromkeys(piece.part for piece in pieces):
-        spans = [p.span for p in pieces if p.part == part and p.span]
-        yield _Cut(part, (spans[0][0], spans[-1][1]), pieces[0].axis)
 
 
 def _matrix(whole: Matrix, cut: _Cut, index: int | None, expert: int | None) -> Matrix:

@@ -158,7 +158,11 @@ def find_peaks(
         fewest: Smallest number of them.
     """
     heights = density.values / density.values.amax(-1, keepdim=True)
-    rows, at = _maxima(heights, prominence)
+    # local maxima; of a plateau the left end
+    inner = heights[:, 1:-1]
+    tops = (heights[:, :-2] < inner) & (inner >= heights[:, 2:]) & (inner >= prominence)
+    rows, before = tops.nonzero(as_tuple=True)
+    at = before + 1
     prominences = _prominences(heights[rows], at)
     kept = (prominences > 0) & (prominences >= prominence)
     rows, at, prominences = rows[kept], at[kept], prominences[kept]
@@ -200,13 +204,6 @@ def _logarithms(sigmas: Sigmas) -> tuple[Tensor, Tensor]:
     """Return ln sigma, 0 where a sigma does not count, and which ones do."""
     valid = (sigmas > 0) & sigmas.isfinite()
     return sigmas.where(valid, 1.0).log(), valid
-
-
-def _maxima(heights: Tensor, least: float) -> tuple[Tensor, Tensor]:
-    """Return rows and columns of local maxima no lower than ``least``; of a plateau the left end."""
-    inner = heights[:, 1:-1]
-    rows, before = ((heights[:, :-2] < inner) & (inner >= heights[:, 2:]) & (inner >= least)).nonzero(as_tuple=True)
-    return rows, before + 1
 
 
 def _prominences(heights: Float64[Tensor, "p points"], at: Int64[Tensor, "p"]) -> Float64[Tensor, "p"]:

@@ -281,14 +281,10 @@ def truncation_curves(points: pl.DataFrame, task: str, *, measure: str = "gain")
     contents = [_truncation_panel(rows, against, measure, legend=not i) for i, against in enumerate(AGAINST)]
     y = f"{label(task)}, gain over the tuned model" if measure == "gain" else label(task)
     made = beside(panels(list(AGAINST.values()), contents, x=f"{split} split", y=y, height=400))
-    return made.update_yaxes(range=_near(rows, measure))
-
-
-def _near(rows: pl.DataFrame, measure: str) -> list[float] | None:
-    """Return what the rules and both models span, and a quarter more on each side."""
-    own = rows.filter(pl.col("rule").is_in(["base", *PLAIN]) | (pl.col("state") == 0))[measure].to_list()
-    margin = 0.25 * (max(own, default=0.0) - min(own, default=0.0))
-    return [min(own) - margin, max(own) + margin] if margin else None
+    # what the rules and both models span, and a quarter more on each side
+    near = rows.filter(pl.col("rule").is_in(["base", *PLAIN]) | (pl.col("state") == 0))[measure].to_list()
+    margin = 0.25 * (max(near, default=0.0) - min(near, default=0.0))
+    return made.update_yaxes(range=[min(near) - margin, max(near) + margin] if margin else None)
 
 
 def _truncation_panel(rows: pl.DataFrame, against: str, measure: str, *, legend: bool) -> list[go.Scatter]:

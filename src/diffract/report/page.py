@@ -38,6 +38,9 @@ def render(tables: Tables) -> str:
     data, found = payload(tables), headlines(tables)
     notable = {printable(name, 60): said for name, said in tables.manifest.get("notable", {}).items()}
     names = dict.fromkeys([*notable, *(h.model for h in found)])
+    glossary = tables.manifest["metrics"]
+    # by group of the catalog, in its order; what is in none comes last
+    groups = sorted(dict.fromkeys(m.get("group", "") for m in glossary.values()), key=lambda group: group == "")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["size"] = size_text
     environment.filters["printable"] = printable
@@ -48,19 +51,15 @@ def render(tables: Tables) -> str:
         headlines=[(name, [h for h in found if h.model == name]) for name in names],
         notable=notable,
         concentration=concentration(tables.models),
-        glossary=_by_group(tables.manifest["metrics"]),
+        glossary=[
+            (g.replace("_", " "), {k: m for k, m in glossary.items() if m.get("group", "") == g}) for g in groups
+        ],
         page=data,
         data=Markup(embed(data)),
         css=Markup(_resource("report.css")),
         js=Markup(_resource("report.js")),
         plotly=Markup(get_plotlyjs()),
     )
-
-
-def _by_group(glossary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """The glossary by group of the catalog, in its order; what is in none comes last."""
-    groups = sorted(dict.fromkeys(m.get("group", "") for m in glossary.values()), key=lambda group: group == "")
-    return [(g.replace("_", " "), {k: m for k, m in glossary.items() if m.get("group", "") == g}) for g in groups]
 
 
 def _described(tables: Tables) -> list[dict[str, Any]]:

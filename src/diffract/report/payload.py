@@ -110,7 +110,11 @@ def density_rows(metrics: pl.DataFrame, spectra: pl.DataFrame) -> Iterator[list[
     """Yield (model, matrix, parts), long spectra first, of these the last model's; nothing if no law was fitted."""
     if not set(NEEDED) & set(metrics.columns):
         return
-    sigmas, nulls = (_by_matrix(spectra, quantity) for quantity in ("sigma", "null_sigma"))
+    found = spectra.select("quantity", "model", "name", "values")
+    sigmas, nulls = (
+        {(model, name): np.array(values, float) for _, model, name, values in found.filter(quantity=wanted).rows()}
+        for wanted in ("sigma", "null_sigma")
+    )
     columns = [c for c in metrics.columns if c.startswith(("mp_", *(f"{prefix}_" for prefix in TAILS)))]
     places = {name: i for i, name in enumerate(metrics["model"].unique(maintain_order=True))}
     place = pl.col("model").replace_strict(places, return_dtype=pl.Int32)
@@ -119,7 +123,7 @@ def density_rows(metrics: pl.DataFrame, spectra: pl.DataFrame) -> Iterator[list[
         key, shape = (row["model"], row["name"]), (row["rows"], row["cols"])
         if key not in sigmas:
             continue
-        values, null = (np.square(found.get(key, [])) / max(shape) for found in (sigmas, nulls))
+        values, null = (np.square(of.get(key, [])) / max(shape) for of in (sigmas, nulls))
         parts = density_parts(values, shape, row, null=null, points=POINTS)
         histograms = {"bars": parts.spectrum, "null": parts.null}
         yield [
@@ -136,13 +140,6 @@ def density_rows(metrics: pl.DataFrame, spectra: pl.DataFrame) -> Iterator[list[
 def left_out(metrics: pl.DataFrame) -> int:
     """How many matrices have no density in the page, though they could."""
     return max(0, len(metrics) - MOST) if set(NEEDED) & set(metrics.columns) else 0
-
-
-def _by_matrix(spectra: pl.DataFrame, quantity: str) -> dict[tuple[str, str], Any]:
-    rows = spectra.filter(pl.col("quantity") == quantity)
-    return {
-        (model, name): np.array(values, float) for model, name, values in rows.select("model", "name", "values").rows()
-    }
 
 
 def _bars(bars: Bars) -> list[Any]:

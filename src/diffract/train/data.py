@@ -273,13 +273,16 @@ class Mixture:
         self.names = list(streams)
         self.available = {name: len(stream) for name, stream in streams.items()}
         self.windows = [len(stream) // context for stream in streams.values()]
-        self._streams, self._context, self._rows, self._seed = list(streams.values()), context, rows, seed
+        self._streams, self._context, self._rows = list(streams.values()), context, rows
         draw = np.random.default_rng([seed, DRAWS])
         drawn = draw.choice(len(self.names), size=(steps, rows), p=[shares[name] for name in self.names])
         self._parts = drawn.astype(np.uint16)
         counts = np.stack([(self._parts == part).sum(axis=1) for part in range(len(self.names))], axis=1)
         self._before = np.concatenate([np.zeros_like(counts[:1]), counts.cumsum(axis=0)])
-        self._order = lru_cache(maxsize=2 * len(self.names))(self._drawn_order)
+        # an epoch's order is read window by window, and around its end the next one's too
+        self._order = lru_cache(maxsize=2 * len(self.names))(
+            lambda part, epoch: np.random.default_rng([seed, ORDERS, part, epoch]).permutation(self.windows[part])
+        )
 
     def batch(self, step: int, rows: slice = slice(None)) -> np.ndarray:
         """Return some rows of a step's batch.
@@ -309,9 +312,6 @@ class Mixture:
         """Return how often the run takes each part's text, counted in whole windows."""
         rows: Sequence[int] = self._before[-1].tolist()
         return {name: n / w for name, n, w in zip(self.names, rows, self.windows, strict=True)}
-
-    def _drawn_order(self, part: int, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self._seed, ORDERS, part, epoch]).permutation(self.windows[part])
 
 
 def make_mixture(recipe: TrainRecipe, streams: Mapping[str, Path]) -> Mixture:

@@ -23,11 +23,10 @@ BYTES_AND_END = 257
 """The smallest vocabulary: every byte, and the end of a text."""
 
 
-def _as_text(value: object) -> object:
-    return str(value) if isinstance(value, Path) else value
-
-
-Text = Annotated[Annotated[str, Field(min_length=1)], BeforeValidator(_as_text)]
+Text = Annotated[
+    Annotated[str, Field(min_length=1)],
+    BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value),
+]
 
 
 class ModelSettings(BaseModel):
@@ -73,11 +72,6 @@ class TokenizerSettings(BaseModel):
         if (self.train is None) == (self.path is None):
             raise ValueError("expected either train or a path")
         return self
-
-
-def _path_alone(value: object) -> object:
-    """Return settings of a tokenizer, for which a path alone is short."""
-    return {"path": value} if isinstance(value, str | Path) else value
 
 
 class MixPart(BaseModel):
@@ -137,7 +131,14 @@ class TrainRecipe(BaseModel):
 
     model: ModelSettings
     """Which model is trained."""
-    tokenizer: Annotated[TokenizerSettings, BeforeValidator(_path_alone)] | None = None
+    tokenizer: (
+        Annotated[
+            TokenizerSettings,
+            # a path alone is short for settings
+            BeforeValidator(lambda value: {"path": value} if isinstance(value, str | Path) else value),
+        ]
+        | None
+    ) = None
     """Where the tokenizer comes from; by default it is that of model.init."""
     data: Text | None = None
     """The folder that names of files in sources are relative to."""

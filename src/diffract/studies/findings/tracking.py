@@ -45,7 +45,10 @@ def tracking(study: Study) -> Evidence:
     control = rank_correlation("tokens", tokens, losses)
     raw = {name: rank_correlation(name, table[name].to_numpy(), losses) for name in METRICS}
     beyond = {name: _beyond(name, table[name].to_numpy(), losses, tokens) for name in METRICS}
-    strong = _strong(beyond, int((tokens > 0).sum()))
+    known = {name: number.value for name, number in beyond.items() if number.value is not None}
+    count = int((tokens > 0).sum())
+    adjusted = holm([spearman_pvalue(value, count - DEGREE) for value in known.values()])
+    strong = [name for name, p in zip(known, adjusted, strict=True) if p < LEVEL]
     verdict, because = _judge(len(losses), raw, strong, control)
     return Evidence(
         verdict,
@@ -80,13 +83,6 @@ def _beyond(name: str, metric: np.ndarray, loss: np.ndarray, tokens: np.ndarray)
     time = np.log(tokens[seen])
     rests = [values[seen] - np.polyval(np.polyfit(time, values[seen], DEGREE), time) for values in (metric, loss)]
     return rank_correlation(name, *rests, given=DEGREE)
-
-
-def _strong(beyond: dict[str, Number], count: int) -> list[str]:
-    """Return the metrics that follow the loss beyond tokens, at 5% for all of them together (Holm)."""
-    known = {name: number.value for name, number in beyond.items() if number.value is not None}
-    adjusted = holm([spearman_pvalue(value, count - DEGREE) for value in known.values()])
-    return [name for name, p in zip(known, adjusted, strict=True) if p < LEVEL]
 
 
 def _judge(count: int, raw: dict[str, Number], strong: list[str], control: Number) -> tuple[Verdict, str]:

@@ -33,7 +33,14 @@ def vectors(study: Study) -> Evidence:
     run = compare(study.base, *models, metrics=METRICS, cache=False)
     changed = run.metrics.filter(pl.col("delta_frobenius") > 0, pl.col("block").is_in(["attn", "mlp"]))
     of = {name: changed.filter(pl.col("model") == name) for name in [*tuned, NOISE]}
-    shares = {name: _value_share(name, rows) for name, rows in of.items()}
+    shares = {
+        name: median(
+            f"share of the change in singular values, {name}, median over matrices",
+            rows["value_share"].to_list(),
+            chance=rows["value_share_chance"].median(),  # pyright: ignore[reportArgumentType] (Float64)
+        )
+        for name, rows in of.items()
+    }
     target = shares[study.recipe.target]
     value, low, high = (None if v is None else 1 - v for v in (target.value, target.high, target.low))
     in_vectors = Number("share of the change in singular vectors", value, low=low, high=high)
@@ -52,12 +59,6 @@ def vectors(study: Study) -> Evidence:
         ],
         tables={"metrics": run.metrics, "models": run.models},
     )
-
-
-def _value_share(name: str, rows: pl.DataFrame) -> Number:
-    chance = rows["value_share_chance"].median()
-    title = f"share of the change in singular values, {name}, median over matrices"
-    return median(title, rows["value_share"].to_list(), chance=chance)  # pyright: ignore[reportArgumentType] (Float64)
 
 
 def _of_noise(noise: Number, share: Number) -> str:
