@@ -113,7 +113,7 @@ def test_refuses(case: str) -> None:
     assert len(text) < 1000, "a message must stay readable whatever the header holds"
 
 
-@pytest.mark.parametrize("case", set(LIES) - {"a name twice"})
+@pytest.mark.parametrize("case", [case for case in LIES if case != "a name twice"])
 def test_what_is_refused_is_refused_by_safetensors_too(case: str) -> None:
     """A name twice is the one thing it lets pass: it takes the last one."""
     with pytest.raises(safetensors.SafetensorError):
