@@ -17,6 +17,7 @@ from diffract.checkpoints.companions import Read, find_companions, find_neighbou
 from diffract.checkpoints.distributed import INSIDE, METADATA, join_slices, open_distributed
 from diffract.checkpoints.formats import refuse_format, refuse_lone_part, refuse_parts
 from diffract.checkpoints.quantised import dequantised
+from diffract.checkpoints.series import inner_models, some
 from diffract.checkpoints.sources import (
     CONFIG,
     SAFETENSORS,
@@ -214,7 +215,7 @@ def _open_folder(path: Path, how: _How) -> Checkpoint:
         found = open_pickles(folder, pickles, part=how.part)
     else:
         refuse_format(folder.where, folder.names)
-        inner = [p for p in (*_folders(path), *(q for p in _folders(path) for q in _folders(p))) if _holds_weights(p)]
+        inner = inner_models(path)
         told = some([p.relative_to(path).as_posix() for p in inner])
         advice = f"Its subfolders do: {told}. Open one of them." if inner else "Is this the right folder?"
         raise CheckpointError(f"folder {folder.where!r} holds no .safetensors, .bin, .pt or .pth files. {advice}")

@@ -111,6 +111,13 @@ def _cached_revisions(path: Path) -> FoundCheckpoints:
     return FoundCheckpoints(list(snapshots), left_out, called=snapshots)
 
 
+def inner_models(path: Path) -> list[Path]:
+    """Return the folders with weights that lie one or two levels below a folder."""
+    level = [p for p in _children(path) if p.is_dir()]
+    below = [q for p in level for q in _children(p) if q.is_dir()]
+    return [p for p in (*level, *below) if _holds_weights(p)]
+
+
 def trainer_state(path: Path) -> dict[str, Any]:
     """Return what the Hugging Face trainer has noted in a checkpoint, empty if there is nothing.
 
@@ -134,10 +141,6 @@ def some(names: Sequence[str]) -> str:
 
 def _children(path: Path) -> list[Path]:
     return sorted(p for p in path.iterdir() if not p.name.startswith("."))
-
-
-def _folders(path: Path) -> list[Path]:
-    return [p for p in _children(path) if p.is_dir()]
 
 
 def _holds_weights(path: Path) -> bool:
