@@ -25,6 +25,7 @@ from diffract.analysis import trajectory, work
 from diffract.analysis.trajectory import peaks_appear
 from diffract.checkpoints import open_checkpoint
 from diffract.metrics import choose_metrics
+from diffract.report import headlines
 from tiny_llama import LLAMA, llama_tensors
 
 STORIES = Path(__file__).parents[3] / "shared" / "data" / "checkpoints" / "hybrid_stories"
@@ -496,6 +497,26 @@ def test_when_peaks_appear(tmp_path: Path) -> None:
 def test_places_stand_in_where_steps_do_not_rise(tmp_path: Path, names: tuple[str, ...], by: str) -> None:
     run = diffract.trajectory(write_peaks(tmp_path, names), metrics=[peak_count], by=by)
     assert run.metrics.filter(order=0)["peaks_appear"].to_list() == [1.0, 2.0, None]
+
+
+def test_peaks_appear_beyond_the_null_of_the_same_step(tmp_path: Path) -> None:
+    """Rows of two sizes have two peaks by their norms alone; two levels of sigmas in random directions do not."""
+    draw = torch.Generator().manual_seed(0)
+    noise = torch.randn(48, 192, generator=draw)
+    U, S, Vh = torch.linalg.svd(noise, full_matrices=False)
+    levels = (U * torch.where(torch.arange(48) < 24, 6.0, 1.0) * S) @ Vh
+    rows = noise * torch.where(torch.arange(48) < 24, 6.0, 1.0)[:, None]
+    for step, planted in ((1, noise), (2, levels)):
+        save_file({"rows": rows, "planted": planted.contiguous()}, tmp_path / f"step{step}.safetensors")
+    chosen = "peak_count,peak_count_rowcol_pvalue"
+    run = diffract.trajectory(tmp_path, metrics=chosen)
+    assert (run.metrics.filter(name="rows")["peak_count"] >= 2).all()
+    assert dict(run.metrics.filter(order=0).select("name", "peaks_appear").rows()) == {"rows": None, "planted": 2.0}
+    assert run.models.select("peaked_matrices", "peaked_of").rows() == [(0, 2), (1, 2)]
+    assert "more than the norms of their rows and columns alone give" in headlines(run.tables)[-1].text
+    # alone, without nulls, both count
+    alone = diffract.trajectory(tmp_path, metrics="peak_count")
+    assert alone.models["peaked_matrices"].to_list() == [1, 2]
 
 
 def test_no_peaks_without_their_metric(series: Path) -> None:

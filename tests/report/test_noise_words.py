@@ -118,3 +118,19 @@ def test_the_noise_of_a_concentration_is_that_of_drawn_matrices() -> None:
     assert row["head_top10_share_noise"] == pytest.approx(sum(tops) / 3, abs=4 * 0.0007)
     assert row["head_gini_noise"] == pytest.approx(sum(map(gini, drawn)) / 3, abs=4 * 0.0025)
     assert row["head_top10_share"] == pytest.approx(row["head_top10_share_noise"], rel=0.03)
+
+
+def test_peaks_and_nulls_are_said_with_how_many_were_drawn_for(capsys: pytest.CaptureFixture[str]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    arrays = {f"w{i}": torch.randn(48, 96, generator=generator) for i in range(40)}
+    for i in range(20):  # rows of two sizes: two peaks by their norms alone
+        arrays[f"w{i}"][:24] *= 6
+    run = diffract.scan(arrays, metrics="peak_count,peak_count_rowcol_pvalue")
+    assert run.manifest["nulls"] == {"drawn": 32, "of": 40}
+    (told,) = (h for h in headlines(run.tables) if "spectral peaks" in h.text)
+    beyond, of = map(int, told.figure.split(" of "))
+    assert of == 32
+    assert beyond <= 5  # 32 draws of a chance of at most 1 in 20 give more in 1 of 80 runs
+    assert told.text.endswith("nulls were drawn for 32 of 40 matrices.")
+    show_analysis(run, {"output": None})
+    assert "for 32 of 40 matrices (--nulls all for every one)" in capsys.readouterr().out

@@ -77,11 +77,11 @@ class Options:
             metrics = [CATALOG["frobenius_norm"], *metrics]
         return MetricPlan(tuple(metrics), self.method, self.vectors)
 
-    def with_nulls(self, plan: MetricPlan, layout: Layout, tasks: Sequence[AnyTask]) -> MetricPlan:
-        """Return the plan with the matrices chosen for which nulls are drawn."""
+    def with_nulls(self, plan: MetricPlan, layout: Layout, cost: float) -> MetricPlan:
+        """Return the plan with the matrices chosen for which nulls are drawn; the rest of it has a ``cost``."""
         if self.nulls == "all" or not plan.needs("drawn"):
             return plan
-        return replace(plan, nulls=choose_nulls(layout.matrices, plan, sum(task.cost for task in tasks)))
+        return replace(plan, nulls=choose_nulls(layout.matrices, plan, cost))
 
     def with_noise(self, plan: MetricPlan, tasks: Sequence[AnyTask]) -> MetricPlan:
         """Return the plan with the noises that are drawn, and the matrices chosen for which they are."""
@@ -130,7 +130,8 @@ def analyse(
             raise CheckpointError(f"{layouts[0].checkpoint.reference} holds no matrix that could be analysed.")
         if options.circuits:
             tasks += circuit_tasks(layouts)
-        plan = options.with_noise(options.with_nulls(plan, layouts[0], tasks), tasks)
+        plan = options.with_nulls(plan, layouts[0], sum(task.cost for task in tasks))
+        plan = options.with_noise(plan, tasks)
         # the cache keeps no vectors, so whatever is to be saved has to be computed
         cache = (
             stack.enter_context(Cache(cache_folder(), most_bytes=MOST_BYTES))

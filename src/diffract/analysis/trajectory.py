@@ -35,9 +35,16 @@ from diffract.tables import Tables
 PEAKS = "peak_count"
 """The metric whose rise above one is followed."""
 
+PEAKS_BY_CHANCE = "peak_count_rowcol_pvalue"
+"""The metric that says whether row and column norms alone give as many, where it was asked for."""
+
+BY_CHANCE = 0.05
+"""The largest p-value at which peaks are more than chance."""
+
 PEAKS_APPEAR = {
     "summary": "step (place in the series, where steps do not rise along it) of the first checkpoint at which the "
-    "spectrum of this matrix has at least two peaks; null if it never has",
+    "spectrum of this matrix has at least two peaks; where peak_count_rowcol_pvalue is computed, more than the norms "
+    "of its rows and columns give at that step (p at most 0.05); null if it never has, and where no nulls were drawn",
     "unit": "1",
     "range": "[0, inf)",
     "source": "",
@@ -81,7 +88,10 @@ def join(found: Sequence[Tables], manifest: dict[str, Any], warnings: Sequence[s
     described = found[-1].manifest["metrics"]
     if PEAKS in numbers:
         metrics = metrics.join(peaks_appear(metrics), on="name", how="left", maintain_order="left")
-        peaked = metrics.group_by("model").agg(peaked_matrices=(pl.col(PEAKS) >= 2).sum().cast(pl.Float64))
+        several = has_peaks(metrics)
+        peaked = metrics.group_by("model").agg(
+            peaked_matrices=several.sum().cast(pl.Float64), peaked_of=several.count().cast(pl.Float64)
+        )
         models = models.join(peaked, on="model", how="left", maintain_order="left")
         described = {**described, "peaks_appear": PEAKS_APPEAR}
     models = models.select(*MODELS, *TIMELINE, *AGAINST, pl.exclude(*MODELS, *TIMELINE, *AGAINST))
@@ -96,11 +106,19 @@ def join(found: Sequence[Tables], manifest: dict[str, Any], warnings: Sequence[s
     return Tables(joined, {"metrics": metrics, "spectra": spectra, "models": models, "tensors": tensors})
 
 
+def has_peaks(metrics: pl.DataFrame) -> pl.Expr:
+    """Whether a spectrum has at least two peaks, beyond its null where there is one; null where none was drawn."""
+    several, p = pl.col(PEAKS) >= 2, pl.col(PEAKS_BY_CHANCE)
+    if PEAKS_BY_CHANCE not in metrics.columns:
+        return several
+    return pl.when(p.is_not_null()).then(several & (p <= BY_CHANCE))
+
+
 def peaks_appear(metrics: pl.DataFrame) -> pl.DataFrame:
-    """Return when the spectrum of each matrix first has at least two peaks.
+    """Return when the spectrum of each matrix first has at least two peaks, see ``has_peaks``.
 
     Args:
-        metrics: Rows of a series, with ``peak_count``, ``order`` and ``step``.
+        metrics: Rows of a series, with ``peak_count``, ``order`` and ``step``, and the p-value where it was computed.
 
     Returns:
         Columns name, ``peaks_appear``: the step, or the place in the series where steps do not rise along it, as over
@@ -109,7 +127,7 @@ def peaks_appear(metrics: pl.DataFrame) -> pl.DataFrame:
     steps = metrics.select("order", "step").unique().sort("order")["step"]
     rise = not steps.null_count() and bool((steps.diff().drop_nulls() > 0).all())
     when = "step" if rise else "order"
-    first = pl.col(when).cast(pl.Float64).sort_by("order").filter(pl.col(PEAKS).sort_by("order") >= 2).first()
+    first = pl.col(when).cast(pl.Float64).sort_by("order").filter(has_peaks(metrics).sort_by("order")).first()
     return metrics.group_by("name", maintain_order=True).agg(peaks_appear=first)
 
 
@@ -187,7 +205,8 @@ def follow(
         for visit in opened:
             layouts, tasks = _tasks(visit, allow_unmatched=allow_unmatched)
             # An adapter's factors are its change from its own base, which is not what it is compared with here.
-            plan = options.with_nulls(plan, layouts[-1], tasks)
+            # for the same matrices of each checkpoint, so that what a scan costs decides
+            plan = options.with_nulls(plan, layouts[-1], costs[0])
             worker = Worker([replace(layout.checkpoint, factors={}) for layout in layouts], plan, device, cache)
             progress = _shifted(options.progress, costs, len(found), visit.stop.name)
             parts, digests, correlations = run_all(tasks, worker, progress=progress)

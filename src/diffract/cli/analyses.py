@@ -22,7 +22,7 @@ EVOLVING = {
     "value_share": ("in values", "share of it in singular values"),
     "head_top10_share": ("top heads", "share of it in the top tenth of heads"),
     "stable_rank_median": ("stable rank", "median over matrices"),
-    "peaked_matrices": ("peaked", "matrices with at least two spectral peaks"),
+    "peaked_matrices": ("peaked", "matrices with at least two spectral peaks (where nulls are drawn, beyond them)"),
 }
 """What is shown of a trajectory's ``models``, as far as it was computed: what the table calls it, and what that is."""
 
@@ -53,6 +53,9 @@ def show_analysis(run: Run, given: Given) -> None:
     warn(run.manifest["warnings"])
     for row in run.models.iter_rows(named=True):
         say(_model_sentence(row))
+    nulls = run.manifest.get("nulls", {"drawn": 0, "of": 0})
+    if nulls["drawn"] < nulls["of"]:
+        say(f"nulls of many draws: for {nulls['drawn']} of {nulls['of']} matrices (--nulls all for every one)")
     say_place(given, "report", "report.html")
 
 

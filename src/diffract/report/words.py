@@ -19,6 +19,9 @@ STANDS_OUT = 1.2
 BY_CHANCE = 0.01
 """A p-value beyond which a difference from noise is taken for chance: a page shows several."""
 
+PEAKS_BY_CHANCE = 0.05
+"""A p-value beyond which peaks are taken for what norms alone give."""
+
 HEADS_BY_CHANCE = 0.05
 """The same for the share of the top heads, whose 39 draws give 1 / 40 at least."""
 
@@ -57,7 +60,7 @@ def headlines(tables: Tables) -> list[Headline]:
     """Return the headlines of a run; of a scan, those of its only model; of a trajectory, those of the series."""
     models = tables.models
     if models["role"][0] == "checkpoint":
-        return _of_trajectory(models)
+        return _of_trajectory(models, tables.metrics)
     tuned = models.filter(pl.col("role") == "tuned")
     if tables.kind == "heads":
         return [headline for row in tuned.iter_rows(named=True) for headline in _of_domain(row)]
@@ -169,7 +172,7 @@ def _of_domain(row: dict[str, Any]) -> list[Headline]:
 
 def _of_spectra(model: str, tables: Tables) -> list[Headline]:
     """What the fits to one model's spectra say together, where they were made."""
-    found = [_exponent(model, tables), _bulk(model, tables.metrics)]
+    found = [_exponent(model, tables), _bulk(model, tables.metrics), _peaks(model, tables.metrics)]
     return [headline for headline in found if headline is not None]
 
 
@@ -197,6 +200,22 @@ def _bulk(model: str, metrics: pl.DataFrame) -> Headline | None:
     return Headline(printable(model, 60), f"{(shares >= 0.5).sum():,} of {len(shares):,}", text)
 
 
+def _peaks(model: str, metrics: pl.DataFrame) -> Headline | None:
+    """How many spectra have more peaks than the norms of their rows and columns alone give."""
+    if "peak_count_rowcol_pvalue" not in metrics.columns:
+        return None
+    own = metrics.filter(pl.col("model") == model, ~_circuit())
+    drawn = own.filter(pl.col("peak_count_rowcol_pvalue").is_not_null())
+    if not len(drawn):
+        return None
+    beyond = (drawn["peak_count_rowcol_pvalue"] <= PEAKS_BY_CHANCE).sum()
+    text = "matrices have more spectral peaks than the norms of their rows and columns alone give (p at most 0.05, of"
+    part = f"; nulls were drawn for {len(drawn):,} of {len(own):,} matrices" if len(drawn) < len(own) else ""
+    return Headline(
+        printable(model, 60), f"{beyond:,} of {len(drawn):,}", f"{text} which chance alone gives one in twenty){part}."
+    )
+
+
 def _circuit() -> pl.Expr:
     """Rows of circuits, which are products of matrices that have rows themselves."""
     return pl.col("projection").is_in(CIRCUITS).fill_null(value=False)
@@ -215,7 +234,7 @@ def _of_scan(models: pl.DataFrame, metrics: pl.DataFrame) -> list[Headline]:
     return found
 
 
-def _of_trajectory(models: pl.DataFrame) -> list[Headline]:
+def _of_trajectory(models: pl.DataFrame, metrics: pl.DataFrame) -> list[Headline]:
     first, last = models.row(0, named=True), models.row(-1, named=True)
     found = [Headline("", str(len(models)), f"checkpoints, from {_at(first)} to {_at(last)}.")]
     if "breaks" in models.columns and (broken := models.filter("breaks")["model"].to_list()):
@@ -229,8 +248,15 @@ def _of_trajectory(models: pl.DataFrame) -> list[Headline]:
             text = f"is the size of the change from {start} to {end} relative to {start} (Frobenius norm)."
             found.append(Headline("", percent(row["delta_relative"]), text))
     if "peaked_matrices" in models.columns:
-        before = f"{first['peaked_matrices']:.0f} in the first"
-        text = f"matrices have at least two spectral peaks in the last checkpoint, {before}."
+        nulls = "peak_count_rowcol_pvalue" in metrics.columns
+        more = ", more than the norms of their rows and columns alone give," if nulls else ""
+        of = (
+            f"those {last['peaked_of']:.0f} for which nulls were drawn"
+            if nulls
+            else f"{last['peaked_of']:.0f} matrices"
+        )
+        text = f"of {of} have at least two spectral peaks{more} in the last checkpoint, "
+        text += f"{first['peaked_matrices']:.0f} in the first."
         found.append(Headline("", f"{last['peaked_matrices']:.0f}", text))
     return found
 

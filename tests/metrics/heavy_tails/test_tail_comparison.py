@@ -138,16 +138,16 @@ def test_warnings_say_what_is_doubtful() -> None:
     tail = power_law(values, at=starts)
     warning = tail_warning(tail, values)
     assert warning.short.tolist() == [False, True, True, False, False]
-    assert warning.over_trained.tolist() == [False, False, False, False, True]
-    assert warning.under_trained.tolist() == [False, True, False, False, False]
+    assert warning.small.tolist() == [False, False, False, False, True]
+    assert warning.large.tolist() == [False, True, False, False, False]
     assert warning.whole.tolist() == [True, False, True, False, False]
     assert warning.extreme.tolist() == [False, False, True, False, False]
     assert describe_warning(warning, tail) == (
         "xmin is the smallest value",
-        "tail of 31 points; alpha above 6 (under-trained)",
+        "tail of 31 points; alpha above 6",
         "tail of 2 points; xmin is the smallest value; xmin is the last candidate",
         "",
-        "alpha below 2 (over-trained)",
+        "alpha below 2",
     )
 
 

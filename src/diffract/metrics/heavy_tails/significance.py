@@ -206,9 +206,9 @@ Doubts = Bool[Tensor, "b"]
 FEWEST = 50
 """Values in a tail below which an exponent is known badly (Clauset et al. 2009, section 3.3)."""
 
-OVER_TRAINED = 2.0
-UNDER_TRAINED = 6.0
-"""Exponents between these are those of well-trained layers (Martin & Mahoney 2021)."""
+SMALL_ALPHA, LARGE_ALPHA = 2.0, 6.0
+"""Exponents between these are usual in trained layers (Martin & Mahoney 2021), and in Gaussian noise: of 32 to 128
+columns 59 to 89% of draws lie there, so that no exponent says by itself how well a layer is trained."""
 
 
 @dataclass(frozen=True)
@@ -217,15 +217,15 @@ class TailWarning:
 
     Attributes:
         short: Fewer than 50 values in the tail.
-        over_trained: alpha below 2.
-        under_trained: alpha above 6.
+        small: alpha below 2.
+        large: alpha above 6.
         whole: xmin is the smallest value: the tail is the whole spectrum.
         extreme: xmin is the last candidate, the second largest value seen.
     """
 
     short: Doubts
-    over_trained: Doubts
-    under_trained: Doubts
+    small: Doubts
+    large: Doubts
     whole: Doubts
     extreme: Doubts
 
@@ -237,8 +237,8 @@ def tail_warning(tail: PowerLaw, values: Float64[Tensor, "b n"]) -> TailWarning:
     largest = x.nan_to_num(0.0).amax(1, keepdim=True)
     return TailWarning(
         short=tail.tail_count < FEWEST,
-        over_trained=tail.alpha < OVER_TRAINED,
-        under_trained=tail.alpha > UNDER_TRAINED,
+        small=tail.alpha < SMALL_ALPHA,
+        large=tail.alpha > LARGE_ALPHA,
         whole=~tail.xmin.isnan() & ~(x < tail.xmin[:, None]).any(1),
         extreme=~tail.xmin.isnan() & (~above | (x == largest)).all(1),
     )
@@ -248,8 +248,8 @@ def describe_warning(warning: TailWarning, tail: PowerLaw) -> tuple[str, ...]:
     """Word the warnings of each row, most telling first; an empty string where there are none."""
     texts = {
         "short": "",
-        "over_trained": "alpha below 2 (over-trained)",
-        "under_trained": "alpha above 6 (under-trained)",
+        "small": "alpha below 2",
+        "large": "alpha above 6",
         "whole": "xmin is the smallest value",
         "extreme": "xmin is the last candidate",
     }
