@@ -1,6 +1,7 @@
 """Other formats and lone parts are named, with what to do; none is opened as if it were a whole model."""
 
 import json
+import re
 import zipfile
 from pathlib import Path
 
@@ -10,11 +11,11 @@ from safetensors.torch import save_file
 
 from diffract.checkpoints import open_checkpoint
 from diffract.checkpoints.formats import FORMATS
+from diffract.checkpoints.gguf import BLOCKS
 from diffract.checkpoints.quantised import FORMS
 from diffract.errors import CheckpointError
 
 NAMED = {
-    "GGUF": {"model-f16.gguf": b"GGUF" + bytes(100)},
     "Flax": {"flax_model.msgpack": b"\x81\xa6params\x80"},
     "TensorFlow or Keras": {"tf_model.h5": b"\x89HDF\r\n\x1a\n" + bytes(50)},
     "Keras": {"model.weights.h5": b"\x89HDF\r\n\x1a\n"},
@@ -39,7 +40,7 @@ def test_other_formats_are_named(kind: str, tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["model.gguf", "flax_model.msgpack", "tf_model.h5", "model.onnx"])
+@pytest.mark.parametrize("name", ["flax_model.msgpack", "tf_model.h5", "model.onnx"])
 def test_files_of_other_formats_are_named(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"?")
     with pytest.raises(CheckpointError, match="which is not read"):
@@ -152,8 +153,17 @@ def test_records_that_are_not_what_tensors_need_are_refused(
 
 def test_the_docs_name_every_format_and_kind() -> None:
     page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
-    missing = [kind for kind in [known.kind for known in (*FORMATS, *FORMS)] if kind not in page]
+    blocks = [block.name for block in BLOCKS.values() if block.read]
+    missing = [kind for kind in (*(known.kind for known in (*FORMATS, *FORMS)), *blocks) if kind not in page]
     assert not missing
+
+
+def test_the_docs_say_since_when_each_row_is_tested() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    heads = [line for line in rows if line.endswith("| tested since |")]
+    assert len(heads) == page.count("\n|---")
+    assert all(re.search(r"\| 20\d\d-\d\d-\d\d \|$", line) for line in rows if line not in heads)
 
 
 @pytest.mark.parametrize("offset", [0xFFFFFFFE, 10_000_000])

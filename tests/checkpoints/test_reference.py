@@ -96,7 +96,9 @@ def test_a_home_that_is_nobodys_is_refused() -> None:
 
 def test_an_unknown_kind_of_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.weights").write_bytes(b"????")
-    with pytest.raises(CheckpointError, match=r"weights'.*expected \.safetensors, \.bin, \.pt, \.pth, \.ckpt or \.npz"):
+    with pytest.raises(
+        CheckpointError, match=r"weights'.*expected \.safetensors, \.bin, \.pt, \.pth, \.ckpt, \.gguf or \.npz"
+    ):
         open_checkpoint(tmp_path / "model.weights")
 
 
@@ -116,7 +118,7 @@ def test_a_file_without_tensors_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"holds no \.safetensors, \.bin, \.pt or \.pth files"):
+    with pytest.raises(CheckpointError, match=r"holds no \.safetensors, \.bin, \.pt, \.pth or \.gguf files"):
         open_checkpoint(tmp_path)
 
 

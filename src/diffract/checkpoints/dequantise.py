@@ -185,3 +185,61 @@ def _from_flat(weight: Weight, read: ReadPart, rows: Range) -> Tensor:
         scale = read("nested_table").float()[scale.int()] * coarse + weight.shift
     blocks = torch.arange(first, last) // block
     return (read("table").float()[codes.int()] * scale.float()[blocks]).reshape(-1, columns)
+
+
+def from_ggml(kind: str, blocks: Tensor) -> Tensor:
+    """Return the numbers that blocks of a type of ggml stand for, in float32.
+
+    Args:
+        kind: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0: 32 entries with one scale each; Q4_K, Q5_K, Q6_K: 256 entries in groups of
+            32 or 16 whose scales are codes, too.
+        blocks: (blocks, bytes of one), uint8.
+
+    Returns:
+        Shape (blocks, entries of one).
+    """
+    if kind == "Q6_K":
+        return _from_q6_k(blocks)
+    if kind in ("Q4_K", "Q5_K"):
+        return _from_q45_k(blocks)
+    scale = _halves(blocks[:, :2])
+    if kind == "Q8_0":
+        return blocks[:, 2:].contiguous().view(torch.int8).float() * scale
+    with_minimum, five = kind.endswith("_1"), kind.startswith("Q5")
+    rest = blocks[:, 4 if with_minimum else 2 :]
+    codes = _nibbles(rest[:, 4 * five :])  # the first half of a block in low bits, the second in high ones
+    if five:
+        codes |= unpack(rest[:, :4], 1) << 4
+    if with_minimum:
+        return codes * scale + _halves(blocks[:, 2:4])
+    return (codes - (16 if five else 8)) * scale
+
+
+def _halves(stored: Tensor) -> Tensor:
+    return stored.contiguous().view(torch.float16).float()
+
+
+def _nibbles(stored: Tensor) -> Tensor:
+    return torch.cat((stored & 15, stored >> 4), -1).int()
+
+
+def _from_q45_k(blocks: Tensor) -> Tensor:
+    """Eight groups of 32, each a scale and a minimum of six bits; a fifth bit of all codes lies before the others."""
+    scale, minimum, packed = _halves(blocks[:, :2]), _halves(blocks[:, 2:4]), blocks[:, 4:16].int()
+    low, mid, high = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+    scales = torch.cat((low & 63, (high & 15) | (low >> 6 << 4)), 1) * scale
+    minima = torch.cat((mid & 63, (high >> 4) | (mid >> 6 << 4)), 1) * minimum
+    codes = _nibbles(blocks[:, -128:].unflatten(1, (4, 32))).unflatten(2, (2, 32)).flatten(1, 2)
+    if blocks.shape[1] > 144:
+        bits = blocks[:, 16:48, None].int() >> torch.arange(8)
+        codes |= (bits & 1).mT << 4
+    return (codes * scales[..., None] - minima[..., None]).flatten(1)
+
+
+def _from_q6_k(blocks: Tensor) -> Tensor:
+    """Two halves of four runs of 32: low four bits, then the high two; a signed scale for 16 entries."""
+    low = blocks[:, :128].unflatten(1, (2, 2, 32)).int()
+    high = blocks[:, 128:192].unflatten(1, (2, 1, 32)).int() >> torch.tensor([0, 2, 4, 6])[:, None]
+    codes = (torch.cat((low & 15, low >> 4), 2) | ((high & 3) << 4)) - 32
+    scales = blocks[:, 192:208].contiguous().view(torch.int8).float() * _halves(blocks[:, 208:])
+    return (codes.flatten(1).unflatten(1, (16, 16)) * scales[..., None]).flatten(1)

@@ -32,12 +32,6 @@ class Format:
 
 FORMATS = (
     Format(
-        "a GGUF file",
-        ("*.gguf",),
-        (b"GGUF",),
-        TRANSFORMERS.format(how="AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME)"),
-    ),
-    Format(
         "a pointer of Git LFS, not the weights themselves",
         (),
         (b"version ",),

@@ -16,6 +16,8 @@ from diffract.checkpoints.checkpoint import Checkpoint
 from diffract.checkpoints.companions import Read, find_companions, find_neighbours
 from diffract.checkpoints.distributed import INSIDE, METADATA, join_slices, open_distributed
 from diffract.checkpoints.formats import refuse_format, refuse_lone_part, refuse_parts
+from diffract.checkpoints.gguf import SUFFIX as GGUF
+from diffract.checkpoints.gguf import open_gguf
 from diffract.checkpoints.quantised import dequantised
 from diffract.checkpoints.series import inner_models, some
 from diffract.checkpoints.sources import (
@@ -64,9 +66,9 @@ def open_checkpoint(reference: Reference, *, base: Reference | None = None, down
     """Open a checkpoint; only headers are read, of ``.npz`` and old PyTorch files everything.
 
     Args:
-        reference: A safetensors, ``.bin``/``.pt``/``.pth``/``.ckpt`` or ``.npz`` file; a folder of them; a PEFT LoRA
-            folder; ``org/name@revision`` on the hub; a mapping of arrays; an ``nn.Module``. A path may end in
-            ``#key``: the part of a training state that is wanted.
+        reference: A safetensors, ``.bin``/``.pt``/``.pth``/``.ckpt``, ``.gguf`` or ``.npz`` file; a folder of them;
+            a PEFT LoRA folder; ``org/name@revision`` on the hub; a mapping of arrays; an ``nn.Module``. A path may end
+            in ``#key``: the part of a training state that is wanted.
         base: The base of an adapter, where its config does not name one that can be opened.
         download: Fetch a hub reference whole into the hub's cache instead of reading byte ranges.
 
@@ -164,6 +166,9 @@ def _open_file(path: Path, how: _How) -> Checkpoint:
         found = open_npz(path)
     elif path.suffix in TORCH_SUFFIXES:
         found = open_pickle(path, part=how.part)
+    elif path.suffix == GGUF:
+        found = open_gguf(folder, [path.name], printable(path, 1000))
+        config = config or found.config
     elif path.suffix == ".safetensors":
         found, metadata = open_safetensors(LocalFile(path))
         told = metadata.get("config", "")
@@ -178,7 +183,8 @@ def _open_file(path: Path, how: _How) -> Checkpoint:
         with path.open("rb") as file:
             refuse_format(printable(path, 1000), [path.name], file.read(64))
         raise CheckpointError(
-            f"{printable(path, 1000)!r}: unknown kind of file, expected .safetensors, .bin, .pt, .pth, .ckpt or .npz."
+            f"{printable(path, 1000)!r}: unknown kind of file, expected .safetensors, .bin, .pt, .pth, .ckpt, .gguf or "
+            ".npz."
         )
     return _with_neighbours(found, folder, config, find_neighbours(folder))
 
@@ -213,12 +219,17 @@ def _open_folder(path: Path, how: _How) -> Checkpoint:
         found = open_shards(folder, shards)
     elif pickles.files:
         found = open_pickles(folder, pickles, part=how.part)
+    elif gguf := find_shards(folder, f"model{GGUF}", (GGUF,)).files:
+        found = open_gguf(folder, gguf, folder.where)
+        config = config or found.config
     else:
         refuse_format(folder.where, folder.names)
         inner = inner_models(path)
         told = some([p.relative_to(path).as_posix() for p in inner])
         advice = f"Its subfolders do: {told}. Open one of them." if inner else "Is this the right folder?"
-        raise CheckpointError(f"folder {folder.where!r} holds no .safetensors, .bin, .pt or .pth files. {advice}")
+        raise CheckpointError(
+            f"folder {folder.where!r} holds no .safetensors, .bin, .pt, .pth or .gguf files. {advice}"
+        )
     found = _with_neighbours(found, folder, config, find_companions(folder))
     note = "An adapter lies beside the model; it is not applied. To see it, pass --adapter-base with the folder."
     return replace(found, notes=(*found.notes, note)) if beside and not found.factors else found

@@ -16,7 +16,7 @@ from diffract.errors import CheckpointError, printable
 STATE = "trainer_state.json"
 """What the Hugging Face trainer leaves in each of its checkpoints."""
 
-IN_FOLDERS = (".safetensors", *TORCH_SUFFIXES)
+IN_FOLDERS = (".safetensors", ".gguf", *TORCH_SUFFIXES)
 ALONE = (*IN_FOLDERS, ".npz")
 """How the names of weights end: in a folder that is a checkpoint, and of a file that is one."""
 
