@@ -147,10 +147,17 @@ def load(folder: str | Path, *kinds: str, only: Sequence[str] | None = None) -> 
         _require(folder, [f"{name}.parquet" for name in there])
     names = there if only is None else [name for name in only if (folder / f"{name}.parquet").is_file()]
     found = {name: _read(folder, name, schemas.get(name, {})) for name in names}
+    for name in LATER_COLUMNS.keys() & found.keys():
+        absent = [column for column in LATER_COLUMNS[name] if column not in found[name].columns]
+        found[name] = found[name].with_columns(pl.lit(None, schemas[name][column]).alias(column) for column in absent)
     for name in lacking if only is None else set(lacking) & set(only):
         known = name == "heads"
         found[name] = compared_heads(_read(folder, "metrics", {})) if known else pl.DataFrame(schema=schemas[name])
     return Tables(manifest, found)
+
+
+LATER_COLUMNS = {"lineage": ("share", "moved"), "tree": ("rooted",)}
+"""Columns that folders of before there were such lack; null in what is read from them."""
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -191,7 +198,8 @@ def _read(folder: Path, name: str, schema: Mapping[str, Any]) -> pl.DataFrame:
         table = pl.read_parquet(folder / f"{name}.parquet")
     except (OSError, ValueError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise _damaged(folder, str(error)) from error
-    if lost := [column for column, dtype in schema.items() if table.schema.get(column) != dtype]:
+    wanted = {column: dtype for column, dtype in schema.items() if column not in LATER_COLUMNS.get(name, ())}
+    if lost := [column for column, dtype in wanted.items() if table.schema.get(column) != dtype]:
         raise _damaged(folder, f"{name}.parquet lacks {', '.join(lost)}")
     return table
 

@@ -95,7 +95,8 @@ def related(found: Lineage, base: str) -> str:
     """Return what is said of a model that is no near relative of what it is compared with; nothing of one that is."""
     if found.word not in WORDS:
         return ""
-    parts = [printable(f"{part} from {origin}", NAME_CHARACTERS) for part, origin in found.moved.items()]
+    pairs = [(part, origin) for part, origin in found.moved.items() if part != origin]
+    parts = [printable(f"{part} from {origin}", NAME_CHARACTERS) for part, origin in pairs]
     moved = ", ".join(parts[:MOVED]) + (f" and {len(parts) - MOVED} more" if len(parts) > MOVED else "")
     return (
         f"{WORDS[found.word].format(base=base, moved=moved)} (correlation {found.correlation:.3f} over "

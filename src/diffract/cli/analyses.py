@@ -29,6 +29,9 @@ EVOLVING = {
 SHOWN_HEADS = 5
 """Heads of each domain that are shown."""
 
+APART = {"stranger": "no descendant of the base", "rearranged": "parts of the base at other places"}
+"""What is said of a model whose change as a whole has no numbers."""
+
 SHOWN_PAIRS = 4
 """Pairs of related models that are named for each word."""
 
@@ -79,8 +82,8 @@ def _model_sentence(row: dict[str, Any]) -> str:
     head = f"{row['model']} ({row['role']}, {row['family']}): "
     if row["role"] != "tuned":
         return f"{head}{size_text(row['parameters'], '')} parameters, {row['matrices']} matrices"
-    if row.get("lineage") == "stranger":
-        return f"{head}no descendant of the base"
+    if row.get("lineage") in APART:
+        return f"{head}{APART[row['lineage']]}"
     relative = f"relative change {number(row.get('delta_relative'))}"
     parts = [relative + rest_of_change(row)]
     if is_rounding(row):
@@ -224,7 +227,7 @@ def show_lineage(run: Run, given: Given) -> None:
         table.append([f"{places[a]} {a}", *cells])
     say_table(["", *places.values()], table, title="Median correlation of the entries of the blocks' matrices:")
     for rooted, title in ((True, "Tree, from its root"), (False, "Tree, without a root")):
-        rows = run.tree.filter(rooted=rooted).iter_rows(named=True)
+        rows = [row for row in run.tree.iter_rows(named=True) if bool(row["rooted"]) == rooted]
         if branches := [f"{row['a']} {'->' if rooted else '-'} {row['b']} ({_near(row['r'])})" for row in rows]:
             say(f"{title}: {', '.join(branches)}")
     if middles := run.models.filter("middle")["model"].to_list():
