@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import diffract
 
@@ -54,11 +54,105 @@ def test_a_head_of_one_task_alone_is_listed(tmp_path: Path) -> None:
     assert found["classifier.weight"] == "unmatched"
 
 
-def test_stacked_and_single_experts_are_called_a_naming(tmp_path: Path) -> None:
-    config = CONFIG | {"model_type": "mixtral"}
-    single = {f"model.layers.0.block_sparse_moe.experts.{e}.w2.weight": torch.ones(32, 24) for e in range(2)}
-    base = folder(tmp_path / "base", "model.", 1, single, config)
-    stacked = {"model.layers.0.mlp.experts.down_proj": torch.ones(2, 32, 24)}
-    tuned = folder(tmp_path / "tuned", "model.", 1.01, stacked, config)
-    with pytest.raises(diffract.CheckpointError, match="the same parts in another naming"):
-        diffract.compare(base, tuned, cache=False)
+def numbers(length: int, *shape: int, seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(*shape, generator=generator) for _ in range(length)]
+
+
+def single_experts() -> dict[str, torch.Tensor]:
+    stem = "model.layers.0.mlp.experts.{}.{}_proj.weight"
+    found = {stem.format(e, p): t for p in ("gate", "up") for e, t in enumerate(numbers(4, 24, 32, seed=len(p)))}
+    return found | {stem.format(e, "down"): t for e, t in enumerate(numbers(4, 32, 24))}
+
+
+def stacked_experts() -> dict[str, torch.Tensor]:
+    single, stem = single_experts(), "model.layers.0.mlp.experts.{}.{}_proj.weight"
+    both = [torch.cat([single[stem.format(e, p)] for p in ("gate", "up")]) for e in range(4)]
+    down = [single[stem.format(e, "down")] for e in range(4)]
+    return {f"model.layers.0.mlp.experts.{n}": torch.stack(t) for n, t in (("gate_up_proj", both), ("down_proj", down))}
+
+
+def split_projections() -> dict[str, torch.Tensor]:
+    return dict(zip(("gate_proj", "up_proj"), numbers(2, 24, 32), strict=True))
+
+
+PAIRS = {
+    "experts": ({"model_type": "qwen3_moe"}, single_experts(), stacked_experts()),
+    "feed-forward": (
+        {"model_type": "phi3"},
+        {f"model.layers.0.mlp.{name}.weight": t for name, t in split_projections().items()},
+        {"model.layers.0.mlp.gate_up_proj.weight": torch.cat([*split_projections().values()])},
+    ),
+}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("case", PAIRS)
+def test_the_same_matrices_in_other_tensors_are_paired(case: str, turned: bool, tmp_path: Path) -> None:
+    """By two checkpoints with one tensor for each matrix, or one for several of them."""
+    config, one, other = PAIRS[case]
+    base = folder(tmp_path / "base", "model.", 1, other if turned else one, CONFIG | config)
+    moved = {name: 1.5 * value for name, value in (one if turned else other).items()}
+    tuned = folder(tmp_path / "tuned", "model.", 1.5, moved, CONFIG | config)
+    run = diffract.compare(base, tuned, metrics="change", cache=False)
+    rows = run.metrics.filter(model="tuned")
+    assert set(rows["status"]) == {"ok"}
+    assert rows["delta_relative"].to_list() == pytest.approx([0.5] * len(rows), rel=1e-6)  # float32 products
+    assert rows["name"].sort().to_list() == run.metrics.filter(model="base")["name"].sort().to_list()
+    assert not run.manifest["warnings"]
+
+
+def fused(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    stem = "layers.0.self_attn.{}_proj.weight"
+    qkv = torch.cat([tensors[stem.format(p)] for p in "qkv"])
+    return {stem.format("qkv"): qkv, stem.format("o"): tensors[stem.format("o")]}
+
+
+@pytest.fixture
+def fused_and_split(tmp_path: Path) -> tuple[Path, Path]:
+    """A base with fused projections, and a model with split ones that are 1.5 times as large."""
+    config = CONFIG | {"model_type": "llama"}
+    tuned = folder(tmp_path / "tuned", "", 1.5, {}, config)
+    own = load_file(tuned / "model.safetensors")
+    base = folder(tmp_path / "base", "", 1, {}, config | {"model_type": "phi3"})
+    norm = {"layers.0.input_layernorm.weight": torch.ones(32)}
+    save_file({n: t / 1.5 for n, t in fused(own).items()} | norm, base / "model.safetensors")
+    return base, tuned
+
+
+def test_fused_and_split_projections_are_paired_head_by_head(fused_and_split: tuple[Path, Path]) -> None:
+    for pair in (fused_and_split, fused_and_split[::-1]):
+        heads = diffract.heads(*pair, cache=False).heads
+        assert set(heads["status"]) == {"ok"}
+        wanted = 0.5 if pair == fused_and_split else 1 / 3
+        assert heads["head_delta_relative"].to_list() == pytest.approx([wanted] * 4, rel=1e-6)  # float32 products
+        whole = diffract.compare(*pair, heads=False, metrics="change", cache=False)
+        assert whole.metrics.filter(model=pair[1].name)["delta_relative"].null_count() == 0
+
+
+def test_edits_take_weights_from_other_tensors(fused_and_split: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = fused_and_split
+    recipe = diffract.Recipe.model_validate(
+        {"model": str(base), "allow": ["model_type"], "steps": [{"interpolate": {"with": str(tuned), "at": 1}}]}
+    )
+    out = tmp_path / "out"
+    diffract.apply(recipe, out)
+    found, wanted = load_file(out / "model.safetensors"), fused(load_file(tuned / "model.safetensors"))
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_tied_head_is_measured_beside_one_of_its_own(stored: bool, tmp_path: Path) -> None:
+    config = CONFIG | {"model_type": "llama"}
+    (table,) = numbers(1, 50, 32)
+    twice = {"model.embed_tokens.weight": table} | ({"lm_head.weight": table.clone()} if stored else {})
+    base = folder(tmp_path / "base", "model.", 1, twice, config | {"tie_word_embeddings": True})
+    own = {"model.embed_tokens.weight": table, "lm_head.weight": table * 1.25}
+    tuned = folder(tmp_path / "tuned", "model.", 1, own, config | {"tie_word_embeddings": False})
+    for pair, wanted in (((base, tuned), 0.25), ((tuned, base), 0.2)):
+        run = diffract.compare(*pair, metrics="change", cache=False)
+        row = run.metrics.filter(model=pair[1].name, name="unembed").row(0, named=True)
+        assert (row["status"], row["delta_relative"]) == ("ok", pytest.approx(wanted, rel=1e-6))
+        parameters = dict(run.models.select("model", "parameters").iter_rows())
+        assert parameters["tuned"] - parameters["base"] == 50 * 32

@@ -338,7 +338,9 @@ def model_row(member: Member, matrices: int, digest: str | None = None) -> dict[
         matrices: How many were analysed.
         digest: Of all tensors' names and digests, in order of the names; ``None`` if some were not read.
     """
-    infos = [entry.info for entry in member.layout.entries.values()]
+    # A tied head has matrices where it is measured beside one of its own; it is no further tensor for that.
+    entries = member.layout.entries.values()
+    infos = [entry.info for entry in entries if entry.outcome != "tied" or not entry.matrices]
     return {
         "model": member.name,
         "role": member.role,

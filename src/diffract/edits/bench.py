@@ -17,7 +17,7 @@ from diffract.edits.draft import BLOCK_BYTES, Apply, Draft, Place, together
 from diffract.edits.edit import Edit, Planned
 from diffract.edits.mixing import interpolate
 from diffract.errors import CheckpointError, printable, suggest
-from diffract.matrices import Entry, Layout, Matrix, lay_out, parse_selection, select
+from diffract.matrices import Entry, Layout, Matrix, lay_out, parse_selection, regrouped_like, select
 from diffract.matrices.meeting import Meeting, Objection, Vocabulary, meet
 
 T = TypeVar("T")
@@ -225,8 +225,11 @@ class Bench:
         # without notes: what is looked at to find out whether two models belong together is no input of the outcome
         model = replace(self.layout, checkpoint=unrecorded(self.checkpoint))
         like = self.layout.architecture
-        other = lay_out(unrecorded(checkpoint), spec_file=self._architecture, like=like, check_ties=False)
-        return checkpoint, meet(model, other, self.ties)
+        other, quiet = (
+            regrouped_like(self.layout, lay_out(one, spec_file=self._architecture, like=like, check_ties=False))
+            for one in (checkpoint, unrecorded(checkpoint))
+        )
+        return other.checkpoint, meet(model, quiet, self.ties)
 
     def _objections(self, met: Meeting, asked: Collection[str], *, chosen: bool) -> Iterator[Objection]:
         for objection in met.against(asked, chosen=chosen, vocabulary=self._vocabulary):

@@ -1,8 +1,9 @@
 """Labelled matrices: heads, fused parts and experts of tensors; which are wanted; stacks of them."""
 
+from diffract.matrices.alike import counterparts, regrouped_like
 from diffract.matrices.layout import Entry, Layout, lay_out, restrict, scan_cost, workspace_bytes
 from diffract.matrices.matrix import Matrix, Selection, batches, cut, parse_selection, select
-from diffract.matrices.pairing import counterparts, is_paired, merge_strange_adapters, pair
+from diffract.matrices.pairing import is_paired, merge_strange_adapters, pair
 from diffract.matrices.slicing import slice_tensor
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "merge_strange_adapters",
     "pair",
     "parse_selection",
+    "regrouped_like",
     "restrict",
     "scan_cost",
     "select",

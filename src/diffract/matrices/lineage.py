@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffract.checkpoints import Checkpoint, row_blocks
+from diffract.matrices.alike import counterparts
 from diffract.matrices.layout import Layout
-from diffract.matrices.pairing import counterparts
 from diffract.matrices.rearranged import Side, find_blocks, first_rows, moved_layers, moved_units
 
 RELATED, STRANGE = 0.9, 0.05

@@ -13,9 +13,10 @@ from typing import Literal, NamedTuple
 from diffract.architectures.dimensions import TEXT_SECTIONS
 from diffract.checkpoints.configurations import compare_configurations, vocabulary
 from diffract.errors import printable
+from diffract.matrices.alike import counterparts, renamed_like
 from diffract.matrices.layout import Layout
 from diffract.matrices.lineage import tell_lineage
-from diffract.matrices.pairing import MAY_DIFFER, counterparts, renamed_like, stacks, within_layers
+from diffract.matrices.pairing import MAY_DIFFER, stacks, within_layers
 
 Vocabulary = Literal["common", "refuse"]
 """What becomes of tables of tokens that have another number of rows: the common rows are paired, or none."""

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
-from diffract.checkpoints import renamed
 from diffract.errors import CheckpointError, printable
+from diffract.matrices.alike import regrouped_like, renamed_like, untied_like
 from diffract.matrices.layout import Entry, Layout
-
-T = TypeVar("T")
 
 FIRST_NUMBER = re.compile(r"(.*?)\.(\d+)(?:\.|$)")
 
@@ -34,54 +31,21 @@ def pair(layouts: Sequence[Layout], *, allow_unmatched: bool = False) -> list[La
         CheckpointError: More than embeddings are unmatched and that is not allowed, or nothing is paired at all.
     """
     base, *others = layouts
-    tuned = [renamed_like(base, other) for other in others]
+    tuned = [renamed_like(base, regrouped_like(base, other)) for other in others]
+    for layout in tuned:
+        base = untied_like(layout, base)
+    tuned = [untied_like(base, layout) for layout in tuned]
     children = [replace(t, entries={n: _match(e, base.entries.get(n)) for n, e in t.entries.items()}) for t in tuned]
     for child in children:
         _check_matched(base, child, allow_unmatched=allow_unmatched)
     return [replace(base, entries={n: _match_any(n, e, children) for n, e in base.entries.items()}), *children]
 
 
-def counterparts(base: Layout, other: Layout) -> dict[str, str]:
-    """Return what a base calls those tensors that another checkpoint has under another name.
-
-    Two names mean one tensor where both are the same part of the model, or, for what nothing describes (norms, biases),
-    where they are equal without prefix and words of wrappers.
-    """
-    known = {_part(base, name): name for name in base.entries}
-    found = ((name, known.get(_part(other, name))) for name in other.entries if name not in base.entries)
-    return {name: own for name, own in found if own is not None and own not in other.entries}
-
-
-def _part(layout: Layout, name: str) -> tuple[object, ...]:
-    place = layout.architecture.place(name)
-    if place is None:
-        return (layout.architecture.bare.get(name, name),)
-    return (place.role.part, place.role.stacked, place.layer, place.expert, place.head)
-
-
-def renamed_like(base: Layout, layout: Layout) -> Layout:
-    """Return a layout that goes by the names of its base; each entry notes its own."""
-    names = counterparts(base, layout)
-    if not names:
-        return layout
-
-    def moved(found: Mapping[str, T]) -> dict[str, T]:
-        return {names.get(name, name): value for name, value in found.items()}
-
-    entries = {}
-    for name, entry in layout.entries.items():
-        own = names.get(name, name)
-        note = "; ".join(filter(None, (entry.note, f"called {name} here" if own != name else "")))
-        matrices = tuple(replace(m, tensor=own) for m in entry.matrices)
-        entries[own] = replace(entry, info=replace(entry.info, name=own), matrices=matrices, note=note)
-    read = layout.architecture
-    architecture = replace(read, places=moved(read.places), bare=moved(read.bare))
-    return replace(layout, checkpoint=renamed(layout.checkpoint, names), architecture=architecture, entries=entries)
-
-
 def is_paired(entry: Entry | None) -> bool:
     """Whether a tuned checkpoint's tensor is compared with the base's."""
-    return entry is not None and entry.outcome in ("analysed", "retyped")
+    # What is tied has matrices where the other model has a tensor of its own for it.
+    tied = entry is not None and entry.outcome == "tied" and bool(entry.matrices)
+    return tied or (entry is not None and entry.outcome in ("analysed", "retyped"))
 
 
 def _match(entry: Entry, other: Entry | None) -> Entry:
@@ -92,7 +56,7 @@ def _match(entry: Entry, other: Entry | None) -> Entry:
         return replace(entry, outcome="unmatched", note="the base has no such tensor")
     if other.info.shape != entry.info.shape:
         return replace(entry, outcome="resized", note=f"the base has {list(other.info.shape)}")
-    if other.outcome == "tied":
+    if other.outcome == "tied" and not other.matrices:
         return replace(entry, outcome="unmatched", note=f"in the base it {other.note}")
     if other.info.dtype != entry.info.dtype:
         return replace(entry, outcome="retyped", note=f"compared; the base stores {other.info.dtype}")
@@ -125,12 +89,6 @@ def _check_matched(base: Layout, child: Layout, *, allow_unmatched: bool) -> Non
     ours, theirs = stacks(base), stacks(child)
     serious = [e for e in alone if within_layers(e, child, ours)] + [e for e in gone if within_layers(e, base, theirs)]
     if serious and not allow_unmatched:
-        inner = [{m.name for e in side.entries.values() for m in e.matrices} for side in (base, child)]
-        if all(m.name in inner[0] & inner[1] for e in serious for m in e.matrices):
-            raise CheckpointError(
-                f"{where} have the same parts in another naming: experts stacked in one tensor, or alone"
-                f"{_example(serious, base, child)}. Save both in one way, or pass --allow-unmatched."
-            )
         raise CheckpointError(
             f"{where}: {len(serious)} tensors besides embeddings have no partner{_example(serious, base, child)}. "
             "Pass --allow-unmatched to compare what matches and list the rest."
