@@ -6,15 +6,17 @@ python docs/make_metrics.py --check    # say whether it is up to date
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
 
 import diffract
-from diffract.metrics import GROUPS, Metric
+from diffract.metrics import FACTS, GROUPS, Metric
 
 PAGE = Path(__file__).parent / "metrics.md"
+LISTING = Path(__file__).parents[1] / "src" / "diffract" / "cli" / "metrics.json"
 BEGIN, END = "<!-- catalog: made by make_metrics.py -->", "<!-- end of catalog -->"
 
 TITLES = {
@@ -61,6 +63,18 @@ def catalog() -> str:
     return "\n".join(lines)
 
 
+def listing() -> str:
+    """Return what `diffract metrics` prints: the declarations of all metrics and facts as JSON."""
+    shown = ("needs", "summary", "unit", "range", "source")
+    rows = [
+        {"name": m.name, "group": group, "of": "pair" if m.pair else "matrix", **{n: getattr(m, n) for n in shown}}
+        for group, members in GROUPS.items()
+        for m in members
+    ]
+    facts = [{"name": name, "needs": fact.need, "summary": fact.summary} for name, fact in FACTS.items()]
+    return json.dumps({"metrics": rows, "facts": facts}, indent=1, ensure_ascii=False) + "\n"
+
+
 def row(m: Metric, cases: Degenerate) -> str:
     """Return one metric's line."""
     values = ", ".join(f"{name} {number(case.get(m.name))}" for name, case in cases.items())
@@ -74,14 +88,17 @@ def number(value: float | None) -> str:
 
 
 def main() -> None:
-    """Rewrite the page, or check it."""
+    """Rewrite the page and the listing, or check them."""
     text = PAGE.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     made = f"{before}{BEGIN}\n\n{catalog()}\n{END}{after}"
-    if "--check" in sys.argv:
-        sys.exit(0 if made == text else "docs/metrics.md is out of date: run `make docs`")
-    PAGE.write_text(made, encoding="utf-8")
+    wanted = {PAGE: made, LISTING: listing()}
+    for path, whole in wanted.items():
+        if "--check" not in sys.argv:
+            path.write_text(whole, encoding="utf-8")
+        elif path.read_text(encoding="utf-8") != whole:
+            sys.exit(f"{path.name} is out of date: run `make docs`")
 
 
 if __name__ == "__main__":

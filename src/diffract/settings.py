@@ -20,6 +20,8 @@ Progress = Callable[[float, float, str], None]
 
 STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True)
 
+METRIC_ENTRY_POINTS = "diffract.metrics"
+"""Entry point group in which packages name metrics of their own."""
 
 SHARD_BYTES = 5_000_000_000
 """Bytes of tensors in a file, where nothing else is asked for."""

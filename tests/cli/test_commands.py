@@ -102,6 +102,11 @@ def test_the_catalog_is_listed_and_documented() -> None:
         assert f"`{name}`" in documented
 
 
+def test_the_catalog_needs_no_torch() -> None:
+    code = "import sys; from diffract.cli.commands import metrics; metrics(); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "False\n"
+
+
 def test_the_page_of_metrics_is_up_to_date() -> None:
     subprocess.run([sys.executable, str(ROOT / "docs" / "make_metrics.py"), "--check"], check=True)
 

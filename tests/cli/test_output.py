@@ -69,6 +69,17 @@ def test_compare_json_equals_the_api(family: tuple[Path, Path]) -> None:
     assert json.loads(done.stdout)["models"] == expected
 
 
+def test_a_reader_who_has_seen_enough_is_no_fault() -> None:
+    command = [sys.executable, "-m", "diffract", "metrics"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
+
+
 def test_debug_shows_where(family: tuple[Path, Path]) -> None:
     done = run.invoke(app, ["scan", str(family[0]), "--select", "attn.z", "--debug"])
     assert isinstance(done.exception, diffract.SelectionError)

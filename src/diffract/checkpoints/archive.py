@@ -216,20 +216,17 @@ class _Reader(io.RawIOBase):
     def __init__(self, file: ByteFile) -> None:
         self._file, self._at = file, 0
 
-    def readable(self) -> bool:
-        return True
-
     def seekable(self) -> bool:
+        """Whether any place can be read next; it can."""
         return True
 
     def seek(self, offset: int, whence: int = 0) -> int:
+        """Go to a place, counted from the beginning, from here (1) or from the end (2), and return it."""
         self._at = offset + (0, self._at, self._file.size)[whence]
         return self._at
 
-    def tell(self) -> int:
-        return self._at
-
     def read(self, size: int = -1) -> bytes:
+        """Return the next bytes, at most ``size`` of them; by default all that are left."""
         left = max(0, self._file.size - self._at)
         found = self._file.fetch(self._at, left if size < 0 else min(size, left))
         self._at += len(found)

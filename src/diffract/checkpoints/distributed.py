@@ -155,6 +155,7 @@ class _Leaf:
 
     @property
     def ndim(self) -> int:
+        """Number of axes, as tensors have it."""
         return len(self.shape)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import entry_points
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,17 +107,13 @@ def metrics(*, facts: bool = False) -> dict[str, Any]:
     Args:
         facts: List what a metric of one's own can be made of.
     """
-    from diffract.metrics import FACTS, GROUPS, installed_metrics
+    from diffract.settings import METRIC_ENTRY_POINTS
 
+    # Declarations stand beside what they compute, so that to ask them takes torch; this is what they say, as text.
+    told = json.loads((files("diffract.cli") / "metrics.json").read_text(encoding="utf-8"))
     if facts:
-        return {"facts": [{"name": name, "needs": f.need, "summary": f.summary} for name, f in FACTS.items()]}
-    shown = ("needs", "summary", "unit", "range", "source")
-    rows = [
-        {"name": m.name, "group": group, "of": "pair" if m.pair else "matrix", **{n: getattr(m, n) for n in shown}}
-        for group, members in GROUPS.items()
-        for m in members
-    ]
-    return {"metrics": rows, "extensions": sorted(installed_metrics())}
+        return {"facts": told["facts"]}
+    return {"metrics": told["metrics"], "extensions": sorted(entry_points(group=METRIC_ENTRY_POINTS).names)}
 
 
 def cache(*, prune: str | None = None) -> dict[str, Any]:

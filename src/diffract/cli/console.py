@@ -45,7 +45,7 @@ def explained(*, debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("interrupted; run the same command again to continue", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
-    except (typer.Exit, typer.Abort):
+    except (typer.Exit, typer.Abort, BrokenPipeError):  # of a pipe whose reader has seen enough nothing is said
         raise
     except Exception as error:
         if debug:

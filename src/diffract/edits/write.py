@@ -63,7 +63,7 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Stored:
+class WrittenDraft:
     """A draft on disk.
 
     Attributes:
@@ -112,7 +112,7 @@ def jobs_of(draft: Draft, infos: Mapping[str, TensorInfo]) -> list[TensorJob]:
     return sorted(jobs, key=lambda job: -job.info.size_bytes)
 
 
-def write_draft(draft: Draft, target: Target) -> Stored:
+def write_draft(draft: Draft, target: Target) -> WrittenDraft:
     """Compute a draft and write it as a model's safetensors.
 
     Raises:
@@ -122,7 +122,7 @@ def write_draft(draft: Draft, target: Target) -> Stored:
     infos = written_infos(draft, target.output)
     with _explained(target.folder), _writer(draft, infos, target) as writer:
         digests = computed(draft, infos, writer=writer, progress=target.progress)
-        return Stored(digests, writer.written_bytes)
+        return WrittenDraft(digests, writer.written_bytes)
 
 
 def _writer(draft: Draft, infos: Mapping[str, TensorInfo], target: Target) -> ShardedWriter:

@@ -17,8 +17,7 @@ from diffract.metrics import agreement, heavy_tails, nulls, pair, peaks, profile
 from diffract.metrics.facts import FACTS, TAIL_LAWS, Metric
 from diffract.metrics.heavy_tails import significance
 from diffract.metrics.heavy_tails.fit import Candidates, fit_candidates, order, scan_distances, search
-
-ENTRY_POINTS = "diffract.metrics"
+from diffract.settings import METRIC_ENTRY_POINTS
 
 GROUPS: dict[str, tuple[Metric, ...]] = {
     "norms": (single.frobenius_norm, single.spectral_norm, single.nuclear_norm),
@@ -205,7 +204,7 @@ def split_names(text: str) -> list[str]:
 
 def installed_metrics() -> dict[str, Any]:
     """Return the entry points of installed extensions by name; nothing is loaded."""
-    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    return {point.name: point for point in entry_points(group=METRIC_ENTRY_POINTS)}
 
 
 def _find(name: str) -> Metric:
