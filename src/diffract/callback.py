@@ -290,7 +290,7 @@ def medians(rows: pl.DataFrame) -> dict[str, float]:
     Returns:
         ``spectral/METRIC/all``, ``spectral/METRIC/attn.q``, ``spectral/METRIC/embed``, ...
     """
-    numbers = [name for name in rows.columns if name not in NAMED]
+    numbers = [name for name in rows.select(pl.selectors.numeric()).columns if name not in NAMED]
     whole = pl.col("projection").is_null() | (pl.col("block") == pl.col("projection"))
     part = pl.when(whole).then("block").otherwise(pl.concat_str("block", "projection", separator="."))
     labelled = [rows.with_columns(part=pl.lit("all")), rows.with_columns(part=part)]

@@ -304,7 +304,8 @@ def test_without_tokenizers_rows_are_paired_by_position_and_that_is_said(tmp_pat
     base = llama()
     longer = {n: torch.cat([w, torch.ones(3, 32)]) if n in TABLES else w for n, w in tuned_from(base).items()}
     done = edited(tmp_path / "out", longer, {"interpolate": {"with": base, "at": 1.0}})
-    assert "paired by their position" in done.manifest["notes"][-1]
+    assert "the first 40 rows are paired" in done.manifest["notes"][-1]
+    assert "by their position alone" in done.manifest["notes"][-1]
 
 
 def test_tokenizers_that_contradict_each_other(tmp_path: Path) -> None:

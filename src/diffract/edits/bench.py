@@ -28,9 +28,6 @@ Between = Callable[[Tensor, Tensor, float], Tensor]
 Plans = list[tuple[Edit, Planned]]
 """Edits in their order, and what each of them comes to."""
 
-SHOWN = 3
-"""Tensors that a sentence names."""
-
 
 @dataclass(frozen=True)
 class Other:
@@ -256,16 +253,7 @@ class Bench:
         if label in self.kept or not stays:
             return
         self.kept[label] = stays
-        ours = [n for n in stays if n not in met.extra]
-        if ours:
-            self.notes.append(f"As in the model, not from {printable(label)}: {_listed(ours)}.")
-        if met.extra:
-            self.notes.append(f"Only in {printable(label)}, not used: {_listed(list(met.extra))}.")
-        if met.by_position:
-            self.notes.append(
-                "Tables of tokens differ in length, and no tokenizer lies beside both models: rows of "
-                f"{printable(label)} are paired by their position."
-            )
+        self.notes += met.told(printable(label))
 
     def entries(self) -> dict[str, Entry]:
         """Return the tensors that edits can change, by name: floating point, no buffer, and not tied to another."""
@@ -318,8 +306,3 @@ class Bench:
             label += "'"
         self.inputs[label] = Input(checkpoint, recorder)
         return checkpoint
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{', '.join(map(printable, names[:SHOWN]))}{more}"

@@ -34,8 +34,8 @@ WORDS_OF_TABLES = ("embed", "wte", "lm_head")
 
 OTHER_TABLES = ("pos", "type", "seg")
 
-SHOWN = 8
-"""Tensors that a message lists."""
+SHOWN, NAMED = 8, 3
+"""Tensors that an error lists, and a sentence."""
 
 
 class Objection(NamedTuple):
@@ -100,6 +100,28 @@ class Meeting:
         """Return what is not taken or not used, by name, with the reason."""
         grown = {name: f"rows from {count} on stay as they are in the model" for name, count in self.rows.items()}
         return {**grown, **self.apart, **self.extra}
+
+    def told(self, other: str) -> list[str]:
+        """Return the same in sentences.
+
+        Args:
+            other: What the other is called.
+        """
+        found = []
+        if self.apart:
+            found.append(f"As in the model, not from {other}: {_listed(self.apart)}.")
+        if self.extra:
+            found.append(f"Only in {other}, not used: {_listed(self.extra)}.")
+        for count in dict.fromkeys(self.rows.values()):
+            tables = [name for name, rows in self.rows.items() if rows == count]
+            how = ", by their position alone: no tokenizer lies beside both models" if self.by_position else ""
+            found.append(f"Of {_listed(tables)} the first {count:,} rows are paired with those of {other}{how}.")
+        return found
+
+
+def _listed(names: Collection[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{', '.join(map(printable, list(names)[:NAMED]))}{more}"
 
 
 def meet(model: Layout, other: Layout, ties: Mapping[str, str]) -> Meeting:
