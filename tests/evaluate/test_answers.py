@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffract.evaluate.sources import final_number, is_right
+from diffract.evaluate.grading import final_number, is_right
 
 SOLVERS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
 DATA = os.environ.get("DIFFRACT_DATA")

@@ -221,6 +221,44 @@ class Subject:
         embedding: Any = self.model.get_input_embeddings()  # pyright: ignore[reportCallIssue] (transformers)
         return int(embedding.weight.shape[0])
 
+    @property
+    def recurrent(self) -> bool:
+        """Whether a state carries what was read: of such models padding before a text changes what follows."""
+        return bool(getattr(self.model, "_is_stateful", False))
+
+    @property
+    def ends(self) -> list[int]:
+        """Tokens that end what the model says.
+
+        These are the end of the tokenizer, those of the model's generation settings and configuration, and what its
+        chat template puts behind a turn.
+        """
+        model: Any = self.model
+        own = [getattr(model, name, None) for name in ("generation_config", "config")]
+        found = [self.tokenizer.eos_token_id, *(getattr(settings, "eos_token_id", None) for settings in own)]
+        tokens = [token for one in found for token in (one if isinstance(one, list | tuple) else [one])]
+        return sorted({t for t in (*tokens, self._turn_end()) if isinstance(t, int) and 0 <= t < self.vocabulary})
+
+    @property
+    def stops(self) -> list[str]:
+        """Texts that end what the model says, by its generation settings."""
+        found = getattr(getattr(self.model, "generation_config", None), "stop_strings", None) or []
+        return [found] if isinstance(found, str) else [text for text in found if text]
+
+    def _turn_end(self) -> int | None:
+        """Return the special token that the chat template puts behind what an assistant says."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            return None
+        said = "4711 is said"
+        turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": said}]
+        try:
+            text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        except Exception:  # a template is a program of others, and may fail in any way; then it tells nothing
+            return None
+        behind = self.tokenizer(text.rpartition(said)[2], add_special_tokens=False)["input_ids"]
+        special = set(self.tokenizer.all_special_ids) | set(getattr(self.tokenizer, "added_tokens_decoder", ()))
+        return next((token for token in behind if token in special), None)
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of texts, without special tokens.
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from math import log, log2
 from typing import Any, TypeVar
 
@@ -14,8 +16,8 @@ from torch import Tensor
 
 from diffract.corpora import Document
 from diffract.errors import CheckpointError, CorpusError, printable
+from diffract.evaluate.grading import MARKS, is_right
 from diffract.evaluate.model import Subject
-from diffract.evaluate.sources import is_right
 from diffract.evaluate.tasks import MultipleChoice, Piece, Question, Score
 
 T = TypeVar("T")
@@ -107,8 +109,8 @@ def chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
         yield items[begun : begun + size]
 
 
-END = re.compile(r"####[^\n]*\n|\n\s*Question:")
-"""Where an answer ends: after the line of the final number, or before another question."""
+NEXT = re.compile(r"\n\s*Question:")
+"""Another question: what a model goes on with that was trained on rows of them."""
 
 LOOK_EVERY = 8
 """Tokens after which answers are looked at for their end; what was said beyond it is cut off."""
@@ -132,42 +134,58 @@ class Prompt:
 def generate(subject: Subject, prompts: Sequence[Prompt], budget: BatchLimit) -> list[str]:
     """Return the model's greedy answers, each cut at its end.
 
-    Prompts are padded on the left, masked, and computed with prompts of about the same length; rounding apart, an
-    answer does not depend on the others of its batch. The model's own generation settings (sampling, penalties) do not
-    count.
+    An answer ends with the line of its final number, before another question, or where the model ends it (see
+    `Subject.ends`). Prompts are padded on the left, masked, and computed with prompts of about the same length;
+    rounding apart, an answer does not depend on the others of its batch. What a recurrent model has read stays in its
+    state, a masked token too: its batches hold prompts of one length, without padding. The model's own generation
+    settings (sampling, penalties) do not count.
 
     Raises:
         CheckpointError: Logits are NaN, or memory does not suffice for one prompt.
     """
-    answers: dict[int, str] = {}
+    # A batch goes on for one number of tokens, and no row may go on beyond what its context has room for.
+    alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for i, prompt in enumerate(prompts):
+        alike[prompt.tokens, len(prompt.ids) if subject.recurrent else 0].append(i)
+    ends, answers = (subject.ends, subject.stops), {}
     with _plain_generation(subject.model):
-        # A batch goes on for one number of tokens, and no row may go on beyond what its context has room for.
-        for tokens in sorted({p.tokens for p in prompts}):
-            own = [i for i, p in enumerate(prompts) if p.tokens == tokens]
+        for _, own in sorted(alike.items()):
             found = run_batches(
                 [prompts[i] for i in own],
                 lambda p: len(p.ids) + p.tokens,
-                lambda batch: _batch_answers(subject, batch),
+                lambda batch: _batch_answers(subject, batch, ends),
                 budget=budget,
             )
             answers.update(zip(own, found, strict=True))
     return [answers[i] for i in range(len(prompts))]
 
 
-def shorten(answer: str) -> str:
+def shorten(answer: str, stops: Sequence[str] = ()) -> str:
     r"""Return an answer up to its end.
+
+    Args:
+        answer: What a model said.
+        stops: What ends it as well; not part of the answer.
 
     >>> shorten(" 1+1 = 2\n#### 2\nQuestion: What")
     ' 1+1 = 2\n#### 2\n'
     """
-    match = END.search(answer)
-    if match is None:
-        return answer
-    return answer[: match.end() if match[0].startswith("####") else match.start()]
+    end = _end(answer, stops)
+    return answer if end is None else answer[:end]
+
+
+def _end(answer: str, stops: Sequence[str]) -> int | None:
+    """Return where an answer ends, ``None`` while it goes on."""
+    # by where each begins: the line of a final number is part of the answer, though another question may follow it
+    found = [(m.start(), m.end() + 1) for m in MARKS[0].finditer(answer) if m.end() < len(answer)]
+    found += [(m.start(), m.start()) for m in NEXT.finditer(answer)]
+    found += [(answer.index(stop), answer.index(stop)) for stop in stops if stop in answer]
+    return min(found)[1] if found else None
 
 
 @torch.inference_mode()
-def _batch_answers(subject: Subject, prompts: list[Prompt]) -> list[str]:
+def _batch_answers(subject: Subject, prompts: list[Prompt], ends: tuple[list[int], list[str]]) -> list[str]:
+    tokens, stops = ends
     longest = max(len(p.ids) for p in prompts)
     ids = torch.full((len(prompts), longest), _padding(subject), dtype=torch.long)
     known = torch.zeros_like(ids)
@@ -179,33 +197,33 @@ def _batch_answers(subject: Subject, prompts: list[Prompt]) -> list[str]:
         attention_mask=known.to(subject.device),
         do_sample=False,
         max_new_tokens=prompts[0].tokens,
-        eos_token_id=subject.tokenizer.eos_token_id,
+        eos_token_id=tokens or None,
         pad_token_id=_padding(subject),
-        stopping_criteria=[_Ended(subject, len(prompts), longest)],
+        stopping_criteria=[_Ended(subject, stops, len(prompts), longest=longest)],
         logits_processor=[_Numbers(subject, prompts)],
     )
-    answers, end = found[:, longest:].tolist(), subject.tokenizer.eos_token_id
-    return [shorten(subject.decode(ids[: ids.index(end)] if end in ids else ids)) for ids in answers]
+    answers = [list(takewhile(lambda token: token not in tokens, ids)) for ids in found[:, longest:].tolist()]
+    return [shorten(subject.decode(ids), stops) for ids in answers]
 
 
 def _padding(subject: Subject) -> int:
-    # Any token will do, as it is masked.
-    tokenizer = subject.tokenizer
-    return next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+    # Any token that the embedding has will do, as it is masked; tokenizers name some that it has no row for.
+    named = (subject.tokenizer.pad_token_id, subject.tokenizer.eos_token_id)
+    return next((t for t in named if t is not None and 0 <= t < subject.vocabulary), 0)
 
 
 class _Ended:
     """Says of each row whether its answer has ended."""
 
-    def __init__(self, subject: Subject, rows: int, longest: int) -> None:
-        self.subject, self.longest = subject, longest
+    def __init__(self, subject: Subject, stops: Sequence[str], rows: int, *, longest: int) -> None:
+        self.subject, self.stops, self.longest = subject, stops, longest
         self.ended = torch.zeros(rows, dtype=torch.bool)
 
     def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
         if (ids.shape[1] - self.longest) % LOOK_EVERY == 0:
             going = [i for i, ended in enumerate(self.ended.tolist()) if not ended]
             texts = [self.subject.decode(row) for row in ids[going, self.longest :].tolist()]
-            self.ended[going] = torch.tensor([END.search(t) is not None for t in texts], dtype=torch.bool)
+            self.ended[going] = torch.tensor([_end(t, self.stops) is not None for t in texts], dtype=torch.bool)
         return self.ended.to(ids.device)
 
 

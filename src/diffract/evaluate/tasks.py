@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from diffract.evaluate.model import Subject
     from diffract.evaluate.scoring import BatchLimit
 
-VERSION = 1
+VERSION = 2
 """Raised when the same items would get other scores; part of every key."""
 
 
