@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from diffract.stats import spearman_pvalue
 from diffract.studies.finding import Number, better, median, rank_correlation
+from diffract.studies.findings.vectors import vectors
+from diffract.studies.study import write_noise
+
+SAMPLES = Path(__file__).parents[2] / "samples" / "tiny-olmo2"
 
 
 @pytest.mark.parametrize(
@@ -69,3 +77,25 @@ def test_what_was_taken_out_widens_the_interval() -> None:
 def test_few_points_have_no_interval() -> None:
     assert rank_correlation("r", [1, 2, 3, 4], [1, 3, 2, 4]).low is None
     assert rank_correlation("r", [1, 1, 1, 1, 1], [1, 3, 2, 4, 5]).value is None
+
+
+def test_values_are_held_against_noise_of_the_same_norm(tmp_path: Path) -> None:
+    """Continued training moves singular values less than noise does; other noise does not, though 99% turns vectors."""
+    tuned = str(SAMPLES / "math")
+    write_noise(str(SAMPLES / "base"), tuned, tmp_path / "noise")
+    write_noise(str(SAMPLES / "base"), tuned, tmp_path / "other", seed=1)
+
+    def study(model: str) -> Any:
+        return SimpleNamespace(
+            base=str(SAMPLES / "base"), tuned={"math": model}, noise=lambda _: str(tmp_path / "noise"),
+            recipe=SimpleNamespace(target="math"), say=lambda _: None,
+        )  # fmt: skip
+
+    found = vectors.test(study(tuned))
+    assert found.verdict == "holds"
+    less, moved, of_noise = (number.value for number in found.numbers[:3])
+    assert less is not None
+    assert moved is not None
+    assert of_noise is not None
+    assert moved < 0.8 * of_noise
+    assert vectors.test(study(str(tmp_path / "other"))).verdict == "cannot tell"
