@@ -71,7 +71,7 @@ def test_an_adapter_is_its_factors(adapted: tuple, monkeypatch: pytest.MonkeyPat
 
     def unmerged(self: Adapted, info: TensorInfo, rows: tuple[int, int] | None) -> torch.Tensor:
         # what lineage is told by is a sample of rows
-        assert info.name not in self.pairs or rows is not None, "the change was multiplied out"
+        assert info.name not in self.changes or rows is not None, "the change was multiplied out"
         return read(self, info, rows)
 
     monkeypatch.setattr(Adapted, "read", unmerged)

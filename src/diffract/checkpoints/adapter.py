@@ -1,75 +1,130 @@
-"""A PEFT LoRA adapter over its base model: the change stays two thin factors until it must be added.
-
-LoRA (Hu et al. 2021): W1 = W0 + s B A with s = alpha / r, or alpha / sqrt(r) where it is rank-stabilised
-(Kalajdzievski 2023).
-"""
+"""An adapter over its base model: the change stays what the adapter holds, and is rounded once, where it is added."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from math import sqrt
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from diffract.architectures import Architecture, resolve
+from diffract.architectures.names import outer_prefixes
+from diffract.checkpoints.adapter_parts import (
+    CONFIG,
+    MERGE,
+    Adapter,
+    LowRank,
+    is_factor,
+    module_name,
+    read_adapter,
+    read_settings,
+)
 from diffract.checkpoints.checkpoint import Checkpoint, Factors, Range
 from diffract.checkpoints.header import TensorInfo
-from diffract.errors import CheckpointError, printable
+from diffract.errors import ArchitectureError, CheckpointError, printable
 
 if TYPE_CHECKING:  # headers are read without torch
     import torch
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
+_TOWER = re.compile(r"vision|visual|image|audio|speech")
+"""What the parts of a model are called that have layers of the same names as its language model."""
 
-MORE_THAN_FACTORS = (
-    *("alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "kasa_config", "layer_replication"),
-    *("lora_bias", "modules_to_save", "monteclora_config", "target_parameters", "trainable_token_indices"),
-    *("use_bdlora", "use_dora", "use_qalora"),
-)
-"""Settings of PEFT under which an adapter is more than two factors per matrix."""
-
-MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations (``init_lora_weights``) that change the base too, so that the factors do not add to it."""
+ANOTHER = "This adapter belongs to another base; pass --adapter-base MODEL."
 
 
 @dataclass(frozen=True)
-class Pair:
-    """What an adapter holds for one base tensor.
+class Change:
+    """What an adapter makes of one tensor of its base.
 
     Attributes:
-        A, B: Names of the adapter's tensors.
-        scale: What their product is multiplied with.
-        transposed: The base stores the matrix as (in, out).
+        info: The tensor as the result has it.
+        start: Where the values come from that the rest is done to, and what they are called there.
+        low_rank: What is added.
+        transposed: The tensor is stored (in, out).
+        shift: Name of what is added to a bias, and its scale.
+        rows: Numbers of the rows that are replaced, and the name of what replaces them.
     """
 
-    A: str
-    B: str
-    scale: float
-    transposed: bool
+    info: TensorInfo
+    start: tuple[Checkpoint, str]
+    low_rank: LowRank | None = None
+    transposed: bool = False
+    shift: tuple[str, float] | None = None
+    rows: tuple[list[int], str] | None = None
 
 
+@dataclass(frozen=True, eq=False)
 class Adapted:
-    """A base's tensors plus low-rank changes, added in float64 and rounded once to the base's dtype."""
+    """A base's tensors with an adapter's changes: computed in float64, and rounded once to the dtype they have."""
 
-    def __init__(self, base: Checkpoint, weights: Checkpoint, pairs: Mapping[str, Pair], *, owns_base: bool) -> None:
-        self.base, self.weights, self.pairs, self.owns_base = base, weights, pairs, owns_base
+    base: Checkpoint
+    weights: Checkpoint
+    changes: Mapping[str, Change]
+    owns_base: bool
 
     def read(self, info: TensorInfo, rows: Range | None) -> torch.Tensor:
-        """Return entries ``rows`` of the leading axis, merged if the adapter changes the tensor."""
-        weight = self.base.read(info.name, rows)
-        if info.name not in self.pairs:
-            return weight
-        factors = self.factors(info.name)
-        left = factors.B if rows is None else factors.B[rows[0] : rows[1]]
-        return (weight.double() + left @ factors.A).to(weight.dtype)
+        """Return entries ``rows`` of the leading axis, rounded if the adapter changes the tensor."""
+        from diffract.checkpoints.dtypes import TORCH_DTYPES
+
+        if info.name not in self.changes:
+            return self.base.read(info.name, rows)
+        return self.unrounded(info.name, rows).to(TORCH_DTYPES[info.dtype])
+
+    def unrounded(self, name: str, rows: Range | None) -> torch.Tensor:
+        """Return entries of a changed tensor as they are before rounding, in float64, or as they are stored."""
+        change = self.changes[name]
+        origin, stored = change.start
+        # the norms that DoRA divides by run along the leading axis of what is stored (in, out)
+        whole = rows is not None and change.transposed and change.low_rank is not None and change.low_rank.magnitude
+        span = None if whole else rows
+        found = origin.read_unrounded(stored, span)
+        if change.low_rank is not None:
+            found = self._adapted(found.double(), change, span)
+        if change.shift is not None:
+            shift, scale = change.shift
+            found = found.double() + scale * self.weights.read(shift, span).double()
+        if change.rows is not None:
+            found = self._with_rows(found, change.rows, span)
+        return found[rows[0] : rows[1]] if whole and rows is not None else found
+
+    def _adapted(self, values: torch.Tensor, change: Change, rows: Range | None) -> torch.Tensor:
+        """Add the product of factors to rows of a weight, and give its outputs DoRA's magnitudes."""
+        import torch
+
+        low_rank = change.low_rank
+        assert low_rank is not None
+        B, A = low_rank.read(self.weights)
+        left, right = (A.mT, B.mT) if change.transposed else (B, A)
+        kept = left if rows is None else left[slice(*rows)]
+        found = values + (kept @ right).reshape(values.shape)
+        if low_rank.magnitude is None:
+            return found
+        magnitude = self.weights.read(low_rank.magnitude).double().flatten()
+        if change.transposed:
+            return found * (magnitude / torch.linalg.vector_norm(found, dim=0))
+        if rows is not None:
+            magnitude = magnitude[slice(*rows)]
+        ratio = magnitude / torch.linalg.vector_norm(found.flatten(1), dim=1)
+        return found * ratio.reshape(-1, *(1 for _ in found.shape[1:]))
+
+    def _with_rows(self, values: torch.Tensor, rows: tuple[list[int], str], span: Range | None) -> torch.Tensor:
+        numbers, name = rows
+        first, last = span or (0, values.shape[0])
+        inside = [(at, number - first) for at, number in enumerate(numbers) if first <= number < last]
+        found = values.double().clone()
+        if inside:
+            at, here = ([pair[i] for pair in inside] for i in (0, 1))
+            found[here] = self.weights.read(name).double()[at]
+        return found
 
     def factors(self, name: str) -> Factors:
         """Read the change of a tensor as factors."""
-        pair = self.pairs[name]
-        left, right = self.weights.read(pair.B).double() * pair.scale, self.weights.read(pair.A).double()
-        return Factors(right.T, left.T) if pair.transposed else Factors(left, right)
+        change = self.changes[name]
+        assert change.low_rank is not None
+        B, A = change.low_rank.read(self.weights)
+        return Factors(A.T, B.T) if change.transposed else Factors(B, A)
 
     def close(self) -> None:
         """Close the adapter's weights, and the base if it was opened for it."""
@@ -78,54 +133,316 @@ class Adapted:
             self.base.close()
 
 
-def open_adapter(
-    weights: Checkpoint,
-    base: Checkpoint,
-    config: Mapping[str, Any],
-    *,
-    reference: str,
-    owns_base: bool = True,
-) -> Checkpoint:
+def open_adapter(adapter: Adapter, base: Checkpoint, *, owns_base: bool = True) -> Checkpoint:
     """Return base plus adapter as one checkpoint that keeps the factors; only headers are read.
 
     Args:
-        weights: The adapter's opened weights.
+        adapter: The opened adapter.
         base: The opened base model.
-        config: The adapter's configuration.
-        reference: What to call the result.
         owns_base: Whether closing the result closes the base.
 
     Raises:
-        CheckpointError: The adapter is no plain LoRA, or does not fit the base.
+        CheckpointError: The adapter does not fit the base.
     """
-    refuse_more_than_factors(config, reference)
-    pairs = _pairs(weights, base, config, reference)
-    source = Adapted(base, weights, pairs, owns_base=owns_base)
+    fitted = _Fitted(adapter, base)
+    fitted.fit()
+    changes = fitted.changes
+    source = Adapted(base, adapter.weights, changes, owns_base)
+    infos = {**base.infos, **{name: change.info for name, change in changes.items()}}
+    config = _new_config(base, infos, fitted)
+    companions = base.companions
+    if config != base.config:  # the base's own file would say what is no longer true
+        companions = {name: read for name, read in companions.items() if name != "config.json"}
+    factored = {
+        name: partial(source.factors, name)
+        for name, change in changes.items()
+        if change.low_rank is not None and change.start == (base, name) and len(change.info.shape) == 2
+        if change.low_rank.magnitude is None
+    }
     return replace(
         base,
-        reference=reference,
-        sources=dict.fromkeys(base.infos, source),
-        tied={name: other for name, other in base.tied.items() if name not in pairs and other not in pairs},
-        factors={name: partial(source.factors, name) for name in pairs},
-        adapter=config,
+        reference=adapter.settings.where,
+        infos=infos,
+        sources=dict.fromkeys(infos, source),
+        config=config,
+        companions=companions,
+        tied={a: b for a, b in base.tied.items() if not {a, b} & changes.keys() or _alike(changes, a, b)},
+        factors=factored,
+        unrounded={
+            **{name: partial(base.read_unrounded, name) for name in base.unrounded},
+            **{name: partial(source.unrounded, name) for name in changes},
+        },
+        adapter=adapter.settings.raw,
         base_reference=base.reference,
+        notes=(*base.notes, *fitted.notes),
     )
 
 
-_FACTOR = re.compile(r"(?:base_model\.model\.)?.+\.lora_[AB]\.(?:[^.]+\.)?weight")
+def _alike(changes: Mapping[str, Change], one: str, two: str) -> bool:
+    """Whether an adapter does the same to two tensors: trained tokens are those of both ends of the model."""
+    a, b = changes.get(one), changes.get(two)
+    return a is not None and b is not None and a.rows is not None and a.rows == b.rows
 
 
-def unmerged(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> Checkpoint:
-    """Return a PEFT model that was saved whole as its base with the adapter's change; any other checkpoint as it is.
+def _new_config(base: Checkpoint, infos: Mapping[str, TensorInfo], fitted: _Fitted) -> Mapping[str, Any]:
+    """Return the base's configuration as it is true of the result: its vocabulary, and whether its ends are tied."""
+    config: dict[str, Any] = json.loads(json.dumps(dict(base.config))) if base.config else {}
+    sections = [config, *(config[key] for key in ("text_config",) if isinstance(config.get(key), dict))]
+    for section in sections:
+        if fitted.untied and (section is config or "tie_word_embeddings" in section):
+            section["tie_word_embeddings"] = False
+        for name in fitted.resized:
+            if section.get("vocab_size") == base.info(name).shape[0]:
+                section["vocab_size"] = infos[name].shape[0]
+    return config if config != base.config else base.config
+
+
+@dataclass
+class _Fitted:
+    """What an adapter's modules are in a base: `fit` finds one after another.
+
+    Attributes:
+        adapter: The adapter.
+        base: The base.
+        changes: What becomes of each tensor.
+        notes: What a reader should know.
+        resized: Tensors that have another number of rows than in the base.
+        untied: Whether tensors that were one are two.
+    """
+
+    adapter: Adapter
+    base: Checkpoint
+    changes: dict[str, Change] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    resized: list[str] = field(default_factory=list)
+    untied: bool = False
+
+    def fit(self) -> None:
+        """Find what becomes of each tensor."""
+        self.where = self.adapter.settings.where
+        self.architecture = _architecture(self.base)
+        self.bare: dict[str, list[str]] = {}
+        for name in self.base:
+            self.bare.setdefault(self.architecture.bare.get(name, name), []).append(name)
+        self.places = self._places()
+        for name, stored in self.adapter.whole.items():
+            self._replace(name, stored)
+        flag = self._flag()
+        for module, low_rank in self.adapter.low_rank.items():
+            self._add(module, low_rank, flag)
+        for module, stored in self.adapter.biases.items():
+            self._shift(module, stored)
+        self._untie()
+        for module, stored in self.adapter.tokens.items():
+            self._put_rows(module, stored)
+
+    def _places(self) -> dict[str, str]:
+        """Map what the adapter calls a tensor to what the base calls it, for all that it holds.
+
+        Names are equal, or equal behind a prefix: a model with a head, or one that sees, calls its body otherwise than
+        its files do. All names must then lose the same prefix or a beginning of it.
+        """
+        names = [*self.adapter.whole, *(f"{m}.weight" for m in (*self.adapter.low_rank, *self.adapter.tokens))]
+        names += [f"{module}.bias" for module in self.adapter.biases]
+        found, lost = {}, {}
+        for name in names:
+            if name in self.base:
+                found[name] = name
+                continue
+            starts = (0, *(i + 1 for i, letter in enumerate(name) if letter == "."))
+            start = next((at for at in starts if len(self.bare.get(name[at:], ())) == 1), None)
+            if start is not None and not _TOWER.search(name[:start]):
+                found[name], lost[name] = self.bare[name[start:]][0], name[:start]
+        outer = outer_prefixes(max(lost.values(), key=len, default=""))
+        return {name: own for name, own in found.items() if lost.get(name, "") in outer}
+
+    def _ties(self, name: str) -> tuple[str, list[str]]:
+        """Return the tensor of the base that a tensor is tied to, and what shares it and is not stored."""
+        spec, ties = self.architecture.spec, self.architecture.ties
+        pairs = spec.tied.items() if spec is not None and ties else ()
+        for source, target in pairs:
+            held = next(iter(self.bare.get(target, ())), None)
+            if held is not None and not self.bare.get(source):
+                if name.removeprefix(spec.prefix if spec else "") == source:
+                    return held, []
+                if name == held:
+                    return name, [s for s, t in pairs if t == target and not self.bare.get(s)]
+        return "", []
+
+    def _replace(self, name: str, stored: str) -> None:
+        """Take a tensor of the adapter instead of the base's."""
+        info, own = self.adapter.weights.info(stored), self.places.get(name)
+        module = name.rpartition(".")[0]
+        if own is None:
+            twin, _ = self._ties(name)
+            if not (twin or self.adapter.settings.saved_whole(module) or module in self.adapter.low_rank):
+                raise CheckpointError(
+                    f"{self.where}: unexpected tensor {printable(stored)!r} in the adapter, neither a factor nor one "
+                    f"of the base {self.base.reference}. {MERGE}"
+                )
+            self.untied |= bool(twin)
+            if not twin:
+                self.notes.append(f"The adapter adds {printable(name)}, which its base does not hold.")
+            own = name
+        else:
+            old = self.base.info(own)
+            if info.shape != old.shape:
+                if len(info.shape) != len(old.shape) or not info.shape or info.shape[1:] != old.shape[1:]:
+                    raise CheckpointError(
+                        f"{self.where}: {printable(stored)!r} has shape {info.shape}, {printable(own)!r} of the base "
+                        f"{old.shape}. {ANOTHER}"
+                    )
+                self.resized.append(own)
+                self.notes.append(
+                    f"The adapter has {info.shape[0]} rows of {printable(own)}, its base {old.shape[0]}: its own count."
+                )
+            info = replace(info, dtype=old.dtype if old.is_float and info.is_float else info.dtype)
+        if own in self.changes:
+            self._refuse_two(own)
+        self.changes[own] = Change(replace(info, name=own), (self.adapter.weights, stored))
+
+    def _refuse_two(self, name: str) -> NoReturn:
+        raise CheckpointError(
+            f"{self.where}: two adapted modules mean {printable(name)!r} of the base. Is this one adapter? Save it "
+            "again."
+        )
+
+    def _start(self, name: str) -> tuple[str, Change]:
+        """Return what a tensor is called in the result, and what it is before anything is added to it.
+
+        Raises:
+            CheckpointError: The base does not hold it.
+        """
+        own = self.places.get(name) or name
+        if own in self.changes:
+            return own, self.changes[own]
+        if own in self.base:
+            return own, Change(self.base.info(own), (self.base, own))
+        twin, _ = self._ties(name)
+        if twin:
+            self.untied = True
+            return name, Change(replace(self.base.info(twin), name=name), (self.base, twin))
+        raise CheckpointError(
+            f"{self.where}: the adapter changes {printable(name)!r}, which the base {self.base.reference} does not "
+            "hold. Pass --adapter-base MODEL."
+        )
+
+    def _flag(self) -> bool | None:
+        """Return whether square matrices of an unknown model are stored (in, out): the one word for all of them.
+
+        PEFT keeps that of the last module. Where oblong matrices of the adapter deny it, nothing is known.
+        """
+        flag = bool(self.adapter.settings.raw.get("fan_in_fan_out"))
+        for module, low_rank in self.adapter.low_rank.items():
+            own, shape = self.places.get(f"{module}.weight"), low_rank.shape
+            if own is not None and not low_rank.embedding and len(shape) == len(set(shape)) == 2:
+                stored = self.base.info(own).shape
+                if (stored == shape[::-1]) != flag and stored in (shape, shape[::-1]):
+                    return None
+        return flag
+
+    def _add(self, module: str, low_rank: LowRank, flag: bool | None) -> None:
+        """Add the product of factors to a weight."""
+        name = f"{module}.weight"
+        own, start = self._start(name)
+        if start.low_rank is not None:
+            self._refuse_two(own)
+        shape, product = start.info.shape, low_rank.shape
+        fits, fits_turned = shape == product, len(product) == 2 and shape == product[::-1]
+        if not (fits or fits_turned) or (low_rank.embedding and not fits_turned):
+            raise CheckpointError(
+                f"{self.where}: the factors of {printable(name)!r} make {product}, the base holds {shape}. {ANOTHER}"
+            )
+        if not start.info.is_float:
+            raise CheckpointError(
+                f"{self.where}: {printable(name)!r} is {start.info.dtype} in the base, expected floating point. Pass "
+                "--adapter-base with the model as it was before it was quantised."
+            )
+        place = self.architecture.place(own)
+        if low_rank.embedding or fits != fits_turned:
+            transposed = fits_turned
+        elif place is not None:
+            transposed = place.role.transposed or place.role.part[0].startswith("embed")
+        elif flag is not None:
+            transposed = flag
+        else:
+            raise CheckpointError(
+                f"{self.where}: {printable(name)!r} is square, and nothing tells whether it is stored (in, out): "
+                f"fan_in_fan_out of {CONFIG} is one word for all, which other matrices deny. {MERGE}"
+            )
+        self.changes[own] = replace(start, low_rank=low_rank, transposed=transposed)
+
+    def _shift(self, module: str, stored: str) -> None:
+        """Add to a bias what the second factor has of its own."""
+        own, start = self._start(f"{module}.bias")
+        shape = self.adapter.weights.info(stored).shape
+        if shape != start.info.shape:
+            raise CheckpointError(
+                f"{self.where}: {printable(stored)!r} has shape {shape}, the base's bias {start.info.shape}. {ANOTHER}"
+            )
+        self.changes[own] = replace(start, shift=(stored, self.adapter.low_rank[module].scale))
+
+    def _untie(self) -> None:
+        """Give what shared a tensor that is changed alone a copy of its own, of what the base has."""
+        architectures = self.base.config.get("architectures") or ["Model"]
+        if str(architectures[0]).endswith("Model"):
+            return
+        for name in list(self.changes):
+            if name not in self.base:
+                continue
+            for other in self._ties(name)[1]:
+                self.untied = True
+                if other not in self.changes:
+                    self.changes[other] = Change(replace(self.base.info(name), name=other), (self.base, name))
+        if self.untied:
+            self.notes.append(
+                "The adapter changes one of two ends that its base ties: here they are two tensors, as when it was "
+                "trained; loaders that merge it into tied weights change both."
+            )
+
+    def _put_rows(self, module: str, stored: str) -> None:
+        """Put trained tokens into an embedding, and into what is tied to it."""
+        numbers, info = self.adapter.settings.tokens(module), self.adapter.weights.info(stored)
+        own, start = self._start(f"{module}.weight")
+        shape = start.info.shape
+        if info.shape != (len(numbers), *shape[1:]) or len(set(numbers)) != len(numbers):
+            raise CheckpointError(
+                f"{self.where}: {CONFIG} names {len(set(numbers))} tokens of {printable(module)!r}, whose weight has "
+                f"shape {shape}, and the adapter holds {info.shape}. {ANOTHER}"
+            )
+        if numbers and max(numbers) >= shape[0]:
+            raise CheckpointError(
+                f"{self.where}: token {max(numbers)} of {printable(module)!r} is outside of its {shape[0]} rows. "
+                f"{ANOTHER}"
+            )
+        self.changes[own] = replace(start, rows=(numbers, stored))
+        for one, two in self.base.tied.items():
+            if own in (one, two):
+                twin = two if own == one else one
+                self.changes[twin] = replace(start, info=self.base.info(twin), rows=(numbers, stored))
+
+
+def _architecture(base: Checkpoint) -> Architecture:
+    """Return what is known of a base's names; a model that nothing describes has adapters too."""
+    shapes = {name: info.shape for name, info in base.infos.items()}
+    try:
+        return resolve(base.config, shapes)
+    except ArchitectureError:
+        return resolve({}, shapes)
+
+
+def unmerged(checkpoint: Checkpoint, config: Mapping[str, Any] | None, *, name: str | None = None) -> Checkpoint:
+    """Return a model that was saved whole with an adapter in it as its base with the change; any other as it is.
 
     Args:
         checkpoint: What was opened: base and factors side by side, or a plain model.
         config: The adapter's configuration, if it lies beside; only it states the scale of the factors.
+        name: Which adapter is meant, where there are several.
 
     Raises:
         CheckpointError: There are factors, and no configuration.
     """
-    factors = [name for name in checkpoint if _FACTOR.fullmatch(name)]
+    factors = [stored for stored in checkpoint if is_factor(stored)]
     if not factors:
         return checkpoint
     if config is None:
@@ -134,122 +451,20 @@ def unmerged(checkpoint: Checkpoint, config: Mapping[str, Any] | None) -> Checkp
             f"{printable(factors[0])!r}), and their scale is stated nowhere. Put its {CONFIG} beside it, "
             "or save what merge_and_unload() of PEFT returns."
         )
-    names = {name: _bare(name) for name in checkpoint if name not in set(factors)}
+    parts = {n for n in checkpoint if ".lora_" in n or ".modules_to_save." in n or "trainable_tokens_delta" in n}
+    names = {n: module_name(n) for n in checkpoint if n not in parts}
     base = replace(
         checkpoint,
-        infos={new: replace(checkpoint.info(name), name=new) for name, new in names.items()},
-        sources={new: checkpoint.sources[name] for name, new in names.items()},
+        infos={new: replace(checkpoint.info(n), name=new) for n, new in names.items()},
+        sources={new: checkpoint.sources[n] for n, new in names.items()},
         tied={names[a]: names[b] for a, b in checkpoint.tied.items() if a in names and b in names},
     )
     weights = replace(
         checkpoint,
-        infos={name: checkpoint.infos[name] for name in factors},
-        sources={name: checkpoint.sources[name] for name in factors},
+        infos={n: checkpoint.infos[n] for n in checkpoint if n in parts},
+        sources={n: checkpoint.sources[n] for n in checkpoint if n in parts},
     )
-    found = open_adapter(weights, base, config, reference=checkpoint.reference)
-    note = f"An adapter was saved with its base, not merged: {len(found.factors)} matrices are read with its change."
+    settings = read_settings(config, checkpoint.reference)
+    found = open_adapter(read_adapter(weights, settings, name=name), base)
+    note = f"An adapter was saved with its base, not merged: {len(found.unrounded)} tensors are read with its change."
     return replace(found, base_reference=None, notes=(*found.notes, note))
-
-
-def _bare(name: str) -> str:
-    """The name of a tensor in the base alone.
-
-    >>> _bare("base_model.model.model.layers.0.mlp.up_proj.base_layer.weight")
-    'model.layers.0.mlp.up_proj.weight'
-    """
-    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-
-
-def refuse_more_than_factors(config: Mapping[str, Any], reference: str) -> None:
-    """Raise unless an adapter's configuration says that it is plain LoRA."""
-    if config.get("peft_type") != "LORA":
-        what = f"peft_type {printable(config.get('peft_type'))!r}, expected 'LORA'"
-    elif found := next((key for key in MORE_THAN_FACTORS if config.get(key)), None):
-        what = f"{found}, which is more than two factors per matrix"
-    elif config.get("bias", "none") != "none":
-        what = f"trained biases ({printable(config['bias'])!r}), which are more than two factors per matrix"
-    elif str(config.get("init_lora_weights")).lower().startswith(MOVES_BASE):
-        what = f"init_lora_weights {printable(config['init_lora_weights'])!r}, which changes the base too"
-    else:
-        return
-    raise CheckpointError(f"{reference}: the adapter has {what}. Merge it into its base and open the result.")
-
-
-def _pairs(weights: Checkpoint, base: Checkpoint, config: Mapping[str, Any], reference: str) -> dict[str, Pair]:
-    """Map each adapted base tensor to the adapter's tensors for it."""
-    transposed = bool(config.get("fan_in_fan_out", False))
-    found: dict[str, Pair] = {}
-    for module, (a, b) in _modules(weights, reference).items():
-        name = _target(module, base, reference)
-        if name in found:
-            raise CheckpointError(
-                f"{reference}: two adapted modules mean {printable(name)!r} of the base. Fetch it again."
-            )
-        _check_fit(base.info(name), (weights.info(b), weights.info(a)), transposed=transposed, reference=reference)
-        found[name] = Pair(a, b, _scale(config, module, weights.info(a).shape[0], reference), transposed)
-    return found
-
-
-def _modules(weights: Checkpoint, reference: str) -> dict[str, tuple[str, str]]:
-    """Map each adapted module to the names of its A and B; every tensor must be one of these."""
-    sides: dict[str, dict[str, str]] = {}
-    for name in weights:
-        match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.[^.]+)?\.weight", name)
-        if not match:
-            raise CheckpointError(
-                f"{reference}: unexpected tensor {printable(name)!r} in the adapter, expected lora_A and "
-                "lora_B. Merge it into its base and open the result."
-            )
-        sides.setdefault(match[1], {})[match[2]] = name
-    for module, pair in sides.items():
-        if len(pair) != 2:
-            raise CheckpointError(
-                f"{reference}: {printable(module)!r} has lora_{min(pair)} but not the other factor. "
-                "The adapter is damaged; fetch it again."
-            )
-    return {module: (pair["A"], pair["B"]) for module, pair in sides.items()}
-
-
-def _target(module: str, base: Checkpoint, reference: str) -> str:
-    """The base tensor of a module: exact, or the only one that differs by a prefix such as ``model.``."""
-    exact = f"{module}.weight"
-    if exact in base:
-        return exact
-    near = [n for n in base if n.endswith(f".{exact}") or exact.endswith(f".{n}")]
-    if len(near) != 1:
-        raise CheckpointError(
-            f"{reference}: the adapter changes {printable(exact)!r}, which the base {base.reference} "
-            "does not hold. Pass --adapter-base MODEL."
-        )
-    return near[0]
-
-
-def _scale(config: Mapping[str, Any], module: str, rank: int, reference: str) -> float:
-    """PEFT's rule: a key of ``alpha_pattern`` is an expression for a module's name or its last parts."""
-    alpha = config.get("lora_alpha", 8)
-    patterns = config.get("alpha_pattern") or {}
-    try:
-        alpha = next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), alpha)
-        return float(alpha) / (sqrt(rank) if config.get("use_rslora") else rank)
-    except (TypeError, ValueError, AttributeError, re.error) as error:
-        raise CheckpointError(
-            f"{reference}: expected numbers in lora_alpha and alpha_pattern, got "
-            f"{printable(config.get('lora_alpha'))} and {printable(patterns)}. Mend {CONFIG}."
-        ) from error
-
-
-def _check_fit(base: TensorInfo, factors: tuple[TensorInfo, TensorInfo], *, transposed: bool, reference: str) -> None:
-    """Refuse factors whose product has another shape than the base tensor, and what is no floating point."""
-    b, a = factors
-    expected = base.shape[::-1] if transposed else base.shape
-    matrices = len(a.shape) == len(b.shape) == len(expected) == 2 and a.shape[0] == b.shape[1] > 0
-    if not matrices or (b.shape[0], a.shape[1]) != expected:
-        raise CheckpointError(
-            f"{reference}: the factors of {printable(base.name)!r} are {b.shape} and {a.shape}, the base "
-            f"holds {tuple(expected)}. This adapter belongs to another base; pass --adapter-base MODEL."
-        )
-    if not (base.is_float and a.is_float and b.is_float):
-        raise CheckpointError(
-            f"{reference}: {printable(base.name)!r} is {base.dtype} and its factors {b.dtype} and {a.dtype}, "
-            "expected floating point. Merge it into its base and open the result."
-        )

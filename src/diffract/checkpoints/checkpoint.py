@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -66,7 +67,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         sources: The source of each tensor.
         config: The model's config.json, empty if there is none.
         tied: Name of a tensor that shares its memory with another, to that other's name.
-        factors: For each tensor that an adapter changes, a function that reads the change as factors.
+        factors: For each tensor that an adapter changes by low rank, a function that reads the change as factors.
+        unrounded: For each tensor that an adapter changes, a function that reads rows of it before they are rounded.
         adapter: An adapter's own configuration, empty for any other checkpoint.
         base_reference: The reference of an adapter's base, ``None`` for any other checkpoint.
         companions: For each file that belongs to the model besides its weights, a function that reads it.
@@ -80,6 +82,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     config: Mapping[str, Any] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
     factors: Mapping[str, Callable[[], Factors]] = field(default_factory=dict)
+    unrounded: Mapping[str, Callable[[Range | None], torch.Tensor]] = field(default_factory=dict)
     adapter: Mapping[str, Any] = field(default_factory=dict)
     base_reference: str | None = None
     companions: Mapping[str, Callable[[], bytes]] = field(default_factory=dict)
@@ -119,6 +122,14 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         _check_range(info, -1, cols)
         tensor = self.sources[name].read(info, rows)
         return tensor if cols is None else tensor[..., cols[0] : cols[1]]
+
+    def read_unrounded(self, name: str, rows: Range | None = None) -> torch.Tensor:
+        """Return a tensor, or rows of it, as an adapter makes it, before that is rounded to its stored dtype.
+
+        What no adapter changes is read as it is stored.
+        """
+        made = self.unrounded.get(name)
+        return self.read(name, rows) if made is None else made(rows)
 
     def digest(self, name: str) -> str:
         """Return the BLAKE3 digest of a tensor's dtype, shape and bytes; 64 hex digits."""
@@ -247,36 +258,50 @@ class _Progress:
 class Recorder:
     """A source that hashes what it reads: blocks of rows in their order, or whole tensors, cost no second reading."""
 
-    sources: Mapping[str, Source]
+    checkpoint: Checkpoint
     seen: dict[str, _Progress] = field(default_factory=dict)
     lock: Lock = field(default_factory=Lock)
 
     def read(self, info: TensorInfo, rows: Range | None) -> torch.Tensor:
         """Return entries ``rows`` of the leading axis."""
-        tensor = self.sources[info.name].read(info, rows)
+        tensor = self.checkpoint.sources[info.name].read(info, rows)
+        self._take(info, tensor, rows)
+        return tensor
+
+    def unrounded(self, name: str, rows: Range | None) -> torch.Tensor:
+        """Return entries before they are rounded; what is noted are those that are read where they are stored."""
+        from diffract.checkpoints.dtypes import TORCH_DTYPES
+
+        info, found = self.checkpoint.info(name), self.checkpoint.read_unrounded(name, rows)
+        self._take(info, found.to(TORCH_DTYPES[info.dtype]), rows)
+        return found
+
+    def _take(self, info: TensorInfo, tensor: torch.Tensor, rows: Range | None) -> None:
         with self.lock:  # of the table only: each tensor has a lock of its own, so that hashing goes side by side
             if info.name not in self.seen:
                 self.seen[info.name] = _Progress(start_digest(info))
             progress = self.seen[info.name]
         count = info.shape[0] if info.shape else 1
         progress.take(tensor, *(rows or (0, count)), count)
-        return tensor
 
     def close(self) -> None:
         """Close the sources."""
-        close_sources(self.sources)
+        close_sources(self.checkpoint.sources)
 
 
 def recorded(checkpoint: Checkpoint) -> tuple[Checkpoint, Recorder]:
     """Return a checkpoint that notes what is read from it, and its notes."""
-    recorder = Recorder(checkpoint.sources)
-    return replace(checkpoint, sources=dict.fromkeys(checkpoint.infos, recorder)), recorder
+    recorder = Recorder(checkpoint)
+    unrounded = {name: partial(recorder.unrounded, name) for name in checkpoint.unrounded}
+    return replace(checkpoint, sources=dict.fromkeys(checkpoint.infos, recorder), unrounded=unrounded), recorder
 
 
 def unrecorded(checkpoint: Checkpoint) -> Checkpoint:
     """Return a checkpoint whose reads are not noted: what is looked at only to judge is not what was used."""
-    sources = checkpoint.sources.items()
-    return replace(checkpoint, sources={n: s.sources[n] if isinstance(s, Recorder) else s for n, s in sources})
+    origins = {name: s.checkpoint for name, s in checkpoint.sources.items() if isinstance(s, Recorder)}
+    sources = {name: origins[name].sources[name] if name in origins else s for name, s in checkpoint.sources.items()}
+    unrounded = {n: origins[n].unrounded[n] if n in origins else made for n, made in checkpoint.unrounded.items()}
+    return replace(checkpoint, sources=sources, unrounded=unrounded)
 
 
 def read_digests(checkpoint: Checkpoint, recorder: Recorder) -> dict[str, str]:
@@ -321,5 +346,6 @@ def renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
         for n, source in checkpoint.sources.items()
     }
     factors = {names.get(name, name): made for name, made in checkpoint.factors.items()}
+    unrounded = {names.get(name, name): made for name, made in checkpoint.unrounded.items()}
     tied = {names.get(one, one): names.get(two, two) for one, two in checkpoint.tied.items()}
-    return replace(checkpoint, infos=infos, sources=sources, factors=factors, tied=tied)
+    return replace(checkpoint, infos=infos, sources=sources, factors=factors, unrounded=unrounded, tied=tied)

@@ -11,6 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from diffract.checkpoints import adapter
+from diffract.checkpoints.adapter_parts import (
+    MLX_WEIGHTS,
+    TORCH_WEIGHTS,
+    WEIGHTS,
+    Adapter,
+    Settings,
+    read_adapter,
+    read_settings,
+)
 from diffract.checkpoints.archive import open_pickle, open_pickles
 from diffract.checkpoints.checkpoint import Checkpoint
 from diffract.checkpoints.companions import Read, find_companions, find_neighbours
@@ -186,16 +195,16 @@ def _open_file(path: Path, how: _How) -> Checkpoint:
             f"{printable(path, 1000)!r}: unknown kind of file, expected .safetensors, .bin, .pt, .pth, .ckpt, .gguf or "
             ".npz."
         )
-    return _with_neighbours(found, folder, config, find_neighbours(folder))
+    return _with_neighbours(found, folder, config, find_neighbours(folder), part=None)
 
 
 def _with_neighbours(
-    found: Checkpoint, folder: Folder, config: Mapping[str, Any], companions: Mapping[str, Read]
+    found: Checkpoint, folder: Folder, config: Mapping[str, Any], companions: Mapping[str, Read], *, part: str | None
 ) -> Checkpoint:
-    """Return weights with what lies beside them: configuration, tokenizer, an adapter's settings."""
+    """Return weights with what lies beside them: configuration, tokenizer, the settings of an adapter among them."""
     found = replace(found, config=config, companions=companions)
     try:
-        return adapter.unmerged(found, read_object(folder, adapter.CONFIG))
+        return adapter.unmerged(found, read_object(folder, adapter.CONFIG), name=part)
     except BaseException:
         found.close()
         raise
@@ -203,6 +212,9 @@ def _with_neighbours(
 
 def _open_folder(path: Path, how: _How) -> Checkpoint:
     folder = LocalFolder(path)
+    nested = _nested_adapters(folder)
+    if how.part in nested:
+        return _open_folder(path / how.part, replace(how, part=None))
     beside = adapter.CONFIG in folder.names
     whole = CONFIG in folder.names and any(fnmatchcase(name, "model*.safetensors") for name in folder.names)
     # A model beside an adapter is what is meant, unless a base is given that is elsewhere.
@@ -224,44 +236,120 @@ def _open_folder(path: Path, how: _How) -> Checkpoint:
         config = config or found.config
     else:
         refuse_format(folder.where, folder.names)
+        _refuse_several(folder, nested)
         inner = inner_models(path)
         told = some([p.relative_to(path).as_posix() for p in inner])
         advice = f"Its subfolders do: {told}. Open one of them." if inner else "Is this the right folder?"
         raise CheckpointError(
             f"folder {folder.where!r} holds no .safetensors, .bin, .pt, .pth or .gguf files. {advice}"
         )
-    found = _with_neighbours(found, folder, config, find_companions(folder))
+    part = how.part if shards.files else None  # of a pickle it is the part that was opened
+    found = _with_neighbours(found, folder, config, find_companions(folder), part=part)
     note = "An adapter lies beside the model; it is not applied. To see it, pass --adapter-base with the folder."
     return replace(found, notes=(*found.notes, note)) if beside and not found.factors else found
 
 
 def _open_adapter(folder: Folder, how: _How) -> Checkpoint:
-    config = read_object(folder, adapter.CONFIG) or {}
-    adapter.refuse_more_than_factors(config, folder.where)
-    if adapter.WEIGHTS not in folder.names:
-        raise CheckpointError(
-            f"{folder.where}: adapter weights {adapter.WEIGHTS} are missing. Save the adapter as safetensors."
-        )
     if how.above == STACK_LIMIT:
         raise CheckpointError(
             f"{folder.where}: more than {STACK_LIMIT} adapters lie on each other; does one name itself as "
             "its base? Pass --adapter-base MODEL."
         )
-    found = _adapter_base(folder, config) if how.base is None else how.base
     with ExitStack() as opened:
-        weights = opened.enter_context(open_safetensors(folder.open(adapter.WEIGHTS))[0])
-        base = _open(found, _How(None, how.download, how.above + 1))
+        held = _adapter_parts(folder, how.part)
+        opened.callback(held.weights.close)
+        found = _adapter_base(folder, held.settings) if how.base is None else how.base
+        base = _open_base(found, _How(None, how.download, how.above + 1), folder.where)
         owns_base = base is not found
         if owns_base:
             opened.callback(base.close)
-        merged = adapter.open_adapter(weights, base, config, reference=folder.where, owns_base=owns_base)
+        merged = adapter.open_adapter(held, base, owns_base=owns_base)
         opened.pop_all()
-    return replace(merged, companions={**base.companions, **find_companions(folder)})
+    others = _nested_adapters(folder)
+    listed = ", ".join(printable(name, 60) for name in others)
+    note = f"Other adapters lie in subfolders: {listed}. Name one after #, or its folder." if others else ""
+    notes = (*merged.notes, note) if note else merged.notes
+    return replace(merged, companions={**merged.companions, **find_companions(folder)}, notes=notes)
 
 
-def _adapter_base(folder: Folder, config: Mapping[str, Any]) -> str | Path:
+def open_adapter_parts(reference: str | Path) -> Adapter:
+    """Open an adapter without its base, as what it holds for each module; only headers are read.
+
+    Args:
+        reference: Its folder, one of several as ``FOLDER#name``, or a name on the hub.
+
+    Raises:
+        CheckpointError: There is no adapter, or it is damaged or of a kind that is not read.
+    """
+    head, _, part = str(reference).rpartition("#")
+    text, chosen = (head, part) if head and Path(head).expanduser().is_dir() else (str(reference), None)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        folder = LocalFolder(path)
+        nested = _nested_adapters(folder)
+        if chosen in nested:
+            return _adapter_parts(LocalFolder(path / chosen), None)
+        if adapter.CONFIG not in folder.names:
+            _refuse_several(folder, nested)
+        return _adapter_parts(folder, chosen)
+    if named := parse_hub_name(text):
+        from diffract.checkpoints.hub import find_hub_folder
+
+        return _adapter_parts(find_hub_folder(*named), None)
+    raise CheckpointError(f"no adapter at {printable(text)!r}: expected its folder, or org/name@revision on the hub.")
+
+
+def _adapter_parts(folder: Folder, name: str | None) -> Adapter:
+    config = read_object(folder, adapter.CONFIG)
+    if config is None:
+        raise CheckpointError(f"{folder.where}: is no adapter, {adapter.CONFIG} is missing. Is this the right folder?")
+    settings = read_settings(config, folder.where)
+    files = (MLX_WEIGHTS,) if settings.mlx else (WEIGHTS, TORCH_WEIGHTS)
+    file = next((name for name in files if name in folder.names), None)
+    if file is None:
+        raise CheckpointError(f"{folder.where}: the adapter's weights, {' or '.join(files)}, are missing. Fetch them.")
+    if file == TORCH_WEIGHTS and not isinstance(folder, LocalFolder):
+        raise CheckpointError(f"{folder.where}: {file} is a pickle, which is read from disk only. Pass --download.")
+    weights = open_pickle(folder.path / file) if isinstance(folder, LocalFolder) and file == TORCH_WEIGHTS else None
+    weights = weights or open_safetensors(folder.open(file))[0]
+    try:
+        return read_adapter(weights, settings, name=name)
+    except BaseException:
+        weights.close()
+        raise
+
+
+def _nested_adapters(folder: Folder) -> list[str]:
+    """Return the subfolders that hold an adapter each, as PEFT saves several."""
+    ends = f"/{adapter.CONFIG}"
+    return [name.removesuffix(ends) for name in folder.nested if name.endswith(ends) and name.count("/") == 1]
+
+
+def _refuse_several(folder: Folder, nested: Sequence[str]) -> None:
+    if nested:
+        listed = ", ".join(printable(name, 60) for name in nested)
+        raise CheckpointError(
+            f"{folder.where} holds several adapters: {listed}. Say which by its name after #, such as "
+            f"{folder.where}#{printable(nested[0])}."
+        )
+
+
+def _open_base(reference: Reference, how: _How, adapter_name: str) -> Checkpoint:
+    """Open an adapter's base; what is wrong with it is said of the adapter, which is what was asked for."""
+    try:
+        return _open(reference, how)
+    except CheckpointError as error:
+        if how.above > 1 and "Pass --adapter-base" in str(error):
+            raise
+        raise CheckpointError(
+            f"{adapter_name}: the base of this adapter cannot be opened: {str(error).rstrip('.')}. Pass --adapter-base "
+            "with the model that it was trained on."
+        ) from error
+
+
+def _adapter_base(folder: Folder, settings: Settings) -> str | Path:
     """The base that an adapter names: a path, one relative to the adapter, or a name on the hub."""
-    found, revision = config.get("base_model_name_or_path"), config.get("revision")
+    found, revision = settings.base, settings.raw.get("revision")
     if not found or not isinstance(found, str):
         raise CheckpointError(f"{folder.where}: {adapter.CONFIG} names no base model. Pass --adapter-base MODEL.")
     beside = folder.path / found if isinstance(folder, LocalFolder) else Path(found)
@@ -269,3 +357,12 @@ def _adapter_base(folder: Folder, config: Mapping[str, Any]) -> str | Path:
         if path.exists():
             return path
     return f"{found}@{revision}" if revision else found
+
+
+def base_of(reference: str | Path) -> str | Path | None:
+    """Return what an adapter's folder names as its base, ``None`` for anything else and where it names none."""
+    path = Path(reference).expanduser()
+    config = read_object(LocalFolder(path), adapter.CONFIG) if path.is_dir() else None
+    if config is None or not Settings(config, str(path)).base:
+        return None
+    return _adapter_base(LocalFolder(path), Settings(config, str(path)))

@@ -71,22 +71,22 @@ class Other:
         count = self.rows.get(name)
         for rows, block in blocks:
             if count is None:
-                yield rows, *together(block, self.checkpoint.read(self.names[name], rows))
+                yield rows, *together(block, self.checkpoint.read_unrounded(self.names[name], rows))
                 continue
             first, last = rows or (0, len(block))
             last = min(last, count)
             if first < last:
-                part = self.checkpoint.read(self.names[name], (first, last))
+                part = self.checkpoint.read_unrounded(self.names[name], (first, last))
                 yield (first, last), *together(block[: last - first], part)
 
     def read(self, name: str, place: Place) -> Tensor:
-        """Return a part of a tensor by the model's name for it, in its stored dtype."""
+        """Return a part of a tensor by the model's name for it, as stored or, of an adapter, unrounded."""
         own = self.names[name]
         if not place:
-            return self.checkpoint.read(own)
+            return self.checkpoint.read_unrounded(own)
         rows = (place[0].start, place[0].stop)
         whole = rows == (0, self.checkpoint.info(own).shape[0])
-        return self.checkpoint.read(own, None if whole else rows)[(slice(None), *place[1:])]
+        return self.checkpoint.read_unrounded(own, None if whole else rows)[(slice(None), *place[1:])]
 
     def towards(self, name: str, at: float, between: Between = interpolate) -> Apply:
         """Return what moves parts of a tensor of the model towards this checkpoint's; at 1 they are its very bits."""
@@ -103,7 +103,7 @@ class Other:
     def blocks(self, name: str) -> Iterator[tuple[Range | None, Tensor]]:
         """Yield all blocks of a tensor in their order."""
         for rows in row_blocks(self.checkpoint.info(self.names[name]), BLOCK_BYTES):
-            yield rows, self.checkpoint.read(self.names[name], rows)
+            yield rows, self.checkpoint.read_unrounded(self.names[name], rows)
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,7 @@ class Draft:
         return found
 
     def _read(self, name: str, rows: Range | None) -> Tensor:
-        return self.checkpoint.read(self.ties.get(name, name), rows)
+        return self.checkpoint.read_unrounded(self.ties.get(name, name), rows)
 
     def _computed(self, name: str, block: Tensor, rows: Range | None) -> Tensor:
         """Return what all changes make of a block."""

@@ -81,7 +81,7 @@ class Lora(Edit):
         """Return changes that change nothing, on whose way the factors of every linear layer are found."""
         import torch
 
-        from diffract.checkpoints.adapter import WEIGHTS
+        from diffract.checkpoints.adapter_parts import WEIGHTS
         from diffract.edits.draft import matrix_changes
         from diffract.edits.peft import LoraFactors, linear_modules, whole_matrix, write_adapter
         from diffract.edits.spectral_edits import low_rank
@@ -174,7 +174,7 @@ def _write_split(draft: Draft, target: Target, *, bench: Bench, factors: Iterato
     """Write ``residual``, a whole model, and ``adapter``, which lies over it."""
     from dataclasses import replace
 
-    from diffract.checkpoints.adapter import WEIGHTS
+    from diffract.checkpoints.adapter_parts import WEIGHTS
     from diffract.edits.peft import write_adapter
     from diffract.edits.write import Written, write_draft
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from diffract.architectures import resolve
 from diffract.checkpoints import TensorWriter, tensor_digest
-from diffract.checkpoints.adapter import CONFIG, WEIGHTS
+from diffract.checkpoints.adapter_parts import CONFIG, WEIGHTS
 from diffract.checkpoints.dtypes import DTYPE_NAMES
 from diffract.checkpoints.header import TensorInfo
 from diffract.checkpoints.sources import SAFETENSORS
@@ -71,19 +73,19 @@ def linear_modules(bench: Bench, select: str | None) -> tuple[list[Module], dict
     bench.matrices(select, heads=False)  # refuses what names nothing
     found: list[Module] = []
     left: dict[str, str] = {}
+    built = built_names(bench)
     for name, entry in bench.whole_layout.entries.items():
         if not entry.info.is_float or (entry.matrices and not any(map(selection.keeps, entry.matrices))):
             continue
         reason = _obstacle(bench, name, entry)
+        if not reason and built is not None and name not in built:
+            reason = "transformers builds no layer of it"
         if reason:
             left[name] = reason
-        else:
-            place = bench.layout.architecture.place(name)
-            found.append(Module(name, _module_name(bench, name), bool(place and place.role.transposed)))
-    # One word of PEFT's configuration says for all modules how they are stored; GPT-2 with a head of its own has both.
-    if any(m.transposed for m in found):
-        left |= {m.tensor: "stored (out, in), the others (in, out)" for m in found if not m.transposed}
-        found = [m for m in found if m.transposed]
+            continue
+        place = bench.layout.architecture.place(name)
+        own = _module_name(bench, name) if built is None else built[name].removesuffix(".weight")
+        found.append(Module(name, own, bool(place and place.role.transposed)))
     if not found:
         raise SelectionError(
             f"{printable(bench.checkpoint.reference)}: no linear layer among what is selected"
@@ -115,8 +117,42 @@ def _obstacle(bench: Bench, name: str, entry: Entry) -> str:
     return "an embedding: only linear layers carry plain LoRA" if embeds or matrix.projection == "position_bias" else ""
 
 
+def built_names(bench: Bench) -> dict[str, str] | None:
+    """Return what tensors are called in the model that transformers builds, where that can be asked.
+
+    Files keep names of earlier versions, models that see those of their parts: a name may differ by its prefix. The
+    model is built without memory for its weights, and none of a checkpoint's own code is run.
+
+    Returns:
+        The names of those that are there; ``None`` without transformers, and for a model that it does not know.
+    """
+    config = dict(bench.checkpoint.config)
+    name = str((config.get("architectures") or [""])[0])
+    try:
+        import transformers
+    except ImportError:
+        return None
+    kind = getattr(transformers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        return None
+    try:
+        with torch.device("meta"):
+            own = transformers.AutoConfig.for_model(**{k: v for k, v in config.items() if "attn_implem" not in k})
+            shapes = {
+                n: tuple(w.shape) for n, w in kind._from_config(own, attn_implementation="eager").state_dict().items()
+            }
+    except Exception:  # a configuration that transformers cannot read: names are those of the files then
+        return None
+    by_place: dict[tuple[str, tuple[int, ...]], str] = {}
+    for n, bare in resolve(config, shapes).bare.items():
+        by_place.setdefault((bare, shapes[n]), n)
+    infos, bares = bench.checkpoint.infos, bench.layout.architecture.bare
+    found = {n: n if n in shapes else by_place.get((bares.get(n, n), info.shape)) for n, info in infos.items()}
+    return {n: own for n, own in found.items() if own is not None}
+
+
 def _module_name(bench: Bench, tensor: str) -> str:
-    """Return the name in the loaded model; old files lack the prefix that a model with a head gives its body."""
+    """Return the name in a model that cannot be built here; old files lack the prefix of a body that has a head."""
     name, spec = tensor.removesuffix(".weight"), bench.layout.architecture.spec
     prefix = spec.prefix if spec else ""
     headed = not str((bench.checkpoint.config.get("architectures") or ["Model"])[0]).endswith("Model")
@@ -147,7 +183,7 @@ def adapter_config(bench: Bench, base: str, ranks: Mapping[Module, int]) -> dict
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
         "target_modules": [m.name for m in ranks],
-        "fan_in_fan_out": all(m.transposed for m in ranks),
+        "fan_in_fan_out": any(m.transposed for m in ranks),  # one word for all; PEFT looks at each layer itself
         "lora_dropout": 0.0,
         "bias": "none",
         "init_lora_weights": True,

@@ -149,7 +149,7 @@ def _own_files(draft: Draft, output: Output) -> dict[str, LocalFile]:
     found: dict[str, LocalFile] = {}
     for name, info in checkpoint.infos.items():
         source = checkpoint.sources[name]
-        source = source.sources[name] if isinstance(source, Recorder) else source
+        source = source.checkpoint.sources[name] if isinstance(source, Recorder) else source
         if not isinstance(source, LocalFile) or not fnmatchcase(source.path.name, "model*.safetensors"):
             return {}
         found[info.file] = source

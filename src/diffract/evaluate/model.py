@@ -14,8 +14,9 @@ import blake3
 import torch
 from torch import Tensor
 
-from diffract.checkpoints import open_checkpoint
+from diffract.checkpoints import Checkpoint, open_checkpoint
 from diffract.checkpoints.configurations import own_attention
+from diffract.checkpoints.open import STACK_LIMIT, base_of
 from diffract.engine import choose_device
 from diffract.errors import CheckpointError, DiffractError, choose, printable
 
@@ -63,6 +64,10 @@ def load_tokenizer(ref: str) -> Any:
     with _explained(ref, "tokenizer"):
         from transformers import AutoTokenizer
 
+        for _ in range(STACK_LIMIT):
+            path = Path(ref).expanduser()
+            if next(path.glob("tokenizer*"), None) is None and (base := base_of(path)) is not None:
+                ref = str(base)  # an adapter is often saved without one
         place, options = _own_place(ref) or (str(Path(ref).expanduser()), {})
         return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
 
@@ -101,11 +106,18 @@ def _from_checkpoint(ref: str, dtype: Any) -> tuple[Any, list[str]]:
         config = AutoConfig.for_model(**{**checkpoint.config, **own})
         with torch.device("meta"):
             kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-        tensors = {name: checkpoint.read(name) for name in checkpoint.names}
+        tensors = {name: _as_loaded(checkpoint, name, dtype) for name in checkpoint.names}
         model, info = kind.from_pretrained(
             None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
         )
     return model, _lost(info)
+
+
+def _as_loaded(checkpoint: Checkpoint, name: str, dtype: Any) -> Tensor:
+    """Return a tensor in the dtype that the model is loaded in, rounded once though an adapter changes it."""
+    if dtype == "auto" or name not in checkpoint.unrounded:
+        return checkpoint.read(name)
+    return checkpoint.read_unrounded(name).to(dtype)
 
 
 def _lost(info: dict[str, Any]) -> list[str]:
