@@ -15,7 +15,6 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from diffract.checkpoints import Checkpoint, row_blocks
@@ -130,29 +129,30 @@ class EntrySums:
 
     count: int = 0
     equal: bool = True
-    units: tuple[tuple[float, float], ...] = ()
-    total: NDArray[np.float64] = field(default_factory=lambda: np.zeros(5))
+    units: tuple[Tensor, Tensor] | None = None
+    sums: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
+    products: Tensor = field(default_factory=lambda: torch.zeros(2, 2, dtype=torch.float64))
 
     def add(self, one: Tensor, other: Tensor) -> None:
         """Take two pieces of one shape, in the dtypes that they are stored in; they are not changed."""
         for part, its in zip(one.flatten().split(CHUNK), other.flatten().split(CHUNK), strict=True):
-            pieces = part.double(), its.double()
-            self.equal = self.equal and torch.equal(*pieces)
-            if not self.units:
-                self.units = tuple((float(piece.mean()), float(piece.abs().amax()) or 1.0) for piece in pieces)
-            x, y = ((piece - mean).div_(scale) for piece, (mean, scale) in zip(pieces, self.units, strict=True))
-            self.count += len(x)
-            self.total += np.array([float(v) for v in (x.sum(), y.sum(), x @ x, y @ y, x @ y)])
+            both = torch.stack((part.double(), its.double()))
+            self.equal = self.equal and torch.equal(both[0], both[1])
+            if self.units is None:
+                scale = both.abs().amax(1, keepdim=True)
+                self.units = both.mean(1, keepdim=True), scale.where(scale > 0, 1.0)
+            both.sub_(self.units[0]).div_(self.units[1])
+            self.count += len(part)
+            self.sums += both.sum(1)
+            self.products += both @ both.mT
 
     def correlation(self) -> float:
         """Return the correlation of all entries that came; NaN where one tensor does not vary or is not finite."""
-        sx, sy, xx, yy, xy = self.total
-        squares = xx - sx * sx / self.count, yy - sy * sy / self.count
+        spread = self.products - torch.outer(self.sums, self.sums) / self.count
+        squares = spread.diagonal().tolist()
         if not all(LEAST_SPREAD * self.count < square < math.inf for square in squares):
             return math.nan
-        return (
-            1.0 if self.equal else float(min((xy - sx * sy / self.count) / math.sqrt(squares[0] * squares[1]), BELOW_1))
-        )
+        return 1.0 if self.equal else min(float(spread[0, 1]) / math.sqrt(squares[0] * squares[1]), BELOW_1)
 
 
 def _correlate(one: tuple[Checkpoint, str], other: tuple[Checkpoint, str], *, whole: bool) -> float:
