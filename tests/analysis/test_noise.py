@@ -25,7 +25,7 @@ PLAN = MetricPlan(tuple(choose_metrics("delta_frobenius,delta_spectral,value_sha
 
 def stack(w: torch.Tensor, *, cut: int = 0) -> Stack:
     parts = w.split(cut or w.shape[1], 1)
-    return Stack(w.shape[0], tuple(w.shape[1:]), w.dtype, lambda: iter(parts), streamed=bool(cut))
+    return Stack(w.shape[0], (w.shape[1], w.shape[2]), w.dtype, lambda: iter(parts), streamed=bool(cut))
 
 
 def matrices(*shape: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,7 +140,7 @@ def test_noise_comes_from_the_cache_and_is_the_same() -> None:
 def task(layer: int, projection: str, *shape: int) -> TensorTask:
     name = f"L{layer}.{projection}"
     m = Matrix(name, name, shape, "BF16", layer, "mlp", projection)  # pyright: ignore[reportArgumentType]
-    return TensorTask(TensorInfo(name, "BF16", shape), (m,), 0, (1,))
+    return TensorTask(TensorInfo(name, shape, "BF16"), (m,), 0, (1,))
 
 
 def test_noise_is_drawn_for_all_of_a_small_plan() -> None:

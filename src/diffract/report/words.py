@@ -82,7 +82,9 @@ def concentration(models: pl.DataFrame) -> str:
     noises = [row["head_top10_share_noise"] for row in rows if row.get("head_top10_share_noise") is not None]
     noise = f"; noise of the same norms gives {' to '.join(sorted({percent(n) for n in noises}))}" if noises else ""
     even = " to ".join(sorted({percent(row["head_top10_share_chance"]) for row in rows}))
-    return f"The top tenth of heads carries {shares}; an even spread gives {even}{noise}."
+    bases = {percent(row[f"{OF_HEADS}_base"]) for row in rows if row.get(f"{OF_HEADS}_base") is not None}
+    base = f"; of the weights themselves the top tenth has {' to '.join(sorted(bases))}" if bases else ""
+    return f"The top tenth of heads carries {shares}; an even spread gives {even}{noise}{base}."
 
 
 def _of_tuned(row: dict[str, Any]) -> list[Headline]:
@@ -193,10 +195,12 @@ def _exponent(model: str, tables: Tables) -> Headline | None:
 def _bulk(model: str, metrics: pl.DataFrame) -> Headline | None:
     if "mp_bulk_share" not in metrics.columns:
         return None
-    shares = metrics.filter(pl.col("model") == model, ~_circuit())["mp_bulk_share"].drop_nulls()
+    own = metrics.filter(pl.col("model") == model, ~_circuit())
+    shares = own["mp_bulk_share"].drop_nulls()
     if not len(shares):
         return None
-    text = "matrices have a Marchenko-Pastur bulk, as noise has, that holds half of the squared norm or more."
+    text = "matrices have a Marchenko-Pastur bulk, as noise has, that holds half of the squared norm or more"
+    text += f"; {len(own) - len(shares):,} have no such bulk." if len(shares) < len(own) else "."
     return Headline(printable(model, 60), f"{(shares >= 0.5).sum():,} of {len(shares):,}", text)
 
 
