@@ -2,6 +2,7 @@
 
 from diffract.corpora.sources import (
     HUB,
+    RECORDS,
     STANDARD_LIBRARY,
     WORD_PROBLEMS,
     read_documents,
@@ -12,6 +13,7 @@ from diffract.corpora.sources import (
 from diffract.corpora.splits import (
     Document,
     Split,
+    chat_turns,
     digest,
     instruction_text,
     question_text,
@@ -24,11 +26,13 @@ from diffract.corpora.word_problems import Problem, make_problems
 
 __all__ = [
     "HUB",
+    "RECORDS",
     "STANDARD_LIBRARY",
     "WORD_PROBLEMS",
     "Document",
     "Problem",
     "Split",
+    "chat_turns",
     "digest",
     "instruction_text",
     "make_problems",

@@ -33,6 +33,9 @@ PIECE_CHARACTERS = 20_000
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 """Folders of the standard library that are left out."""
 
+RECORDS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+"""How files of records end."""
+
 ARTICLE = re.compile(r"^ = [^=].* = $", re.MULTILINE)
 """How WikiText begins an article."""
 
@@ -41,10 +44,10 @@ def read_documents(source: str, split: Split, *, data: Path | None = None) -> It
     """Yield the documents of a source that are in a split, always the same ones in the same order.
 
     Args:
-        source: A file (``.jsonl``, ``.json``, ``.txt``, also with ``.gz``), a folder of ``.py`` files, ``stdlib`` (the
-            running Python's standard library without its tests), ``word-problems`` (``word-problems:1-2`` for some
-            levels of them), or ``datasets:org/name``, ``datasets:org/name:config:split`` on the hub, which needs the
-            ``datasets`` package and is streamed.
+        source: A file (``.jsonl``, ``.json``, ``.txt``, also with ``.gz``; ``.parquet``), a folder of ``.py`` files,
+            ``stdlib`` (the running Python's standard library without its tests), ``word-problems``
+            (``word-problems:1-2`` for some levels of them), or ``datasets:org/name``,
+            ``datasets:org/name:config:split`` on the hub, which needs the ``datasets`` package and is streamed.
         split: ``train``, ``selection`` or ``held-out``.
         data: The folder that files' names are relative to.
 
@@ -75,14 +78,16 @@ def read_texts(source: str, *, data: Path | None = None) -> Iterator[str]:
         yield from (p.read_text(encoding="utf-8", errors="replace") for p in _code_files(path))
         return
     stem = path.name.removesuffix(".gz")
-    if stem.endswith((".jsonl", ".json")):
+    if path.name.endswith(RECORDS):
         records = list(read_records(path))
         refuse_evaluation_only(source, (str(r.get("question", "")) for r in records))
         yield from (record_text(r, f"{printable(source)}, record {i}") for i, r in enumerate(records, start=1))
     elif stem.endswith(".txt"):
         yield from _articles(_decoded(path))
     else:
-        raise CorpusError(f"{printable(source)}: unknown kind of file, expected .jsonl, .json or .txt, also with .gz.")
+        raise CorpusError(
+            f"{printable(source)}: unknown kind of file, expected .jsonl, .json or .txt, also with .gz, or .parquet."
+        )
 
 
 def source_files(source: str, *, data: Path | None = None) -> list[Path]:
@@ -98,11 +103,19 @@ def source_files(source: str, *, data: Path | None = None) -> list[Path]:
 
 
 def read_records(path: Path) -> Iterator[Mapping[str, Any]]:
-    """Yield the records of a JSON-lines file, or of a JSON list.
+    """Yield the records of a JSON-lines file, of a JSON list, or of a Parquet file.
 
     Raises:
         CorpusError: The file cannot be read, or holds something else than records.
     """
+    if path.name.endswith(".parquet"):
+        import polars as pl
+
+        try:
+            yield from pl.read_parquet(path).iter_rows(named=True)
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise CorpusError(f"cannot read {printable(path)!r}: {printable(error, 200)}. Fetch it again.") from error
+        return
     text = _decoded(path)
     whole = path.name.removesuffix(".gz").endswith(".json")
     lines: Iterable[str] = [text] if whole else text.splitlines()

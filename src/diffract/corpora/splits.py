@@ -101,6 +101,38 @@ def instruction_text(instruction: str, response: str = "") -> str:
     return f"### Instruction:\n{instruction.strip()}\n### Response:\n" + (f"{response.strip()}\n" if response else "")
 
 
+def chat_turns(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
+    """Return what is asked and answered in a chat, turn by turn; what the system says goes before the first question.
+
+    Args:
+        messages: ``role`` and ``content`` of each, or ``from`` and ``value``.
+
+    Raises:
+        TypeError: They are no messages.
+    """
+    turns: list[tuple[str, str]] = []
+    asked: list[str] = []
+    for message in messages:
+        role = message.get("role") or message.get("from")
+        content = message.get("content", message.get("value"))
+        if not isinstance(content, str) or role not in SPEAKERS:
+            raise TypeError(f"a message of {role!r} is no text of {', '.join(SPEAKERS)}")
+        if SPEAKERS[role] == "assistant":
+            turns.append(("\n".join(asked), content))
+            asked = []
+        else:
+            asked.append(content)
+    return turns
+
+
+SPEAKERS = {"system": "user", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+"""What chat records call those who speak."""
+
+
+def _chat_text(messages: Sequence[Mapping[str, str]]) -> str:
+    return "".join(instruction_text(asked, said) for asked, said in chat_turns(messages))
+
+
 KINDS: dict[tuple[str, ...], Callable[[Record], str]] = {
     ("question", "answer"): lambda r: question_text(r["question"], r["answer"]),
     ("problem", "analysis"): lambda r: question_text(r["problem"], " ".join(r["analysis"])),
@@ -109,6 +141,8 @@ KINDS: dict[tuple[str, ...], Callable[[Record], str]] = {
     ("instruction", "output"): lambda r: instruction_text(f"{r['instruction']} {r.get('input', '')}", r["output"]),
     ("text", "code"): lambda r: f'"""{r["text"].strip()}"""\n{r["code"].strip()}\n',
     ("prompt", "canonical_solution"): lambda r: r["prompt"] + r["canonical_solution"],
+    ("messages",): lambda r: _chat_text(r["messages"]),
+    ("conversations",): lambda r: _chat_text(r["conversations"]),
     ("text",): lambda r: r["text"],
     ("content",): lambda r: r["content"],
 }

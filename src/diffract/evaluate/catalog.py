@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffract.corpora import Split, digest, make_problems, question_text
+from diffract.corpora import RECORDS, Split, digest, make_problems, question_text
 from diffract.corpora.splits import check_split
 from diffract.corpora.word_problems import parse_levels, problems_to_evaluate
 from diffract.errors import CorpusError, SelectionError, choose, printable
 from diffract.evaluate.harness import lm_eval
 from diffract.evaluate.scoring import cut, score_choices, score_questions, score_texts
-from diffract.evaluate.sources import JSON, choices, documents, is_for_evaluation, questions
+from diffract.evaluate.sources import choices, documents, is_for_evaluation, questions
 from diffract.evaluate.tasks import FoundItems, Question, Task, TaskKind, Wanted, spread, task_kind
 
 HARNESS = "lm:"
@@ -182,7 +182,7 @@ def _sources(wanted: Wanted) -> list[str]:
     files: list[str] = []
     if data and named.files.endswith("/"):
         # A folder may also hold what is for evaluation only; that is a task of its own.
-        suffixes = (*JSON, ".txt", ".txt.gz")
+        suffixes = (*RECORDS, ".txt", ".txt.gz")
         there = sorted(path for path in (data / named.files).glob("*") if path.name.endswith(suffixes))
         files = [str(path.relative_to(data)) for path in there if not is_for_evaluation(path.name)]
     elif data and named.files:

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from diffract.corpora import (
+    RECORDS,
     Document,
     Split,
+    chat_turns,
     digest,
     question_text,
     read_documents,
@@ -34,14 +36,14 @@ Record = Mapping[str, Any]
 Asked = tuple[str, str]
 """A question and its answer."""
 
-JSON = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
-
 QUESTIONS: dict[tuple[str, ...], Callable[[Record], Asked]] = {
     ("question", "answer"): lambda r: (r["question"], r["answer"]),
     ("Body", "Question", "Answer"): lambda r: (f"{r['Body'].strip()} {r['Question'].strip()}", _plain(r["Answer"])),
     ("input", "target"): lambda r: (r["input"], _plain(r["target"])),
+    ("messages",): lambda r: _last_turn(r["messages"]),
+    ("conversations",): lambda r: _last_turn(r["conversations"]),
 }
-"""Fields of a record (GSM8K, SVAMP, GSM-hard) to what is asked and what is right."""
+"""Fields of a record (GSM8K, SVAMP, GSM-hard, chats of one turn) to what is asked and what is right."""
 
 Offered = tuple[str, Mapping[str, str], str]
 """A question, its options by letter, and the right letter."""
@@ -110,9 +112,8 @@ def choices(source: str, split: Split, data: Path | None) -> list[MultipleChoice
 
 
 def find_file(source: str, data: Path | None) -> Path | None:
-    """Return the JSON file that a source names, or ``None`` where it is something else."""
-    places = [Path(source), *([data / source] if data else [])]
-    return next((p for p in places if p.name.endswith(JSON) and p.is_file()), None)
+    """Return the file of records that a source names, or ``None`` where it is something else."""
+    return next((p for p in _places(source, data) if p.name.endswith(RECORDS) and p.is_file()), None)
 
 
 def is_for_evaluation(name: str, records: Iterable[Record] = ()) -> bool:
@@ -122,6 +123,18 @@ def is_for_evaluation(name: str, records: Iterable[Record] = ()) -> bool:
     except CorpusError:
         return True
     return False
+
+
+def _places(source: str, data: Path | None) -> list[Path]:
+    return [Path(source), *([data / source] if data else [])]
+
+
+def _last_turn(messages: Sequence[Mapping[str, str]]) -> Asked:
+    """Return what is asked and answered in a chat; one of several turns has no question of its own."""
+    turns = chat_turns(messages)
+    if len(turns) != 1:
+        raise ValueError(f"a chat of {len(turns)} turns, expected one question and its answer")
+    return turns[0]
 
 
 def _in_split(source: str, records: Sequence[Record], made: Sequence[Document], split: Split) -> list[Document]:
@@ -149,8 +162,11 @@ def _in_split(source: str, records: Sequence[Record], made: Sequence[Document], 
 def _records(source: str, data: Path | None) -> list[Record]:
     path = find_file(source, data)
     if path is None:
+        if there := next((p for p in _places(source, data) if p.exists()), None):
+            kind = "a folder" if there.is_dir() else "of no kind that is read"
+            raise CorpusError(f"{printable(there)!r} is {kind}: expected a file of records, {', '.join(RECORDS)}.")
         where = f" there or in {printable(data)!r}" if data else "; --data says where files are"
-        raise CorpusError(f"no file {printable(source)!r}{where}: expected {', '.join(JSON)}.")
+        raise CorpusError(f"no file {printable(source)!r}{where}: expected {', '.join(RECORDS)}.")
     records = list(read_records(path))
     if not records:
         raise CorpusError(f"{printable(source)} holds no records. Is this the right file?")
