@@ -367,21 +367,21 @@ def share(hits: int, count: int) -> tuple[float, float]:
 Hit = Callable[[dict[str, float]], bool]
 
 TESTS: dict[str, tuple[float, str, Hit]] = {
-    "peak_count_rowcol_pvalue": (LEVEL, "one", lambda d: d["peak_count_rowcol_pvalue"] <= LEVEL),
-    "two peaks, without the null": (0.0, "one", lambda d: d["peak_count"] >= 2),
-    "dip_pvalue": (LEVEL, "one", lambda d: d["dip_pvalue"] <= LEVEL),
-    "mp_spikes_tw > 0": (0.01, "one", lambda d: d["mp_spikes_tw"] > 0),
-    "mp_spikes_tw > mp_spikes_tw_rowcol + 2": (
+    "`peak_count` > 1": (0.0, "one", lambda d: d["peak_count"] > 1),
+    "`peak_count_rowcol_pvalue` <= 0.05": (LEVEL, "one", lambda d: d["peak_count_rowcol_pvalue"] <= LEVEL),
+    "`dip_pvalue` <= 0.05": (LEVEL, "one", lambda d: d["dip_pvalue"] <= LEVEL),
+    "`mp_spikes_tw` > 0": (0.01, "one", lambda d: d["mp_spikes_tw"] > 0),
+    "`mp_spikes_tw` > `mp_spikes_tw_rowcol` + 2": (
         LEVEL, "one", lambda d: d["mp_spikes_tw"] > d["mp_spikes_tw_rowcol"] + 2,
     ),
-    "sep_spikes > 1": (LEVEL, "one", lambda d: d["sep_spikes"] > 1),
-    "peak_enrichment_pvalue": (LEVEL, "pair", lambda d: d["peak_enrichment_pvalue"] <= LEVEL),
-    "pl_pvalue": (LEVEL, "tails", lambda d: d["pl_pvalue"] <= LEVEL),
-    "pl_pvalue_fixed_xmin": (LEVEL, "tails", lambda d: d["pl_pvalue_fixed_xmin"] <= LEVEL),
-    "interval without 0": (LEVEL, "quality", lambda d: d["interval without 0"] > 0),
-    "two-sided p": (LEVEL, "quality", lambda d: d["two-sided p"] <= LEVEL),
+    "`sep_spikes` > 1": (LEVEL, "one", lambda d: d["sep_spikes"] > 1),
+    "`peak_enrichment_pvalue` <= 0.05": (LEVEL, "pair", lambda d: d["peak_enrichment_pvalue"] <= LEVEL),
+    "`pl_pvalue` <= 0.05": (LEVEL, "tails", lambda d: d["pl_pvalue"] <= LEVEL),
+    "`pl_pvalue_fixed_xmin` <= 0.05": (LEVEL, "tails", lambda d: d["pl_pvalue_fixed_xmin"] <= LEVEL),
+    "`interval without 0` of a difference in quality": (LEVEL, "quality", lambda d: d["interval without 0"] > 0),
+    "`two-sided p` of a difference in quality <= 0.05": (LEVEL, "quality", lambda d: d["two-sided p"] <= LEVEL),
 }  # fmt: skip
-"""What counts as a hit, how often noise may have one, and of which family."""
+"""What counts as a hit (the first name is of the statistic), how often noise may have one, and of which family."""
 
 
 def draws_of(chunks: list[Draw]) -> list[dict[str, float]]:
@@ -398,9 +398,8 @@ def tested(drawn: Mapping[str, list[Draw]]) -> list[Row]:
     rows = []
     for name, (level, family, hit) in TESTS.items():
         for case in (c for c in cases() if c.family == family and key(c) in drawn):
-            needed = name.split(" ")[0]
-            all_draws = draws_of(drawn[key(case)])
-            usable = [d for d in all_draws if not math.isnan(d.get(needed, d.get(name, d.get("peak_count", 0.0))))]
+            statistic = name.split("`")[1]
+            usable = [d for d in draws_of(drawn[key(case)]) if not math.isnan(d[statistic])]
             if usable:
                 hits = sum(hit(d) for d in usable)
                 rows.append(Row(name, case, level, hits / len(usable), *share(hits, len(usable)), len(usable)))
@@ -483,7 +482,7 @@ def picture(drawn: Mapping[str, list[Draw]]) -> go.Figure:
     traces = [
         go.Scatter(
             x=[row.value for row in own],
-            y=[name] * len(own),
+            y=[name.replace("`", "")] * len(own),
             error_x={
                 "array": [row.high - row.value for row in own],
                 "arrayminus": [row.value - row.low for row in own],

@@ -60,7 +60,8 @@ PICTURES = (
         {"matrix": "L3.mlp.down"},
         "The density of the eigenvalues λ = σ²/N of one matrix, on two logarithmic axes, where a power law is a "
         "straight line. The black curve is the Marchenko-Pastur law of noise with the variance of the bulk, scaled by "
-        "the share of eigenvalues that are no spikes; the light blue steps are the same entries in random order. Each "
+        "the share of eigenvalues that are no spikes; the orange one is what row and column norms alone give; the "
+        "light blue steps are the same entries in random order. Each "
         "tail fit begins at its own x<sub>min</sub> and is scaled by the share of eigenvalues from there on. "
         "Triangles are spikes above the edge of the law.",
     ),
@@ -185,7 +186,7 @@ def make_runs(folder: Path, series: Path) -> dict[str, Path]:
     base = f"base={SAMPLES / 'base'}"
     tuned = [f"{domain}={SAMPLES / domain}" for domain in DOMAINS]
     runs = {name: folder / name for name in ("compared", "heads", "series", "rewound", "truncated", "connected")}
-    diffract.compare(base, *tuned, metrics=["all"], output=runs["compared"])
+    diffract.compare(base, *tuned, metrics=["all"], nulls="all", output=runs["compared"])
     diffract.heads(base, *tuned, output=runs["heads"])
     if series.is_dir():
         follow([str(series)], by="step", select="attn, mlp", output=runs["series"])

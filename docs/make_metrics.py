@@ -7,6 +7,7 @@ python docs/make_metrics.py --check    # say whether it is up to date
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from diffract.metrics import FACTS, GROUPS, Metric
 
 PAGE = Path(__file__).parent / "metrics.md"
 LISTING = Path(__file__).parents[1] / "src" / "diffract" / "cli" / "metrics.json"
+CALIBRATION = PAGE.with_name("calibration.md")
 BEGIN, END = "<!-- catalog: made by make_metrics.py -->", "<!-- end of catalog -->"
 
 TITLES = {
@@ -54,11 +56,11 @@ def degenerate() -> dict[bool, Degenerate]:
 
 def catalog() -> str:
     """Return the page's part as Markdown."""
-    found, lines = degenerate(), []
+    found, links, lines = degenerate(), calibrated(), []
     for group, rows in GROUPS.items():
         lines += [f"### {TITLES[group]} (`{group}`)", ""]
         lines += ["| metric | meaning | unit | range | needs | degenerate | source |", "|" + "---|" * 7]
-        lines += [row(m, found[m.pair]) for m in rows]
+        lines += [row(m, found[m.pair], links) for m in rows]
         lines += [""]
     return "\n".join(lines)
 
@@ -75,10 +77,22 @@ def listing() -> str:
     return json.dumps({"metrics": rows, "facts": facts}, indent=1, ensure_ascii=False) + "\n"
 
 
-def row(m: Metric, cases: Degenerate) -> str:
+def calibrated() -> dict[str, str]:
+    """Return for each name that the page of calibrations speaks of the link to where it first does."""
+    found, anchor = {}, ""
+    for line in (CALIBRATION.read_text(encoding="utf-8") if CALIBRATION.exists() else "").splitlines():
+        if line.startswith("## "):
+            anchor = re.sub(r"[^\w -]", "", line[3:].lower()).replace(" ", "-")
+        for name in re.findall(r"`(\w+)`", line):
+            found.setdefault(name, f"[calibration](calibration.md#{anchor})")
+    return found
+
+
+def row(m: Metric, cases: Degenerate, links: dict[str, str]) -> str:
     """Return one metric's line."""
     values = ", ".join(f"{name} {number(case.get(m.name))}" for name, case in cases.items())
-    cells = [f"`{m.name}`", m.summary, m.unit, m.range, m.needs, values, m.source]
+    meaning = m.summary if m.name not in links else f"{m.summary}; {links[m.name]}"
+    cells = [f"`{m.name}`", meaning, m.unit, m.range, m.needs, values, m.source]
     return "| " + " | ".join(cell.replace("|", "&#124;") for cell in cells) + " |"
 
 

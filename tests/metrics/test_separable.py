@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+import diffract
 from diffract.densities import marchenko_pastur_cdf
+from diffract.metrics import separable
 from diffract.metrics.separable import Separable, sep_ks, sep_sigmas, sep_spikes, separable_law
 
 RNG = np.random.default_rng(7)
@@ -80,3 +82,12 @@ def test_unit_moves_the_law_and_neighbours_do_not() -> None:
     large = separable_law(rows[:1] * 1e150, cols[:1] * 1e150, torch.ones(1, dtype=torch.bool))
     assert large.edge.item() == pytest.approx(one.edge[0].item() * 1e150, rel=1e-9)
     assert torch.allclose(large.share[0], one.share[0], rtol=0, atol=1e-9)
+
+
+def test_what_does_not_converge_has_no_law_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(separable, "NEWTON_STEPS", 1)
+    w = RNG.standard_normal((16, 24)) * np.linspace(1, 3, 16)[:, None]
+    row = diffract.scan({"w": w}, metrics=["stable_rank", "sep_ks", "sep_edge", "sep_modes"], cache=False).metrics
+    assert row["sep_ks"].to_list() == row["sep_edge"].to_list() == row["sep_modes"].to_list() == [None]
+    assert row["stable_rank"][0] > 1
+    assert row["warning"].to_list() == ["no law of row and column norms: it did not converge"]

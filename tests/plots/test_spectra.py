@@ -99,6 +99,20 @@ def test_spikes_and_xmin_are_marked() -> None:
     assert figure.layout.annotations[0].x == pytest.approx(math.log10(ROW["pl_xmin"]))
 
 
+def test_the_law_of_norms_is_drawn_by_its_quantiles() -> None:
+    """Quantiles of the exponential law of mean 1: between two of them lies a share of 1 / n."""
+    n = 400
+    quantiles = -np.log((np.arange(n) + 0.5) / n)
+    found = traces(plots.density_lines([3.0, 1.0], (2, 2), {}, norms=quantiles.tolist()))["row and column norms"]
+    assert bool((np.diff(found.x) > 0).all())
+    np.testing.assert_allclose(found.y, np.exp(-np.asarray(found.x)), rtol=0.03)  # of the widest steps
+    assert area(found) == pytest.approx(1, abs=0.02)
+    gap = traces(plots.density_lines([3.0, 1.0], (2, 2), {}, norms=[4.0, 3.9, 1.1, 1.0]))["row and column norms"]
+    np.testing.assert_allclose(gap.y, [2.5, 1 / 11.2, 2.5])
+    for nothing in ([], [1.0], [1.0, 1.0], [0.0, 0.0], [math.nan, math.nan]):
+        assert "row and column norms" not in traces(plots.density_lines([3.0, 1.0], (2, 2), {}, norms=nothing))
+
+
 def test_density_draws_what_there_is() -> None:
     bare = METRICS.select("model", "name", "rows", "cols")
     kept = SPECTRA.filter(pl.col("quantity") == "sigma")

@@ -436,7 +436,7 @@ def _columns(found: StackFacts, metrics: Sequence[Metric]) -> dict[str, pl.Serie
         "resolved": _numbers(plain["resolved"] if spectrum else None, finite),
     }
     columns |= _metric_columns(found, metrics, plain)
-    asked = {"tail_warnings": "power_law", "bulk_warnings": "bulk"}
+    asked = {"tail_warnings": "power_law", "bulk_warnings": "bulk", "separable_warnings": "separable"}
     doubts = [found.facts[words] for words, fact in asked.items() if fact in found.facts] or [("",) * count]
     texts = ["; ".join(filter(None, words)) or None for words in zip(*doubts, strict=True)]
     columns["warning"] = pl.Series(texts, dtype=pl.String)

@@ -128,6 +128,7 @@ DERIVED: dict[str, Callable[..., Any]] = {
     "peaks": peaks.spectral_peaks,
     "rowcol_sigmas": nulls.rowcol_sigmas,
     "separable": separable.separable_law,
+    "separable_warnings": separable.separable_warnings,
     "sep_sigmas": separable.sep_sigmas,
     "rowcol_peaks": nulls.rowcol_peaks,
     "base_peaks": peaks.spectral_peaks,

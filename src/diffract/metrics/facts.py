@@ -124,6 +124,7 @@ _derive(
     *("row_squares", "col_squares", "drawn"),
 )  # fmt: skip
 _derive("separable", "the law of row and column norms, separable.Separable", *("row_squares", "col_squares", "drawn"))
+_derive("separable_warnings", "why there is no such law, one text a matrix", "separable")
 _derive("sep_sigmas", "(b, M), singular values that follow that law exactly", "separable", "shape")
 _derive("rowcol_peaks", "(b, d), peaks in each draw", "rowcol_sigmas")
 _derive("base_resolved_sigmas", "(b, M), likewise of W0", "base_sigmas", "base_resolved")

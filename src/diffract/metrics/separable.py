@@ -42,6 +42,9 @@ NEWTON_STEPS = 60
 TOLERANCE, ON_THE_WAY = 1e-10, 1e-3
 """Of the last Newton step, relative, at the smallest imaginary part and at those before, where the next one starts."""
 
+MASS_ERROR = 0.02
+"""By which the trapezoids over a density may exceed 1."""
+
 NOTHING = 1e-4
 """Of x times the density at x: less is what the imaginary part left, outside of the support."""
 
@@ -54,11 +57,13 @@ class Separable:
         x: (b, k), ascending.
         share: (b, k), of the eigenvalues at or below x; those below the first point are zero, or next to it.
         edge: (b,), where the support ends.
+        failed: (b,), whether the iteration did not converge, so that there is no law.
     """
 
     x: Float64[Tensor, "b k"]
     share: Float64[Tensor, "b k"]
     edge: PerMatrix
+    failed: Bool[Tensor, "b"]
 
     def share_below(self, values: Float64[Tensor, "b M"]) -> Float64[Tensor, "b M"]:
         """Return the share of the law at or below values, linear in ln x between points."""
@@ -99,20 +104,29 @@ def separable_law(
         drawn: For which matrices it is solved; a few tenths of a second each.
 
     Returns:
-        In the unit of the eigenvalues sigma^2 / N. NaN where it is not solved, for a zero matrix, and for one that is
-        not finite.
+        In the unit of the eigenvalues sigma^2 / N. NaN where it is not solved, for a zero matrix, for one that is not
+        finite, and where Newton's method did not converge or more than the whole is found (``failed``).
 
     Source: Hachem, Loubaton, Najim 2007, Annals of Applied Probability 17; Paul & Silverstein 2009.
     """
     shape = row_squares.shape[1], col_squares.shape[1]
     x = row_squares.new_full((len(row_squares), POINTS), torch.nan)
     share, edge, total = x.clone(), x[:, 0].clone(), row_squares.sum(-1)
+    failed = torch.zeros_like(drawn)
     sides = (row_squares, col_squares) if shape[0] <= shape[1] else (col_squares, row_squares)
     for i in (drawn & (total > 0) & total.isfinite()).nonzero()[:, 0].tolist():
         short, long = (_Profile.of(side[i] * (len(side[i]) / total[i])) for side in sides)
-        x[i], share[i], edge[i] = _solve(short, long)
+        if (found := _solve(short, long)) is None:
+            failed[i] = True
+        else:
+            x[i], share[i], edge[i] = found
     unit = (total / (shape[0] * shape[1]))[:, None]
-    return Separable(x * unit, share, edge * unit[:, 0])
+    return Separable(x * unit, share, edge * unit[:, 0], failed)
+
+
+def separable_warnings(law: Separable) -> tuple[str, ...]:
+    """Say of each matrix whose law could not be solved for that it has none; an empty string for the others."""
+    return tuple("no law of row and column norms: it did not converge" if one else "" for one in law.failed.tolist())
 
 
 @dataclass(frozen=True)
@@ -129,8 +143,8 @@ class _Profile:
         return cls(torch.stack([part.mean() for part in parts]), count)
 
 
-def _solve(short: _Profile, long: _Profile) -> tuple[Points, Points, Tensor]:
-    """Return points, the share of the law at or below each, and the edge."""
+def _solve(short: _Profile, long: _Profile) -> tuple[Points, Points, Tensor] | None:
+    """Return points, the share of the law at or below each, and the edge; ``None`` where that did not converge."""
     # No eigenvalue of the law exceeds this: the largest variance, as if all were.
     gamma = short.count.sum() / long.count.sum()
     top = (short.value.max() * long.value.max() * (1 + gamma.sqrt()) ** 2).item()
@@ -141,6 +155,8 @@ def _solve(short: _Profile, long: _Profile) -> tuple[Points, Points, Tensor]:
 
     x, density = spaced(top * SMALLEST, top, COARSE)
     inside = (x * density > NOTHING).nonzero()[:, 0]
+    if not len(inside) or bool(density.isnan().any()):
+        return None
     low = x[max(int(inside[0]) - 1, 0)].item()
     for _ in range(2):  # the edge lies between two points, and then between two of those between them
         last = int((x * density > NOTHING).nonzero()[-1])
@@ -148,16 +164,19 @@ def _solve(short: _Profile, long: _Profile) -> tuple[Points, Points, Tensor]:
     edge = x[(x * density > NOTHING).nonzero()[-1, 0]]
     x, density = spaced(low, edge.item(), POINTS)
     above = torch.cumulative_trapezoid(density.flip(0), -x.flip(0)).flip(0)
+    # NaN at a point that did not converge, or a mass that no density has.
+    if not bool(above[0] <= 1 + MASS_ERROR):
+        return None
     return x, (1 - torch.nn.functional.pad(above, (0, 1))).clamp(min=0.0), edge
 
 
 def _density(short: _Profile, long: _Profile, x: Points) -> Points:
-    """Return the density at x, of the eigenvalues that are not zero."""
+    """Return the density at x, of the eigenvalues that are not zero; NaN where Newton's method did not converge."""
     M, N = short.count.sum(), long.count.sum()
     a, of_a, b, of_b = (part.to(torch.complex128) for part in (short.value, short.count, long.value, long.count))
     # Products of what is common to all points with matrices of points by groups.
     once_a, twice_a, once_b, twice_b = of_a * a, of_a * a**2, of_b * b, of_b * b**2
-    z = t = torch.empty(0)
+    z = t = settled = torch.empty(0)
     for level in LEVELS:
         z = torch.complex(x, level * x)
         Nz = N * z
@@ -171,10 +190,11 @@ def _density(short: _Profile, long: _Profile, x: Points) -> Points:
             error = -(fall @ once_b) / Nz - t
             step = error / ((fall.square_() @ twice_b) / Nz * slope - 1)
             t = t - step
-            if bool((step.abs() <= tolerance * t.abs()).all()):
+            settled = step.abs() <= tolerance * t.abs()
+            if bool(settled.all()):
                 break
     fall = torch.outer(t, a).add_(1).reciprocal_()
-    return -(fall @ of_a).div(M * z).imag / math.pi
+    return (-(fall @ of_a).div(M * z).imag / math.pi).where(settled, torch.nan)
 
 
 @built_in(

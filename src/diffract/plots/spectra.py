@@ -81,9 +81,9 @@ class Parts:
         zeros: How many of them are zero, and in no bin.
         spectrum: ``None`` if all are zero.
         null: Of the permuted matrix, if it is known.
-        laws: Points (lambda, rho) of ``mp``, ``pl``, ``tpl``, ``exp`` and ``ln``, where they were fitted. The
+        laws: Points (lambda, rho) of ``mp``, ``sep``, ``pl``, ``tpl``, ``exp`` and ``ln``, where they are known. The
             Marchenko-Pastur law is scaled by the share of eigenvalues that are no spikes, each tail by the share of
-            eigenvalues from its xmin on.
+            eigenvalues from its xmin on; ``sep`` is what row and column norms alone give.
     """
 
     total: int
@@ -100,7 +100,13 @@ class Parts:
 
 
 def density_parts(
-    eigenvalues: Sequence[float], shape: tuple[int, int], row: Row, *, null: Sequence[float] = (), points: int = POINTS
+    eigenvalues: Sequence[float],
+    shape: tuple[int, int],
+    row: Row,
+    *,
+    null: Sequence[float] = (),
+    norms: Sequence[float] = (),
+    points: int = POINTS,
 ) -> Parts:
     """Return histograms of eigenvalues and the laws whose parameters are in ``row``.
 
@@ -109,10 +115,13 @@ def density_parts(
         shape: Of the matrix.
         row: What there is of ``mp_*``, ``pl_*``, ``tpl_*``, ``exp_*``, ``ln_*``.
         null: Eigenvalues of the permuted matrix.
+        norms: Eigenvalues that follow the law of row and column norms, descending.
         points: On each curve.
     """
     values = np.asarray(eigenvalues, float)
-    curves = {"mp": _bulk(values, shape, row, points)} | {p: _tail(values, row, p, points) for p in laws.TAILS}
+    curves = {"mp": _bulk(values, shape, row, points), "sep": _quantiles(np.asarray(norms, float))} | {
+        p: _tail(values, row, p, points) for p in laws.TAILS
+    }
     return Parts(
         total=len(values),
         zeros=int(np.count_nonzero(~(values > 0))),
@@ -150,6 +159,16 @@ def _bulk(values: Array, shape: tuple[int, int], row: Row, points: int) -> Curve
     x = low + (high - low) * (1 - np.cos(np.linspace(0, math.pi, points)[1:-1])) / 2
     share = 1 - (row.get("mp_spikes") or 0) / len(values)
     return x, share * laws.marchenko_pastur(x, variance, gamma)
+
+
+def _quantiles(values: Array) -> Curve | None:
+    """Return the density between quantiles of a law: each step between two of n is a share of 1 / n."""
+    steps = -np.diff(values)
+    known = (steps > 0) & (values[1:] > 0)
+    if not known.any():
+        return None
+    middles = np.sqrt(values[1:] * values[:-1])[known]
+    return middles[::-1], (1 / (len(values) * steps[known]))[::-1]
 
 
 def _tail(values: Array, row: Row, prefix: str, points: int) -> Curve | None:
@@ -229,6 +248,7 @@ AXIS_TITLES = {
 }
 LAWS: dict[str, tuple[str, dict[str, Any]]] = {
     "mp": ("Marchenko-Pastur", {"color": COLOURS["mark"], "width": 2}),
+    "sep": ("row and column norms", {"color": "#e69f00", "dash": "longdash", "width": 2.5}),
     "pl": ("power law", {"color": "#d55e00", "dash": "solid", "width": 3}),
     "tpl": ("truncated power law", {"color": "#009e73", "dash": "dash", "width": 2}),
     "exp": ("exponential", {"color": "#cc79a7", "dash": "dot", "width": 2.5}),
@@ -240,7 +260,8 @@ def density(spectra: pl.DataFrame, metrics: pl.DataFrame, name: str, *, model: s
     """Draw the density of lambda = sigma^2 / N with the laws that were fitted to it.
 
     Args:
-        spectra: The spectra table: ``sigma``, and ``null_sigma`` of the permuted matrix if it is there.
+        spectra: The spectra table: ``sigma``, and where they are there ``null_sigma`` of the permuted matrix and
+            ``sep_sigma`` of the law of row and column norms.
         metrics: The metrics table: rows, cols, and what there is of ``mp_*``, ``pl_*``, ``tpl_*``, ``exp_*``, ``ln_*``.
         name: Of the matrix.
         model: Whose.
@@ -250,8 +271,9 @@ def density(spectra: pl.DataFrame, metrics: pl.DataFrame, name: str, *, model: s
     row = facts(metrics, model, name)
     shape = (int(row.get("rows") or 1), int(row.get("cols") or 1))
     eigenvalues = np.square(curve(spectra, model, name, "sigma")) / max(shape)
-    null = np.square(curve(spectra, model, name, "null_sigma")) / max(shape)
-    return density_lines(eigenvalues.tolist(), shape, row, null=null.tolist(), axes=axes, title=caption(model, name))
+    null, norms = (np.square(curve(spectra, model, name, f"{one}_sigma")) / max(shape) for one in ("null", "sep"))
+    further: dict[str, Any] = {"null": null.tolist(), "norms": norms.tolist()}
+    return density_lines(eigenvalues.tolist(), shape, row, **further, axes=axes, title=caption(model, name))
 
 
 def density_lines(
@@ -260,16 +282,18 @@ def density_lines(
     row: Row,
     *,
     null: Sequence[float] = (),
+    norms: Sequence[float] = (),
     axes: str = "log-log",
     title: str = "",
     points: int = POINTS,
 ) -> go.Figure:
     """Draw a histogram of eigenvalues and the laws whose parameters are in ``row``; ``density_parts`` says how.
 
-    Each trace's ``meta`` says what it is: ``bars``, ``null``, ``mp``, ``pl``, ``tpl``, ``exp``, ``ln`` or ``spikes``.
+    Each trace's ``meta`` says what it is: ``bars``, ``null``, ``mp``, ``sep``, ``pl``, ``tpl``, ``exp``, ``ln`` or
+    ``spikes``.
     """
     values, log_y = np.asarray(eigenvalues, float), axes == "log-log"
-    parts = density_parts(eigenvalues, shape, row, null=null, points=points)
+    parts = density_parts(eigenvalues, shape, row, null=null, norms=norms, points=points)
     floor = parts.floor(log_y=log_y)
     traces: list[Any] = [
         _bars(parts, log_y=log_y),

@@ -51,7 +51,9 @@ def templates() -> dict[str, Any]:
     """Return figures by name as JSON; only their looks are meant."""
     values = [4.0, 2.0, 1.0]
     below = {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.2, "yanchor": "top"}
-    density = plots.density_lines(values, (3, 3), FITTED, null=values).update_layout(height=410, legend=below)
+    density = plots.density_lines(values, (3, 3), FITTED, null=values, norms=values).update_layout(
+        height=410, legend=below
+    )
     made = {
         "heatmap": plots.heatmap(z=[], x=[], y=[], title="", metric=""),
         "spectrum": plots.spectrum_lines({"base": [], "tuned": [], "delta": []}),
@@ -111,9 +113,9 @@ def density_rows(metrics: pl.DataFrame, spectra: pl.DataFrame) -> Iterator[list[
     if not set(NEEDED) & set(metrics.columns):
         return
     found = spectra.select("quantity", "model", "name", "values")
-    sigmas, nulls = (
+    sigmas, nulls, norms = (
         {(model, name): np.array(values, float) for _, model, name, values in found.filter(quantity=wanted).rows()}
-        for wanted in ("sigma", "null_sigma")
+        for wanted in ("sigma", "null_sigma", "sep_sigma")
     )
     columns = [c for c in metrics.columns if c.startswith(("mp_", *(f"{prefix}_" for prefix in TAILS)))]
     places = {name: i for i, name in enumerate(metrics["model"].unique(maintain_order=True))}
@@ -123,8 +125,8 @@ def density_rows(metrics: pl.DataFrame, spectra: pl.DataFrame) -> Iterator[list[
         key, shape = (row["model"], row["name"]), (row["rows"], row["cols"])
         if key not in sigmas:
             continue
-        values, null = (np.square(of.get(key, [])) / max(shape) for of in (sigmas, nulls))
-        parts = density_parts(values, shape, row, null=null, points=POINTS)
+        values, null, even = (np.square(of.get(key, [])) / max(shape) for of in (sigmas, nulls, norms))
+        parts = density_parts(values, shape, row, null=null, norms=even, points=POINTS)
         histograms = {"bars": parts.spectrum, "null": parts.null}
         yield [
             *key,
