@@ -60,6 +60,7 @@ def test_densities_are_those_of_python(full: diffract.Run, page: Any, tmp_path: 
             (row["rows"], row["cols"]),
             row,
             null=eigenvalues(full, "null_sigma"),
+            norms=eigenvalues(full, "sep_sigma"),
             axes=axes,
             points=POINTS,
         )
