@@ -127,12 +127,12 @@ def test_every_fact_has_its_price() -> None:
         "shape": ("shape", "epsilon", "base_epsilon"),
         "entries": (
             *("squares", "moments", "row_squares", "col_squares"),
-            *("base_squares", "delta_squares", "changed", "rounding_squares"),
+            *("base_squares", "delta_squares", "delta_along", "changed", "rounding_squares"),
         ),
         "sigma_max": ("sigma_max",),
         "sigmas": ("sigmas", "resolved", "delta_sigmas", "base_sigmas", "base_resolved"),
         "null": ("null_sigmas", "drawn", "block_sigmas"),
-        "vectors": ("U", "Vh", "left_cosines", "right_cosines", "diagonal", "delta_energy"),
+        "vectors": ("U", "Vh", "left_cosines", "right_cosines", "diagonal", "delta_energy", "delta_row_energy"),
         "matrix": ("matrix",),
     }
     assert tuple(prices) == NEEDS
