@@ -321,15 +321,46 @@ def test_tokenizers_that_contradict_each_other(tmp_path: Path) -> None:
     edit(tmp_path / "mlp", tuned, {"interpolate": {"with": plain, "at": 0.5, "select": "mlp"}})
 
 
-@pytest.mark.parametrize("order", [[1, 0], [0, 0, 1]], ids=["moved", "doubled"])
-def test_layers_in_other_places_are_refused_without_a_way_around(order: list[int], tmp_path: Path) -> None:
-    base = llama()
-    layers = [{n.split(".2.")[-1]: w for n, w in tuned_from(base).items() if f".layers.{i}." in n} for i in range(2)]
-    tuned = {name: w for name, w in base.items() if ".layers." not in name}
+@pytest.mark.parametrize(
+    "order", [[1, 0, 2], [0, 0, 1, 2], [0, 2], [0, 1, 2, 1, 2]], ids=["moved", "doubled", "dropped", "stacked"]
+)
+def test_layers_in_other_places_are_paired_with_what_they_come_from(order: list[int], tmp_path: Path) -> None:
+    base = llama(layers=3)
+    source, tuned = tuned_from(base), {name: w for name, w in tuned_from(base).items() if ".layers." not in name}
     for place, i in enumerate(order):
-        tuned |= {name.replace(f".layers.{i}.", f".layers.{place}."): w for name, w in layers[i].items()}
+        own = {name: w for name, w in source.items() if f".layers.{i}." in name}
+        tuned |= {name.replace(f".layers.{i}.", f".layers.{place}."): w for name, w in own.items()}
     folder = saved(tmp_path / "tuned", tuned, num_hidden_layers=len(order))
-    plain = saved(tmp_path / "base", base)
+    plain = saved(tmp_path / "base", base, num_hidden_layers=3)
+    allow = "" if len(order) == 3 else "num_hidden_layers"
+    done = edited(tmp_path / "out", folder, {"rewind": {"to": plain, "fraction": 1.0}}, allow=allow)
+    assert any("Layers are paired with those of" in note for note in done.manifest["notes"])
+    found = read(tmp_path / "out")
+    for place, i in enumerate(order):
+        for part in "qkvo":
+            assert_bits(found[ATTENTION.format(place, part)], base[ATTENTION.format(i, part)])
+    whole: dict[str, Any] = {"interpolate": {"with": plain, "at": 1.0}}
+    if order == [0, 2]:
+        with pytest.raises(CheckpointError, match=r"model\.layers\.1\.\S+: only in the other.*--allow unmatched"):
+            edit(tmp_path / "whole", folder, whole, allow=allow)
+    else:
+        assert_bits(
+            edit(tmp_path / "whole", folder, whole, allow=allow)["model.norm.weight"], base["model.norm.weight"]
+        )
+
+
+def test_heads_in_other_places_are_refused_without_a_way_around(tmp_path: Path) -> None:
+    base = llama()
+    tuned = tuned_from(base)
+    for i in range(2):
+        turned = [w.reshape(-1, 8, 32).flip(0).reshape(-1, 32) for w in (tuned[ATTENTION.format(i, p)] for p in "qkv")]
+        tuned |= {ATTENTION.format(i, part): w for part, w in zip("qkv", turned, strict=True)}
+        out = tuned[ATTENTION.format(i, "o")].reshape(32, -1, 8).flip(1).reshape(32, -1)
+        tuned[ATTENTION.format(i, "o")] = out
+        tuned |= {f"model.layers.{i}.mlp.{part}_proj.weight": tuned[f"model.layers.{i}.mlp.{part}_proj.weight"].flip(0)
+                  for part in ("gate", "up")}  # fmt: skip
+        down = f"model.layers.{i}.mlp.down_proj.weight"
+        tuned[down] = tuned[down].flip(1)
     with pytest.raises(CheckpointError, match=r"stand in other places.*take the checkpoint that has them") as caught:
-        edit(tmp_path / "out", folder, Truncate(base=str(plain), drop=0.5), allow="strangers,unmatched")
+        edit(tmp_path / "out", tuned, Truncate(base=base, drop=0.5), allow="strangers,unmatched")
     assert "pass --allow" not in str(caught.value)

@@ -249,11 +249,10 @@ class Bench:
 
     def _note(self, checkpoint: Checkpoint, met: Meeting) -> None:
         """Keep what is not taken from another checkpoint, and say it, once."""
-        label, stays = checkpoint.reference, met.stays()
-        if label in self.kept or not stays:
-            return
-        self.kept[label] = stays
-        self.notes += met.told(printable(label))
+        label = checkpoint.reference
+        if label not in self.kept:
+            self.kept[label] = met.stays()
+            self.notes += met.told(printable(label))
 
     def entries(self) -> dict[str, Entry]:
         """Return the tensors that edits can change, by name: floating point, no buffer, and not tied to another."""

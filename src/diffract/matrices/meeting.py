@@ -15,8 +15,8 @@ from diffract.checkpoints.configurations import compare_configurations, vocabula
 from diffract.errors import printable
 from diffract.matrices.alike import counterparts, renamed_like
 from diffract.matrices.layout import Layout
-from diffract.matrices.lineage import tell_lineage
-from diffract.matrices.pairing import MAY_DIFFER, stacks, within_layers
+from diffract.matrices.lineage import Lineage, tell_lineage
+from diffract.matrices.pairing import MAY_DIFFER, split_at_layer, stacks, within_layers
 
 Vocabulary = Literal["common", "refuse"]
 """What becomes of tables of tokens that have another number of rows: the common rows are paired, or none."""
@@ -60,6 +60,7 @@ class Meeting:
         objections: What speaks against any edit.
         tokens: How the tokenizers differ, where the same number is another token; empty if none is.
         by_position: Whether rows are paired by their number alone, since a tokenizer is not known.
+        layers: Where layers were moved, dropped or doubled, which of the other's each of the model's is paired with.
     """
 
     names: Mapping[str, str]
@@ -72,6 +73,7 @@ class Meeting:
     objections: tuple[Objection, ...]
     tokens: str
     by_position: bool
+    layers: Mapping[int, int]
 
     def against(self, asked: Collection[str], *, chosen: bool, vocabulary: Vocabulary) -> Iterator[Objection]:
         """Yield what speaks against taking some tensors.
@@ -108,6 +110,8 @@ class Meeting:
             other: What the other is called.
         """
         found = []
+        if moved := [f"{ours} with {theirs}" for ours, theirs in self.layers.items() if ours != theirs]:
+            found.append(f"Layers are paired with those of {other} that they come from: {_listed(moved)}.")
         if self.apart:
             found.append(f"As in the model, not from {other}: {_listed(self.apart)}.")
         if self.extra:
@@ -134,6 +138,13 @@ def meet(model: Layout, other: Layout, ties: Mapping[str, str]) -> Meeting:
     """
     own = {ours: theirs for theirs, ours in counterparts(model, other).items()}
     found = {name: own.get(name) or _called(name, other, ties) for name in model.entries}
+    kin = tell_lineage(renamed_like(model, other), model)
+    layers = _layers_of(kin, stack := _stack_of(model))
+    if layers:
+        known = {split_at_layer(other, name): name for name in other.entries}
+        parts = {name: split_at_layer(model, name) for name in model.entries}
+        inside = {name: (layers.get(n, -1), rest) for name, (own, n, rest) in parts.items() if own == stack}
+        found |= {name: known.get((stack, *place)) for name, place in inside.items()}
     shapes = {name: other.checkpoint.info(theirs).shape for name, theirs in found.items() if theirs is not None}
     tables = frozenset(_token_tables(model))
     sizes = {name: (model.entries[name].info.shape, shape) for name, shape in shapes.items()}
@@ -164,10 +175,26 @@ def meet(model: Layout, other: Layout, ties: Mapping[str, str]) -> Meeting:
         matrices=frozenset(name for name in apart if model.entries[name].matrices),
         within=frozenset(within),
         tables=tables,
-        objections=tuple(_objections(model, other)),
+        objections=(*_of_kin(kin, layers), *_of_configurations(kin, model, other)),
         tokens=tokens,
         by_position=bool(rows) and by_position,
+        layers=layers,
     )
+
+
+def _layers_of(kin: Lineage, stack: str) -> dict[int, int]:
+    """Which layer of the other each of the model's comes from, where whole layers of its one stack stand elsewhere."""
+    numbers = [(ours.removeprefix("layer "), theirs.removeprefix("layer ")) for ours, theirs in kin.moved.items()]
+    if not stack or not all(ours.isdigit() and theirs.isdigit() for ours, theirs in numbers):
+        return {}
+    return {int(ours): int(theirs) for ours, theirs in numbers}
+
+
+def _stack_of(model: Layout) -> str:
+    """What stands before the numbers of a model's layers; nothing where it has several stacks, or none."""
+    layered = (name for name, entry in model.entries.items() if any(m.layer is not None for m in entry.matrices))
+    found = {split_at_layer(model, name)[0] for name in layered}
+    return found.pop() if len(found) == 1 else ""
 
 
 def _called(name: str, other: Layout, ties: Mapping[str, str]) -> str | None:
@@ -178,20 +205,22 @@ def _called(name: str, other: Layout, ties: Mapping[str, str]) -> str | None:
     return next((twin for twin in twins if twin in other.checkpoint), None)
 
 
-def _objections(model: Layout, other: Layout) -> Iterator[Objection]:
-    """Yield what speaks against any edit: the other is a stranger, or computes something else with its weights."""
-    kin = tell_lineage(renamed_like(model, other), model)
-    told = "" if kin.correlation is None else f" (correlation {kin.correlation:.3f} over {kin.matrices} matrices)"
+def _of_kin(kin: Lineage, layers: Mapping[int, int]) -> Iterator[Objection]:
+    """Yield what speaks against any edit where the models are strangers, or parts of them lie in other places."""
     if kin.word == "stranger":
-        yield Objection(f"a stranger, neither descends from the other{told}", f"--allow {STRANGERS}")
-    if kin.word == "rearranged":
-        parts = [printable(f"{part} is its {origin}") for part, origin in kin.moved.items()]
-        more = f" and {len(parts) - SHOWN} more" if len(parts) > SHOWN else ""
+        told = f"correlation {kin.correlation:.3f} over {kin.matrices} matrices"
+        yield Objection(f"a stranger, neither descends from the other ({told})", f"--allow {STRANGERS}")
+    if kin.word == "rearranged" and not layers:
+        parts = [printable(f"{part} is its {origin}") for part, origin in kin.moved.items() if part != origin]
         yield Objection(
-            f"its layers, heads or neurons stand in other places ({', '.join(parts[:SHOWN])}{more}), so that tensors "
-            "of one name do not belong together; take the checkpoint that has them in the same places",
+            f"its layers, heads or neurons stand in other places ({_listed(parts)}), so that tensors of one name do "
+            "not belong together; take the checkpoint that has them in the same places",
             None,
         )
+
+
+def _of_configurations(kin: Lineage, model: Layout, other: Layout) -> Iterator[Objection]:
+    """Yield the keys that make the two models compute something else, by name."""
     differing: dict[str, list[str]] = {}
     for difference in compare_configurations(*_of_one_level(model, other)):
         words = [word for word in difference.key.split(".") if word not in TEXT_SECTIONS]

@@ -11,7 +11,7 @@ from diffract.errors import CheckpointError, printable
 from diffract.matrices.alike import regrouped_like, renamed_like, untied_like
 from diffract.matrices.layout import Entry, Layout
 
-FIRST_NUMBER = re.compile(r"(.*?)\.(\d+)(?:\.|$)")
+FIRST_NUMBER = re.compile(r"(.*?)\.(\d+)(?:\.(.*))?$")
 
 MAY_DIFFER = ("embed", "unembed")
 """Blocks that may be unmatched: a vocabulary grows, a head is tied."""
@@ -97,7 +97,7 @@ def _check_matched(base: Layout, child: Layout, *, allow_unmatched: bool) -> Non
 
 def stacks(layout: Layout) -> set[str]:
     """Return what stands before the numbers of layers in a model's names: ``layers``, ``encoder.block``, ..."""
-    return {stack for name in layout.entries if (stack := _stack(layout, name)[0])}
+    return {stack for name in layout.entries if (stack := split_at_layer(layout, name)[0])}
 
 
 def within_layers(entry: Entry, layout: Layout, stacks_of_other: Collection[str]) -> bool:
@@ -108,15 +108,15 @@ def within_layers(entry: Entry, layout: Layout, stacks_of_other: Collection[str]
     """
     if not entry.matrices or all(m.block in MAY_DIFFER for m in entry.matrices):
         return False
-    stack, number = _stack(layout, entry.info.name)
+    stack, number, _ = split_at_layer(layout, entry.info.name)
     layers = layout.architecture.dimensions.layers
     return stack in stacks_of_other and (layers is None or number < layers)
 
 
-def _stack(layout: Layout, name: str) -> tuple[str, int]:
-    """Split a name at its first number; no text where there is none."""
+def split_at_layer(layout: Layout, name: str) -> tuple[str, int, str]:
+    """Split a name, without prefix and words of wrappers, at its first number; no text before where there is none."""
     found = FIRST_NUMBER.match(layout.architecture.bare.get(name, name))
-    return (found[1], int(found[2])) if found else ("", 0)
+    return (found[1], int(found[2]), found[3]) if found else ("", 0, name)
 
 
 def _example(entries: Sequence[Entry], base: Layout, child: Layout) -> str:
