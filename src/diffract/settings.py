@@ -23,9 +23,6 @@ STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, 
 METRIC_ENTRY_POINTS = "diffract.metrics"
 """Entry point group in which packages name metrics of their own."""
 
-SHARD_BYTES = 5_000_000_000
-"""Bytes of tensors in a file, where nothing else is asked for."""
-
 MOST_IN_ROW = 1000
 """Numbers that ``FROM:TO:STEP`` may come to: more are a slip of the pen."""
 

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from diffract.architectures import Architecture, resolve
-from diffract.architectures.names import outer_prefixes
 from diffract.checkpoints.adapter_parts import (
     CONFIG,
     MERGE,
@@ -25,8 +23,10 @@ from diffract.checkpoints.checkpoint import Checkpoint, Factors, Range
 from diffract.checkpoints.header import TensorInfo
 from diffract.errors import ArchitectureError, CheckpointError, printable
 
-if TYPE_CHECKING:  # headers are read without torch
+if TYPE_CHECKING:  # headers are read without torch, and a model without adapter without what describes architectures
     import torch
+
+    from diffract.architectures import Architecture
 
 _TOWER = re.compile(r"vision|visual|image|audio|speech")
 """What the parts of a model are called that have layers of the same names as its language model."""
@@ -242,6 +242,8 @@ class _Fitted:
         Names are equal, or equal behind a prefix: a model with a head, or one that sees, calls its body otherwise than
         its files do. All names must then lose the same prefix or a beginning of it.
         """
+        from diffract.architectures.names import outer_prefixes
+
         names = [*self.adapter.whole, *(f"{m}.weight" for m in (*self.adapter.low_rank, *self.adapter.tokens))]
         names += [f"{module}.bias" for module in self.adapter.biases]
         found, lost = {}, {}
@@ -424,6 +426,8 @@ class _Fitted:
 
 def _architecture(base: Checkpoint) -> Architecture:
     """Return what is known of a base's names; a model that nothing describes has adapters too."""
+    from diffract.architectures import resolve
+
     shapes = {name: info.shape for name, info in base.infos.items()}
     try:
         return resolve(base.config, shapes)

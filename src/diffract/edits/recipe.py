@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, create_model, model_validator
 
+from diffract.checkpoints.writer import SHARD_BYTES
 from diffract.edits.edit import Edit, Model
 from diffract.edits.interpolate import Interpolate
 from diffract.edits.lora import Lora, Pissa
@@ -18,7 +19,7 @@ from diffract.edits.rewind import Names, Rewind
 from diffract.edits.svf import Svf
 from diffract.edits.truncate import Laser, Truncate
 from diffract.errors import printable
-from diffract.settings import SHARD_BYTES, STRICT, parse_size, read_recipe, validated
+from diffract.settings import STRICT, parse_size, read_recipe, validated
 
 EDITS: tuple[type[Edit], ...] = (Rewind, Truncate, Interpolate, Merge, Laser, Svf, Lora, Pissa)
 """Every edit there is; fields of recipes, the schema, and commands follow from their order here."""
