@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 import diffract
 from diffract.analysis.kinship import tree
+from diffract.cli.main import app
 from diffract.errors import SelectionError
 from diffract.matrices.lineage import Lineage
 
@@ -78,6 +81,31 @@ def test_equal_weights_and_moved_layers_are_told_of_each_pair() -> None:
     assert run.lineage["lineage"].to_list() == ["same", "rearranged", "rearranged"]
     assert run.lineage["moved"].to_list()[1] == [f"layer {i} from layer {5 - i}" for i in range(6)]
     assert run.lineage["shared"].list.len().to_list() == [6, 0, 0]
+
+
+def test_what_is_printed_names_strangers_moved_layers_and_the_tree(tmp_path: Path) -> None:
+    base = seeded(0)
+    models = {"base": base, "tuned": moved(base, 1), "other": seeded(9)}
+    models["turned"] = {f"layers.{5 - i}.w": base[f"layers.{i}.w"] for i in range(6)}
+    paths = [tmp_path / f"{name}.safetensors" for name in models]
+    for path, values in zip(paths, models.values(), strict=True):
+        save_file(values | {"embed": torch.eye(40)}, path)
+    done = CliRunner().invoke(app, ["lineage", *map(str, paths), "--root", "base"])
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.stdout.split())
+    assert "Descendant or sibling: base and tuned." in said
+    assert "Strangers: base and other; tuned and other; other and turned." in said
+    assert "To the bit 3 of these pairs share embed." in said
+    assert "In turned layer 0 from layer 5 of base; layer 1 from layer 4 of base" in said
+    assert "Tree, from its root: base -> turned (1.000), base -> tuned (0.98" in said
+    assert "In the middle of a path, as base of its ends or as a stage between them: base" in said
+    told = json.loads(CliRunner().invoke(app, ["lineage", *map(str, paths[:2]), "--json"]).stdout)
+    assert told["lineage"][0]["lineage"] == KIN
+    followed = CliRunner().invoke(
+        app, ["trajectory", *map(str, paths[:3]), "--by", "given", "--metrics", "norms,change"]
+    )
+    assert "other BREAKS" in followed.stdout
+    assert "other BREAKS THE SERIES: stranger" in " ".join(followed.output.split())
 
 
 def test_one_model_alone_and_an_unknown_root_are_refused() -> None:

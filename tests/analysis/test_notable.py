@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import diffract
+from diffract.analysis.notable import related
 from diffract.checkpoints import open_checkpoint
 from diffract.cli.main import app
+from diffract.matrices.lineage import Lineage
 from diffract.report import render
 
 SAMPLES = Path(__file__).parents[2] / "samples" / "tiny-olmo2"
@@ -220,3 +222,15 @@ def test_the_rule_of_what_is_out_of_line() -> None:
     spread = np.exp([0.0, 1.0, -1.0, 2.0, -2.0])
     assert out_of_line(np.exp([5.99, 6.01]), spread).tolist() == [False, True]
     assert out_of_line(np.array([0.0, 1e-9]), np.array([0.0, 0.0, 0.0, 1e-9])).tolist() == [False, True]
+
+
+def test_moved_layers_are_named_and_those_that_stayed_are_not() -> None:
+    found = Lineage("rearranged", 0.963, 21, moved={"layer 0": "layer 0", "layer 1": "layer 2", "layer 2": "layer 3"})
+    assert related(found, "base") == (
+        "REARRANGED: parts of base lie at other places (layer 1 from layer 2, layer 2 from layer 3). What is compared "
+        "by name does not belong together there; numbers of a whole change are left out (correlation 0.963 over what "
+        "belongs together)."
+    )
+    many = Lineage("rearranged", 1.0, 21, moved={f"layer {i}": f"layer {i + 1}" for i in range(12)})
+    assert "layer 7 from layer 8 and 4 more" in related(many, "base")
+    assert related(Lineage("descendant or sibling", 0.99, 21), "base") == ""

@@ -98,10 +98,8 @@ def related(found: Lineage, base: str) -> str:
     pairs = [(part, origin) for part, origin in found.moved.items() if part != origin]
     parts = [printable(f"{part} from {origin}", NAME_CHARACTERS) for part, origin in pairs]
     moved = ", ".join(parts[:MOVED]) + (f" and {len(parts) - MOVED} more" if len(parts) > MOVED else "")
-    return (
-        f"{WORDS[found.word].format(base=base, moved=moved)} (correlation {found.correlation:.3f} over "
-        f"{found.matrices} matrices)."
-    )
+    asked = "what belongs together" if found.moved else f"{found.matrices} matrices"
+    return f"{WORDS[found.word].format(base=base, moved=moved)} (correlation {found.correlation:.3f} over {asked})."
 
 
 MOVED = 8
@@ -186,7 +184,7 @@ def _vectors(own: pl.DataFrame) -> list[str]:
             f"{row['base_there']:.4g} -> {row['tuned_there']:.4g}."
         )
     if marked.height > NAMED:
-        said[-1] += f" {marked.height - NAMED} more vectors are out of line."
+        said[-1] += f" Out of line, too: {marked.height - NAMED} more."
     for status, text in {"non_finite": "hold NaN or Inf", "unpaired": "have no partner of their shape"}.items():
         some = own.filter(status=status)["tensor"].to_list()
         if some:

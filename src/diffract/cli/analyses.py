@@ -84,6 +84,8 @@ def _model_sentence(row: dict[str, Any]) -> str:
         return f"{head}{size_text(row['parameters'], '')} parameters, {row['matrices']} matrices"
     if row.get("lineage") in APART:
         return f"{head}{APART[row['lineage']]}"
+    if row.get("delta_relative") == 0:
+        return f"{head}none of its matrices changed"
     relative = f"relative change {number(row.get('delta_relative'))}"
     parts = [relative + rest_of_change(row)]
     if is_rounding(row):
@@ -104,7 +106,9 @@ def show_trajectory(run: Run, given: Given) -> None:
     rows = run.models.to_dicts()
     shown = [name for name in ("stage", "step", "tokens", *EVOLVING) if any(row.get(name) is not None for row in rows)]
     headers = ["checkpoint", *(EVOLVING.get(name, [name])[0] for name in shown)]
-    say_table(headers, [[row["model"], *(_evolving(name, row[name]) for name in shown)] for row in rows])
+    marked = [f"{row['model']} BREAKS" if row.get("breaks") else row["model"] for row in rows]
+    cells = [[_evolving(name, row[name]) for name in shown] for row in rows]
+    say_table(headers, [[name, *own] for name, own in zip(marked, cells, strict=True)])
     if known := [" ".join(EVOLVING[name]) for name in shown if name in EVOLVING]:
         say("; ".join(known).format(against=f"the {given['against']} checkpoint"))
     say_place(given, "report", "report.html")
