@@ -17,7 +17,7 @@ from diffract.architectures.dimensions import (
     read_dimensions,
 )
 from diffract.architectures.names import Fit, Templates, fit_names, outer_prefixes, unwrapped
-from diffract.architectures.spec import Role, Spec, builtin_specs, load_spec
+from diffract.architectures.spec import Spec, builtin_specs, load_spec
 from diffract.architectures.structure import Reading, Shapes, read_structure
 from diffract.errors import ArchitectureError, printable
 
@@ -164,7 +164,13 @@ def _bind(
 ) -> Architecture:
     """Say by a spec what the tensors of one model are."""
     dimensions, settings = read_dimensions(spec, config), ConfigReader(spec, config)
-    sizes = {name: _sizes(role, settings, dimensions) for name, role in spec.tensors.items()}
+    sizes = {
+        name: tuple(
+            (settings.number(key) if key is not None else dimensions.head_dim) or 0
+            for key in role.head_dim or (None,) * len(role.part)
+        )
+        for name, role in spec.tensors.items()
+    }
     places = {}
     for name, own in plain.items():
         if fits and (fit := fits.get(own)):
@@ -172,11 +178,6 @@ def _bind(
     begins = [begin for begin in outer_prefixes(prefix) if begin]
     bare = {n: own.removeprefix(next(filter(own.startswith, begins), "")) for n, own in plain.items()}
     return Architecture(spec.family, dimensions, spec.note, spec=spec, config=config, places=places, bare=bare)
-
-
-def _sizes(role: Role, settings: ConfigReader, dimensions: Dimensions) -> tuple[int, ...]:
-    keys = role.head_dim or (None,) * len(role.part)
-    return tuple((settings.number(key) if key is not None else dimensions.head_dim) or 0 for key in keys)
 
 
 def _without_heads(known: Architecture) -> Architecture:

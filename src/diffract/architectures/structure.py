@@ -33,6 +33,8 @@ USUAL_NAMES = {
 }
 """What q, k, v and o are called in one module; ``in_proj_weight`` is the three of torch's own attention, stacked."""
 
+_role = cache(Role)  # which is checked when it is made: once for all layers that are alike
+
 _SLOTS = {name: slot for slot, names in USUAL_NAMES.items() for name in names.split()}
 
 HEAD_KEYS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads", "nhead", "num_query_heads")
@@ -117,14 +119,9 @@ def read_structure(
             counted[dimensions] += 1
         for slot, name in module.tensors.items():
             sizes = tuple(value_size if part in "vo" else dimensions.head_dim or 0 for part in slot)
-            role = _role(tuple(f"{block}.{part}" for part in slot), whole=isinstance(found, str))
+            role = _role(part=tuple(f"{block}.{part}" for part in slot), whole=isinstance(found, str))
             places[name] = TensorPlace(role, layer, dimensions=dimensions, sizes=sizes)
     return Reading(places, max(counted, key=counted.__getitem__, default=Dimensions()), whole)
-
-
-@cache
-def _role(part: tuple[str, ...], *, whole: bool) -> Role:
-    return Role(part=part, whole=whole)
 
 
 def _modules(names: Mapping[str, str], shapes: Shapes) -> list[Attention]:

@@ -86,7 +86,10 @@ def _from_rows(weight: Weight, read: ReadPart, rows: Range) -> Tensor:
     if "divisor" in parts:
         scale = scale / read("divisor").float()
     if "tiling" in parts:
-        _refuse_tiles(read("tiling"), weight.name)
+        if int(read("tiling")):
+            raise CheckpointError(
+                f"tensor {printable(weight.name)!r}: its codes lie in tiles. Save the model with a newer library."
+            )
         scale = scale / 127
     if "order" in parts:
         groups = read("order").long()
@@ -140,13 +143,6 @@ def _zero(weight: Weight, read: ReadPart, rows: Range) -> Tensor:
     if "order" in weight.parts:
         return zero[:, :: weight.block[-1]][:, read("order").long()]
     return zero[:, : weight.shape[-1]]
-
-
-def _refuse_tiles(tiling: Tensor, name: str) -> None:
-    if int(tiling):
-        raise CheckpointError(
-            f"tensor {printable(name)!r}: its codes lie in tiles. Save the model with a newer library."
-        )
 
 
 def _from_columns(weight: Weight, read: ReadPart, rows: Range) -> Tensor:

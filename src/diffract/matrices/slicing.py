@@ -5,6 +5,7 @@ Legend of ranges: a range is a half-open pair of rows along the output axis, or 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,9 @@ from diffract.architectures import Architecture, Dimensions, TensorPlace, requir
 from diffract.checkpoints import TensorInfo
 from diffract.errors import ArchitectureError, printable
 from diffract.matrices.matrix import Matrix
+
+HEAD_PART = re.compile(r"(.+\.)?(cross_)?attn\.[qkvo]")
+"""What heads are cut out of; an encoder's and a decoder's attention are blocks of their own, ``encoder.attn.q``."""
 
 Range = tuple[int, int]
 
@@ -67,7 +71,7 @@ def _generic(info: TensorInfo, label: str) -> list[Matrix]:
 
 def _cuts(name: str, shape: Range, architecture: Architecture, *, place: TensorPlace, heads: bool) -> Iterator[_Cut]:
     role = place.role
-    attention = [_is_head_part(part) for part in role.part]
+    attention = [HEAD_PART.fullmatch(part) for part in role.part]
     if role.packing == "interleaved":  # rows of one part are no range, so the fused tensor stays whole
         yield _Cut(_fused_part(role.part))
     elif role.whole or not any(attention):
@@ -90,12 +94,6 @@ def _cuts(name: str, shape: Range, architecture: Architecture, *, place: TensorP
                 yield _Cut(part, (spans[0][0], spans[-1][1]), pieces[0].axis)
         else:  # parts of one projection do not lie together, so the fused tensor stays whole
             yield _Cut(_fused_part(role.part))
-
-
-def _is_head_part(part: str) -> bool:
-    block, _, projection = part.rpartition(".")
-    # an encoder's and a decoder's attention are blocks of their own, "encoder.attn"
-    return block.split(".")[-1] in ("attn", "cross_attn") and projection in ("q", "k", "v", "o")
 
 
 def _fused_part(parts: tuple[str, ...]) -> str:

@@ -177,13 +177,8 @@ def _end(a: PerTail, z: PerTail) -> PerTail:
     return end
 
 
+@cache
 def _rule(nodes: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return nodes and weights of the Gauss-Legendre rule on [0, 1]."""
-    x, weights = _legendre(nodes)
-    return torch.from_numpy(x).to(device), torch.from_numpy(weights).to(device)
-
-
-@cache
-def _legendre(nodes: int) -> tuple[np.ndarray, np.ndarray]:
     x, weights = np.polynomial.legendre.leggauss(nodes)
-    return (x + 1) / 2, weights / 2
+    return torch.from_numpy((x + 1) / 2).to(device), torch.from_numpy(weights / 2).to(device)
