@@ -4,10 +4,12 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from tail_samples import KINDS, batch, compare_tails, sample
 
+import diffract
 from diffract.linalg import spectrum
 from diffract.metrics import CATALOG, Facts
 from diffract.metrics.heavy_tails import (
@@ -88,3 +90,18 @@ def test_a_narrow_spectrum_is_not_an_equal_one() -> None:
     assert (found.S[0, 0] / found.S[0, -1]).item() < 1.05
     facts = Facts(sigmas=found.S, resolved=found.resolved, shape=w.shape[1:], epsilon=torch.finfo(w.dtype).eps)
     assert bool(facts["power_law"].alpha.isfinite().all())
+
+
+def test_pooled_blocks_do_not_know_the_aspect_ratio() -> None:
+    """Gaussian noise of 128 x 128 and of 128 x 2048 has one exponent by blocks, and very different ones by matrices."""
+    rng = np.random.default_rng(0)
+    shapes = {"square": (128, 128), "long": (128, 2048)}
+    arrays = {f"{kind}{i}": rng.standard_normal(shape) for kind, shape in shapes.items() for i in range(4)}
+    found = diffract.scan(arrays, metrics=["pl_alpha", "pl_alpha_farms"], cache=False, nulls="all", heads=False).metrics
+    middle = found.group_by(pl.col("name").str.strip_chars("0123456789")).agg(
+        pl.col("pl_alpha", "pl_alpha_farms").mean()
+    )
+    by_kind = {row["name"]: row for row in middle.iter_rows(named=True)}
+    # The exponent by blocks scatters by 0.03 in one square matrix.
+    assert abs(by_kind["square"]["pl_alpha_farms"] - by_kind["long"]["pl_alpha_farms"]) < 0.06
+    assert by_kind["long"]["pl_alpha"] > by_kind["square"]["pl_alpha"] + 1
