@@ -124,7 +124,8 @@ def peak_count_rowcol_pvalue(peaks: Peaks, rowcol_peaks: PerDraw) -> PerMatrix:
 
 
 @built_in(
-    "(1 + draws with the matrix's row and column norms whose dip is as large) / 40: small, several modes (not with rows 1:3)",
+    "(1 + draws with the matrix's row and column norms whose dip is as large) / 40: small, several modes "
+    "(no evidence where rows differ 1:3)",
     range="[0.025, 1]",
     source="Hartigan & Hartigan 1985",
     invariant=OF_THE_ORDER,
