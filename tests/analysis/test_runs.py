@@ -237,6 +237,17 @@ def test_frobenius_norm_alone_runs_no_solver(family: tuple[Path, Path], monkeypa
     assert run.metrics.filter(model="tuned")["delta_relative"].null_count() == 0
 
 
+def test_the_rounding_floor_is_that_of_the_coarser_dtype(write_model: Callable[..., Path]) -> None:
+    """A bf16 copy of a model differs from it by the rounding, whichever of both is the base."""
+    fine = {name: torch.randn(value.shape) for name, value in llama_tensors(0).items()}
+    models = [write_model("fine", fine), write_model("coarse", {name: t.bfloat16() for name, t in fine.items()})]
+    for pair in (models, models[::-1]):
+        rows = diffract.compare(*pair, metrics="change", cache=False).metrics.filter(model=pair[1].name)
+        ratio = (rows["delta_frobenius"] / rows["delta_rounding_floor"]).drop_nulls()
+        assert ratio.len() == len(rows)
+        assert ratio.is_between(0.85, 1.15).all()  # a sum of 256 and more squares
+
+
 @pytest.mark.parametrize("metrics", ["change", "delta_relative,delta_frobenius", "agreement,delta_relative"])
 def test_the_change_of_a_model_comes_with_that_of_its_matrices(family: tuple[Path, Path], metrics: str) -> None:
     expected = diffract.compare(*family, cache=False).models["delta_relative"][1]

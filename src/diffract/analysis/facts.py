@@ -313,7 +313,8 @@ def _sum_pairs(pair: StackPair, plan: MetricPlan, device: torch.device) -> PairS
         delta=vectors or (by_gram and pair.change is None and plan.needs("delta_sigmas")),
         vectors=vectors,
         row_energy=vectors and plan.needs("delta_row_energy"),
-        rounding=pair.tuned.rounding(),
+        # A change between two dtypes holds the rounding to the coarser, whichever model is stored in it.
+        rounding=min(pair.base.rounding(), pair.tuned.rounding()),
         device=device,
     )
     for one, other in pair.pieces(device):

@@ -64,7 +64,7 @@ FACTS: dict[str, Fact] = {
     "delta_along": Fact("(b,), <D, W0>", "entries", pair=True, degree=2),
     "changed": Fact("(b,), number of entries that differ", "entries", pair=True),
     "rounding_squares": Fact(
-        "(b,), mean squared norm of what rounding W1 to its dtype does", "entries", pair=True, degree=2
+        "(b,), mean squared norm of what rounding W1 to the coarser of both dtypes does", "entries", pair=True, degree=2
     ),
     "delta_sigmas": Fact(
         "(b, <= M), singular values of D, descending; those left out are zero", "sigmas", pair=True, degree=1

@@ -61,15 +61,16 @@ def delta_changed_share(changed: PerMatrix, shape: tuple[int, int]) -> PerMatrix
 
 
 @built_in(
-    "norm that rounding W1 to its dtype alone causes: sqrt(sum ulp^2 / 12)",
+    "norm that rounding W1 to the coarser of both dtypes alone causes: sqrt(sum ulp^2 / 12)",
     unit="weight",
     range="[0, inf)",
     source="Higham 2002, 2.1",
     degree=None,
     invariant=OF_ENTRIES,
+    version=2,
 )
 def delta_rounding_floor(rounding_squares: PerMatrix) -> PerMatrix:
-    """Norm that rounding W1 to its stored dtype alone causes: sqrt(sum ulp_ij^2 / 12).
+    """Norm that rounding W1 to the coarser of the two stored dtypes alone causes: sqrt(sum ulp_ij^2 / 12).
 
     Errors are uniform within half an ulp. A ``delta_frobenius`` near it is rounding, not training.
     """
