@@ -84,7 +84,8 @@ correlation of the heads' changes {pair["spearman"]:.2f}), but not in the same d
 {pair["cosine"]:.3f} over attention and {cosine_of_all(*berts):.3f} over all tensors.
 
 Of the {len(found)} q and k heads of `bert_pretrained` {two} have two peaks or more in the density of ln sigma. Noise
-with the same norms of rows and columns reaches as many in at most 5% of draws in {more} of them, {more / len(found):.1%}.
+with the same norms of rows and columns reaches as many in at most 5% of draws in {more} of them
+({more / len(found):.1%}).
 
 rxnfp is read as BERT by its names, one of the three without the prefix of the others. sceptr and anarcii use torch's
 own attention and state no number of heads: their projections are compared whole.
