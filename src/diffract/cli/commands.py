@@ -323,6 +323,32 @@ def edit(
     return found
 
 
+def lora(
+    record: Any, *, audit: bool = False, against: str | None = None, progress: Progress | None = None, **given: Any
+) -> Any:
+    """Write a change as an adapter, or say what one holds.
+
+    Args:
+        record: The edit.
+        audit: Take TUNED for an adapter and say what it holds: rank that is used and that suffices (--energy, 0.99 by
+            default), a rank_pattern, what merging in bfloat16 loses (measured with --base); nothing is written.
+        against: With --audit, another adapter: how far both change the same directions.
+        progress: Called with work done, all work, and what was just finished.
+        given: What ``edit`` takes.
+    """
+    if not audit:
+        if against is not None:
+            raise RecipeError("--against compares two adapters. Pass --audit with it.")
+        return edit(record, progress=progress, **given)
+    from diffract.edits.adapter_audit import audit as audited
+
+    try:
+        energy = float(given.get("energy") or 0.99)
+    except ValueError as error:
+        raise RecipeError(f"--energy: expected a number, got {printable(given['energy'])!r}.") from error
+    return audited(given["model"], against=against, base=given.get("base"), energy=energy, progress=progress)
+
+
 HERE = "diffract.cli.commands"
 
 SEARCH = Command(
@@ -350,6 +376,14 @@ EDIT = Command(
     label="edit",
 )
 """What the commands of all edits have in common."""
+
+LORA = {
+    "functions": (f"{HERE}:lora", *EDIT.functions),
+    "show": experiments.show_lora,
+    "summary": experiments.sum_up_lora,
+    "metavars": {**EDIT.metavars, "against": "ADAPTER"},
+}
+"""What is different where a change is written as an adapter: adapters are looked at by the same command."""
 
 ANALYSIS = Command("scan", "See", ("diffract.api:scan",), show=analyses.show_analysis, summary=analyses.sum_up_analysis)
 
@@ -440,7 +474,8 @@ def edit_commands() -> Iterator[Command]:
 
     for record in EDITS:
         hidden = EDIT.hidden if record.takes_others else (*EDIT.hidden, "allow", "vocabulary")
-        yield replace(EDIT, name=record.name, edit=record, hidden=hidden)
+        row = replace(EDIT, name=record.name, edit=record, hidden=hidden)
+        yield row if record.name != "lora" else replace(row, **LORA)
 
 
 def all_commands() -> Iterator[Command]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,36 @@ def sum_up_edits(found: Sequence[Edited | EditPreview], given: Given) -> Any:
     """Return what was done or would be: of one checkpoint, or a list of them."""
     each = [sum_up_edit(edited) for edited in found]
     return each if len(each) > 1 else each[0]
+
+
+def show_lora(found: Any, given: Given) -> None:
+    """Print what was written, or of an audit what each module uses and needs."""
+    if not given["audit"]:
+        show_edits(found, given)
+        return
+    from diffract.edits.adapter_audit import summary
+    from diffract.edits.to_files import said
+
+    for key, value in summary(found).items():
+        say(f"{key:<{NAME_WIDTH}} {said(value)}")
+    tables = {
+        "module": (found.modules, ("rank", "used", "suffices", "effective_rank", "norm", "share", "lost_above")),
+        "overlap": (found.overlap, ("cosine", "cosine_chance", "output", "output_chance", "input", "input_chance")),
+        "merged in bfloat16": (found.merging, ("error", "unmoved")),
+    }
+    for title, (rows, columns) in tables.items():
+        if rows:
+            wide = max(len(title), *(len(row["name"]) for row in rows))
+            say(f"\n{title:<{wide}} {' '.join(f'{column:>14}' for column in columns)}")
+            for row in rows:
+                cells = ("-" if row[column] is None else said(row[column]) for column in columns)
+                say(f"{printable(row['name']):<{wide}} {' '.join(f'{cell:>14}' for cell in cells)}")
+    say(f"\nthe rank that suffices: {json.dumps({'r': found.rank, 'rank_pattern': found.rank_pattern})}")
+
+
+def sum_up_lora(found: Any, given: Given) -> Any:
+    """Return what was written, or an audit whole."""
+    return asdict(found) if given["audit"] else sum_up_edits(found, given)
 
 
 def sum_up_edit(edited: Any) -> dict[str, Any]:

@@ -382,7 +382,7 @@ def carry_out(command: Command, taken: Sequence[Parameter], given: Given) -> Non
 def _require_output(command: Command, given: Given) -> None:
     """Say that a place is missing before hours of work, not after."""
     where = command.metavars.get("output", METAVARS["output"])
-    if given.get("output") is not None:
+    if given.get("output") is not None or given.get("audit"):
         return
     if given.get("vectors"):
         raise RunError(f"--vectors needs a place for them. Pass -o {where}.")

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffract.edits.adapter_audit import Audit, audit
     from diffract.edits.live import LiveModel
     from diffract.edits.recipe import (
         Interpolate,
@@ -26,11 +27,13 @@ if TYPE_CHECKING:
 
 _PLACES = {
     "LiveModel": "live",
+    **dict.fromkeys(("Audit", "audit"), "adapter_audit"),
     **dict.fromkeys(("EditPreview", "Edited", "apply", "preview", "verify"), "to_files"),
 }
 """Names that need torch, and where they are; all others are settings."""
 
 __all__ = [
+    "Audit",
     "EditPreview",
     "Edited",
     "Interpolate",
@@ -45,6 +48,7 @@ __all__ = [
     "Svf",
     "Truncate",
     "apply",
+    "audit",
     "load_recipe",
     "preview",
     "recipe_schema",

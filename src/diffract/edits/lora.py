@@ -6,11 +6,12 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from diffract.edits.edit import TUNED, Edit, Model, Planned, Row, describe
 from diffract.edits.rule import NoiseRule, Rule
 from diffract.errors import printable
+from diffract.settings import STRICT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,13 +42,16 @@ Rank = Annotated[Annotated[int, Field(ge=1)] | Literal["auto", "full"], BeforeVa
 class Lora(Edit):
     """Write the change against the base as a PEFT LoRA adapter."""
 
+    # the command without a base looks at an adapter; recipes name one
+    model_config = ConfigDict(**STRICT, json_schema_extra={"required": ["base"]})
+
     name: ClassVar = "lora"
     usage: ClassVar = "diffract lora TUNED --base BASE --rank auto -o ADAPTER"
     arguments: ClassVar = (TUNED,)
     writes_adapter: ClassVar = True
     takes_output: ClassVar = False
 
-    base: Model
+    base: Model = None
     """What the model was tuned from, and what the adapter lies over."""
     rank: Rank | None = None
     """Rank of every matrix, auto for what rises above noise in each (donoho-gavish, the default), or full."""
@@ -62,6 +66,8 @@ class Lora(Edit):
 
     @model_validator(mode="after")
     def _check(self) -> Lora:
+        if self.base is None:
+            raise ValueError("expected base, what the model was tuned from")
         if sum(x is not None for x in (self.rank, self.energy, self.rule)) > 1:
             raise ValueError("expected one of rank, energy and rule")
         self.criterion()
