@@ -41,7 +41,7 @@ def test_a_line_stands_where_the_series_breaks() -> None:
     broken = METRICS.filter(step=STEPS[2])["model"].unique().to_list()
     one = plots.evolution(METRICS, "pl_alpha", matrix="L1.mlp.gate", over="step", broken=broken)
     assert [(shape.x0, shape.x1) for shape in one.layout.shapes] == [(STEPS[2], STEPS[2])]
-    assert one.layout.title.text == "L1.mlp.gate (dashed: the series breaks)"
+    assert one.layout.title.text == "L1.mlp.gate, dashed: the series breaks"
     assert len(plots.evolution(METRICS, "pl_alpha", broken=broken).layout.shapes) == 6
     models = METRICS.select("model").unique(maintain_order=True).with_columns(breaks=pl.col("model").is_in(broken))
     run = Tables({"kind": "trajectory"}, {"metrics": METRICS, "models": models})

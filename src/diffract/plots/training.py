@@ -55,7 +55,8 @@ def evolution(
     lost = axes.endswith("-log") and bool((known[over] <= 0).any())
     if lost:
         known = known.filter(pl.col(over) > 0)
-    note = "without the checkpoint at 0" if lost else ""
+    notes = {"without the checkpoint at 0": lost, "dashed: the series breaks": bool(marks)}
+    note = ", ".join(text for text, holds in notes.items() if holds)
     words: dict[str, Any] = {"x": OVER[over], "y": label(metric), "title": note}
     if matrix is not None:
         rows = known.filter(pl.col("name") == matrix)
@@ -74,8 +75,6 @@ def _marked(made: go.Figure, marks: Sequence[float]) -> go.Figure:
     """Draw a line in every panel where the series breaks."""
     for place in marks:
         made.add_vline(x=place, **BREAK)
-    if marks:
-        made.update_layout(title_text=f"{made.layout.title.text or ''} (dashed: the series breaks)".strip())
     return made
 
 
