@@ -192,7 +192,9 @@ def test_keys_that_change_the_computation_are_refused(change: dict[str, Any], na
         for i in range(2):
             base |= {ATTENTION.format(i, part): torch.randn(32, 32) for part in "kv"}
     plain = saved(tmp_path / "base", base, **(change if name == "num_key_value_heads" else {}))
-    other = {"num_key_value_heads": 2, "head_dim": 16, "num_attention_heads": 2} if name.startswith("num") else change
+    other: dict[str, Any] = (
+        {"num_key_value_heads": 2, "head_dim": 16, "num_attention_heads": 2} if name.startswith("num") else change
+    )
     tuned = saved(tmp_path / "tuned", tuned_from(base), **other)
     step = {"interpolate": {"with": plain, "at": 0.5}}
     with pytest.raises(CheckpointError, match=rf"--allow {name}\b"):

@@ -77,7 +77,8 @@ class Other:
             last = min(last, count)
             if first < last:
                 part = self.checkpoint.read_unrounded(self.names[name], (first, last))
-                yield (first, last), *together(block[: last - first], part)
+                one, two = together(block[: last - first], part)
+                yield (first, last), one, two
 
     def read(self, name: str, place: Place) -> Tensor:
         """Return a part of a tensor by the model's name for it, as stored or, of an adapter, unrounded."""
@@ -151,7 +152,8 @@ class Bench:
             record: Note the digests of what is read.
         """
         self._record = record
-        self._allow, self._vocabulary = frozenset(allow), vocabulary
+        self._allow = frozenset(allow)
+        self._vocabulary: Vocabulary = vocabulary
         self._opened = ExitStack()
         self._adapter_base = adapter_base
         self._architecture = architecture

@@ -89,7 +89,8 @@ class Rewind(Edit):
         compared = self.heads is None and self.order == "reference" and self.scores is None
         asked = {part.tensor for part in (scored if compared else units).parts}
         named = self.unit == "head" or self.heads is not None or self.select is not None
-        base, *others = bench.meet([self.to, *([self.reference] if compared else [])], asked, chosen=named)
+        references = [self.to] if self.reference is None or not compared else [self.to, self.reference]
+        base, *others = bench.meet(references, asked, chosen=named)
         units = units.shared_with(base)
         scored = scored.shared_with(base) if self.scores is None else scored
         chosen, scores = self._choose(units, lambda: self._scores(draft, scored, base, *others))
