@@ -70,15 +70,13 @@ class Other:
         """
         count = self.rows.get(name)
         for rows, block in blocks:
-            if count is None:
-                yield rows, *together(block, self.checkpoint.read_unrounded(self.names[name], rows))
-                continue
-            first, last = rows or (0, len(block))
-            last = min(last, count)
-            if first < last:
-                part = self.checkpoint.read_unrounded(self.names[name], (first, last))
-                one, two = together(block[: last - first], part)
-                yield (first, last), one, two
+            common, part = rows, block
+            if count is not None:
+                first, last = rows or (0, len(block))
+                common, part = (first, min(last, count)), block[: max(0, count - first)]
+            if count is None or len(part):
+                one, two = together(part, self.checkpoint.read_unrounded(self.names[name], common))
+                yield common, one, two
 
     def read(self, name: str, place: Place) -> Tensor:
         """Return a part of a tensor by the model's name for it, as stored or, of an adapter, unrounded."""
