@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +176,32 @@ def test_the_report_escapes_what_it_shows() -> None:
     assert "a<i>" not in text
     page = text[text.index("<body>") :]  # what stands before is style and plotly itself
     assert page.count("</script>") == 1
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from diffract.studies.family import TrainingJob, _run_apart
+Path(sys.argv[1], "python").write_text("#!/bin/sh\\necho $$ > " + sys.argv[1] + "/pid\\nexec sleep 60\\n")
+Path(sys.argv[1], "python").chmod(0o755)
+_run_apart(TrainingJob("a", {}, Path(sys.argv[1], "a")), [sys.argv[1] + "/python"], [])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_a_study_that_is_killed_leaves_no_training_behind(tmp_path: Path) -> None:
+    study = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)])
+    pid = tmp_path / "pid"
+    assert _soon(lambda: pid.exists() and pid.read_text().strip() != "")
+    training = Path("/proc", pid.read_text().strip())
+    assert training.exists()
+    study.kill()
+    study.wait()
+    assert _soon(lambda: not training.exists())
+
+
+def _soon(told: Callable[[], bool]) -> bool:
+    begun = time.monotonic()
+    while not told() and time.monotonic() - begun < 60:
+        time.sleep(0.05)
+    return told()

@@ -70,6 +70,28 @@ def test_a_line_that_was_cut_off_is_dropped(recipe: Make, tmp_path: Path) -> Non
     assert [line["step"] for line in read_log(train(recipe(), tmp_path / "out").log)] == list(range(1, 13))
 
 
+@pytest.mark.parametrize("lost", ["gone", "first line", "torn line"])
+def test_half_a_log_is_not_gone_on_with(lost: str, recipe: Make, tmp_path: Path) -> None:
+    """The losses of a whole run would be those of its second part."""
+
+    def stop(done: float, total: float, what: str) -> None:
+        if done == 7 * 64:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(), tmp_path / "out", progress=stop)
+    log = tmp_path / "out" / "log.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    if lost == "gone":
+        log.unlink()
+    else:
+        log.write_text("".join(lines[1:] if lost == "first line" else [lines[0][:5] + "\n", *lines[1:]]))
+    with pytest.raises(RunError, match=r"log.jsonl' does not hold the \d+ steps that the run has made"):
+        train(recipe(), tmp_path / "out")
+    log.write_text("".join(lines))
+    assert len(read_log(train(recipe(), tmp_path / "out").log)) == 12
+
+
 def test_a_finished_run_is_returned_at_once(recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = train(recipe(tokens=64), tmp_path / "out")
     monkeypatch.setattr("diffract.train.loop.accelerated", None)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +161,14 @@ def run_all(jobs: Sequence[TrainingJob], recipe: StudyRecipe, say: Say) -> Seque
     return jobs
 
 
+def _end_with(parent: int) -> None:
+    """Have the system end this process with its parent: a study that is killed outright ends no training itself."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it has ended in between
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _run_apart(job: TrainingJob, launch: Sequence[str], children: list[subprocess.Popen[str]]) -> TrainingJob:
     # Trainings side by side need processes of their own: torch's threads and accelerate's state are one for each.
     path = write_text(job.folder.with_suffix(".yaml"), yaml.safe_dump(job.recipe, sort_keys=False))
@@ -164,7 +176,12 @@ def _run_apart(job: TrainingJob, launch: Sequence[str], children: list[subproces
     command = [*start, "-m", "diffract", "train", str(path), "-o", str(job.folder), "--quiet"]
     try:
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=partial(_end_with, os.getpid()),  # noqa: PLW1509 (one system call, no lock)
         )
     except OSError as error:
         raise RunError(f"cannot start {printable(start[0])!r}: {error.strerror}. Mend launch in the recipe.") from error

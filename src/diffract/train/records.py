@@ -166,10 +166,26 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_log(path: Path, step: int) -> None:
-    """Drop what a log says of later steps, a line that was cut off included."""
-    lines = path.read_text(encoding="utf-8").splitlines()[:step] if path.exists() else []
+    """Drop what a log says of later steps, a line that was cut off included.
+
+    Raises:
+        RunError: The log does not hold all steps up to there: half a log would pass for that of the whole run.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[:step] if path.exists() else []
+    if [_step_of(line) for line in lines] != list(range(1, step + 1)):
+        raise RunError(
+            f"{printable(path)!r} does not hold the {step} steps that the run has made: it was damaged or removed. Put "
+            "it back, or train into another folder."
+        )
     with whole_file(path) as draft:
         draft.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError):
+        return None
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
