@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from diffract.checkpoints import open_checkpoint
 from diffract.checkpoints.hub import ATTEMPTS, HEAD_BYTES
-from diffract.errors import CheckpointError
+from diffract.errors import CheckpointError, DiffractWarning
 
 Same = Callable[[torch.Tensor, torch.Tensor], bool]
 REPO, COMMIT = "org/model", "c0ffee" + "0" * 34
@@ -123,6 +123,68 @@ def test_a_busy_server_is_asked_again(hub: Any, large: torch.Tensor, same: Same)
     assert len(waits) == 1
 
 
+@pytest.fixture
+def waits(hub: Any, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that were waited; after the first wait the hub is well again."""
+    seen: list[float] = []
+
+    def recovers(seconds: float) -> None:
+        seen.append(seconds)
+        hub.refuses.clear()
+
+    monkeypatch.setattr("time.sleep", recovers)
+    return seen
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("part", ["/api/models", "config.json", "model.safetensors.index.json", "00001-of-00002"])
+def test_one_busy_answer_anywhere_is_waited_for(
+    hub: Any, published: Path, waits: list[float], part: str, status: int
+) -> None:
+    hub.refuses[part] = (status, {"Retry-After": "7"})
+    assert len(open_checkpoint(REPO)) == 3
+    assert waits == [7]
+
+
+@pytest.mark.parametrize("part", ["/api/models", "config.json", "00001-of-00002"])
+def test_a_download_waits_for_a_busy_server(hub: Any, published: Path, waits: list[float], part: str) -> None:
+    hub.refuses[part] = (429, {"Retry-After": "7"})
+    assert len(open_checkpoint(REPO, download=True)) == 3
+    assert waits
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"Retry-After": "0"}, 0),
+        ({"RateLimit": '"api";r=0;t=9'}, 9),
+        ({"RateLimit": '"api";r=12;t=9'}, 1),
+        ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0),
+        ({"Retry-After": "soon"}, 1),
+        ({}, 1),
+    ],
+)
+def test_a_busy_server_says_how_long(
+    hub: Any, published: Path, waits: list[float], headers: dict[str, str], seconds: float
+) -> None:
+    hub.refuses["/api/models"] = (429, headers)
+    open_checkpoint(REPO)
+    assert waits == [seconds]
+
+
+def test_a_long_wait_is_said(hub: Any, published: Path, waits: list[float]) -> None:
+    hub.refuses["/api/models"] = (429, {"Retry-After": "60"})
+    with pytest.warns(DiffractWarning, match=r"org/model: .* asks to wait; asking again in 60 s"):
+        open_checkpoint(REPO)
+
+
+def test_a_wait_without_end_is_refused(hub: Any, published: Path, waits: list[float]) -> None:
+    hub.refuses["/api/models"] = (429, {"Retry-After": "86400"})
+    with pytest.raises(CheckpointError, match="429"):
+        open_checkpoint(REPO)
+    assert waits == []
+
+
 def test_a_server_without_ranges_is_refused(hub: Any, large: torch.Tensor) -> None:
     hub.ranges = False
     with pytest.raises(CheckpointError, match=r"answers with 200 instead of a range\. Pass --download"):
@@ -213,6 +275,24 @@ def test_refusals_say_what_to_do(hub: Any, case: str, download: bool) -> None:
     with pytest.raises(CheckpointError, match=f"^{REPO}: .*{message}") as caught:
         open_checkpoint(REPO, download=download)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_what_the_storage_host_refuses_is_told_apart(hub: Any, published: Path) -> None:
+    hub.refuses["/storage/"] = (403, {})
+    with pytest.raises(CheckpointError, match=r"the hub allows it, but 127\.0\.0\.1:\d+, where the bytes lie, refuses"):
+        open_checkpoint(REPO)
+    hub.refuses["/storage/"] = (404, {})
+    with pytest.raises(CheckpointError, match=r"the hub lists it, but .* has them no longer"):
+        open_checkpoint(REPO)
+
+
+def test_a_password_in_the_hubs_address_is_not_shown(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.refuses[REPO] = (418, {})
+    for address in (hub.url, "http://127.0.0.1:9"):
+        monkeypatch.setattr(constants, "ENDPOINT", address.replace("//", "//me:s3cr3t@"))
+        with pytest.raises(CheckpointError, match=r"http://127\.0\.0\.1") as caught:
+            open_checkpoint(REPO)
+        assert "s3cr3t" not in str(caught.value)
 
 
 def test_an_unknown_revision_is_named(hub: Any, published: Path) -> None:
@@ -308,6 +388,47 @@ def test_a_download_fills_the_cache_once(hub: Any, published: Path, monkeypatch:
     with open_checkpoint(f"{REPO}@v1", download=True) as found:
         assert torch.equal(found["a"], expected["a"])
     assert hub.requests == []
+
+
+def test_what_the_cache_holds_is_read_there(hub: Any, published: Path) -> None:
+    open_checkpoint(REPO, download=True).close()
+    hub.requests.clear()
+    with open_checkpoint(f"{REPO}@v1") as found:
+        assert found.reference == f"{REPO}@{COMMIT}"
+        assert torch.equal(found["c"], load_file(published / "model-00002-of-00002.safetensors")["c"])
+    assert [path for _, path, _ in hub.requests] == [f"/api/models/{REPO}/revision/v1"]
+
+
+@pytest.mark.parametrize("cause", ["offline", "unreachable", "busy"])
+def test_without_a_hub_the_cache_is_read(
+    hub: Any, published: Path, monkeypatch: pytest.MonkeyPatch, cause: str
+) -> None:
+    open_checkpoint(REPO, download=True).close()
+    hub.requests.clear()
+    if cause == "offline":
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    elif cause == "unreachable":
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    else:
+        hub.refuses["/api/"] = (503, {})
+    for reference in (REPO, f"{REPO}@{COMMIT}"):
+        with open_checkpoint(reference) as found:
+            assert found.reference == f"{REPO}@{COMMIT}"
+            assert sorted(found) == ["a", "b", "c"]
+            assert "The hub was not reached" in found.notes[-1]
+    with pytest.raises(CheckpointError, match="org/model@v1"):
+        open_checkpoint(f"{REPO}@v1")
+
+
+@pytest.mark.parametrize("revision", ["../../../secret", "/etc/hostname", "a/../../refs/main"])
+def test_a_revision_cannot_climb_out_of_the_cache(
+    hub: Any, published: Path, monkeypatch: pytest.MonkeyPatch, revision: str
+) -> None:
+    open_checkpoint(REPO, download=True).close()
+    (Path(constants.HF_HUB_CACHE).parent / "secret").write_text(COMMIT)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError):
+        open_checkpoint(f"{REPO}@{revision}")
 
 
 def test_a_download_prefers_the_models_own_safetensors(hub: Any, published: Path) -> None:

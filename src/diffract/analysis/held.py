@@ -10,7 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from diffract.checkpoints import Checkpoint, tensor_digest
+from diffract.checkpoints import Checkpoint, TensorInfo, as_bytes, tensor_digest
+from diffract.checkpoints.checkpoint import Range, row_blocks, start_digest
 from diffract.checkpoints.dtypes import TORCH_DTYPES
 from diffract.matrices import Matrix, cut
 from diffract.matrices.layout import KEEP_BYTES
@@ -53,43 +54,64 @@ class Stack:
 
 
 class Held:
-    """One tensor of a checkpoint while it is analysed: in memory if it is small, else read when asked for."""
+    """What some matrices need of a tensor while they are analysed: in memory if small, else read when asked for.
 
-    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
-        self.checkpoint, self.name, self.info = checkpoint, name, checkpoint.info(name)
-        self._tensor = checkpoint.read(name) if self.info.size_bytes <= KEEP_BYTES else None
+    Only the entries of the leading axis from the first that is needed to the last are read: a head's rows, an expert.
+
+    Attributes:
+        checkpoint: Where the tensor lies.
+        name: The tensor's name.
+        info: Its shape, dtype and place.
+        span: The entries of its leading axis that are needed.
+        whole: Whether these are all of them.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, matrices: Sequence[Matrix]) -> None:
+        self.name = matrices[0].tensor
+        self.checkpoint, self.info = checkpoint, checkpoint.info(self.name)
+        self.span = self._span(matrices)
+        self.whole = self.span == (0, self.info.shape[0])
+        small = self._part.size_bytes <= KEEP_BYTES
+        self._tensor = checkpoint.read(self.name, None if self.whole else self.span) if small else None
+
+    def _span(self, matrices: Sequence[Matrix]) -> Range:
+        every = (0, self.info.shape[0])
+        needed = [m.rows or every if m.index is None else (m.index, m.index + 1) for m in matrices]
+        return min(first for first, _ in needed), max(last for _, last in needed)
+
+    @property
+    def _part(self) -> TensorInfo:
+        """What the entries that are needed are, as if they were a tensor of their own."""
+        count = self.span[1] - self.span[0]
+        return replace(self.info, shape=(count, *self.info.shape[1:]))
 
     @cached_property
     def digest(self) -> str:
-        """The tensor's digest, of the same bytes that are analysed where it is held."""
-        if self._tensor is None:
-            return self.checkpoint.digest(self.name)
-        return tensor_digest(self.info, self._tensor)
+        """The digest of the same bytes that are analysed: the tensor's, or its part's with the place of that."""
+        if self.whole:
+            return self.checkpoint.digest(self.name) if self._tensor is None else tensor_digest(self.info, self._tensor)
+        hasher = start_digest(self._part)
+        for start, stop in (rows or (0, self._part.shape[0]) for rows in row_blocks(self._part)):
+            hasher.update(as_bytes(self.rows(self.span[0] + start, self.span[0] + stop)))
+        return f"{hasher.hexdigest()} {self.span}"
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Return some entries of the leading axis, in the stored dtype."""
-        return self.checkpoint.read(self.name, (start, stop)) if self._tensor is None else self._tensor[start:stop]
+        """Return some entries of the leading axis, which lie in the span, in the stored dtype."""
+        if self._tensor is None:
+            return self.checkpoint.read(self.name, (start, stop))
+        return self._tensor[start - self.span[0] : stop - self.span[0]]
 
     def stack(self, batch: Sequence[Matrix]) -> Stack:
         """Return some matrices of the tensor."""
         count, shape, dtype = len(batch), batch[0].shape, TORCH_DTYPES[self.info.dtype]
         if self._tensor is not None:
-            view = cut(self._tensor, batch)
+            view = cut(self._tensor, batch, self.span[0])
             return Stack(count, shape, dtype, lambda: iter((view,)))
-        if batch[0].index is not None:
-            # a stack of experts or layers is read from the first that is wanted to the last, not as a whole
-            indices = [m.index for m in batch if m.index is not None]
-            first, last = min(indices), max(indices)
-            return Stack(
-                count,
-                shape,
-                dtype,
-                lambda: iter((cut(self.checkpoint.read(self.name, (first, last + 1)), batch, first),)),
-            )
         # pieces follow the long side, and a file gives ranges of rows only: a wide matrix has to be read whole
         if batch[0].is_whole and shape[0] > shape[1]:
             return Stack(count, shape, dtype, self._row_blocks, streamed=True)
-        return Stack(count, shape, dtype, lambda: iter((cut(self.checkpoint.read(self.name), batch),)))
+        first, last = self._span(batch)
+        return Stack(count, shape, dtype, lambda: iter((cut(self.rows(first, last), batch, first),)))
 
     def _row_blocks(self) -> Iterator[Tensor]:
         rows, cols = self.info.shape

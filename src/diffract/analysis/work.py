@@ -282,21 +282,21 @@ class Worker:
                 return Outcome(self._circuits(task))
             case HeadTask():
                 return Outcome([self._grams(task)])
-        held = {i: Held(self.checkpoints[i], task.tensor) for i in (task.model, *task.tuned)}
+        held = {i: Held(self.checkpoints[i], task.matrices) for i in (task.model, *task.tuned)}
         # digests of the very bytes that are analysed: a file that changes meanwhile spoils no result that is kept
         do = self._apart if self.plan.apart else self._compare if task.tuned else self._scan
-        digests = {i: one.digest for i, one in held.items()}
+        digests = {i: one.digest for i, one in held.items() if one.whole}
         related = {i: self._correlation(held[task.model], held[i]) for i in task.tuned}
         return Outcome([part for batch in batches(task.matrices) for part in do(task, batch, held)], digests, related)
 
     def _correlation(self, base: Held, tuned: Held) -> float:
-        """Return how the entries of two tensors correlate, the heads and experts in them together."""
+        """Return how the entries of two tensors correlate, the heads and experts that are wanted of them together."""
         key = cache_key("correlation", str(CORRELATION_VERSION), base.digest, tuned.digest)
         known = self.cache.get(key) if self.cache else None
         if known is None:
             sums, rows = EntrySums(), max(1, BLOCK_ENTRIES * base.info.shape[0] // base.info.entries)
-            for start in range(0, base.info.shape[0], rows):
-                stop = min(start + rows, base.info.shape[0])
+            for start in range(*base.span, rows):
+                stop = min(start + rows, base.span[1])
                 sums.add(base.rows(start, stop), tuned.rows(start, stop))
             known = pl.DataFrame({"r": [sums.correlation()]})
             if self.cache:
@@ -392,7 +392,10 @@ class Worker:
 
     def _circuits(self, task: CircuitTask) -> list[Part]:
         checkpoint = self.checkpoints[task.model]
-        held = {m.tensor: Held(checkpoint, m.tensor) for m in (*task.left, *task.right)}
+        every = (*task.left, *task.right)
+        held = {
+            n: Held(checkpoint, [m for m in every if m.tensor == n]) for n in dict.fromkeys(m.tensor for m in every)
+        }
         metrics = tuple(filter(has_meaning, self.plan.metrics))
         worker = replace(self, plan=replace(self.plan, metrics=metrics, vectors=False))
         factors = [[held[m.tensor].digest, m.slice_key, m.kv_head] for m in (*task.left, *task.right)]
@@ -420,11 +423,11 @@ class Worker:
 
     def _grams(self, task: HeadTask) -> Part:
         """Return the inner products (k, k) of W0 and of the k - 1 changes, of each slice, as one row of k * k."""
-        base = Held(self.checkpoints[task.model], task.tensor)
+        base = Held(self.checkpoints[task.model], task.matrices)
         tuned = [self.checkpoints[i] for i in task.tuned]
         # of an adapter the change as factors, which are never multiplied out
         factors = [one.factors.get(task.tensor) for one in tuned]
-        changed = [made() if made else Held(one, task.tensor) for one, made in zip(tuned, factors, strict=True)]
+        changed = [made() if made else Held(one, task.matrices) for one, made in zip(tuned, factors, strict=True)]
         key, rows = "", None
         if self.cache:  # without one the digests, a pass over all bytes, are not needed
             changes = [factor_digest(one) if isinstance(one, Factors) else one.digest for one in changed]
@@ -472,8 +475,8 @@ def change_sums(task: HeadTask, base: Held, changed: Sequence[Held | Factors], d
     size, (count, width) = 1 + len(changed), task.info.shape
     total = torch.zeros(len(task.matrices), size, size, dtype=torch.float64, device=device)
     step = count if task.info.size_bytes <= KEEP_BYTES else max(1, BLOCK_ENTRIES // width)
-    for start in range(0, count, step):
-        stop = min(start + step, count)
+    for start in range(*base.span, step):
+        stop = min(start + step, base.span[1])
         rows = base.rows(start, stop).to(device)
         others = [
             Factors(one.B[start:stop].to(device), one.A.to(device))

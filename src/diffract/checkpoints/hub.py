@@ -1,12 +1,22 @@
-"""Checkpoints on the hub: headers and tensors by HTTP range requests; nothing is fetched that is not read."""
+"""Checkpoints on the hub: headers and tensors by HTTP range requests; nothing is fetched that is not read.
+
+What already lies in the cache of the hub's client is read there.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
+from urllib.parse import urlsplit
 
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (
@@ -19,12 +29,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import (
-    build_hf_headers,
-    hf_raise_for_status,
-    http_backoff,
-    http_stream_backoff,
-)
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 try:  # the client's own HTTP library, whichever that is
     from huggingface_hub.utils import httpx
@@ -40,18 +46,30 @@ from diffract.checkpoints.sources import (
     TORCH_SUFFIXES,
     TRAINER,
     ByteFile,
+    LocalFolder,
     TooLargeError,
     find_shards,
     open_shards,
     read_config,
 )
-from diffract.errors import CheckpointError, printable
+from diffract.errors import CheckpointError, DiffractWarning, printable
+
+T = TypeVar("T")
 
 HEAD_BYTES = 100_000
 """What the first request of a file asks for: nearly every header is smaller."""
 
 ATTEMPTS = 5
-"""Transfers in a row that bring nothing; one that breaks off later is taken up again where it stopped."""
+"""Requests in a row that bring nothing; a transfer that breaks off later is taken up again where it stopped."""
+
+BUSY = (408, 429, 500, 502, 503, 504)
+"""Answers after which asking again may help."""
+
+LONGEST_WAIT = 310
+"""Seconds that a server may ask to be left alone; the hub counts requests in windows of five minutes."""
+
+TOLD_WAIT = 10
+"""Seconds of waiting from which on it is said."""
 
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
 """Configuration and tokenizer, fetched with the weights."""
@@ -96,14 +114,15 @@ class HubFile(ByteFile):
     def _request(self, view: memoryview, offset: int, length: int) -> int:
         """Ask for a range once; return how many bytes came before the transfer ended or broke off."""
         headers = {**self._headers, "Range": f"bytes={offset}-{offset + length - 1}"}
-        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        with (
-            explained(self.name),
-            http_stream_backoff("GET", self.url, headers=headers, timeout=timeout) as response,
-        ):
-            hf_raise_for_status(response)
-            self._check_answer(response, offset, length)
-            return _copy(response, view, self.name)
+
+        def ask() -> int:
+            timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+            with get_session().stream("GET", self.url, headers=headers, timeout=timeout) as response:
+                hf_raise_for_status(response)
+                self._check_answer(response, offset, length)
+                return _copy(response, view, self.name)
+
+        return patiently(self.name, ask)
 
     def _check_answer(self, response: httpx.Response, offset: int, length: int) -> None:
         """Refuse an answer that is not the range that was asked for, before its body is read."""
@@ -132,12 +151,14 @@ class HubFolder:
         commit: The full hash of the version; every read is of this one.
         files: Its files, with slashes where they lie in subfolders.
         headers: What the client sends along, the user's token included.
+        cached: What the cache of the hub's client holds of this version, ``None`` if that is nothing.
     """
 
     repo: str
     commit: str
     files: list[str]
     headers: Mapping[str, str]
+    cached: LocalFolder | None = None
 
     @property
     def where(self) -> str:
@@ -160,17 +181,25 @@ class HubFolder:
 
     def read_bytes(self, name: str) -> bytes:
         """Return the content of a small file."""
+        if self.cached and name in self.cached.names:
+            return self.cached.read_bytes(name)
         url, headers, timeout = self._url(name), dict(self.headers), constants.HF_HUB_DOWNLOAD_TIMEOUT
-        with explained(f"{self.where}, {name}"):
-            size = get_hf_file_metadata(url, headers=headers, timeout=timeout).size or 0
-            if size > HEADER_LIMIT:
-                raise TooLargeError(f"{self.where}, {name}: {size} bytes are too many for a configuration or an index.")
-            response = http_backoff("GET", url, headers=headers, timeout=timeout)
-            hf_raise_for_status(response)
-        return response.content
 
-    def open(self, name: str) -> HubFile:
-        """Open one of its files."""
+        def ask() -> bytes:
+            response = get_session().get(url, headers=headers, timeout=timeout)
+            hf_raise_for_status(response)
+            return response.content
+
+        where = f"{self.where}, {printable(name)}"
+        size = patiently(where, lambda: get_hf_file_metadata(url, headers=headers, timeout=timeout).size) or 0
+        if size > HEADER_LIMIT:
+            raise TooLargeError(f"{where}: {size} bytes are too many for a configuration or an index.")
+        return patiently(where, ask)
+
+    def open(self, name: str) -> ByteFile:
+        """Open one of its files, from the cache if it lies there."""
+        if self.cached and name in self.cached.names:
+            return self.cached.open(name)
         return HubFile(self._url(name), self.headers, f"hf://{self.where}/{printable(name)}")
 
     def _url(self, name: str) -> str:
@@ -181,17 +210,35 @@ def find_hub_folder(repo: str, revision: str | None = None) -> HubFolder:
     """Ask the hub which files a model has and which commit a revision is; one request.
 
     Raises:
-        CheckpointError: There is no such model or revision, or the hub cannot be reached.
+        UnreachableError: The hub does not answer, or may not be asked.
+        CheckpointError: There is no such model or revision.
     """
     where = f"{repo}@{revision}" if revision else repo
     headers = build_hf_headers(library_name="diffract", library_version=__version__)
-    with explained(where):
-        api = HfApi(endpoint=constants.ENDPOINT, library_name="diffract", library_version=__version__)
-        info = api.model_info(repo, revision=revision, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    api = HfApi(endpoint=constants.ENDPOINT, library_name="diffract", library_version=__version__)
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    info = patiently(where, lambda: api.model_info(repo, revision=revision, timeout=timeout))
     files = sorted(file.rfilename for file in info.siblings or [])
     if not info.sha:
         raise CheckpointError(f"{where}: the hub names no commit for it. Pass --download, or a local copy.")
-    return HubFolder(repo, info.sha, files, headers)
+    path = cached_version(repo, info.sha)
+    return HubFolder(repo, info.sha, files, headers, LocalFolder(path) if path else None)
+
+
+def cached_version(repo: str, revision: str | None = None) -> Path | None:
+    """Return the folder that the cache of the hub's client has for a revision, ``None`` without one.
+
+    Args:
+        repo: ``org/name``.
+        revision: Branch or tag as it stood when it was last fetched, or a full commit; main if ``None``.
+    """
+    kept = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
+    name = revision or constants.DEFAULT_REVISION
+    ref = kept / "refs" / name
+    if ref.resolve().is_relative_to(kept.resolve()) and ref.is_file():
+        name = ref.read_text(encoding="utf-8", errors="replace").strip()
+    found = kept / "snapshots" / name
+    return found if re.fullmatch(r"[0-9a-f]{40}", name) and found.is_dir() else None
 
 
 def open_hub_folder(folder: HubFolder) -> Checkpoint:
@@ -226,11 +273,9 @@ def download_hub(repo: str, revision: str | None = None) -> Path:
     """
     leave = ["*/*", *(f"{start}*" for start in TRAINER)]
     for weights in (["model*.safetensors"], ["*.safetensors"], [f"*{suffix}" for suffix in TORCH_SUFFIXES]):
-        with explained(f"{repo}@{revision}" if revision else repo):
-            found = snapshot_download(
-                repo, revision=revision, allow_patterns=[*SMALL_FILES, *weights], ignore_patterns=leave
-            )
-        folder = Path(found)
+        wanted = [*SMALL_FILES, *weights]
+        fetch = partial(snapshot_download, repo, revision=revision, allow_patterns=wanted, ignore_patterns=leave)
+        folder = Path(patiently(f"{repo}@{revision}" if revision else repo, fetch))
         if any(path for pattern in weights for path in folder.glob(pattern)):
             return folder
     raise CheckpointError(f"{repo} holds no weights on the hub. Is this the right model?")
@@ -251,6 +296,78 @@ def _copy(response: httpx.Response, view: memoryview, name: str) -> int:
     return done
 
 
+class UnreachableError(CheckpointError):
+    """The hub does not answer, or may not be asked; what the cache holds may do."""
+
+
+def patiently(where: str, ask: Callable[[], T]) -> T:
+    """Return what a request brings; it is sent again where the server is busy or the connection is dropped.
+
+    Args:
+        where: What errors call what is asked for.
+        ask: Sends the request; raises what the hub's client raises.
+
+    Raises:
+        UnreachableError: No answer came of several requests.
+        CheckpointError: The answer is a refusal.
+    """
+    with explained(where):
+        for attempt in range(ATTEMPTS - 1):
+            try:
+                return ask()
+            except (httpx.HTTPError, OSError) as error:
+                seconds = _pause(error, attempt)
+                if seconds is None:
+                    raise
+                if seconds >= TOLD_WAIT:
+                    told = f"{where}: {_endpoint()} asks to wait; asking again in {seconds:.0f} s."
+                    warnings.warn(told, DiffractWarning, stacklevel=2)
+                time.sleep(seconds)
+        return ask()
+
+
+def _pause(error: BaseException, attempt: int) -> float | None:
+    """Return after how many seconds to ask again, ``None`` where that cannot help."""
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__:
+        error = error.__cause__
+    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+        return 1 if attempt == 0 else None  # there may be no network at all, and a cache to read from
+    if isinstance(error, httpx.TransportError):
+        return 2**attempt
+    if not isinstance(error, HfHubHTTPError) or error.response.status_code not in BUSY:
+        return None
+    asked = _retry_after(error.response.headers)
+    return 2**attempt if asked is None else asked if asked <= LONGEST_WAIT else None
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Return how many seconds a busy server asks to wait: as a number, as a date, or by the hub's own header."""
+    text = headers.get("Retry-After", "").strip()
+    if re.fullmatch(r"\d{1,9}", text, re.ASCII):
+        return float(text)
+    if limit := re.search(r"\br=0;\s*t=(\d{1,9})\b", headers.get("RateLimit", "")):
+        return float(limit[1])
+    try:
+        until = parsedate_to_datetime(text)
+    except ValueError:
+        return None
+    return max(0.0, (until.replace(tzinfo=until.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+
+
+def _endpoint() -> str:
+    """Return the hub's address as it may be shown: a user and a password in it are left out."""
+    return _without_password(constants.ENDPOINT)
+
+
+def _host(url: str) -> str:
+    """Return the host and port of an address."""
+    return urlsplit(url).netloc.rpartition("@")[2]
+
+
+def _without_password(text: str) -> str:
+    return re.sub(r"//[^/\s]*@", "//", text)
+
+
 @contextmanager
 def explained(where: str) -> Iterator[None]:
     """Turn what the hub's client raises into one clear error."""
@@ -259,7 +376,10 @@ def explained(where: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except (httpx.HTTPError, OSError, ValueError) as error:
-        raise CheckpointError(f"{where}: {_reason(error)}") from error
+        cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+        busy = isinstance(cause, HfHubHTTPError) and cause.response.status_code in BUSY
+        silent = busy or isinstance(cause, httpx.TransportError | OfflineModeIsEnabled)
+        raise (UnreachableError if silent else CheckpointError)(f"{where}: {_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:
@@ -267,9 +387,21 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__:
         return f"not in the cache; {_reason(error.__cause__)}"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    detail = printable((str(error).strip() or type(error).__name__).splitlines()[0])
-    endpoint = constants.ENDPOINT
+    detail = _without_password(printable((str(error).strip() or type(error).__name__).splitlines()[0]))
+    endpoint = _endpoint()
+    host = _host(str(error.response.url)) if isinstance(error, HfHubHTTPError) else ""
+    elsewhere = host not in ("", _host(constants.ENDPOINT))
     cases: list[tuple[bool, str]] = [
+        (
+            elsewhere and status in (401, 403),
+            f"the hub allows it, but {host}, where the bytes lie, refuses them ({status}). A link may have run out, or "
+            "a proxy stands between: try again, or pass a local copy.",
+        ),
+        (
+            elsewhere and status in (404, 410),
+            f"the hub lists it, but {host}, where the bytes should lie, has them no longer. Try another revision, or "
+            "pass a local copy.",
+        ),
         (
             isinstance(error, GatedRepoError),
             f"access is gated. Accept the conditions on its page at {endpoint}, then log in with "
@@ -291,7 +423,7 @@ def _reason(error: BaseException) -> str:
         ),
         (
             isinstance(error, EntryNotFoundError),
-            f"there is no such file at {endpoint}. Check the revision.",
+            f"there is no such file at {endpoint}: it is gone, or never was. Check the revision.",
         ),
         (
             isinstance(error, HFValidationError),

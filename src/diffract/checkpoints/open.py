@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -154,12 +154,26 @@ def _open_memory(reference: Any) -> Checkpoint:
 
 
 def _open_hub(repo: str, revision: str | None, how: _How) -> Checkpoint:
-    from diffract.checkpoints.hub import download_hub, find_hub_folder, open_hub_folder
+    from diffract.checkpoints.hub import (
+        UnreachableError,
+        cached_version,
+        download_hub,
+        find_hub_folder,
+        open_hub_folder,
+    )
 
     if how.download:
         path = download_hub(repo, revision)
         return replace(_open_folder(path, how), reference=f"{repo}@{path.name}")
-    folder = find_hub_folder(repo, revision)
+    try:
+        folder = find_hub_folder(repo, revision)
+    except UnreachableError:
+        path = cached_version(repo, revision)
+        if path is None:
+            raise
+        found = _open_folder(path, how)
+        note = f"The hub was not reached: {repo} is as its client's cache holds it."
+        return replace(found, reference=f"{repo}@{path.name}", notes=(*found.notes, note))
     if adapter.CONFIG in folder.names:
         return _open_adapter(folder, how)
     return open_hub_folder(folder)

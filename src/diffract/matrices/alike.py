@@ -110,8 +110,7 @@ class PutTogether:
         """Return a matrix in the orientation that it is to be stored in; of a stack only its own slice is read."""
         span = of.rows if of.index is None else (of.index, of.index + 1)
         read = self.checkpoint.read(of.tensor, span)
-        within = replace(of, rows=None) if of.index is None else of
-        (matrix,) = cut(read, [within], first_index=of.index or 0)
+        (matrix,) = cut(read, [of], span[0] if span else 0)
         return matrix.mT if to.transposed else matrix
 
 

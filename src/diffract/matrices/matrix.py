@@ -84,31 +84,33 @@ def batches(matrices: Iterable[Matrix], budget_bytes: int = BATCH_BYTES) -> Iter
             yield tuple(alike[start : start + step])
 
 
-def cut(tensor: Tensor, matrices: Sequence[Matrix], first_index: int = 0) -> Tensor:
+def cut(tensor: Tensor, matrices: Sequence[Matrix], first: int = 0) -> Tensor:
     """Return matrices of one tensor as a stack (b, m, n), a view where they are evenly spaced.
 
     Args:
-        tensor: The stored tensor, or entries from ``first_index`` on of its leading axis.
+        tensor: The stored tensor, or entries from ``first`` on of its leading axis.
         matrices: Same-shaped matrices of it.
-        first_index: Where on the leading axis of a 3-D tensor ``tensor`` begins.
+        first: Where on the leading axis ``tensor`` begins.
     """
     import torch
 
-    views = [_view(tensor, m, first_index) for m in matrices]
-    first = views[0]
+    views = [_view(tensor, m, first) for m in matrices]
+    like = views[0]
     offsets = [view.storage_offset() for view in views]
     # heads of one projection lie evenly spaced, so that most stacks are views and cost no copy
     steps = {b - a for a, b in pairwise(offsets)} or {0}
     if len(steps) == 1 and min(steps) >= 0:
-        return first.as_strided((len(views), *first.shape), (steps.pop(), *first.stride()), offsets[0])
+        return like.as_strided((len(views), *like.shape), (steps.pop(), *like.stride()), offsets[0])
     return torch.stack(views)
 
 
-def _view(tensor: Tensor, matrix: Matrix, first_index: int) -> Tensor:
-    stored = tensor if matrix.index is None else tensor[matrix.index - first_index]
-    rows = slice(*matrix.rows) if matrix.rows else slice(None)
-    cols = slice(*matrix.cols) if matrix.cols else slice(None)
-    view = stored[rows, cols]
+def _view(tensor: Tensor, matrix: Matrix, first: int) -> Tensor:
+    stored, rows = tensor, matrix.rows
+    if matrix.index is not None:
+        stored = tensor[matrix.index - first]
+    elif rows:
+        rows = rows[0] - first, rows[1] - first
+    view = stored[slice(*rows) if rows else slice(None), slice(*matrix.cols) if matrix.cols else slice(None)]
     return view.mT if matrix.transposed else view
 
 
