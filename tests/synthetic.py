@@ -97,6 +97,10 @@ def pair(w0: Array, w1: Array) -> tuple[dict[str, float], dict[str, Array]]:
     row = {"delta_frobenius": float(np.linalg.norm(delta))}
     row["delta_relative"] = row["delta_frobenius"] / float(np.linalg.norm(w0))
     curves = {"delta_sigma": np.linalg.svd(delta, compute_uv=False)}
+    energy = ((u0.T @ delta) ** 2).sum(1)
+    for k, own in enumerate(np.array_split(energy / energy.mean(), 10), start=1):
+        row[f"energy_tenth_{k}"] = float(own.mean()) if len(own) else 1.0  # tenths of a small matrix may be empty
+    curves["energy_by_peak"] = np.array([own.mean() for own in np.array_split(energy / energy.mean(), 2)])
     near = abs(s0[:, None] - s1[None, :]) <= WINDOW * s1[None, :]
     for side, overlap, d in (("left", abs(u0.T @ u1), w0.shape[0]), ("right", abs(v0 @ v1.T), w0.shape[1])):
         curves[f"{side}_agreement"] = np.diag(overlap)

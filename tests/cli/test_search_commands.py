@@ -37,7 +37,8 @@ def test_python_has_the_same_names_and_defaults(name: str) -> None:
     assert set(typed) == set(python) - {"progress"}
     for key, parameter in typed.items():
         if python[key].default is not inspect.Parameter.empty:
-            assert parameter.default == python[key].default, key
+            told = parameter.default
+            assert (tuple(told) if isinstance(told, list) else told) == python[key].default, key
         assert parameter.required == (key == "models" or python[key].default is inspect.Parameter.empty)
 
 

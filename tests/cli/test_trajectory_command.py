@@ -60,7 +60,8 @@ def test_json_equals_the_api(series: Path) -> None:
 
 
 def test_names_and_defaults_are_those_of_the_api() -> None:
-    command = {p.name: p.default for p in typer.main.get_command(app).commands["trajectory"].params}
+    typed = typer.main.get_command(app).commands["trajectory"].params
+    command = {p.name: tuple(p.default) if isinstance(p.default, list) else p.default for p in typed}
     function = {n: p.default for n, p in inspect.signature(diffract.trajectory).parameters.items()}
     only_there = {"quiet", "json", "debug", "help"}
     assert set(command) - only_there == set(function) - {"progress"}
