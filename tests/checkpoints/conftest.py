@@ -113,6 +113,7 @@ class Hub:
         content_range: What it says to have sent, if that is not the truth.
         extra: Bytes sent on top of what was asked for.
         refuses: Status and headers for every path that contains this.
+        lists: Sizes of files that it lists, if these are not the true ones.
     """
 
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -123,6 +124,7 @@ class Hub:
     content_range: str | None = None
     extra: bytes = b""
     refuses: dict[str, tuple[int, dict[str, str]]] = field(default_factory=dict)
+    lists: dict[str, int] = field(default_factory=dict)
     url: str = ""
     storage: str = ""
 
@@ -168,7 +170,8 @@ class _Handler(BaseHTTPRequestHandler):
         if rest and rest[0] == "tree":
             tree = [{"type": "file", "path": n, "size": len(c), "oid": f"{len(c):040x}"} for n, c in files.items()]
             return self.reply(200, json.dumps(tree).encode())
-        found = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
+        siblings = [{"rfilename": n, "size": self.hub.lists.get(n, len(c))} for n, c in files.items()]
+        found = {"id": repo, "sha": COMMIT, "siblings": siblings}
         return self.reply(200, json.dumps(found).encode())
 
     def resolve(self, path: str) -> None:

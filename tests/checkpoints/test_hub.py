@@ -195,7 +195,7 @@ def test_a_server_without_ranges_is_refused(hub: Any, large: torch.Tensor) -> No
 def test_a_range_that_was_not_asked_for_is_refused(hub: Any, large: torch.Tensor, stated: str) -> None:
     found = open_checkpoint(REPO)
     hub.content_range = stated or " "
-    with pytest.raises(CheckpointError, match=r"asked for bytes .*, the server answers with"):
+    with pytest.raises(CheckpointError, match=r"asked for bytes .*, the server answers with|the hub lists"):
         found.read("w", (0, 4))
 
 
@@ -209,8 +209,14 @@ def test_more_bytes_than_asked_for_are_refused(hub: Any, large: torch.Tensor) ->
 def test_a_file_that_changed_is_noticed(hub: Any, large: torch.Tensor) -> None:
     found = open_checkpoint(REPO)
     hub.repos[REPO]["model.safetensors"] += b"longer"
-    with pytest.raises(CheckpointError, match="asked for bytes"):
+    with pytest.raises(CheckpointError, match=r"the hub lists \d+ bytes, and the server has \d+"):
         found["w"]
+
+
+def test_a_hub_that_lies_about_sizes_is_refused(hub: Any, published: Path) -> None:
+    hub.lists["model-00002-of-00002.safetensors"] = 5
+    with pytest.raises(CheckpointError, match=r"00002\.safetensors: the hub lists 5 bytes, and the server has \d+"):
+        open_checkpoint(REPO)
 
 
 def test_a_lying_header_is_refused_as_on_disk(hub: Any, published: Path) -> None:

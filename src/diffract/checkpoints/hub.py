@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -74,6 +75,9 @@ TOLD_WAIT = 10
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
 """Configuration and tokenizer, fetched with the weights."""
 
+WEIGHTS = (("model*.safetensors",), ("*.safetensors",), tuple(f"*{suffix}" for suffix in TORCH_SUFFIXES))
+"""Weights, the kind that is preferred first; the first kind that there is, is fetched."""
+
 
 class HubFile(ByteFile):
     """A file on the hub, read by range requests; the shared client keeps the connections.
@@ -81,8 +85,9 @@ class HubFile(ByteFile):
     It is opened with one request, which tells the size and brings the first bytes along.
     """
 
-    def __init__(self, url: str, headers: Mapping[str, str], name: str) -> None:
+    def __init__(self, url: str, headers: Mapping[str, str], name: str, *, listed: int | None = None) -> None:
         self.url, self.name = url, name
+        self._listed = listed
         self._headers = {**headers, "Accept-Encoding": "identity"}
         self._head = b""
         self.size = 0
@@ -134,6 +139,11 @@ class HubFile(ByteFile):
         answer = response.headers.get("Content-Range", "")
         match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", answer)
         first, last, size = (int(n) for n in match.groups()) if match else (-1, -1, -1)
+        if match and self._listed is not None and size != self._listed:
+            raise CheckpointError(
+                f"{self.name}: the hub lists {self._listed} bytes, and the server has {size}. Try again later, or pass "
+                "a local copy."
+            )
         self.size = self.size or size
         if (first, last, size) != (offset, min(offset + length, self.size) - 1, self.size):
             raise CheckpointError(
@@ -149,14 +159,14 @@ class HubFolder:
     Attributes:
         repo: ``org/name``.
         commit: The full hash of the version; every read is of this one.
-        files: Its files, with slashes where they lie in subfolders.
+        files: Its files, with slashes where they lie in subfolders, and the bytes of each if the hub tells them.
         headers: What the client sends along, the user's token included.
         cached: What the cache of the hub's client holds of this version, ``None`` if that is nothing.
     """
 
     repo: str
     commit: str
-    files: list[str]
+    files: Mapping[str, int | None]
     headers: Mapping[str, str]
     cached: LocalFolder | None = None
 
@@ -200,7 +210,8 @@ class HubFolder:
         """Open one of its files, from the cache if it lies there."""
         if self.cached and name in self.cached.names:
             return self.cached.open(name)
-        return HubFile(self._url(name), self.headers, f"hf://{self.where}/{printable(name)}")
+        shown = f"hf://{self.where}/{printable(name)}"
+        return HubFile(self._url(name), self.headers, shown, listed=self.files.get(name))
 
     def _url(self, name: str) -> str:
         return hf_hub_url(self.repo, name, revision=self.commit, endpoint=constants.ENDPOINT)
@@ -217,8 +228,8 @@ def find_hub_folder(repo: str, revision: str | None = None) -> HubFolder:
     headers = build_hf_headers(library_name="diffract", library_version=__version__)
     api = HfApi(endpoint=constants.ENDPOINT, library_name="diffract", library_version=__version__)
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    info = patiently(where, lambda: api.model_info(repo, revision=revision, timeout=timeout))
-    files = sorted(file.rfilename for file in info.siblings or [])
+    info = patiently(where, lambda: api.model_info(repo, revision=revision, timeout=timeout, files_metadata=True))
+    files = {file.rfilename: file.size for file in sorted(info.siblings or [], key=lambda file: file.rfilename)}
     if not info.sha:
         raise CheckpointError(f"{where}: the hub names no commit for it. Pass --download, or a local copy.")
     path = cached_version(repo, info.sha)
@@ -272,13 +283,21 @@ def download_hub(repo: str, revision: str | None = None) -> Path:
         CheckpointError: There is no such model, it cannot be reached, or it holds no weights.
     """
     leave = ["*/*", *(f"{start}*" for start in TRAINER)]
-    for weights in (["model*.safetensors"], ["*.safetensors"], [f"*{suffix}" for suffix in TORCH_SUFFIXES]):
+    for weights in WEIGHTS:
         wanted = [*SMALL_FILES, *weights]
         fetch = partial(snapshot_download, repo, revision=revision, allow_patterns=wanted, ignore_patterns=leave)
         folder = Path(patiently(f"{repo}@{revision}" if revision else repo, fetch))
         if any(path for pattern in weights for path in folder.glob(pattern)):
             return folder
     raise CheckpointError(f"{repo} holds no weights on the hub. Is this the right model?")
+
+
+def wanted_files(names: Sequence[str]) -> list[str]:
+    """Return which of a version's files ``download_hub`` fetches."""
+    own = [name for name in names if not name.startswith(TRAINER)]
+    kinds = ([name for name in own if any(fnmatchcase(name, p) for p in patterns)] for patterns in WEIGHTS)
+    weights = next((found for found in kinds if found), [])
+    return sorted({*weights, *(name for name in own if any(fnmatchcase(name, p) for p in SMALL_FILES))})
 
 
 def _copy(response: httpx.Response, view: memoryview, name: str) -> int:
@@ -420,6 +439,10 @@ def _reason(error: BaseException) -> str:
             isinstance(error, OfflineModeIsEnabled),
             "no file or folder of that name here, and HF_HUB_OFFLINE forbids to ask the hub. Unset it, pass "
             "--download to use what the cache holds, or pass a local copy.",
+        ),
+        (
+            isinstance(error, OSError) and not isinstance(error, HfHubHTTPError | ConnectionError | TimeoutError),
+            f"fetching failed ({detail}). Is there room in HF_HOME? Try again, or pass a local copy.",
         ),
         (
             isinstance(error, EntryNotFoundError),

@@ -376,7 +376,12 @@ def _adapter_base(folder: Folder, settings: Settings) -> str | Path:
 def base_of(reference: str | Path) -> str | Path | None:
     """Return what an adapter's folder names as its base, ``None`` for anything else and where it names none."""
     path = Path(reference).expanduser()
-    config = read_object(LocalFolder(path), adapter.CONFIG) if path.is_dir() else None
-    if config is None or not Settings(config, str(path)).base:
+    return base_within(LocalFolder(path)) if path.is_dir() else None
+
+
+def base_within(folder: Folder) -> str | Path | None:
+    """Return what an adapter in a folder names as its base, ``None`` without an adapter and where it names none."""
+    config = read_object(folder, adapter.CONFIG)
+    if config is None or not Settings(config, folder.where).base:
         return None
-    return _adapter_base(LocalFolder(path), Settings(config, str(path)))
+    return _adapter_base(folder, Settings(config, folder.where))

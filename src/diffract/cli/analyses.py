@@ -317,6 +317,14 @@ def show_cache(found: Mapping[str, Any], given: Given) -> None:
         say(f"removed: {found['removed']} files, {size_text(found['removed_bytes'])}")
 
 
+def show_fetched(found: Mapping[str, Any], given: Given) -> None:
+    """Print how many bytes were fetched, or would be."""
+    from diffract.settings import size_text
+
+    done = "fetched" if found["fetched"] else "to fetch"
+    say(f"{done}: {size_text(found['fetch_bytes'])}")
+
+
 def list_plots() -> None:
     """Print the kinds of figures with their options."""
     from diffract.plots import KINDS

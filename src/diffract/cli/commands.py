@@ -401,6 +401,7 @@ COMMANDS = (
         unit="pairs",
     ),
     Command("inspect", "See", ("diffract.inspection:inspect",), show=analyses.show_inspection, summary=everything),
+    Command("fetch", "See", ("diffract.checkpoints.fetch:fetch",), show=analyses.show_fetched, summary=everything),
     Command("report", "See", (f"{HERE}:report",), show=analyses.show_path("report"), metavars={"output": "FILE"}),
     Command(
         name="plot",

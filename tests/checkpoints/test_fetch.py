@@ -1,0 +1,93 @@
+"""Models brought into the cache, and read from there without a network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from diffract.checkpoints import open_checkpoint
+from diffract.checkpoints.fetch import fetch
+from diffract.cli.main import app
+from diffract.errors import CheckpointError
+
+COMMIT = "c0ffee" + "0" * 34
+
+
+@pytest.fixture
+def published(hub: Any, sharded: Path) -> int:
+    """A model on the hub, with files beside it that no command reads; the bytes of those that are read."""
+    hub.add("org/model", sharded)
+    wanted = sum(len(content) for content in hub.repos["org/model"].values())
+    hub.repos["org/model"] |= {
+        "optimizer.bin": b"x" * 999,
+        "onnx/model.safetensors": b"x" * 999,
+        "pytorch_model.bin": b"x",
+    }
+    return wanted
+
+
+@pytest.fixture
+def adapted(hub: Any, tmp_path: Path) -> None:
+    """An adapter on the hub, over org/model's matrix ``a``."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    factors = {"A": torch.ones(2, 6), "B": torch.ones(8, 2)}
+    save_file({f"base_model.model.lin.lora_{s}.weight": factors[s] for s in "AB"}, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "lora_alpha": 2, "base_model_name_or_path": "org/model", "revision": "v1"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    hub.add("org/adapter", folder)
+
+
+def test_bytes_are_said_before_they_are_fetched(hub: Any, published: int) -> None:
+    said: list[str] = []
+    found = fetch("org/model", dry_run=True, say=said.append)
+    assert found["fetch_bytes"] == published
+    assert found["models"][0]["reference"] == f"org/model@{COMMIT}"
+    assert said == [f"org/model@{COMMIT}: 4 of 4 files are to be fetched, {published} B"]
+    assert hub.sent == 0
+    assert not Path(constants.HF_HUB_CACHE).exists()
+
+
+def test_what_was_fetched_is_read_without_a_network(hub: Any, published: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetch("org/model@v1", say=lambda _: None)
+    assert hub.asked("onnx") == hub.asked("optimizer") == hub.asked("pytorch_model") == []
+    again = fetch("org/model@v1", say=lambda _: None)
+    assert (again["fetch_bytes"], again["models"][0]["absent"]) == (0, ())
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    with open_checkpoint("org/model@v1") as found:
+        assert sorted(found) == ["a", "b", "c"]
+        assert found["a"].shape == (8, 6)
+    assert hub.requests == []
+
+
+def test_an_adapters_base_comes_with_it(hub: Any, published: int, adapted: None) -> None:
+    found = fetch("org/adapter", "org/model@v1", say=lambda _: None)
+    assert [one["reference"] for one in found["models"]] == [f"org/adapter@{COMMIT}", f"org/model@{COMMIT}"]
+    assert found["fetch_bytes"] == published + sum(len(content) for content in hub.repos["org/adapter"].values())
+
+
+@pytest.mark.parametrize("reference", ["nothing", "org/absent", ".", "org/model@v9"])
+def test_what_is_no_model_on_the_hub_is_refused(hub: Any, published: int, reference: str) -> None:
+    with pytest.raises(CheckpointError, match=r"no model|no such revision"):
+        fetch(reference, say=lambda _: None)
+
+
+def test_a_full_disk_is_refused_before(hub: Any, published: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.lists["model-00001-of-00002.safetensors"] = 1 << 60
+    with pytest.raises(CheckpointError, match=r"are to be fetched, and '.*' has room for .* HF_HOME"):
+        fetch("org/model", say=lambda _: None)
+    assert hub.sent == 0
+
+
+def test_the_command(hub: Any, published: int) -> None:
+    done = CliRunner().invoke(app, ["fetch", "org/model", "--dry-run", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["fetch_bytes"] == published
