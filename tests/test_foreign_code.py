@@ -44,7 +44,7 @@ CALLS = {
     "search truncate": f"base math --dry-run {LITTLE}",
     "train": "train.yaml --dry-run -o out",
 }
-WITHOUT_MODELS = ("report", "plot", "metrics", "cache", "demo", "verify", "study run")
+WITHOUT_MODELS = ("fetch", "report", "plot", "metrics", "cache", "demo", "verify", "study run")
 
 
 @pytest.fixture
