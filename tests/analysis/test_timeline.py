@@ -138,8 +138,14 @@ def test_a_pattern_of_ones_own() -> None:
         (
             ["stage2-ingredient1-step1000", "stage2-ingredient2-step1000"],
             "step",
-            ["one place (stage 2, step 1,000)", "--by given"],
+            ["are of 2 branches of one stage", "--by given"],
         ),
+        (
+            ["stage1-step5", "stage2-ingredient1-step1000", "stage2-ingredient3-step2000"],
+            "step",
+            ["'stage2-ingredient1-step1000' and 'stage2-ingredient3-step2000' are of 2 branches"],
+        ),
+        (["ingredient1-step1", "ingredient2-step2"], "name", ["are of 2 branches"]),
         (["step1", "stage1-step2"], "step", ["'stage1-step2' tells a stage and 'step1' none"]),
         (["a1", "a01"], "name", ["one place (one name)"]),
     ],
@@ -149,6 +155,15 @@ def test_what_cannot_be_ordered_is_explained(names: list[str], by: str, texts: l
         arrange([stop(name) for name in names], parse_by(by))
     for text in texts:
         assert text in str(caught.value)
+
+
+def test_one_branch_is_a_series_with_what_it_began_from() -> None:
+    names = ["stage2-ingredient2-step2000", "stage1-step5", "stage2-ingredient2-step1000"]
+    assert [one.name for one in arrange([stop(name) for name in names], parse_by("step"))] == [
+        "stage1-step5",
+        "stage2-ingredient2-step1000",
+        "stage2-ingredient2-step2000",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,9 @@ _CONVENTIONS = {
 }
 """How the makers of models write it: step1000, step_02000, global_step1000, iter_0001000, checkpoint-500, 500."""
 
+_INGREDIENT = re.compile(rf"{_START}ingredient[-_=]?([0-9]{{1,9}})(?![a-z0-9])", re.ASCII | re.IGNORECASE)
+"""How OLMo-2 names branches of a stage, which begin at one checkpoint and are averaged in the end."""
+
 EXAMPLES = "step1000, stage1-step10000-tokens21B, iter_0001000 or checkpoint-500"
 
 
@@ -152,10 +155,12 @@ def arrange(stops: Sequence[Stop], ordering: Ordering) -> list[Stop]:
     """Return checkpoints in order: by (stage, step), by (stage, tokens), by name with its numbers as numbers, as given.
 
     Raises:
-        SelectionError: A checkpoint does not tell what they are ordered by, or two of them are at one place.
+        SelectionError: A checkpoint does not tell what they are ordered by, two of them are at one place, or they are
+            of several branches.
     """
     if ordering.key == "given":
         return list(stops)
+    _refuse_branches(stops)
     if ordering.key == "name":
         keys = [natural_key(stop.name) for stop in stops]
     else:
@@ -207,6 +212,21 @@ def _refuse_untold(stops: Sequence[Stop], ordering: Ordering) -> None:
         f"{looked}). Expected {wanted}.{hint} Rename it, call it {ordering.key}1000=MODEL, leave it out, or pass "
         "--by name, --by given or a regular expression."
     )
+
+
+def _refuse_branches(stops: Sequence[Stop]) -> None:
+    """Refuse ingredients of several numbers: none of them goes on where another ends, whatever their steps are."""
+    first: dict[int, Stop] = {}
+    for stop in stops:
+        told = next((match for text in stop.looked_at if (match := _INGREDIENT.search(text))), None)
+        if told:
+            first.setdefault(int(told[1]), stop)
+    if len(first) > 1:
+        one, other = list(first.values())[:2]
+        raise SelectionError(
+            f"{_named(one)} and {_named(other)} are of {len(first)} branches of one stage, not of one series. Leave "
+            "all ingredients but one out, or pass --by given to take them as they are given."
+        )
 
 
 def _refuse_mixed_stages(stops: Sequence[Stop]) -> None:
