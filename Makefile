@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-slow lint check docs bench calibration gallery clean
+.PHONY: setup demo test test-slow lint check docs bench fuzz calibration gallery clean
 
 setup: .venv/ready
 
@@ -34,6 +34,9 @@ docs: setup
 
 bench: setup
 	$(BIN)/python benchmarks/run.py
+
+fuzz: setup
+	$(BIN)/python tests/fuzz.py # 15 minutes; damaged files of every kind, see docs/reliability.md
 
 calibration: setup
 	$(BIN)/python benchmarks/calibration.py # an hour or two of one core; goes on where it was stopped

@@ -82,5 +82,18 @@ def choose(
 
 def printable(text: object, limit: int = 200) -> str:
     """Return untrusted text safe for a terminal: control characters escaped, length bounded."""
-    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    escaped = escape(str(text))
     return escaped if len(escaped) <= limit else escaped[: limit - 1] + "…"
+
+
+def escape(text: str, *, keep: str = "") -> str:
+    r"""Return text in which everything that a terminal acts on, or cannot show, is written as its escape.
+
+    Args:
+        text: Text of any length.
+        keep: Such characters that stay.
+
+    >>> escape("a\x1b[2J\nb", keep="\n")
+    'a\\x1b[2J\nb'
+    """
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)

@@ -165,3 +165,9 @@ def test_a_link_that_leads_nowhere_is_named(sharded: Path) -> None:
     (sharded / SECOND).unlink()
     (sharded / SECOND).symlink_to(sharded / "blobs" / "gone")
     refused(sharded, f"cannot open .*{SECOND}.*No such file")
+
+
+def test_a_link_in_a_circle_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").symlink_to("model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        open_checkpoint(tmp_path)

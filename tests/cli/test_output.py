@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import diffract
 from diffract.cli.main import app
 
+ROOT = Path(__file__).parents[2]
 run = CliRunner()
 
 
@@ -183,3 +184,19 @@ except RunError as error:
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=100)
     assert "File too large" in done.stdout
     assert list(tmp_path.glob("run*")) == []
+
+
+def test_names_from_files_steer_no_terminal(family: tuple[Path, Path], tmp_path: Path) -> None:
+    own = tmp_path / "own.json"
+    spec = ROOT / "src" / "diffract" / "architectures" / "specs" / "llama.json"
+    own.write_text(json.dumps(json.loads(spec.read_text()) | {"family": "x\x1b[2Jy"}))
+    done = run.invoke(app, ["inspect", str(family[0]), "--architecture", str(own)])
+    assert done.exit_code == 0, done.output
+    assert "\\x1b[2J" in done.stdout
+    assert "\x1b" not in done.output
+    assert run.invoke(app, ["scan", str(family[0]), "-o", str(tmp_path / "run")]).exit_code == 0
+    manifest = tmp_path / "run" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"kind": "x\x1b[2Jy"}))
+    done = run.invoke(app, ["report", str(tmp_path / "run"), "-o", str(tmp_path / "page.html")])
+    assert done.exit_code == 1
+    assert "\x1b" not in done.output

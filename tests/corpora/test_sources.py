@@ -99,3 +99,12 @@ def test_bad_files(name: str, content: str | None, message: str, tmp_path: Path)
         (tmp_path / name).write_text(content)
     with pytest.raises(CorpusError, match=message):
         texts(name, tmp_path)
+
+
+def test_a_damaged_packed_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "t.txt.gz"
+    raw = bytearray(gzip.compress(b"some words " * 50))
+    raw[12:20] = b"\xff" * 8
+    path.write_bytes(raw)
+    with pytest.raises(CorpusError, match=r"cannot read .*t\.txt\.gz"):
+        list(read_documents(str(path)))

@@ -163,3 +163,15 @@ def test_a_damaged_state_is_named(recipe: Make, tmp_path: Path) -> None:
     )
     with pytest.raises(RunError, match=r"progress\.json is not as it was written"):
         train(recipe(), tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"{\n", b"3\n", b'{"step": 1}\n', b"[" * 100_000])
+def test_a_log_that_is_gone_or_damaged_is_named(content: bytes | None, recipe: Make, tmp_path: Path) -> None:
+    train(recipe(), tmp_path / "run")
+    log = tmp_path / "run" / "log.jsonl"
+    if content is None:
+        log.unlink()
+    else:
+        log.write_bytes(content)
+    with pytest.raises(RunError, match=r"log\.jsonl"):
+        read_log(log)

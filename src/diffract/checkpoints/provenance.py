@@ -13,7 +13,7 @@ import blake3
 from diffract._version import __version__
 from diffract.checkpoints.checkpoint import Checkpoint
 from diffract.checkpoints.open import open_checkpoint
-from diffract.checkpoints.sources import LocalFile, open_safetensors
+from diffract.checkpoints.sources import LocalFile, open_safetensors, real_path
 from diffract.errors import CheckpointError, printable
 
 MANIFEST = "manifest.json"
@@ -104,8 +104,8 @@ def verify_folder(folder: str | Path) -> Verdict:
 
 def _weights(folder: Path, part: str) -> Path:
     """Where a part of the output lies: ``.`` is the folder, others are files or folders in it."""
-    path = (folder / part).resolve()
-    if not path.is_relative_to(folder.resolve()):
+    path = real_path(folder / part)
+    if not path.is_relative_to(real_path(folder)):
         raise CheckpointError(f"{printable(folder)}: the manifest names {printable(part)!r}, which is outside of it.")
     return path
 

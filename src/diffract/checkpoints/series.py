@@ -10,7 +10,7 @@ from typing import Any
 
 from diffract.checkpoints import adapter
 from diffract.checkpoints.distributed import INSIDE, METADATA
-from diffract.checkpoints.sources import TORCH_SUFFIXES, TRAINER, LocalFolder, read_object
+from diffract.checkpoints.sources import TORCH_SUFFIXES, TRAINER, LocalFolder, read_object, real_path
 from diffract.errors import CheckpointError, printable
 
 STATE = "trainer_state.json"
@@ -156,5 +156,5 @@ def _is_weights(name: str, suffixes: tuple[str, ...], beside: tuple[str, ...]) -
 
 def _distinct(paths: list[Path]) -> list[Path]:
     """Each checkpoint once: ``latest`` is often a link to one of the others."""
-    own = {p.resolve() for p in paths if not p.is_symlink()}
-    return [p for p in paths if not p.is_symlink() or p.resolve() not in own]
+    own = {real_path(p) for p in paths if not p.is_symlink()}
+    return [p for p in paths if not p.is_symlink() or real_path(p) not in own]

@@ -138,6 +138,11 @@ CLONE = 0x40049409
 CANNOT_CLONE = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.EPERM, errno.ENOSYS)
 
 
+def real_path(path: Path) -> Path:
+    """Return where a path leads to; ``Path.resolve`` ends in an error for links that go in a circle."""
+    return Path(os.path.realpath(path))
+
+
 def _open_descriptor(path: Path) -> int:
     """Open a file; where a process has too many open, allow it as many as the system lets it have."""
     flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
@@ -178,7 +183,7 @@ class LocalFolder:
             self.names = sorted(p.name for p in path.iterdir() if p.is_file() or (p.is_symlink() and not p.exists()))
         except OSError as error:
             raise CheckpointError(f"cannot list {self.where!r}: {error.strerror}.") from error
-        whole = path.resolve()
+        whole = real_path(path)
         # the hub's cache keeps a version's files as links to what all versions share
         self._inside = (whole, whole.parents[1] / "blobs") if whole.parent.name == "snapshots" else (whole,)
 
@@ -218,7 +223,7 @@ class LocalFolder:
 
     def holds(self, name: str) -> bool:
         """Whether a file lies in the folder, or in the part of the hub's cache that belongs to it."""
-        target = (self.path / name).resolve()
+        target = real_path(self.path / name)
         return any(target.is_relative_to(place) for place in self._inside)
 
 

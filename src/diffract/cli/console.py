@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from diffract.errors import DiffractError, printable
+from diffract.errors import DiffractError, escape, printable
 
 if TYPE_CHECKING:
     from diffract.settings import Progress
@@ -40,7 +40,7 @@ def explained(*, debug: bool) -> Iterator[None]:
     except DiffractError as error:
         if debug:
             raise
-        typer.echo(f"error: {error}", err=True)
+        note(f"error: {error}")
         raise typer.Exit(EXIT_INPUT) from error
     except KeyboardInterrupt:
         typer.echo("interrupted; run the same command again to continue", err=True)
@@ -147,12 +147,13 @@ def _lines(label: str, pace: Pace) -> Callable[[float, float, str], None]:
 
 def say(text: str) -> None:
     """Print a line of results."""
-    typer.echo(text)
+    typer.echo(escape(text, keep="\n"))
 
 
 def note(text: str) -> None:
     """Print a line that is no result to standard error: what is being done, or what is wrong."""
-    typer.echo(text, err=True)
+    # Every line passes here: a name that steers the terminal may come from any file, and reach any message.
+    typer.echo(escape(text, keep="\n"), err=True)
 
 
 def warn(texts: Sequence[str]) -> None:

@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ def _decoded(path: Path) -> str:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
         return raw.decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise CorpusError(f"cannot read {printable(path)!r}: {printable(error)}. Fetch it again.") from error
 
 

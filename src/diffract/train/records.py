@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 MANIFEST, LOG, CHECKPOINTS, STATES = "manifest.json", "log.jsonl", "checkpoints", "state"
 """What lies in the folder of a run."""
 
+LOGGED = {"step", "tokens", "loss", "rate", "grad_norm", "seconds"}
+"""What a line of the log says."""
+
 KIND = "diffract training"
 FORMAT = 1
 """Number of the manifest's layout; a reader refuses another."""
@@ -161,8 +164,25 @@ def finished_run(folder: Path, manifest: Mapping[str, Any]) -> TrainRun:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Return the steps of a log."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Return the steps of a log: for each its number, tokens, loss, rate, norm of the gradient, and seconds so far.
+
+    Raises:
+        RunError: The log is gone, empty or damaged.
+    """
+    try:
+        if not path.is_file():
+            raise FileNotFoundError("it is gone, or no file")
+        steps = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(
+            f"cannot read the log {printable(path)!r}: {printable(error)}. "
+            "Put it back; the checkpoints are whole without it."
+        ) from error
+    if not steps or not all(isinstance(step, dict) and step.keys() >= LOGGED for step in steps):
+        raise RunError(
+            f"the log {printable(path)!r} is empty or damaged. Put it back; the checkpoints are whole without it."
+        )
+    return steps
 
 
 def cut_log(path: Path, step: int) -> None:
@@ -171,7 +191,7 @@ def cut_log(path: Path, step: int) -> None:
     Raises:
         RunError: The log does not hold all steps up to there: half a log would pass for that of the whole run.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[:step] if path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[:step] if path.is_file() else []
     if [_step_of(line) for line in lines] != list(range(1, step + 1)):
         raise RunError(
             f"{printable(path)!r} does not hold the {step} steps that the run has made: it was damaged or removed. Put "
