@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -107,4 +108,10 @@ def test_a_damaged_packed_file_is_named(tmp_path: Path) -> None:
     raw[12:20] = b"\xff" * 8
     path.write_bytes(raw)
     with pytest.raises(CorpusError, match=r"cannot read .*t\.txt\.gz"):
-        list(read_documents(str(path)))
+        texts("t.txt.gz", tmp_path)
+
+
+def test_a_pipe_is_no_text(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "t.txt")
+    with pytest.raises(CorpusError, match="it is no file"):
+        texts("t.txt", tmp_path)

@@ -147,6 +147,8 @@ def _place(source: str, data: Path | None) -> Path:
 
 
 def _decoded(path: Path) -> str:
+    if not path.is_file():  # to read a pipe or a device may never end
+        raise CorpusError(f"cannot read {printable(path)!r}: it is no file. Fetch it again.")
     try:
         raw = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
         return raw.decode("utf-8")
