@@ -1,5 +1,6 @@
 """Tiny seeded tensors, sharded folders, a count of the bytes read, and a hub on this machine."""
 
+import hashlib
 import json
 import os
 import threading
@@ -170,7 +171,13 @@ class _Handler(BaseHTTPRequestHandler):
         if rest and rest[0] == "tree":
             tree = [{"type": "file", "path": n, "size": len(c), "oid": f"{len(c):040x}"} for n, c in files.items()]
             return self.reply(200, json.dumps(tree).encode())
-        siblings = [{"rfilename": n, "size": self.hub.lists.get(n, len(c))} for n, c in files.items()]
+        siblings: list[dict[str, object]] = []
+        for name, content in files.items():
+            size = self.hub.lists.get(name, len(content))
+            siblings.append({"rfilename": name, "size": size})
+            if name.endswith((".safetensors", ".bin")):
+                sha256 = hashlib.sha256(content).hexdigest()
+                siblings[-1]["lfs"] = {"sha256": sha256, "size": size, "pointerSize": 134}
         found = {"id": repo, "sha": COMMIT, "siblings": siblings}
         return self.reply(200, json.dumps(found).encode())
 

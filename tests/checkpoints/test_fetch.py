@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
+from polars.testing import assert_frame_equal
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+import diffract
 from diffract.checkpoints import open_checkpoint
 from diffract.checkpoints.fetch import fetch
+from diffract.checkpoints.hub import HEAD_BYTES
 from diffract.cli.main import app
 from diffract.errors import CheckpointError
 
@@ -72,6 +75,25 @@ def test_an_adapters_base_comes_with_it(hub: Any, published: int, adapted: None)
     found = fetch("org/adapter", "org/model@v1", say=lambda _: None)
     assert [one["reference"] for one in found["models"]] == [f"org/adapter@{COMMIT}", f"org/model@{COMMIT}"]
     assert found["fetch_bytes"] == published + sum(len(content) for content in hub.repos["org/adapter"].values())
+
+
+def test_what_was_scanned_is_not_fetched_again(hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFRACT_CACHE_DIR", str(tmp_path / "results"))
+    (tmp_path / "large").mkdir()
+    w = torch.randn(256, 200, generator=torch.Generator().manual_seed(2))
+    save_file({"layer.weight": w}, tmp_path / "large" / "model.safetensors")
+    hub.add("org/model", tmp_path / "large")
+    first = diffract.scan("org/model", metrics="norms")
+    assert hub.sent >= w.nbytes
+    hub.sent = 0
+    again = diffract.scan("org/model", metrics="norms")
+    assert hub.sent == HEAD_BYTES
+    assert_frame_equal(first.metrics, again.metrics)
+    assert first.models["digest"].to_list() == again.models["digest"].to_list() != [None]
+    save_file({"layer.weight": w * 2}, tmp_path / "large" / "model.safetensors")
+    hub.add("org/model", tmp_path / "large")
+    other = diffract.scan("org/model", metrics="norms")
+    assert other.metrics["frobenius_norm"][0] == pytest.approx(2 * first.metrics["frobenius_norm"][0])
 
 
 @pytest.mark.parametrize("reference", ["nothing", "org/absent", ".", "org/model@v9"])

@@ -7,14 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import polars as pl
 import torch
 from torch import Tensor
 
 from diffract.checkpoints import Checkpoint, TensorInfo, as_bytes, tensor_digest
 from diffract.checkpoints.checkpoint import Range, row_blocks, start_digest
 from diffract.checkpoints.dtypes import TORCH_DTYPES
+from diffract.checkpoints.sources import origin_of
 from diffract.matrices import Matrix, cut
 from diffract.matrices.layout import KEEP_BYTES
+from diffract.store import Cache, cache_key
 
 BLOCK_ENTRIES = 1 << 25
 """Entries read at once of a larger one."""
@@ -58,6 +61,8 @@ class Held:
 
     Only the entries of the leading axis from the first that is needed to the last are read: a head's rows, an expert.
 
+    Nothing is read before it is asked for: a digest that is known from the place alone saves the reading.
+
     Attributes:
         checkpoint: Where the tensor lies.
         name: The tensor's name.
@@ -66,13 +71,18 @@ class Held:
         whole: Whether these are all of them.
     """
 
-    def __init__(self, checkpoint: Checkpoint, matrices: Sequence[Matrix]) -> None:
+    def __init__(self, checkpoint: Checkpoint, matrices: Sequence[Matrix], cache: Cache | None) -> None:
         self.name = matrices[0].tensor
-        self.checkpoint, self.info = checkpoint, checkpoint.info(self.name)
+        self.checkpoint, self.info, self._cache = checkpoint, checkpoint.info(self.name), cache
         self.span = self._span(matrices)
         self.whole = self.span == (0, self.info.shape[0])
-        small = self._part.size_bytes <= KEEP_BYTES
-        self._tensor = checkpoint.read(self.name, None if self.whole else self.span) if small else None
+
+    @cached_property
+    def _tensor(self) -> Tensor | None:
+        """The entries that are needed, where they are few enough to be kept."""
+        if self._part.size_bytes > KEEP_BYTES:
+            return None
+        return self.checkpoint.read(self.name, None if self.whole else self.span)
 
     def _span(self, matrices: Sequence[Matrix]) -> Range:
         every = (0, self.info.shape[0])
@@ -88,6 +98,17 @@ class Held:
     @cached_property
     def digest(self) -> str:
         """The digest of the same bytes that are analysed: the tensor's, or its part's with the place of that."""
+        origin = origin_of(self.checkpoint, self.name)
+        if self._cache is None or origin is None:
+            return self._read_digest()
+        key = cache_key("origin", origin, self.span)
+        known = self._cache.get(key)
+        if known is None:
+            known = pl.DataFrame({"digest": [self._read_digest()]})
+            self._cache.put(key, known)
+        return known["digest"][0]
+
+    def _read_digest(self) -> str:
         if self.whole:
             return self.checkpoint.digest(self.name) if self._tensor is None else tensor_digest(self.info, self._tensor)
         hasher = start_digest(self._part)

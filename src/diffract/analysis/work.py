@@ -282,7 +282,7 @@ class Worker:
                 return Outcome(self._circuits(task))
             case HeadTask():
                 return Outcome([self._grams(task)])
-        held = {i: Held(self.checkpoints[i], task.matrices) for i in (task.model, *task.tuned)}
+        held = {i: Held(self.checkpoints[i], task.matrices, self.cache) for i in (task.model, *task.tuned)}
         # digests of the very bytes that are analysed: a file that changes meanwhile spoils no result that is kept
         do = self._apart if self.plan.apart else self._compare if task.tuned else self._scan
         digests = {i: one.digest for i, one in held.items() if one.whole}
@@ -394,7 +394,8 @@ class Worker:
         checkpoint = self.checkpoints[task.model]
         every = (*task.left, *task.right)
         held = {
-            n: Held(checkpoint, [m for m in every if m.tensor == n]) for n in dict.fromkeys(m.tensor for m in every)
+            n: Held(checkpoint, [m for m in every if m.tensor == n], self.cache)
+            for n in dict.fromkeys(m.tensor for m in every)
         }
         metrics = tuple(filter(has_meaning, self.plan.metrics))
         worker = replace(self, plan=replace(self.plan, metrics=metrics, vectors=False))
@@ -423,11 +424,13 @@ class Worker:
 
     def _grams(self, task: HeadTask) -> Part:
         """Return the inner products (k, k) of W0 and of the k - 1 changes, of each slice, as one row of k * k."""
-        base = Held(self.checkpoints[task.model], task.matrices)
+        base = Held(self.checkpoints[task.model], task.matrices, self.cache)
         tuned = [self.checkpoints[i] for i in task.tuned]
         # of an adapter the change as factors, which are never multiplied out
         factors = [one.factors.get(task.tensor) for one in tuned]
-        changed = [made() if made else Held(one, task.matrices) for one, made in zip(tuned, factors, strict=True)]
+        changed = [
+            made() if made else Held(one, task.matrices, self.cache) for one, made in zip(tuned, factors, strict=True)
+        ]
         key, rows = "", None
         if self.cache:  # without one the digests, a pass over all bytes, are not needed
             changes = [factor_digest(one) if isinstance(one, Factors) else one.digest for one in changed]

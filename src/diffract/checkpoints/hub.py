@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from fnmatch import fnmatchcase
@@ -85,9 +85,17 @@ class HubFile(ByteFile):
     It is opened with one request, which tells the size and brings the first bytes along.
     """
 
-    def __init__(self, url: str, headers: Mapping[str, str], name: str, *, listed: int | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        name: str,
+        *,
+        listed: int | None = None,
+        origin: str | None = None,
+    ) -> None:
         self.url, self.name = url, name
-        self._listed = listed
+        self._listed, self.origin = listed, origin
         self._headers = {**headers, "Accept-Encoding": "identity"}
         self._head = b""
         self.size = 0
@@ -161,6 +169,7 @@ class HubFolder:
         commit: The full hash of the version; every read is of this one.
         files: Its files, with slashes where they lie in subfolders, and the bytes of each if the hub tells them.
         headers: What the client sends along, the user's token included.
+        hashes: Of large files the SHA-256 of their bytes, as the hub lists them.
         cached: What the cache of the hub's client holds of this version, ``None`` if that is nothing.
     """
 
@@ -168,6 +177,7 @@ class HubFolder:
     commit: str
     files: Mapping[str, int | None]
     headers: Mapping[str, str]
+    hashes: Mapping[str, str] = field(default_factory=dict)
     cached: LocalFolder | None = None
 
     @property
@@ -211,7 +221,8 @@ class HubFolder:
         if self.cached and name in self.cached.names:
             return self.cached.open(name)
         shown = f"hf://{self.where}/{printable(name)}"
-        return HubFile(self._url(name), self.headers, shown, listed=self.files.get(name))
+        origin = f"{_endpoint()} {self.hashes[name]}" if name in self.hashes else None
+        return HubFile(self._url(name), self.headers, shown, listed=self.files.get(name), origin=origin)
 
     def _url(self, name: str) -> str:
         return hf_hub_url(self.repo, name, revision=self.commit, endpoint=constants.ENDPOINT)
@@ -233,7 +244,8 @@ def find_hub_folder(repo: str, revision: str | None = None) -> HubFolder:
     if not info.sha:
         raise CheckpointError(f"{where}: the hub names no commit for it. Pass --download, or a local copy.")
     path = cached_version(repo, info.sha)
-    return HubFolder(repo, info.sha, files, headers, LocalFolder(path) if path else None)
+    hashes = {file.rfilename: file.lfs.sha256 for file in info.siblings or [] if file.lfs}
+    return HubFolder(repo, info.sha, files, headers, hashes=hashes, cached=LocalFolder(path) if path else None)
 
 
 def cached_version(repo: str, revision: str | None = None) -> Path | None:

@@ -30,10 +30,12 @@ class ByteFile(ABC):
     Attributes:
         name: What to call it in messages.
         size: Its size in bytes.
+        origin: What stands for its bytes without their being read, ``None`` where nothing does.
     """
 
     name: str
     size: int
+    origin: str | None = None
 
     @abstractmethod
     def fill(self, view: memoryview, offset: int) -> None:
@@ -58,6 +60,14 @@ class ByteFile(ABC):
         if length:
             self.fill(buffer.numpy().data, offset)
         return from_bytes(buffer, info, rows)
+
+
+def origin_of(checkpoint: Checkpoint, name: str) -> str | None:
+    """Return what stands for a tensor's bytes without their being read, ``None`` where nothing does."""
+    source, info = checkpoint.sources[name], checkpoint.info(name)
+    if not isinstance(source, ByteFile) or source.origin is None:
+        return None
+    return f"{source.origin} {info.offset} {info.dtype} {info.shape}"
 
 
 class LocalFile(ByteFile):
