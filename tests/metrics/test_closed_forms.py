@@ -223,6 +223,12 @@ def change_cases() -> dict[str, tuple[torch.Tensor, torch.Tensor, dict[str, floa
         **levels,
     }
     scaled |= {"value_share_turned": 0, "sigma_change_relative": 0.01}
+    scaled |= {
+        "scale_change": 0.01,
+        "delta_free_relative": 0,
+        "value_share_free": NAN,
+        "spectral_shift_share_free": NAN,
+    }
     # Rows 1 and 2 swapped: left vectors are exchanged, right vectors and sigmas stay.
     swapped = base[[1, 0, 2, 3]].clone()
     swap = {
@@ -246,6 +252,10 @@ def change_cases() -> dict[str, tuple[torch.Tensor, torch.Tensor, dict[str, floa
     }
     # |u0_i . u1_j| |v0_i . v1_j| is 0 throughout for both pairs, so nothing of them is left on the diagonal.
     swap |= {"value_share_turned": (16 + 9) / 50, "sigma_change_relative": 0}
+    # <D, W0> = -25, so the scale is -5/6, and of ||D||^2 = 50 there stay 175/6. On the diagonal (-2/3, -1/2, 5/3, 5/6)
+    # is left, of squared norm 25/6; sigmas s against s/6 are 125/6 apart.
+    swap |= {"scale_change": -5 / 6, "delta_free_relative": math.sqrt(35 / 36)}
+    swap |= {"value_share_free": 1 / 7, "spectral_shift_share_free": 5 / 7}
     # One entry grows by the rank-one change 2 e4 e4^T: sigmas 4, 3, 3, 2 would tie, so 1 becomes 1.5 instead.
     grown = base + diagonal(0, 0, 0, 0.5)
     grow = {
@@ -265,6 +275,8 @@ def change_cases() -> dict[str, tuple[torch.Tensor, torch.Tensor, dict[str, floa
         **levels,
     }
     grow |= {"value_share_turned": 0, "sigma_change_relative": 0.5 / math.sqrt(30)}
+    grow |= {"scale_change": 1 / 60, "delta_free_relative": math.sqrt(29) / 60}  # 0.5^2 - 0.5^2 / 30 = 29 / 120
+    grow |= {"value_share_free": 1, "spectral_shift_share_free": 1}
     return {
         "scaled by 1.01": (base, 1.01 * base, scaled),
         "rows swapped": (base, swapped, swap),
