@@ -13,7 +13,7 @@ from diffract.checkpoints.adapter_parts import (
     CONFIG,
     MERGE,
     Adapter,
-    LowRank,
+    LoraParts,
     is_factor,
     module_name,
     read_adapter,
@@ -35,7 +35,7 @@ ANOTHER = "This adapter belongs to another base; pass --adapter-base MODEL."
 
 
 @dataclass(frozen=True)
-class Change:
+class AdaptedTensor:
     """What an adapter makes of one tensor of its base.
 
     Attributes:
@@ -49,7 +49,7 @@ class Change:
 
     info: TensorInfo
     start: tuple[Checkpoint, str]
-    low_rank: LowRank | None = None
+    low_rank: LoraParts | None = None
     transposed: bool = False
     shift: tuple[str, float] | None = None
     rows: tuple[list[int], str] | None = None
@@ -61,7 +61,7 @@ class Adapted:
 
     base: Checkpoint
     weights: Checkpoint
-    changes: Mapping[str, Change]
+    changes: Mapping[str, AdaptedTensor]
     owns_base: bool
 
     def read(self, info: TensorInfo, rows: Range | None) -> torch.Tensor:
@@ -89,7 +89,7 @@ class Adapted:
             found = self._with_rows(found, change.rows, span)
         return found[rows[0] : rows[1]] if whole and rows is not None else found
 
-    def _adapted(self, values: torch.Tensor, change: Change, rows: Range | None) -> torch.Tensor:
+    def _adapted(self, values: torch.Tensor, change: AdaptedTensor, rows: Range | None) -> torch.Tensor:
         """Add the product of factors to rows of a weight, and give its outputs DoRA's magnitudes."""
         import torch
 
@@ -178,7 +178,7 @@ def open_adapter(adapter: Adapter, base: Checkpoint, *, owns_base: bool = True) 
     )
 
 
-def _alike(changes: Mapping[str, Change], one: str, two: str) -> bool:
+def _alike(changes: Mapping[str, AdaptedTensor], one: str, two: str) -> bool:
     """Whether an adapter does the same to two tensors: trained tokens are those of both ends of the model."""
     a, b = changes.get(one), changes.get(two)
     return a is not None and b is not None and a.rows is not None and a.rows == b.rows
@@ -212,7 +212,7 @@ class _Fitted:
 
     adapter: Adapter
     base: Checkpoint
-    changes: dict[str, Change] = field(default_factory=dict)
+    changes: dict[str, AdaptedTensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
     untied: bool = False
@@ -301,7 +301,7 @@ class _Fitted:
             info = replace(info, dtype=old.dtype if old.is_float and info.is_float else info.dtype)
         if own in self.changes:
             self._refuse_two(own)
-        self.changes[own] = Change(replace(info, name=own), (self.adapter.weights, stored))
+        self.changes[own] = AdaptedTensor(replace(info, name=own), (self.adapter.weights, stored))
 
     def _refuse_two(self, name: str) -> NoReturn:
         raise CheckpointError(
@@ -309,7 +309,7 @@ class _Fitted:
             "again."
         )
 
-    def _start(self, name: str) -> tuple[str, Change]:
+    def _start(self, name: str) -> tuple[str, AdaptedTensor]:
         """Return what a tensor is called in the result, and what it is before anything is added to it.
 
         Raises:
@@ -319,11 +319,11 @@ class _Fitted:
         if own in self.changes:
             return own, self.changes[own]
         if own in self.base:
-            return own, Change(self.base.info(own), (self.base, own))
+            return own, AdaptedTensor(self.base.info(own), (self.base, own))
         twin, _ = self._ties(name)
         if twin:
             self.untied = True
-            return name, Change(replace(self.base.info(twin), name=name), (self.base, twin))
+            return name, AdaptedTensor(replace(self.base.info(twin), name=name), (self.base, twin))
         raise CheckpointError(
             f"{self.where}: the adapter changes {printable(name)!r}, which the base {self.base.reference} does not "
             "hold. Pass --adapter-base MODEL."
@@ -343,7 +343,7 @@ class _Fitted:
                     return None
         return flag
 
-    def _add(self, module: str, low_rank: LowRank, flag: bool | None) -> None:
+    def _add(self, module: str, low_rank: LoraParts, flag: bool | None) -> None:
         """Add the product of factors to a weight."""
         name = f"{module}.weight"
         own, start = self._start(name)
@@ -395,7 +395,7 @@ class _Fitted:
             for other in self._ties(name)[1]:
                 self.untied = True
                 if other not in self.changes:
-                    self.changes[other] = Change(replace(self.base.info(name), name=other), (self.base, name))
+                    self.changes[other] = AdaptedTensor(replace(self.base.info(name), name=other), (self.base, name))
         if self.untied:
             self.notes.append(
                 "The adapter changes one of two ends that its base ties: here they are two tensors, as when it was "

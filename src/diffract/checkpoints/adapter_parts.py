@@ -150,7 +150,7 @@ def read_settings(config: Mapping[str, Any], where: str) -> Settings:
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LoraParts:
     """A low-rank change of a module's weight.
 
     Attributes:
@@ -206,7 +206,7 @@ class Adapter:
 
     settings: Settings
     weights: Checkpoint
-    low_rank: dict[str, LowRank] = field(default_factory=dict)
+    low_rank: dict[str, LoraParts] = field(default_factory=dict)
     whole: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, str] = field(default_factory=dict)
     biases: dict[str, str] = field(default_factory=dict)
@@ -312,7 +312,7 @@ def _of_one(weights: Checkpoint, settings: Settings, name: str | None) -> dict[s
     return {stored: part for stored, part in sorted_.items() if part[2] in ("", name or part[2])}
 
 
-def _low_rank(module: str, parts: Mapping[str, str], adapter: Adapter) -> LowRank:
+def _low_rank(module: str, parts: Mapping[str, str], adapter: Adapter) -> LoraParts:
     """Return a module's factors, of the rank that is stated."""
     settings, weights, where = adapter.settings, adapter.weights, adapter.settings.where
     embedding = "embedding_A" in parts or "embedding_B" in parts
@@ -333,7 +333,7 @@ def _low_rank(module: str, parts: Mapping[str, str], adapter: Adapter) -> LowRan
             f"{MERGE}"
         )
     turned = settings.mlx
-    found = LowRank(module, a, b, 1.0, turned, embedding, parts.get("magnitude"))
+    found = LoraParts(module, a, b, scale=1.0, turned=turned, embedding=embedding, magnitude=parts.get("magnitude"))
     stacked = turned and len(a.shape) == 3
     inner = (b.shape[2 if stacked else 0 if turned else 1]) if len(b.shape) == len(a.shape) >= 2 else None
     if inner is None or inner != found.rank or (stacked and a.shape[0] != b.shape[0]):

@@ -82,7 +82,7 @@ IN_BLOCKS = {
 
 
 @dataclass(frozen=True)
-class Family:
+class GgufFamily:
     """How llama.cpp's converter has stored an architecture.
 
     Attributes:
@@ -103,13 +103,13 @@ GEMMA = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 FAMILIES = {
-    "llama": Family("llama", permuted=True),
-    "qwen2": Family("qwen2"),
-    "qwen3": Family("qwen3"),
-    "qwen3moe": Family("qwen3_moe"),
-    "gemma2": Family("gemma2", raised=True, names=GEMMA),
-    "gemma3": Family("gemma3_text", raised=True, names=GEMMA),
-    "phi3": Family("phi3", names={"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}),
+    "llama": GgufFamily("llama", permuted=True),
+    "qwen2": GgufFamily("qwen2"),
+    "qwen3": GgufFamily("qwen3"),
+    "qwen3moe": GgufFamily("qwen3_moe"),
+    "gemma2": GgufFamily("gemma2", raised=True, names=GEMMA),
+    "gemma3": GgufFamily("gemma3_text", raised=True, names=GEMMA),
+    "phi3": GgufFamily("phi3", names={"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}),
 }
 """Architectures whose names and settings are those of transformers when they are read; of others they stay."""
 
@@ -171,7 +171,7 @@ class _Cursor:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor as the head of a file lists it: name, shape (rows first), type, and first byte within the file."""
 
     name: str
@@ -216,7 +216,7 @@ def open_gguf(folder: Folder, names: Sequence[str], where: str) -> Checkpoint:
         raise
 
 
-def _notes(kinds: Mapping[str, int], settings: Mapping[str, Any], family: Family | None) -> tuple[str, ...]:
+def _notes(kinds: Mapping[str, int], settings: Mapping[str, Any], family: GgufFamily | None) -> tuple[str, ...]:
     counts = ", ".join(f"{count} tensors {kind}" for kind, count in sorted(kinds.items()))
     quantised = (
         f"The weights are quantised (GGUF: {counts}): they are read as codes times scales, in float32. Where the other "
@@ -229,7 +229,7 @@ def _notes(kinds: Mapping[str, int], settings: Mapping[str, Any], family: Family
     return (*([quantised] if kinds else []), *([] if family else [strange]))
 
 
-def _read_head(file: ByteFile) -> tuple[dict[str, Any], list[Stored]]:
+def _read_head(file: ByteFile) -> tuple[dict[str, Any], list[StoredTensor]]:
     """Return the settings and tensors of a file."""
     cursor = _Cursor(file)
     magic, version = cursor.take(4), cursor.number("I")
@@ -264,7 +264,7 @@ def _read_head(file: ByteFile) -> tuple[dict[str, Any], list[Stored]]:
     return settings, stored
 
 
-def _read_listed(cursor: _Cursor) -> Stored:
+def _read_listed(cursor: _Cursor) -> StoredTensor:
     """Return a tensor as it is listed, its offset counted from the end of the head."""
     name, axes = cursor.text(), cursor.number("I")
     where = f"{cursor.file.name}, tensor {printable(name)!r}"
@@ -277,10 +277,10 @@ def _read_listed(cursor: _Cursor) -> Stored:
     entries = BLOCKS[kind].entries if kind in BLOCKS else 1
     if prod(n or 1 for n in shape) * 16 >= SIZE_LIMIT or (shape[-1] if shape else 1) % entries:
         raise CheckpointError(f"{where}: no tensor of its type has shape {list(shape)}. Fetch it again.")
-    return Stored(name, shape, kind, offset)
+    return StoredTensor(name, shape, kind, offset)
 
 
-def _config(settings: Mapping[str, Any], family: Family | None, stored: Iterable[Stored]) -> dict[str, Any]:
+def _config(settings: Mapping[str, Any], family: GgufFamily | None, stored: Iterable[StoredTensor]) -> dict[str, Any]:
     """Return the config.json that transformers would have; without a known family none."""
     if family is None:
         return {}
@@ -300,7 +300,7 @@ def _config(settings: Mapping[str, Any], family: Family | None, stored: Iterable
 
 
 def _as_checkpoint(
-    file: ByteFile, stored: Iterable[Stored], family: Family | None, config: Mapping[str, Any]
+    file: ByteFile, stored: Iterable[StoredTensor], family: GgufFamily | None, config: Mapping[str, Any]
 ) -> Checkpoint:
     infos: dict[str, TensorInfo] = {}
     sources: dict[str, Source] = {}
@@ -322,7 +322,7 @@ def _as_checkpoint(
     return Checkpoint(file.name, infos, sources, set_aside=aside)
 
 
-def _named(name: str, family: Family | None) -> tuple[str, str]:
+def _named(name: str, family: GgufFamily | None) -> tuple[str, str]:
     """Return what transformers calls a tensor, and its role as GGUF names it."""
     role, _, last = name.rpartition(".")
     inside = _BLOCK.fullmatch(name)
@@ -348,7 +348,7 @@ class GgufTensor:
     """
 
     file: ByteFile
-    stored: Stored
+    stored: StoredTensor
     heads: int = 0
     raised: bool = False
 

@@ -17,7 +17,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from diffract.checkpoints import Reference, open_checkpoint, row_blocks
-from diffract.checkpoints.adapter_parts import Adapter, LowRank
+from diffract.checkpoints.adapter_parts import Adapter, LoraParts
 from diffract.checkpoints.dtypes import TORCH_DTYPES
 from diffract.checkpoints.open import open_adapter_parts
 from diffract.edits.edit import Row
@@ -120,7 +120,7 @@ def audit(
     return Audit(str(adapter), rows, pattern, rank, overlaps, merging, whole)
 
 
-def _spectra(adapter: Adapter, low_rank: LowRank) -> list[tuple[str, _Spectrum | None]]:
+def _spectra(adapter: Adapter, low_rank: LoraParts) -> list[tuple[str, _Spectrum | None]]:
     """Return the spectrum of a module's change, of stacked experts one each; ``None`` where it is not finite."""
     B, A = low_rank.read(adapter.weights)
     if B.ndim == 2:
@@ -145,7 +145,7 @@ def _suffices(S: Tensor, energy: float) -> int:
     return int((sums < energy * sums[-1] * (1 - 4 * torch.finfo(S.dtype).eps)).sum()) + 1
 
 
-def _module_row(name: str, spectrum: _Spectrum | None, asked: tuple[LowRank, float]) -> Row:
+def _module_row(name: str, spectrum: _Spectrum | None, asked: tuple[LoraParts, float]) -> Row:
     low_rank, energy = asked
     row: Row = {"name": name, "rank": low_rank.rank}
     keys = ("used", "effective_rank", "suffices", "norm", "rms", "lost_above")
@@ -163,7 +163,7 @@ def _module_row(name: str, spectrum: _Spectrum | None, asked: tuple[LowRank, flo
     return row | dict(zip(keys, found, strict=True))
 
 
-def _twin(other: Adapter | None, low_rank: LowRank, name: str) -> _Spectrum | None:
+def _twin(other: Adapter | None, low_rank: LoraParts, name: str) -> _Spectrum | None:
     """Return the other adapter's change of the same module, where there is one of the same shape."""
     match = None if other is None else other.low_rank.get(low_rank.module)
     if other is None or match is None or match.shape != low_rank.shape:

@@ -43,7 +43,7 @@ class Lora(Edit):
     """Write the change against the base as a PEFT LoRA adapter."""
 
     # the command without a base looks at an adapter; recipes name one
-    model_config = ConfigDict(**STRICT, json_schema_extra={"required": ["base"]})
+    model_config = STRICT | ConfigDict(json_schema_extra={"required": ["base"]})
 
     name: ClassVar = "lora"
     usage: ClassVar = "diffract lora TUNED --base BASE --rank auto -o ADAPTER"

@@ -64,7 +64,7 @@ def renamed_like(base: Layout, layout: Layout) -> Layout:
     return replace(layout, checkpoint=renamed(layout.checkpoint, names), architecture=architecture, entries=entries)
 
 
-class Piece(NamedTuple):
+class PairedPart(NamedTuple):
     """One matrix: where it is to lie, and where it lies."""
 
     to: Matrix
@@ -81,7 +81,7 @@ class PutTogether:
     """
 
     checkpoint: Checkpoint
-    pieces: tuple[Piece, ...]
+    pieces: tuple[PairedPart, ...]
 
     def read(self, info: TensorInfo, rows: Range | None) -> Tensor:
         """Return entries ``rows`` of the leading axis; zeros where no piece lies, as of a part that is not selected."""
@@ -127,10 +127,12 @@ def regrouped_like(base: Layout, layout: Layout) -> Layout:
     spare = {
         m.name: m for n, e in layout.entries.items() if n not in base.entries and n not in known for m in e.matrices
     }
-    made: dict[str, tuple[Piece, ...]] = {}
+    made: dict[str, tuple[PairedPart, ...]] = {}
     for name, entry in lacking.items():
         found = [spare.get(m.name) for m in entry.matrices]
-        pieces = tuple(Piece(m, of) for m, of in zip(entry.matrices, found, strict=True) if of and of.shape == m.shape)
+        pieces = tuple(
+            PairedPart(m, of) for m, of in zip(entry.matrices, found, strict=True) if of and of.shape == m.shape
+        )
         if len(pieces) == len(found) and len({piece.of.dtype for piece in pieces}) == 1:
             made[name] = pieces
     while broken := _left_over(made, layout):
@@ -158,7 +160,7 @@ def regrouped_like(base: Layout, layout: Layout) -> Layout:
     return replace(layout, checkpoint=checkpoint, architecture=architecture, entries=entries)
 
 
-def _left_over(made: dict[str, tuple[Piece, ...]], layout: Layout) -> set[str]:
+def _left_over(made: dict[str, tuple[PairedPart, ...]], layout: Layout) -> set[str]:
     """Return the tensors of which some matrices are asked for, but not all."""
     asked: dict[str, set[str]] = defaultdict(set)
     for pieces in made.values():
