@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal
@@ -27,8 +28,17 @@ MOST_IN_ROW = 1000
 """Numbers that ``FROM:TO:STEP`` may come to: more are a slip of the pen."""
 
 
-MOST_RECIPE_BYTES, MOST_ALIASES = 10_000_000, 20
-"""Larger recipes are refused; a row of aliases of aliases grows to twice its length with each."""
+MOST_RECIPE_BYTES, MOST_ALIASES, MOST_NESTED = 10_000_000, 20, 100
+"""Larger recipes are refused; a row of aliases of aliases grows to twice its length with each, and the time that YAML
+takes grows with the square of how deep values lie."""
+
+OPENING = (
+    yaml.BlockMappingStartToken,
+    yaml.BlockSequenceStartToken,
+    yaml.FlowMappingStartToken,
+    yaml.FlowSequenceStartToken,
+)
+CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
 
 
 def decimal_row(text: str) -> list[Decimal]:
@@ -50,6 +60,27 @@ def decimal_row(text: str) -> list[Decimal]:
     raise ValueError(f"expected FROM:TO:STEP of at most {MOST_IN_ROW} numbers, got {printable(text)!r}")
 
 
+def read_file(path: Path) -> bytes:
+    """Return the bytes of a file.
+
+    Raises:
+        OSError: It cannot be read, or is no file: a pipe would be waited for, a device may have no end.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "it is no file, but a pipe or a device", str(path))
+    return path.read_bytes()
+
+
+def _is_overgrown(text: str) -> bool:
+    aliases = depth = 0
+    for token in yaml.scan(text):
+        aliases += isinstance(token, yaml.AliasToken)
+        depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
+        if aliases > MOST_ALIASES or depth > MOST_NESTED:
+            return True
+    return False
+
+
 def read_recipe(path: str | Path, expected: str) -> dict[str, Any]:
     """Read a YAML file that holds one mapping.
 
@@ -62,14 +93,11 @@ def read_recipe(path: str | Path, expected: str) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            # a pipe would be waited for, a device may have no end
-            raise RecipeError(f"recipe {printable(path)!r} is no file.")
-        text = path.read_text(encoding="utf-8") if path.stat().st_size <= MOST_RECIPE_BYTES else None
-        if text is None or sum(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)) > MOST_ALIASES:
+        text = read_file(path).decode() if path.stat().st_size <= MOST_RECIPE_BYTES else None
+        if text is None or _is_overgrown(text):
             raise RecipeError(
                 f"recipe {printable(path)!r}: expected {expected} in at most {size_text(MOST_RECIPE_BYTES)}, with at "
-                f"most {MOST_ALIASES} aliases (*name)."
+                f"most {MOST_ALIASES} aliases (*name) and {MOST_NESTED} values within each other."
             )
         found = yaml.safe_load(text)
     except RecipeError:

@@ -27,7 +27,7 @@ import platformdirs
 import polars as pl
 
 from diffract.errors import DiffractWarning, RunError
-from diffract.settings import size_text
+from diffract.settings import read_file, size_text
 
 FORMAT = 1
 """Raised when the layout of what is stored changes."""
@@ -81,7 +81,7 @@ class Cache:
         """Return a result, or ``None``."""
         path = self._path(key)
         try:
-            content = path.read_bytes()
+            content = read_file(path)
             os.utime(path)  # it is used: of what has not been for long, room is made first
         except FileNotFoundError:
             return None
@@ -334,7 +334,7 @@ def refuse_existing(folder: str | Path, *, force: bool) -> None:
 def _is_ours(manifest: Path) -> bool:
     """Whether a manifest is one that diffract writes; other programs call theirs so too."""
     try:
-        found = json.loads(manifest.read_text(encoding="utf-8"))
+        found = json.loads(read_file(manifest).decode())
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(found, dict) and {"format", "kind"} <= found.keys()

@@ -131,7 +131,7 @@ def test_an_architecture_file_that_cannot_be_read_is_the_inputs_fault(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("model: " + "[" * 1000 + "]" * 1000, "is no YAML"),
+        ("model: " + "[" * 1000 + "]" * 1000, "is no YAML|within each other"),
         ("a: &a [x, x]\n" + "".join(f"b{i}: &b{i} [*a, *a]\n" for i in range(20)), "aliases"),
         ("", "expected a mapping|expected"),
         ("x" * 10_000_001, "10 MB"),
@@ -200,3 +200,19 @@ def test_names_from_files_steer_no_terminal(family: tuple[Path, Path], tmp_path:
     done = run.invoke(app, ["report", str(tmp_path / "run"), "-o", str(tmp_path / "page.html")])
     assert done.exit_code == 1
     assert "\x1b" not in done.output
+
+
+@pytest.mark.parametrize("command", ["apply {} -o out", "train {} -o out", "inspect {base} --architecture {}"])
+def test_a_pipe_is_not_waited_for(command: str, family: tuple[Path, Path], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    done = run.invoke(app, command.format(tmp_path / "pipe", base=family[0]).split())
+    assert done.exit_code == 1, done.output
+    assert "it is no file" in done.stderr
+
+
+def test_deep_recipes_are_refused_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "deep.yaml"
+    path.write_text("[" * 100_000 + "]" * 100_000)
+    done = run.invoke(app, ["apply", str(path), "-o", str(tmp_path / "out")])
+    assert done.exit_code == 1
+    assert "100 values within each other" in done.stderr

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from diffract.errors import ArchitectureError
+from diffract.settings import read_file
 
 Key = str | int
 """A key of config.json (dots descend), a sum of keys (``a + b``), or a number."""
@@ -110,7 +111,7 @@ def load_spec(path: str | Path) -> Spec:
         ArchitectureError: The file cannot be read, is no JSON, or holds an unknown or wrong key (named with its path).
     """
     try:
-        return Spec.model_validate(json.loads(Path(path).read_text(encoding="utf-8")))
+        return Spec.model_validate(json.loads(read_file(Path(path)).decode()))
     except OSError as error:
         raise ArchitectureError(f"cannot read architecture file {str(path)!r}: {error.strerror}.") from error
     except ValidationError as error:

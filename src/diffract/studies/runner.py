@@ -19,7 +19,7 @@ from diffract._version import __version__
 from diffract.corpora import HUB, STANDARD_LIBRARY, WORD_PROBLEMS
 from diffract.errors import RecipeError, RunError, choose, printable
 from diffract.run import Run, load_run
-from diffract.settings import read_recipe, validated
+from diffract.settings import read_file, read_recipe, validated
 from diffract.store import cache_key, write_text
 from diffract.studies.family import Family, Say, TrainingJob, continual_jobs, make_family, pretraining_jobs
 from diffract.studies.finding import Evidence, Finding, Number, load_evidence, plain_figure, save_evidence
@@ -136,7 +136,7 @@ def _claim(recipe: StudyRecipe, folder: Path) -> None:
         write_text(folder / "recipe.yaml", yaml.safe_dump(plain, sort_keys=False))
         return
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["recipe"]
+        found = json.loads(read_file(path).decode())["recipe"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(f"{str(path)!r} is damaged ({printable(error)}). Choose another folder.") from error
     if changed := [name for name in plain if found.get(name) != plain[name]]:

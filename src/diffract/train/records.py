@@ -22,7 +22,7 @@ from torch import Tensor
 
 from diffract._version import __version__
 from diffract.errors import DiffractError, RecipeError, RunError, printable
-from diffract.settings import Progress
+from diffract.settings import Progress, read_file
 from diffract.store import DRAFT, cache_key, held, whole_file, write_text
 from diffract.train.recipe import TrainRecipe
 
@@ -82,7 +82,7 @@ def read_run(folder: Path, recipe: TrainRecipe) -> dict[str, Any]:
     if not folder.exists() or (folder.is_dir() and all(DRAFT.fullmatch(path.name) for path in folder.iterdir())):
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_file(path).decode())
     except (OSError, ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or found.get("kind") != KIND or found.get("format") != FORMAT:
@@ -170,9 +170,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         RunError: The log is gone, empty or damaged.
     """
     try:
-        if not path.is_file():
-            raise FileNotFoundError("it is gone, or no file")
-        steps = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        steps = [json.loads(line) for line in read_file(path).decode().splitlines()]
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(
             f"cannot read the log {printable(path)!r}: {printable(error)}. "
