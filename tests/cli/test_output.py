@@ -131,7 +131,7 @@ def test_an_architecture_file_that_cannot_be_read_is_the_inputs_fault(
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("model: " + "[" * 1000 + "]" * 1000, "is no YAML|within each other"),
+        ("model: " + "[" * 1000 + "]" * 1000, "within each other"),
         ("a: &a [x, x]\n" + "".join(f"b{i}: &b{i} [*a, *a]\n" for i in range(20)), "aliases"),
         ("", "expected a mapping|expected"),
         ("x" * 10_000_001, "10 MB"),
