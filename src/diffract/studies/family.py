@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import yaml
@@ -161,12 +159,14 @@ def run_all(jobs: Sequence[TrainingJob], recipe: StudyRecipe, say: Say) -> Seque
     return jobs
 
 
-def _end_with(parent: int) -> None:
-    """Have the system end this process with its parent: a study that is killed outright ends no training itself."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it has ended in between
-            os.kill(os.getpid(), signal.SIGTERM)
+ENDS_WITH_PARENT = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG; it stays over exec
+if os.getppid() != int(sys.argv[1]):  # which has ended in between
+    sys.exit(128 + signal.SIGTERM)
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+"""Has the system end a command with the process that starts it: a study that is killed outright ends no training."""
 
 
 def _run_apart(job: TrainingJob, launch: Sequence[str], children: list[subprocess.Popen[str]]) -> TrainingJob:
@@ -174,14 +174,17 @@ def _run_apart(job: TrainingJob, launch: Sequence[str], children: list[subproces
     path = write_text(job.folder.with_suffix(".yaml"), yaml.safe_dump(job.recipe, sort_keys=False))
     start = list(launch) or [sys.executable]
     command = [*start, "-m", "diffract", "train", str(path), "-o", str(job.folder), "--quiet"]
+    # A program of its own, not a function between fork and exec, which is not safe beside other threads.
+    first = [sys.executable, "-c", ENDS_WITH_PARENT, str(os.getpid())] if sys.platform == "linux" else []
+    if which(start[0]) is None:
+        raise RunError(f"cannot start {printable(start[0])!r}: there is no such program. Mend launch in the recipe.")
     try:
         child = subprocess.Popen(
-            command,
+            [*first, *command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
-            preexec_fn=partial(_end_with, os.getpid()),  # noqa: PLW1509 (one system call, no lock)
         )
     except OSError as error:
         raise RunError(f"cannot start {printable(start[0])!r}: {error.strerror}. Mend launch in the recipe.") from error
