@@ -16,7 +16,7 @@ import shutil
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +142,29 @@ class Cache:
 
 def _digest(key: str, content: bytes) -> bytes:
     return blake3.blake3(key.encode() + b"\0" + content).digest()
+
+
+def remembered(cache: Cache | None, key: Callable[[], str], make: Callable[[], pl.DataFrame]) -> pl.DataFrame:
+    """Return a result that a cache holds, or make it and keep it there.
+
+    Args:
+        cache: Where results are kept. Without one the key, which may take a pass over all bytes, is not asked for.
+        key: What the result depends on.
+        make: Computes it.
+    """
+    if cache is None:
+        return make()
+    own = key()
+    found = cache.get(own)
+    if found is None:
+        found = make()
+        cache.put(own, found)
+    return found
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the room on the disk that a folder lies on, or will lie on once it is made."""
+    return shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
 
 
 @dataclass(frozen=True)

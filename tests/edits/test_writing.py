@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -177,7 +176,7 @@ def test_an_output_without_room_is_refused_before_it_is_written(
     write_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = write_model("tuned", llama_tensors(0))
-    monkeypatch.setattr("diffract.edits.write.disk_usage", lambda path: SimpleNamespace(free=100))
+    monkeypatch.setattr("diffract.edits.write.free_bytes", lambda folder: 100)
     with pytest.raises(RunError, match=r"are to be written, and 100 B are free"):
         apply({"model": str(model)}, tmp_path / "out")
     assert not (tmp_path / "out").exists()

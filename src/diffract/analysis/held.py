@@ -17,7 +17,7 @@ from diffract.checkpoints.dtypes import TORCH_DTYPES
 from diffract.checkpoints.sources import origin_of
 from diffract.matrices import Matrix, cut
 from diffract.matrices.layout import KEEP_BYTES
-from diffract.store import Cache, cache_key
+from diffract.store import Cache, cache_key, remembered
 
 BLOCK_ENTRIES = 1 << 25
 """Entries read at once of a larger one."""
@@ -99,13 +99,13 @@ class Held:
     def digest(self) -> str:
         """The digest of the same bytes that are analysed: the tensor's, or its part's with the place of that."""
         origin = origin_of(self.checkpoint, self.name)
-        if self._cache is None or origin is None:
+        if origin is None:
             return self._read_digest()
-        key = cache_key("origin", origin, self.span)
-        known = self._cache.get(key)
-        if known is None:
-            known = pl.DataFrame({"digest": [self._read_digest()]})
-            self._cache.put(key, known)
+        known = remembered(
+            self._cache,
+            lambda: cache_key("origin", origin, self.span),
+            lambda: pl.DataFrame({"digest": [self._read_digest()]}),
+        )
         return known["digest"][0]
 
     def _read_digest(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import blake3
@@ -23,7 +24,7 @@ from diffract.matrices.layout import KEEP_BYTES, PIECE_BYTES
 from diffract.matrices.lineage import EntrySums
 from diffract.metrics import GROUPS, Facts, Metric, sources
 from diffract.settings import Progress
-from diffract.store import Cache, cache_key
+from diffract.store import Cache, cache_key, remembered
 
 PAIR_COST = 4
 """Work of comparing two matrices, in scans of one."""
@@ -291,16 +292,16 @@ class Worker:
 
     def _correlation(self, base: Held, tuned: Held) -> float:
         """Return how the entries of two tensors correlate, the heads and experts that are wanted of them together."""
-        key = cache_key("correlation", str(CORRELATION_VERSION), base.digest, tuned.digest)
-        known = self.cache.get(key) if self.cache else None
-        if known is None:
+
+        def correlate() -> pl.DataFrame:
             sums, rows = EntrySums(), max(1, BLOCK_ENTRIES * base.info.shape[0] // base.info.entries)
             for start in range(*base.span, rows):
                 stop = min(start + rows, base.span[1])
                 sums.add(base.rows(start, stop), tuned.rows(start, stop))
-            known = pl.DataFrame({"r": [sums.correlation()]})
-            if self.cache:
-                self.cache.put(key, known)
+            return pl.DataFrame({"r": [sums.correlation()]})
+
+        version = str(CORRELATION_VERSION)
+        known = remembered(self.cache, lambda: cache_key("correlation", version, base.digest, tuned.digest), correlate)
         return known["r"][0]
 
     def _scan(self, task: TensorTask, batch: tuple[Matrix, ...], held: Mapping[int, Held]) -> list[Part]:
@@ -339,15 +340,15 @@ class Worker:
         plan, columns = replace(self.plan, metrics=metrics, vectors=False), []
         names = [m.name for m in drawn]
         spread = pl.Series([names.index(m.name) if m in drawn else None for m in batch], dtype=pl.UInt32)
+        seeds = [[m.name, m.slice_key] for m in drawn]
+
+        def draw(kind: str) -> pl.DataFrame:
+            found = noise_facts(stacks(drawn), names, kind, find=lambda p: pair_facts(p, plan, self.device))
+            return numbers(found, metrics)
+
         for kind in self.plan.noises:
-            seeds = [[m.name, m.slice_key] for m in drawn]
             key = cache_key(kind, NOISE_VERSION, *content, seeds, plan.key, self.device.type)
-            rows = self.cache.get(key) if self.cache else None
-            if rows is None:
-                found = noise_facts(stacks(drawn), names, kind, find=lambda p: pair_facts(p, plan, self.device))
-                rows = numbers(found, metrics)
-                if self.cache:
-                    self.cache.put(key, rows)
+            rows = remembered(self.cache, lambda key=key: key, partial(draw, kind))
             columns += [column.gather(spread).rename(f"{column.name}_{kind}") for column in rows]
         return columns
 
@@ -431,17 +432,17 @@ class Worker:
         changed = [
             made() if made else Held(one, task.matrices, self.cache) for one, made in zip(tuned, factors, strict=True)
         ]
-        key, rows = "", None
-        if self.cache:  # without one the digests, a pass over all bytes, are not needed
+
+        def key() -> str:
             changes = [factor_digest(one) if isinstance(one, Factors) else one.digest for one in changed]
             content = ["heads", GRAMS_VERSION, base.digest, changes, [m.slice_key for m in task.matrices]]
-            key = cache_key(*content, self.device.type)
-            rows = self.cache.get(key)
-        if rows is None:
+            return cache_key(*content, self.device.type)
+
+        def add() -> pl.DataFrame:
             flat = change_sums(task, base, changed, self.device).flatten(1).cpu().numpy()
-            rows = pl.DataFrame({GRAMS: pl.Series(flat, dtype=pl.Array(pl.Float64, flat.shape[1]))})
-            if self.cache:
-                self.cache.put(key, rows)
+            return pl.DataFrame({GRAMS: pl.Series(flat, dtype=pl.Array(pl.Float64, flat.shape[1]))})
+
+        rows = remembered(self.cache, key, add)
         return Part(task.model, task.matrices, rows)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from diffract.checkpoints.hub import HubFolder, download_hub, find_hub_folder, w
 from diffract.checkpoints.open import base_within, parse_hub_name
 from diffract.errors import CheckpointError, printable
 from diffract.settings import size_text
+from diffract.store import free_bytes
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _with_bases(ref: str) -> Iterator[tuple[tuple[str, str | None], HubFolder]]:
 
 def _refuse_full_disk(needed: int) -> None:
     place = Path(constants.HF_HUB_CACHE).absolute()
-    room = shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
+    room = free_bytes(place)
     if needed > room:
         raise CheckpointError(
             f"{size_text(needed)} are to be fetched, and {str(place)!r} has room for {size_text(room)}. Make room "

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from shutil import disk_usage
 from typing import TypeVar
 
 import torch
@@ -24,6 +23,7 @@ from diffract.edits.recipe import Output
 from diffract.engine import keep_freed_memory, run_tasks
 from diffract.errors import RunError
 from diffract.settings import Progress, size_text
+from diffract.store import free_bytes
 
 R = TypeVar("R")
 
@@ -157,7 +157,7 @@ def _own_files(draft: Draft, output: Output) -> dict[str, LocalFile]:
 
 
 def _refuse_without_room(size: int, target: Target) -> None:
-    free = disk_usage(target.folder).free
+    free = free_bytes(target.folder)
     if size > free:
         raise RunError(
             f"{str(target.path)!r}: {size_text(size)} are to be written, and {size_text(free)} are free. Make room, or "
