@@ -19,6 +19,7 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n auto -m hypothesis --hypothesis-profile new # properties on examples not seen before
 
 check: lint test
 
