@@ -1,14 +1,17 @@
 # Two commands on a fresh machine (Python >= 3.11 and make): `make demo` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
+# Where else to look for torch, such as https://download.pytorch.org/whl/cpu, whose builds are a tenth as large.
+TORCH_INDEX ?=
+PIP_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: setup demo test test-slow lint check docs bench fuzz calibration gallery clean
+.PHONY: setup demo test test-slow lint check docs site wheel bench fuzz calibration gallery clean
 
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet $(PIP_INDEX) --constraint constraints.txt --editable '.[dev]'
 	touch .venv/ready
 
 demo: setup
@@ -31,7 +34,19 @@ lint: setup
 
 docs: setup
 	$(BIN)/python docs/make_metrics.py
+	$(BIN)/python docs/make_tables.py
 	$(BIN)/python docs/make_recipe_schema.py
+
+site: setup
+	$(BIN)/pip install --quiet '.[site]'
+	$(BIN)/zensical build --clean --strict # build/site; a link or an anchor that leads nowhere is an error
+
+wheel: setup # what somebody without this repository gets: an empty environment, the wheel, the demo
+	rm -rf build/wheel dist
+	$(BIN)/pip install --quiet build && $(BIN)/python -m build --wheel
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/pip install --quiet $(PIP_INDEX) --constraint constraints.txt dist/*.whl
+	cd build/wheel && bin/diffract demo && bin/diffract inspect "$$(bin/python -c 'import diffract; print(diffract.__path__[0])')/samples/tiny-olmo2/base"
 
 bench: setup
 	$(BIN)/python benchmarks/run.py

@@ -80,9 +80,10 @@ def scan(
     Raises:
         DiffractError: The input is wrong; the message says what, where, and what to do.
 
-    >>> import numpy as np
-    >>> scan({"w": np.diag([3.0, 4.0])}, cache=False)["metrics"]["spectral_norm"].to_list()
-    [4.0]
+    Examples:
+        >>> import numpy as np
+        >>> scan({"w": np.diag([3.0, 4.0])}, cache=False)["metrics"]["spectral_norm"].to_list()
+        [4.0]
     """
     return _analysed([ref], _options(locals()), output, force=force)
 
@@ -217,10 +218,11 @@ def trajectory(
     Raises:
         DiffractError: The input is wrong; the message says what, where, and what to do.
 
-    >>> import numpy as np
-    >>> series = [{"w": scale * np.eye(2)} for scale in (1.0, 2.0, 3.0)]
-    >>> trajectory(*series, by="given", cache=False)["models"]["delta_relative"].to_list()
-    [None, 1.0, 0.5]
+    Examples:
+        >>> import numpy as np
+        >>> series = [{"w": scale * np.eye(2)} for scale in (1.0, 2.0, 3.0)]
+        >>> trajectory(*series, by="given", cache=False)["models"]["delta_relative"].to_list()
+        [None, 1.0, 0.5]
     """
     from diffract.analysis import follow
 
@@ -320,11 +322,12 @@ def lineage(
     Raises:
         DiffractError: The input is wrong; the message says what, where, and what to do.
 
-    >>> import numpy as np
-    >>> seeds = [np.random.default_rng(seed) for seed in (0, 1)]
-    >>> one, two = ({f"layers.{i}.w": rng.normal(size=(64, 64)) for i in range(6)} for rng in seeds)
-    >>> lineage(one, two)["lineage"]["lineage"].to_list()
-    ['stranger']
+    Examples:
+        >>> import numpy as np
+        >>> seeds = [np.random.default_rng(seed) for seed in (0, 1)]
+        >>> one, two = ({f"layers.{i}.w": rng.normal(size=(64, 64)) for i in range(6)} for rng in seeds)
+        >>> lineage(one, two)["lineage"]["lineage"].to_list()
+        ['stranger']
     """
     from diffract.analysis import Options, relate_all
 

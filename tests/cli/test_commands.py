@@ -107,8 +107,9 @@ def test_the_catalog_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "False\n"
 
 
-def test_the_page_of_metrics_is_up_to_date() -> None:
-    subprocess.run([sys.executable, str(ROOT / "docs" / "make_metrics.py"), "--check"], check=True)
+@pytest.mark.parametrize("script", ["make_metrics.py", "make_tables.py"])
+def test_made_pages_are_up_to_date(script: str) -> None:
+    subprocess.run([sys.executable, str(ROOT / "docs" / script), "--check"], check=True)
 
 
 def test_facts_are_listed() -> None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 DOMAINS = ("natural", "math", "code", "instructions")
 """Continuations of the base in the sample family."""
 
+PACKAGE = Path(str(files("diffract")))
+
 DAY_SECONDS = 86_400
 
 SIZES = ("width", "height", "scale")
@@ -33,7 +35,7 @@ SIZES = ("width", "height", "scale")
 def demo(
     output: str | Path = "demo-run",
     *,
-    samples: str | Path = "samples/tiny-olmo2",
+    samples: str | Path | None = None,
     force: bool = True,
     progress: Progress | None = None,
 ) -> Any:
@@ -41,16 +43,18 @@ def demo(
 
     Args:
         output: Where the run goes.
-        samples: The sample family, which comes with the source repository.
+        samples: A folder with the models base, natural, math, code and instructions; the package's own by default.
         force: Replace an existing run folder.
         progress: Called with work done, all work, and what was just finished.
     """
     from diffract import api
 
-    family = Path(samples)
-    if not (family / "base").is_dir():
+    # A wheel has the samples inside the package; in a clone they lie beside src.
+    places = [Path(samples)] if samples else [root / "samples/tiny-olmo2" for root in (PACKAGE, PACKAGE.parents[1])]
+    family = next((place for place in places if (place / "base").is_dir()), None)
+    if family is None:
         raise CheckpointError(
-            f"no sample family at {str(samples)!r}. Run this in a clone of the repository, or pass --samples."
+            f"no sample family at {str(places[-1])!r}: pass --samples FOLDER, one that has 'base' in it."
         )
     tuned = [f"{domain}={family / domain}" for domain in DOMAINS]
     return api.compare(f"base={family / 'base'}", *tuned, metrics="all", output=output, force=force, progress=progress)

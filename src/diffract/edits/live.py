@@ -26,14 +26,15 @@ class LiveModel:
     What they compute is what they would write to files, bit for bit. A step costs time in proportion to what it
     changes: bases should lie in memory too (a loaded model, a mapping), as files are read anew by every step.
 
-    >>> model, base = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    >>> before = model.weight.clone()
-    >>> from diffract.edits import Interpolate
-    >>> with LiveModel(model).edited(Interpolate(other=base, at=1)):
-    ...     torch.equal(model.weight, base.weight)
-    True
-    >>> torch.equal(model.weight, before)
-    True
+    Examples:
+        >>> model, base = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+        >>> before = model.weight.clone()
+        >>> from diffract.edits import Interpolate
+        >>> with LiveModel(model).edited(Interpolate(other=base, at=1)):
+        ...     torch.equal(model.weight, base.weight)
+        True
+        >>> torch.equal(model.weight, before)
+        True
     """
 
     def __init__(

@@ -339,12 +339,13 @@ def metric(
     Raises:
         SelectionError: A parameter is no fact.
 
-    >>> @metric
-    ... def sigma_gap(sigmas):
-    ...     "Ratio of the two largest singular values."
-    ...     return sigmas[:, 0] / sigmas[:, 1]
-    >>> sigma_gap.needs
-    'sigmas'
+    Examples:
+        >>> @metric
+        ... def sigma_gap(sigmas):
+        ...     "Ratio of the two largest singular values."
+        ...     return sigmas[:, 0] / sigmas[:, 1]
+        >>> sigma_gap.needs
+        'sigmas'
     """
 
     def declare(function: Callable[..., Tensor]) -> Metric:
