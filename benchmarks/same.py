@@ -193,7 +193,8 @@ class Column:
         begin = max(0, alike - 30)
         shown = f"{was[begin : begin + 90]}, now {now[begin : begin + 90]}"
         text = shown if len(a) == 1 else f"{unlike.sum()} of {len(a)} values, [{first}] {shown}"
-        if not a.dtype.is_numeric():
+        # Where one of both is null throughout there is no distance.
+        if not a.dtype.is_numeric() or not (a.is_not_null() & b.is_not_null()).any():
             return text
         gap, size = (a - b).abs(), pl.select(pl.max_horizontal(a.abs(), b.abs())).to_series()
         return f"{text}; at most {gap.max():.3g}, relative {(gap / size).fill_nan(0).max():.3g}"

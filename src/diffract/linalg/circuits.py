@@ -86,6 +86,7 @@ def _roots(factors: Float[Tensor, "b h d"], method: Method) -> tuple[Tensor, Ten
     x = factors.double()
     C, failed = torch.linalg.cholesky_ex(product(x, x.mT))
     one = torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
+    # NaN makes the bound below fail, so that what Cholesky refused goes to QR as well.
     C = C.where((failed == 0)[:, None, None], torch.nan)
     back = torch.linalg.solve_triangular(C, one.expand_as(C), upper=False)
     sound = torch.linalg.matrix_norm(C) * torch.linalg.matrix_norm(back) <= CONDITION

@@ -88,11 +88,13 @@ def weak_pairs(pair: PairSpectrum) -> list[int]:
     S0, S1 = pair.base.S, pair.tuned.S
     weak = S1[:, 0] < SMALL_TUNED * S0[:, 0]
     if pair.left_overlap is not None:
+        # Without overlaps only values count, and those are resolved as far as they say.
         weak |= (S0[:, -1] <= GRAM_VECTORS * S0[:, 0]) | (S1[:, -1] <= GRAM_VECTORS * S1[:, 0])
     return (weak & (S0[:, 0] > 0) & (S1[:, 0] > 0)).nonzero().flatten().tolist()
 
 
 def _spectra(S0: Tensor, S1: Tensor) -> tuple[Spectrum, Spectrum]:
+    # Products of W1 are sums with those of W0: its small values drown in the rounding of the larger of both.
     largest = torch.maximum(S0[:, 0], S1[:, 0])
     names = ("gram",) * len(S0)
     return Spectrum(S0, names, GRAM_RESOLVES * S0[:, 0]), Spectrum(S1, names, GRAM_RESOLVES * largest)

@@ -71,7 +71,9 @@ def gram_values(grams: Float64[Tensor, "b M M"]) -> Spectrum:
     A non-finite matrix gives NaN; its row of squared norms tells, as sums of squares cannot cancel.
     """
     finite = grams.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
+    # LAPACK refuses a whole stack for one NaN in it.
     safe = grams if bool(finite.all()) else grams.where(finite[:, None, None], 0.0)
+    # Rounding takes eigenvalues of a singular matrix slightly below zero.
     S = eigenvalues(safe).flip(-1).clamp_(min=0.0).sqrt_()
     S[~finite] = torch.nan
     return Spectrum(S, ("gram",) * len(S), GRAM_RESOLVES * S[:, 0])
@@ -165,6 +167,7 @@ def top_spectrum(
     while True:
         across, image = _both_products(w, block, side)
         Q, B, Y = torch.cat([Q, block], 1), torch.cat([B, across]), torch.cat([Y, image], 1)
+        # R of B^T = Q R has the singular values of B and is as small as the subspace; B is as wide as the matrix.
         ritz_svd = torch.linalg.svd(torch.linalg.qr(B.mT, mode="r").R, full_matrices=False)
         S, ritz = ritz_svd.S[: start.shape[1]], ritz_svd.Vh.mT[:, : start.shape[1]]
         P = Q @ ritz
@@ -194,6 +197,7 @@ def _both_products(w: Tensor, block: Tensor, side: str) -> tuple[Tensor, Tensor]
 
 def _error(S: Tensor, residual: Tensor) -> Tensor:
     """Bound the error of each value; the last one's gap is not known, so only its residual counts."""
+    # Where values lie apart the square over the gap is far smaller; where they coincide only the residual bounds them.
     gap = -S.diff(append=S[-1:])
     gap[1:] = torch.minimum(gap[1:], gap[:-1])
     return torch.minimum(residual, residual.square() / gap.clamp(min=TINY))

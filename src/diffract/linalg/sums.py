@@ -164,6 +164,7 @@ class PairSums:
         for index in pieces(tuple(base.shape), self.side, self.device):
             x0, x1 = self._base.fill(base[index]), self._tuned.fill(tuned[index])
             if isinstance(tuned, LowRank):
+                # Factors hold D; what is summed over entries is of W1, and D is taken from it as for every other pair.
                 x1 += x0
             self._add_entries(index[0], x0, x1)
             d = short_first(x1, self.side)

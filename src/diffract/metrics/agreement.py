@@ -32,6 +32,7 @@ WINDOW = 0.05
 TOP = (8, 32)
 """Dimensions of the leading spaces that are compared."""
 
+# Number and bound of the paper that found them.
 INTRUDERS = 10
 INTRUDER_MATCH = 0.5
 
@@ -131,6 +132,7 @@ def principal_angles(overlap: SignedOverlap, k: int) -> Float64[Tensor, "b k"]:
         return torch.full((len(overlap), k), torch.nan, dtype=overlap.dtype, device=overlap.device)
     block = overlap[:, :k, :k]
     finite = block.isfinite().flatten(1).all(1)
+    # Rounding may take a cosine past 1, of which there is no angle; LAPACK refuses NaN.
     cosines = torch.linalg.svdvals(block.where(finite[:, None, None], 0.0)).clamp(max=1.0)
     return cosines.arccos().where(finite[:, None], torch.nan)
 
@@ -243,6 +245,7 @@ def _chance(
     level: Callable[[int, int], float],
 ) -> PerMatrix:
     """A chance level by the dimension and the number of tuned vectors; NaN where fewer directions are resolved."""
+    # No tuned vector has no level; one is asked for it all the same and the last line makes it NaN.
     levels = [level(shape[side], max(count, 1)) for count in directions.sum(-1).tolist()]
     found = torch.tensor(levels, dtype=torch.float64, device=directions.device)
     return found.where(_common(base_directions, directions) >= fewest, torch.nan)

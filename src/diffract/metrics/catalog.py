@@ -192,6 +192,7 @@ def choose_metrics(chosen: str | Iterable[str | Metric] | None, *, pair: bool) -
             raise SelectionError(f"metric {m.name!r} is given twice. Rename one of them, or leave one out.")
         if m.pair and not pair:
             raise SelectionError(f"metric {m.name!r} speaks of two checkpoints. Use it with compare.")
+    # A metric that is given by itself stands for the one of that name in a group.
     found = list({m.name: m for m in grouped if m.name not in names}.values()) + named
     if not found:
         raise SelectionError("no metric is chosen. Name one, or leave the option out for the usual ones.")

@@ -233,6 +233,7 @@ def split_domains(gram: DomainGrams) -> DomainSplit:
     """
     squares = np.diagonal(gram, axis1=-2, axis2=-1)
     count = gram.shape[-1]
+    # A domain is not compared with a mean that it is part of.
     others = 1.0 - np.eye(count)
     along = (gram * others).sum(-1)
     # Summed over the others alone; the whole sum less the domain's own would cancel where its delta is the largest.

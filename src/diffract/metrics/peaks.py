@@ -113,6 +113,7 @@ def log_density(sigmas: Sigmas, *, bandwidth: float | None = None, points: int =
     # Where logarithms differ by their rounding alone, the sigmas are equal.
     known = (n >= FEWEST) & (high - low > 64 * EPSILON * torch.maximum(low.abs(), high.abs()).clamp(min=1.0))
     h = scott_bandwidth(x, valid, n) if bandwidth is None else torch.full_like(n, bandwidth)
+    # No narrower than a step of the grid, between whose points a kernel would be lost.
     h = torch.maximum(h, (high - low) / (points - 1 - 2 * REACH)).where(known, torch.nan)
     start, step = low - REACH * h, (high - low + 2 * REACH * h) / (points - 1)
     grid = start[:, None] + step[:, None] * torch.arange(points, dtype=x.dtype, device=x.device)
@@ -210,6 +211,7 @@ def _prominences(heights: Float64[Tensor, "p points"], at: Int64[Tensor, "p"]) -
     """Return the prominence of one maximum a row."""
     index = torch.arange(heights.shape[1], device=heights.device)
     own, peak = at[:, None], heights.gather(1, at[:, None])
+    # Of equal heights the left one counts as the higher, so that one of them keeps its whole prominence.
     higher = (heights > peak) | ((heights == peak) & (index < own))
     left = index.where(higher & (index < own), -1).amax(-1, keepdim=True)
     right = index.where(higher & (index > own), heights.shape[1]).amin(-1, keepdim=True)

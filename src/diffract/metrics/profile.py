@@ -72,6 +72,7 @@ def expected_energy(energy: Energies, row_energy: Energies, sigmas: Energies, di
     wanted = (energy / median).where(mask, 0.0).nan_to_num()
     fitted = torch.ones_like(energy)
     for _ in range(REWEIGHTINGS):
+        # Energies scatter in proportion to their expectation (chi-square): least squares weigh by its inverse.
         weighted = terms / fitted[..., None]
         # Terms may be proportional to each other (rows of equal size, equal sigmas): the least solution serves.
         solution = torch.linalg.pinv(weighted, rtol=1e-9) @ (wanted / fitted)[..., None]

@@ -221,6 +221,7 @@ def fit_bulk(eigenvalues: Eigenvalues, shape: tuple[int, int]) -> Bulk:
         soft_rank=edge / lambdas[:, 0],
         bulk_share=lambdas.where(inside, 0.0).sum(-1) / lambdas.sum(-1),
     )
+    # Spikes in the majority leave no bulk that they could stand out from.
     majority = 2 * count >= lambdas.shape[-1]
     return Bulk(**{name: value.where(majority, torch.nan) for name, value in vars(found).items()})
 
@@ -264,6 +265,7 @@ def noise_variance(eigenvalues: Eigenvalues, shape: tuple[int, int]) -> tuple[Pe
     rest = eigenvalues.flip(-1).cumsum(-1).flip(-1)
     variances = rest * (long / ((long - k) * (short - k)))
     fixed = eigenvalues <= variances * fluctuation_edge(shape, k)
+    # The first k that leaves no spike; argmax takes the first of equals, and has no kernel for bool.
     removed = fixed.to(torch.uint8).argmax(-1, keepdim=True)
     return variances.gather(-1, removed)[:, 0], removed[:, 0].double()
 

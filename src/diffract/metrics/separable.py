@@ -115,6 +115,7 @@ def separable_law(
     failed = torch.zeros_like(drawn)
     sides = (row_squares, col_squares) if shape[0] <= shape[1] else (col_squares, row_squares)
     for i in (drawn & (total > 0) & total.isfinite()).nonzero()[:, 0].tolist():
+        # Sides of mean 1, so that the points suit every matrix; the unit comes back at the end.
         short, long = (_Profile.of(side[i] * (len(side[i]) / total[i])) for side in sides)
         if (found := _solve(short, long)) is None:
             failed[i] = True
@@ -160,6 +161,7 @@ def _solve(short: _Profile, long: _Profile) -> tuple[Points, Points, Tensor] | N
     low = x[max(int(inside[0]) - 1, 0)].item()
     for _ in range(2):  # the edge lies between two points, and then between two of those between them
         last = int((x * density > NOTHING).nonzero()[-1])
+        # A little beyond the end: the exponential of a logarithm may fall short of it.
         x, density = spaced(x[last].item(), x[min(last + 1, len(x) - 1)].item() * (1 + 1e-12), FINE)
     edge = x[(x * density > NOTHING).nonzero()[-1, 0]]
     x, density = spaced(low, edge.item(), POINTS)

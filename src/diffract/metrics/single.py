@@ -72,6 +72,7 @@ def effective_rank(sigmas: Sigmas) -> PerMatrix:
 @built_in("(sum lambda)^2 / sum lambda^2, lambda = sigma^2", range="[1, M]", source="Bell & Dean 1970")
 def participation_ratio(sigmas: Sigmas) -> PerMatrix:
     """(sum lambda)^2 / sum lambda^2 with lambda = sigma^2, between 1 and M. NaN for a zero matrix."""
+    # Scaled first: fourth powers of very small weights would underflow.
     energy = (sigmas / sigmas[:, :1]).square()
     return energy.sum(-1).square() / energy.square().sum(-1)
 

@@ -136,6 +136,7 @@ def order(values: Float64[Tensor, "b n"]) -> OrderedValues:
         values = values.new_zeros(len(values), 1)
     x = values.where(values.isfinite() & (values > 0), 0.0).sort(dim=1, descending=True).values
     upper, lower = x[:, :-1], x[:, 1:]
+    # By neighbours: differences of logarithms of nearly equal values would lose digits.
     gap = ((upper - lower) / lower).log1p().where(lower > 0, 0.0)
     k = torch.arange(1, x.shape[1], dtype=x.dtype, device=x.device)
     sum_log = _running(k * gap)
@@ -299,6 +300,7 @@ def fit_tails(
 
 def fit_candidates(ordered: OrderedValues, law: Law, *, min_tail: int = 2) -> Candidates:
     """Fit a law to every tail that begins at a value seen, but for the largest."""
+    # Longest tails first: neighbours in a piece are then of like width, and the first is the widest.
     last, row = ordered.candidates(min_tail).mT.nonzero().flip(0).unbind(1)
     tails = ordered.tails(row, last)
     return Candidates(law, ordered, tails, law.fit(tails))
@@ -315,6 +317,7 @@ def search(candidates: Candidates, *, two_sided: bool = False) -> Fitted:
     open_ = torch.arange(len(ks), device=ks.device)
 
     def measure(index: Tensor) -> None:
+        # Bounds of later views name candidates again whose distance is known.
         unknown = index[ks[index] == torch.inf]
         ks[unknown] = distances(candidates[unknown], two_sided=two_sided)
 
@@ -357,6 +360,7 @@ def _lower_bound(seen: Candidates, two_sided: bool) -> Float64[Tensor, "t"]:
     found = [torch.empty_like(seen.tails.xmin[:0])]
     for part, points in _pieces(seen):
         lower = seen.law.lower(part.parameters, points)
+        # A lower survival may fall short of 1 at xmin; by as much any of its distances may be too large.
         found.append(_deviation(part, lower, two_sided) - (1 - lower[:, -1]).clamp(min=0.0))
     return torch.cat(found)
 

@@ -52,6 +52,7 @@ class LogNormal:
     def of(cls, fitted: Fitted) -> LogNormal:
         """Name what was fitted."""
         z, sigma = fitted.parameters[:, 0], 1 / fitted.parameters[:, 1]
+        # There the law is a power law, which no finite mu and sigma describe.
         limit = z >= POWER_LIKE
         mu = (fitted.xmin.log() - z * sigma).masked_fill(limit, -torch.inf)
         sigma = sigma.masked_fill(limit, torch.inf)
@@ -77,6 +78,7 @@ def log_normal(
 
 def _fit(tails: Tails) -> Parameters:
     q = tails.mean_square_log / tails.mean_log.square()
+    # q = 1 needs all values of a tail to be equal, where no law has a largest likelihood.
     z = _solve(torch.where(q > 1, q, torch.nan))
     return torch.stack([z, excess(z)[0] / tails.mean_log], 1)
 

@@ -101,6 +101,7 @@ def _test(differences: Float64[Tensor, "b n"], inside: Tensor, *, nested: bool) 
     total = differences.where(inside, 0.0).sum(1)
     spread = (differences - (total / k)[:, None]).square().where(inside, 0.0).sum(1).sqrt()  # sqrt(k var(l))
     ratio = total / spread
+    # Of nested laws twice the ratio follows a chi-square of one degree (Wilks); of others Vuong's ratio is normal.
     p = torch.special.erfc(total.abs().sqrt() if nested else ratio.abs() * 0.5**0.5)
     same = torch.maximum(total.abs() / k, spread / k.sqrt()) < SAME
     return Comparison(ratio.masked_fill(same, 0.0), p.masked_fill(same, 1.0).where(k > 0, torch.nan))
@@ -167,6 +168,7 @@ def pl_alpha_stderr(tail_eigenvalues: Float64[Tensor, "b n"], drawn: Bool[Tensor
         picked = torch.randint(n, (RESAMPLES, n), generator=torch.Generator().manual_seed(0)).to(found.device)
         slopes = fit_tails(tail_eigenvalues[i].sort(descending=True).values[picked], POWER_LAW).parameters[:, 0]
         known = slopes[slopes.isfinite()]
+        # Resamples of a few equal values have no fit; where most have none, the rest does not speak for them.
         found[i] = known.std() if len(known) > RESAMPLES // 2 else torch.nan
     return found
 
@@ -194,6 +196,7 @@ def pl_alpha_farms(block_sigmas: Float64[Tensor, "b k M"], epsilon: float) -> Pe
     pooled = block_sigmas.flatten(1).sort(descending=True).values
     values = shaped(pooled, torch.zeros_like(pooled[:, 0]), (side, side), epsilon).square()
     count = (values > 0).sum(1)
+    # The largest value below the upper half is xmin, and does not count among those above it.
     half = count // 2
     xmin = values.gather(1, half[:, None].clamp(max=values.shape[1] - 1))
     upper = torch.arange(values.shape[1], device=values.device) < half[:, None]
@@ -342,6 +345,7 @@ def _share_of_worse(
     x = order(values).values
     worse, fits = torch.zeros(2, b, dtype=x.dtype, device=x.device)
     for first in range(0, draws, BLOCK):
+        # Whole blocks are drawn and cut, so that the first draws are the same however many are asked for.
         uniform = torch.rand(BLOCK, 2, n, dtype=x.dtype, generator=generator)[: draws - first].to(x.device)
         drawn = _draw(x, fitted, law, pick=uniform[:, 0], survival=1 - uniform[:, 1]).flatten(0, 1)
         ks = fit(drawn, at=None if at is None else at.repeat_interleave(len(uniform))).ks.view(b, -1)
@@ -365,6 +369,7 @@ def _draw(
     body = torch.minimum(body.nan_to_num(0.0).clamp(min=0.0), counted - 1.0).long()
     below = x[:, None, :].expand(-1, len(pick), -1).gather(2, body)
     t = law.quantile(fitted.parameters, survival.flatten().expand(len(x), -1)).view(len(x), *pick.shape)
+    # One number chooses tail or body and, scaled to what is left of it, the place in the body.
     drawn = torch.where(pick < share, fitted.xmin[:, None, None] * t.exp(), below)
     return drawn.where(torch.arange(x.shape[1], device=x.device) < counted, torch.nan)
 

@@ -81,6 +81,7 @@ def _far_ratio(z: Tensor, v: Tensor) -> Tensor:
 def fraction(z: Points, first: int, depth: int) -> Points:
     """1 / (z + first / (z + (first + 1) / (z + ...))), ``depth`` numerators, for z > 0."""
     found = z.clone()
+    # From the deepest level up, as their number is known: forwards, numerators and denominators would overflow.
     for numerator in range(first + depth - 1, first - 1, -1):
         found.reciprocal_().mul_(numerator).add_(z)
     return found.reciprocal_()
@@ -128,6 +129,7 @@ def _by_nodes(integrate: Callable[[Tensor, Tensor, int], Tensor], a: PerTail, z:
     """Integrate with the rule that z asks for, in pieces whose nodes make one temporary."""
     if not bool((z < LEAST[0]).any()):
         return _in_pieces(integrate, a, z, NODES[0])
+    # The smaller z, the longer the integrand stays flat before it falls: more nodes.
     rule = sum(((z < least).long() for least in LEAST), torch.zeros_like(z, dtype=torch.long))
     members = [(rule == k).nonzero()[:, 0] for k in range(len(NODES))]
     found = [_in_pieces(integrate, a[i], z[i], n) for i, n in zip(members, NODES, strict=True) if len(i)]
@@ -169,6 +171,7 @@ def _integrand(
 
 def _end(a: PerTail, z: PerTail) -> PerTail:
     """Return T with a T + z (e^T - 1) close to ``FALL``; Newton's method from above, where it cannot miss."""
+    # Either bound drops one of the two terms; both lie above the end.
     end = torch.minimum(FALL / (a + z), (FALL / z).log1p())
     level = a + z + FALL
     for _ in range(2):

@@ -91,6 +91,7 @@ def truncated_power_law(
 
 def _fit(tails: Tails) -> Parameters:
     A, B = tails.mean_log, tails.mean_excess
+    # With this the likelihood falls from rate 0 on: the best cut-off is none.
     pure = (A < 1) & (B * (1 - A) >= A)
     found = torch.stack([1 / A, torch.zeros_like(A)], 1).where(pure[:, None], torch.nan)
     open_ = (~pure & (A > 0) & B.isfinite()).nonzero()[:, 0]
@@ -103,6 +104,7 @@ def _solve(A: PerTail, B: PerTail) -> Parameters:
     base = _start(A, B)
     found, step = torch.empty_like(base), torch.zeros_like(base)
     index = torch.arange(len(A), device=A.device)
+    # The start is taken whatever its value.
     least = torch.full_like(A, torch.inf)
     for _ in range(STEPS):
         value, newton, gain = _newton(A, B, base + step)
@@ -163,6 +165,7 @@ def _newton(A: PerTail, B: PerTail, point: Parameters) -> tuple[PerTail, Paramet
     step_z = ((m.cov * slope_a - m.var_s * slope_z) / det).clamp(-FARTHEST, FARTHEST)  # relative to z
     step_a = -(slope_a + m.cov * step_z) / m.var_s
     bound = step_a < -a
+    # A step that leaves alpha >= 1 ends on the bound; the best z is then another.
     step_z = torch.where(bound, (m.cov * a - slope_z) / m.var_w, step_z).clamp(-FARTHEST, FARTHEST)
     step_a = torch.where(bound, -a, step_a)
     gain = -(slope_a * step_a + slope_z * step_z)
