@@ -115,6 +115,7 @@ def audit(
         row["share"] = row["norm"] ** 2 / total if row["norm"] is not None and total else None
     needed = {row["name"]: max(row["suffices"] or 1, 1) for row in rows}
     rank = max(needed.values(), default=0)
+    # The largest rank is the adapter's own; PEFT lists exceptions alone.
     pattern = {name: k for name, k in needed.items() if k < rank}
     merging = [] if base is None else _merging(adapter, base)
     return Audit(str(adapter), rows, pattern, rank, overlaps, merging, whole)
@@ -131,6 +132,7 @@ def _spectra(adapter: Adapter, low_rank: LoraParts) -> list[tuple[str, _Spectrum
 def _spectrum(B: Float64[Tensor, "out r"], A: Float64[Tensor, "r in"]) -> _Spectrum | None:
     if not bool(B.isfinite().all() and A.isfinite().all()):
         return None
+    # Of two triangles of the rank's size, so that the change is never multiplied out.
     left, right = torch.linalg.qr(B), torch.linalg.qr(A.mT)
     U, S, Vh = torch.linalg.svd(left.R @ right.R.mT, full_matrices=False)
     return _Spectrum(left.Q @ U, S, right.Q @ Vh.mT)

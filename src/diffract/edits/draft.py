@@ -86,6 +86,7 @@ class Draft:
         spans = sorted((max(p[0].start, start), min(p[0].stop, stop)) if p else (start, stop) for p in places)
         found: list[Range] = []
         for first, last in spans:
+            # Sorted by their start, so that only the last one can touch the next.
             if found and first <= found[-1][1]:
                 found[-1] = (found[-1][0], max(last, found[-1][1]))
             elif first < last:
@@ -138,6 +139,7 @@ class Draft:
             return found
         before, after = (t.float() if t.element_size() == 1 else t for t in (values, found))  # float8 knows no tests
         lost = before.isfinite().logical_and_(after.isfinite().logical_not_())
+        # Single values that round to zero are what every conversion does; all of them is another matter.
         if lost.any() or (before.any() and not after.any()):
             large, known = float(before[before.isfinite()].abs().max()), torch.finfo(dtype)
             word = str(dtype).removeprefix("torch.")

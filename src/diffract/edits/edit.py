@@ -162,4 +162,5 @@ class Planned:
 
 
 def _finite(record: Row) -> Row:
+    # JSON has no NaN and no infinity.
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}

@@ -108,6 +108,7 @@ class Units:
 
         def goes(part: TensorPart) -> bool:
             count, total = len(part.owners.intersection(names)), len(part.owners)
+            # One more than all have: never.
             need = {"all": total, "majority": total // 2 + 1, "never": total + 1}[shared] if total > 1 else 1
             return count >= need
 

@@ -90,6 +90,7 @@ class Rewind(Edit):
         asked = {part.tensor for part in (scored if compared else units).parts}
         named = self.unit == "head" or self.heads is not None or self.select is not None
         references = [self.to] if self.reference is None or not compared else [self.to, self.reference]
+        # What was named must be there, of all tensors only those of common layers.
         base, *others = bench.meet(references, asked, chosen=named)
         units = units.shared_with(base)
         scored = scored.shared_with(base) if self.scores is None else scored

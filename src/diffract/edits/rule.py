@@ -75,6 +75,7 @@ def _require(holds: bool, name: str, expected: str, got: object) -> None:
 
 def share_of(fraction: float, total: int) -> Fraction:
     """Return fraction times total, the fraction being the decimal number that it prints as."""
+    # 0.29 is meant as written: as binary fraction times 100 it is a little less than 29.
     return Fraction(str(fraction)) * total
 
 

@@ -162,6 +162,7 @@ class _Change:
     def untouched(self, S: Tensor, chosen: slice) -> Tensor | None:
         """Return the matrix that the result equals to the last bit; ``None`` if it is neither."""
         count = chosen.stop - chosen.start
+        # The sum of all directions is the matrix but for rounding, so it is not summed.
         if count == len(S) or not bool(S[0] > 0):
             return widened(self.tuned, self.dtype)
         return widened(self.base, self.dtype) if count == 0 else None
@@ -278,6 +279,7 @@ def low_rank(
     chosen = kept(found.told, (delta.shape[0], delta.shape[1]), rule)
     B, A = found.factors(chosen, factor_dtype)
     whole = float(delta.norm())
+    # Of the factors as they are stored: dropped directions and rounding together.
     error = float(delta.sub_(matmul(B, A)).norm()) if B.shape[1] else whole
     return LowRankDelta(B, A, kept=B.shape[1], total=len(found.S), change=whole, error=error)
 
@@ -382,6 +384,7 @@ def laser(w: Float[Tensor, "m n"], rho: float) -> Truncated:
     if not 0 <= rho <= 1:
         raise ValueError(f"rho: expected a fraction from 0 to 1; got {rho!r}")
     x = exact(w)
+    # The change against nothing is the matrix; one zero stands for all of them.
     nothing = x.new_zeros(()).expand(x.shape)
     found = truncate(x, nothing, Rule(rank=max(1, math.floor(share_of(rho, min(x.shape))))))
     return replace(found, values=found.values.to(work_dtype(w.dtype)))

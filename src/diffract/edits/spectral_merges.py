@@ -47,6 +47,7 @@ def tsv_merge(deltas: Sequence[Float[Tensor, "m n"]]) -> Float64[Tensor, "m n"]:
         raise ValueError("expected one change or more, got none")
     require_same_shape(*deltas)
     gram = takes_gram(wider(*(d.dtype for d in deltas)), "auto")
+    # Tasks share the directions that there are, so that all fit into one basis.
     count = max(1, min(deltas[0].shape) // len(deltas))
     parts = []
     for found in (decomposed(exact(delta), gram=gram) for delta in deltas):

@@ -135,6 +135,7 @@ def _write_companions(checkpoint: Checkpoint, written: Written, output: Output) 
     """
     left: dict[str, str] = {}
     for name, read in checkpoint.companions.items():
+        # Beside an adapter alone a model's configuration would promise weights that are not there.
         if not written.loads_alone and name == CONFIG:
             continue
         try:

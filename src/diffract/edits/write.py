@@ -109,6 +109,7 @@ def jobs_of(draft: Draft, infos: Mapping[str, TensorInfo]) -> list[TensorJob]:
     for name, target in draft.ties.items():
         twins[target].append(name)
     jobs = [TensorJob(infos[name], tuple(names), draft.workspace_bytes(name)) for name, names in twins.items()]
+    # The largest first: begun last, it would be waited for alone.
     return sorted(jobs, key=lambda job: -job.info.size_bytes)
 
 
@@ -136,6 +137,7 @@ def _writer(draft: Draft, infos: Mapping[str, TensorInfo], target: Target) -> Sh
     if not clones and not (files and target.output.link):
         _refuse_without_room(sum(info.size_bytes for info in infos.values()), target)
         return ShardedWriter(target.folder, list(infos.values()), shard_bytes=target.output.shard_size)
+    # Links cannot be written over, so that files with a change are copied first.
     copied = 0 if clones else sum(files[name].size for name in changed)
     _refuse_without_room(sum(changed.values()) + copied, target)
     return PatchingWriter(target.folder, files, infos=draft.checkpoint.infos, changed=changed)
@@ -208,6 +210,7 @@ def _compute(draft: Draft, writer: ShardedWriter | None, job: TensorJob) -> str:
     """Compute a tensor block by block, have each written under all its names, and return its digest."""
     info, dtype = job.info, TORCH_DTYPES.get(job.info.dtype)
     kept, hasher = draft.keeps(info), start_digest(info)
+    # What is there already is right to the bit.
     if kept and writer and not writer.fresh:
         return digest_as_read(draft.checkpoint, info.name)
     for rows in draft.spans(info.name):

@@ -49,6 +49,7 @@ def bits(wanted: Wanted) -> FoundItems:
             notes.append(f"{wanted.name}: left out: {error}")
     if not found:
         raise CorpusError(f"task {wanted.name}: nothing could be read. " + " ".join(notes))
+    # Sources may share documents; one that counts twice would narrow the interval.
     pieces = list(cut({d.id: d for d in found}.values()))
     return FoundItems(spread(pieces, wanted.limit), read, notes)
 

@@ -85,6 +85,7 @@ def final_number(text: str) -> Fraction | None:
     for place, mark in enumerate(MARKS):
         found = [m for m in (_marked(found["rest"]) for found in mark.finditer(bare)) if m]
         if found:
+            # What follows the mark of GSM8K is another question; of other marks a later one corrects an earlier.
             return _value(found[0 if place == 0 else -1])
     every = list(NUMBER.finditer(bare))
     return _value(every[-1]) if every else None
@@ -118,6 +119,7 @@ def _read(text: str) -> str:
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
+    # Powers of numbers without end would take memory without end.
     if len(match[0]) > LONGEST:
         return None
     text = re.sub(GAP, "", match["number"])

@@ -79,6 +79,7 @@ def _scores(subject: Subject, task: Harness, budget: BatchLimit) -> Iterator[Sco
         if not chosen:
             raise CheckpointError(f"lm:{printable(task.id)} has no items in the {task.split} split.")
         found = _simple_evaluate(subject, task, [leaves[name] for name in chosen], samples=chosen, budget=budget)
+    # Subtasks of a group may have metrics of their own.
     for name, samples in found["samples"].items():
         yield from _samples(name, samples, found["higher_is_better"].get(name, {}))
 

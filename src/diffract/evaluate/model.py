@@ -104,6 +104,7 @@ def _from_checkpoint(ref: str, dtype: Any) -> tuple[Any, list[str]]:
             )
         own = own_attention(checkpoint.config, ref)
         config = AutoConfig.for_model(**{**checkpoint.config, **own})
+        # Only the class is wanted: no memory is taken for weights that are not those of the file.
         with torch.device("meta"):
             kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
         tensors = {name: _as_loaded(checkpoint, name, dtype) for name in checkpoint.names}
@@ -171,6 +172,7 @@ def model_digest(model: torch.nn.Module) -> str:
             hasher.update(f"{name} {tensor!r}".encode())
             continue
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        # Tied weights are digested once, and that they are tied is part of the digest.
         twin = seen.setdefault(place, name) if tensor.numel() else name
         hasher.update(json.dumps([name, str(tensor.dtype), list(tensor.shape), twin]).encode())
         if twin == name:
@@ -184,6 +186,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
     """Return a digest of a tokenizer: its JSON without padding and truncation, and its special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
+        # Scoring itself sets padding and truncation; they say nothing of how a text becomes tokens.
         content = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
     else:
         content = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
@@ -261,6 +264,7 @@ class Subject:
         """Return the special token that the chat template puts behind what an assistant says."""
         if not getattr(self.tokenizer, "chat_template", None):
             return None
+        # Words that no template writes by itself, so that their end is found.
         said = "4711 is said"
         turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": said}]
         try:

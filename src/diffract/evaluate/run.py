@@ -223,14 +223,17 @@ class Evaluator:
         subject = self.subject
         dtype = str(next(iter(subject.model.parameters())).dtype)
         model = [*self.digests, dtype, subject.device.type, subject.context, *subject.start]
+        # A part is the unit of the cache: which items it holds must depend on nothing but the task.
         order = sorted(task.items, key=lambda item: (-item.length, item.id))
         scores: list[Score] = []
         for number, part in enumerate(chunks(order, PART)):
+            # Parts take turns among processes: neighbours are of one length, so that all have about the same work.
             if number % self._place.count == self._place.rank:
                 scores += self._part_scores(task, part, cache_key("scores", VERSION, PART, *model, task.key, number))
             self._done += len(part)
             if self.progress:
                 self.progress(self._done, sum(len(t.items) for t in self.tasks), task.name)
+        # Items come back in the order of the task, whichever process had them.
         every = {score.item: score for score in gather(scores, self._place)}
         order_of = {item.id: i for i, item in enumerate(task.items)}
         return score_table(task.name, sorted(every.values(), key=lambda s: order_of.get(s.item, 0)))

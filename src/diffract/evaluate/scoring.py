@@ -67,6 +67,7 @@ def run_batches(
     while order:
         longest = max(1, length(items[order[0]]))
         allowed = budget.tokens if most is None else min(budget.tokens, most)
+        # One item at least, however long: with less nothing would ever be done.
         batch = order[: max(1, allowed // longest)]
         found = _tried(compute, [items[i] for i in batch], longest)
         if found is None:
@@ -97,6 +98,7 @@ def _tried(compute: Callable[[list[T]], list[R]], batch: list[T], longest: int) 
 
 
 def _halve(budget: BatchLimit, tokens: int) -> None:
+    # Half of what was tried, not of the limit: the batch may have been far below it.
     budget.tokens = max(1, tokens // 2)
     budget.note(f"out of memory: batches of {budget.tokens} tokens from here on")
     if torch.cuda.is_available():
@@ -190,6 +192,7 @@ def _batch_answers(subject: Subject, prompts: list[Prompt], ends: tuple[list[int
     ids = torch.full((len(prompts), longest), _padding(subject), dtype=torch.long)
     known = torch.zeros_like(ids)
     for i, prompt in enumerate(prompts):
+        # Padding stands before the prompts: what is said must follow the prompt's last token.
         ids[i, longest - len(prompt.ids) :] = torch.as_tensor(prompt.ids)
         known[i, longest - len(prompt.ids) :] = 1
     found = subject.model.generate(  # pyright: ignore[reportCallIssue] (transformers)
@@ -300,6 +303,7 @@ def _batch_bits(subject: Subject, rows: list[Row]) -> list[float]:
     known = torch.zeros_like(ids)
     for i, row in enumerate(rows):
         ids[i, : len(row.ids)] = torch.as_tensor(row.ids)
+        # The last token is predicted, never read.
         known[i, : len(row.ids) - 1] = 1
     ids, known = ids.to(subject.device), known.to(subject.device)
     logits_BTV = subject.model(input_ids=ids[:, :-1], attention_mask=known[:, :-1], use_cache=False).logits
@@ -357,6 +361,7 @@ def score_choices(subject: Subject, choices: Sequence[MultipleChoice], budget: B
     kept = [Row(row.ids[-subject.context - 1 :], min(row.scored, subject.context), row.item) for row in rows]
     bits, scores = iter(row_bits(subject, kept, budget)), []
     for choice in choices:
+        # By byte, as long options are less likely than short ones whatever they say.
         by_byte = [next(bits) / max(1, len(option.encode())) for option in choice.options]
         taken = by_byte.index(min(by_byte))
         scores.append(Score(choice.id, float(taken == choice.right), output=choice.options[taken]))
@@ -411,6 +416,7 @@ def score_texts(subject: Subject, pieces: Sequence[Piece], budget: BatchLimit) -
     bits = [0.0] * len(pieces)
     for i, (piece, tokens) in enumerate(zip(pieces, subject.encode([p.text for p in pieces]), strict=True)):
         if not subject.start:
+            # Without a token to begin with, nothing predicts the first one: it is charged as any of the vocabulary.
             bits[i] = log2(subject.vocabulary)
         own = list(windows([*subject.start, *tokens], subject.context, piece.id))
         rows += own
@@ -431,6 +437,7 @@ def windows(ids: Sequence[int], context: int, item: str) -> Iterator[Row]:
     if done:
         yield Row(ids[: done + 1], done, item)
     while done < last:
+        # By half a context: every token after the first window has at least the other half before it.
         end = min(done + max(1, context // 2), last)
         yield Row(ids[end - context : end + 1], end - done, item)
         done = end

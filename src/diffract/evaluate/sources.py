@@ -93,6 +93,7 @@ def questions(source: str, split: Split, data: Path | None) -> list[Asked]:
                 "Mend the file."
             )
     made = [Document(digest(question), question) for question, _ in asked]
+    # A question that stands in two splits may have been trained on, and counts in neither.
     every, own = (Counter(d.id for d in found) for found in (made, _in_split(source, records, made, split)))
     kept = {d.id: a for d, a in zip(made, asked, strict=True) if own[d.id] == every[d.id]}
     return _some(list(kept.values()), source, split)

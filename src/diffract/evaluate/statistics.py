@@ -102,6 +102,7 @@ def paired(
         difference = float(ratio_of_sums(y - x, weight))
         gain = difference if task.better == "higher" else -difference
         (of_documents,) = by_document(parts, y - x)
+        # McNemar's test counts items; where documents hold several, their signs are flipped together instead.
         binary = len(of_documents) == len(x) and bool(np.isin(np.concatenate([x, y]), (0.0, 1.0)).all())
         p = mcnemar(x, y) if binary else sign_flip(of_documents, seed=seed, resamples=resamples)
         rows.append((task.name, difference, low, high, gain, p, len(x)))

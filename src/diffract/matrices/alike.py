@@ -135,6 +135,7 @@ def regrouped_like(base: Layout, layout: Layout) -> Layout:
         )
         if len(pieces) == len(found) and len({piece.of.dtype for piece in pieces}) == 1:
             made[name] = pieces
+    # Leaving a tensor out may leave another's parts over: until nothing changes.
     while broken := _left_over(made, layout):
         made = {n: pieces for n, pieces in made.items() if not broken.intersection(p.of.tensor for p in pieces)}
     if not made:

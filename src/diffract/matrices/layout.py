@@ -133,6 +133,7 @@ def _entry(info: TensorInfo, architecture: Architecture, ties: Mapping[str, str]
         "vector": (len(info.shape) < 2, ""),
     }
     for outcome, (met, note) in reasons.items():
+        # The first reason counts: an integer buffer that is tied is told once.
         if met:
             return Entry(info, (), outcome, note)
     matrices = tuple(slice_tensor(info, architecture, heads=heads))
@@ -193,5 +194,6 @@ def workspace_bytes(matrices: Sequence[Matrix], size_bytes: int, *, pair: bool =
     """
     batch = max(batches(matrices), key=lambda b: len(b) * b[0].entries)
     buffers = min(PIECE_BYTES, 8 * batch[0].entries) * (3 if pair else 2)
+    # Square matrices of the short side, as many as are held at the highest point, of a pair and of one matrix.
     products = 8 * len(batch) * min(batch[0].shape) ** 2 * (8 if pair else 3)
     return (1 + pair) * min(size_bytes, KEEP_BYTES) + buffers + products

@@ -139,6 +139,7 @@ class EntrySums:
             both = torch.stack((part.double(), its.double()))
             self.equal = self.equal and torch.equal(both[0], both[1])
             if self.units is None:
+                # By the first piece, so that squares of very small or large entries stay within float64.
                 scale = both.abs().amax(1, keepdim=True)
                 self.units = both.mean(1, keepdim=True), scale.where(scale > 0, 1.0)
             both.sub_(self.units[0]).div_(self.units[1])
@@ -218,6 +219,7 @@ def _equal_values(one: Checkpoint, other: Checkpoint, names: tuple[str, str]) ->
         return False
     for rows in row_blocks(max(infos, key=lambda i: i.size_bytes)):
         x, y = one.read(names[0], rows), other.read(names[1], rows)
+        # In one of both directions: each of two dtypes may hold what the other rounds.
         if not (torch.equal(x.to(y.dtype), y) or torch.equal(x, y.to(x.dtype))):
             return False
     return True

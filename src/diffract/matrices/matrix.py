@@ -195,6 +195,7 @@ def _ranges(text: str, term: str) -> list[range]:
     found = []
     for match in filter(None, matches):
         first, dash, last = match.groups()
+        # An open end stands for more layers than any model has.
         found.append(range(int(first), int(last) + 1 if last else 10**6 if dash else int(first) + 1))
     return found
 

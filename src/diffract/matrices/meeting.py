@@ -94,6 +94,7 @@ class Meeting:
             told = [f"{printable(name)}: {why}" for name, why in lost.items()]
             more = f"; and {len(told) - SHOWN} more" if len(told) > SHOWN else ""
             yield Objection(f"not of one shape, {'; '.join(told[:SHOWN])}{more}", f"--allow {UNMATCHED}")
+        # Tables of other sizes meet in their common rows, unless that is refused.
         resized = [name for name in self.rows if name in asked]
         if resized and vocabulary == "refuse":
             yield Objection(f"another number of tokens in {printable(', '.join(resized))}", "--vocabulary common")
@@ -246,6 +247,7 @@ def _of_one_level(model: Layout, other: Layout) -> list[Mapping[str, object]]:
     """The configurations of two models; of a larger model beside a language model alone that of its language model."""
     configs: list[Mapping[str, object]] = [model.checkpoint.config, other.checkpoint.config]
     texts = [next((config[s] for s in TEXT_SECTIONS if isinstance(config.get(s), Mapping)), None) for config in configs]
+    # Two of one level are compared whole: their other sections count too.
     if (texts[0] is None) != (texts[1] is None):
         return [config if text is None else text for config, text in zip(configs, texts, strict=True)]  # type: ignore[misc]
     return configs

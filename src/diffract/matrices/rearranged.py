@@ -87,6 +87,7 @@ def moved_layers(one: Side, other: Side) -> Found:
     best, where = grid.max(0), grid.argmax(0)
     origin = {layer: first[i] for layer, i, r in zip(second, where, best, strict=True) if r >= MATCHED}
     smaller = min(len(first), len(second))
+    # Fewer than half, or a single layer of several, resemble each other by chance or by a shared part.
     if len(origin) < max(smaller / 2, min(2, smaller)) or all(a == b for a, b in origin.items()):
         return {}, None
     return {f"layer {a}": f"layer {b}" for a, b in origin.items()}, float(np.median(best[best >= MATCHED]))
@@ -172,6 +173,7 @@ def _units(layout: Layout, name: str) -> tuple[str, list[Matrix]]:
     heads = [m for m in found if m.projection == "q" and m.head is not None]
     if len(heads) > 1:
         return "heads", heads
+    # k and v go by their query heads; what o and down put out is the residual stream, which has an order of its own.
     if not found or found[0].projection in ("k", "v", "o", "down"):
         return "", []
     return "neurons" if str(found[0].block).split(".")[-1] == "mlp" else "rows", found[:1]
@@ -183,6 +185,7 @@ def _features(layout: Layout, units: Sequence[Matrix]) -> Float64[Tensor, "units
         return torch.zeros(0, 0, dtype=torch.float64)
     stack = cut(layout.checkpoint.read(units[0].tensor), units)
     rows = stack.flatten(1) if len(units) > 1 else stack[0]
+    # Evenly spaced, as neighbours in a row are often alike.
     rows = rows[:, :: -(-rows.shape[1] // FEATURES)].double()
     return torch.nn.functional.normalize(rows - rows.mean(0), dim=1).nan_to_num_()
 

@@ -48,6 +48,7 @@ def slice_tensor(info: TensorInfo, architecture: Architecture, *, heads: bool = 
     place, shape = architecture.place(info.name), info.shape
     if place is None or len(shape) != (3 if place.role.stacked else 2):
         return _generic(info, architecture.bare.get(info.name, info.name))
+    # The last two axes, the other way round where the layer stores (in, out).
     out, inner = shape[-2:] if not place.role.transposed else shape[:-3:-1]
     cuts = list(_cuts(info.name, (out, inner), architecture, place=place, heads=heads))
     experts = range(shape[0]) if place.role.stacked else [None]
@@ -81,6 +82,7 @@ def _cuts(name: str, shape: Range, architecture: Architecture, *, place: TensorP
     elif len(role.part) == 1 and not heads:
         yield _Cut(role.part[0])
     else:
+        # A layer may have head counts of its own, as models with sliding windows do.
         dims = place.dimensions if place.dimensions.heads else require_heads(architecture)
         cut = {"groups": _groups, "heads": _by_heads}.get(role.packing, _blocks)
         pieces = list(cut(role.part, place.sizes, dims))

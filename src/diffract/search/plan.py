@@ -231,11 +231,13 @@ def make_plan(
     missed: Counter[tuple[Split, str]] = Counter()
     for split, number, at in _by_importance(known, splits):
         first = split == "selection" and (split, number) not in taken
+        # Nothing is taken after the first that is missed: cheaper ones of less importance would take its room.
         if not missed and purse.take(FIRST if first else {split: 1}):
             taken.setdefault((split, number), []).append(at)
         else:
             missed[split, curves[number].group] += 1
     if not fits or (missed and not taken):
+        # The ends in each split, one point of one curve, and what may be chosen of it where results are reported.
         least = len(splits) * ends + 1 + CHOSEN * (len(splits) - 1)
         raise SelectionError(f"budget: expected more, {least} evaluations are the least.")
     left_out += [f"{count} {group} on the {split} split" for (split, group), count in missed.items()]

@@ -98,6 +98,7 @@ def _parts(rows: Sequence[Row]) -> Iterator[list[Row]]:
     """Yield neighbours that together hold about ``BATCH_TOKENS`` tokens, padding included."""
     part: list[Row] = []
     for row in rows:
+        # Rows come by length, so that this one is as long as the part will be padded to.
         if part and (len(part) + 1) * len(row.ids) > BATCH_TOKENS:
             yield part
             part = []
@@ -162,6 +163,7 @@ def sum_of_bits(model: torch.nn.Module, batch: Batch) -> Tensor:
     """Return the bits that a model needs for the tokens of a batch that count."""
     output = model(input_ids=batch.ids[:, :-1], attention_mask=batch.known.long(), use_cache=False)
     logits, targets = output.logits[batch.scored], batch.ids[:, 1:][batch.scored]
+    # A sum of thousands of logarithms in 16 bits would lose what single heads change.
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return torch.nn.functional.cross_entropy(wide, targets, reduction="sum") / log(2)
 

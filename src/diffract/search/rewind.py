@@ -121,6 +121,7 @@ class Rewinder:
         """Return the model with these heads rewound."""
         if not names:
             return UNCHANGED
+        # Which heads, not in which order: curves meet in the same model, which is then scored once.
         return Point(frozenset(names), (Rewind(to=self.base, heads=tuple(names), kv=self.kv),))
 
     def whole(self) -> Point:
@@ -185,6 +186,7 @@ class RewindSearch(QualitySearch):
         model = self.stage.subject.model
         if effects:
             before, tasks = scorer.score("selection", UNCHANGED), scorer.tasks["selection"]
+            # The least p of a test is one over its draws, and is multiplied by the number of heads.
             resamples = max(RESAMPLES, round(2 * len(self.units.names) / LEVEL))
             for name in self.units.names:
                 point = self.rewinder.rewound([name])

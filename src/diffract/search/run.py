@@ -200,6 +200,7 @@ def choose_points(scorer: Scorer, curves: Iterable[SearchCurve], tolerance: floa
 def best_point(points: Sequence[Point], gains: Sequence[Mapping[str, Any]]) -> Point:
     """Return the point of the highest gain, of equal ones the nearest to the tuned model; that one gains 0."""
     pairs = zip(points, gains, strict=True)
+    # The point where nothing is edited takes part: where all lose, nothing is the best edit.
     return max(pairs, key=lambda pair: (pair[1]["gain"], -pair[0].at))[0]
 
 
@@ -215,6 +216,7 @@ def furthest_without_loss(
 
     def is_without_loss(gain: Mapping[str, Any]) -> bool:
         if gain["gain_low"] is None:
+            # Without an interval only the gain itself can be asked.
             return gain["gain"] >= 0
         return gain["gain_high"] >= 0 if tolerance is None else gain["gain_low"] >= -tolerance
 

@@ -204,6 +204,7 @@ def working(asked: SearchRequest) -> Iterator[Cache | None]:
         return
     refuse_existing(asked.output, force=asked.force)
     folder, before = work_folder(asked.output), Path(asked.output) / KEPT
+    # A run folder that is written anew keeps its scores: only what changed is evaluated.
     if before.is_dir() and not folder.exists():
         shutil.copytree(before, folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -228,4 +229,5 @@ def finish(tables: Tables, asked: SearchRequest, cache: Cache | None) -> None:
         write(tables, draft)
         if cache is not None:
             shutil.copytree(cache.folder, draft / KEPT)
+    # Last, when the run folder is whole: whoever is killed before goes on from here.
     shutil.rmtree(work_folder(asked.output), ignore_errors=True)

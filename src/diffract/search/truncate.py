@@ -96,6 +96,7 @@ def kept_by(step: Truncate, changes: Sequence[MatrixChange]) -> Kept:
         count = chosen.stop - chosen.start
         directions += count
         energy += float(sigmas[chosen].square().sum())
+        # Whoever stores more directions than this stores the change itself.
         size += min(change.entry_bytes * count * sum(change.shape), change.size_bytes)
     whole = sum(change.energy for change in changes)
     return Kept(directions, min(1.0, energy / whole) if whole else 1.0, size / total_bytes(changes))
