@@ -78,6 +78,7 @@ def marchenko_pastur_cdf(x: Any, variance: Any, gamma: Any, *, xp: Any = np) -> 
     [0.0, 1.0, 1.0]
     """
     root = xp.sqrt(_like(gamma, x, xp))
+    # In units of the variance; a variance of zero has no law.
     low, width = (1 - root) ** 2, 4 * root
     x = x / xp.where(variance > 0, variance, math.nan)
     # Two square roots keep full precision at both ends, where an arccosine would lose half the digits.
@@ -99,6 +100,7 @@ def marchenko_pastur_quantile(share: Any, variance: Any, gamma: Any, *, xp: Any 
     """
     target, root = _like(share, variance, xp), xp.sqrt(_like(gamma, variance, xp))
     below, above = xp.zeros_like(target + root), xp.full_like(target + root, math.pi)
+    # Over the angle, where the law has no square root at its ends: halves are then equally good everywhere.
     for _ in range(HALVINGS):
         middle = (below + above) / 2
         less = _cdf_of_angle(middle, root, xp) < target
@@ -180,6 +182,7 @@ def _log_mass(alpha: float, fall: float) -> float:
     def exponent(t: float) -> float:
         return (1 - alpha) * t - fall * math.expm1(t)
 
+    # Split at its highest point, so that the quadrature cannot step over a narrow top; scaled by it, none overflows.
     summit = max(0.0, math.log(max(1 - alpha, fall) / fall))
     # Where the exponent has fallen so far, what follows is below the rounding of what came before.
     end = summit + math.log1p((60 + 20 * abs(1 - alpha)) / fall)
@@ -251,6 +254,7 @@ def kernel_sums(x: Any, counted: Any, step: Any, points: int, *, entries: int = 
     sums = xp.empty((len(x), blocks, BLOCK), **like)
     for first in range(0, len(x), rows):
         part = slice(first, first + rows)
+        # Beyond that far a kernel is zero, while the ratio below would overflow.
         distance = xp.clip(x[part, None, :] - edges[part, :, None], -FAR, FAR)
         ratio = xp.exp(step[part, None, None] * distance)
         # In place: a fresh array for each step would leave the cache.
@@ -258,6 +262,7 @@ def kernel_sums(x: Any, counted: Any, step: Any, points: int, *, entries: int = 
         distance *= -0.5
         kernel = xp.exp(distance, out=distance)
         kernel *= counted[part, None, :]
+        # exp(-(d - k s)^2 / 2) = exp(-d^2 / 2) exp(s d)^k exp(-(k s)^2 / 2): one exponential serves sixteen points.
         for k in range(BLOCK):
             xp.sum(kernel, -1, out=sums[part, :, k])
             kernel *= ratio

@@ -244,6 +244,7 @@ def difference_interval(
 def _is_accuracy(value: Floats, weight: Floats, document: ArrayLike) -> bool:
     """Whether a quality is the share of independent items that are right."""
     alone = len(np.unique(document)) == len(value)
+    # Only of such items the number of right ones is binomial.
     return alone and bool((weight == 1).all()) and bool(np.isin(value, (0.0, 1.0)).all())
 
 
@@ -266,6 +267,7 @@ def wilson(right: int, count: int, *, level: float = 0.95) -> tuple[float, float
     z, p = NormalDist().inv_cdf((1 + level) / 2), right / count
     middle = p + z * z / (2 * count)
     width = z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
+    # At 0 and 1 the bounds are exact, where rounding would leave an eps.
     low, high = ((middle + side * width) / (1 + z * z / count) for side in (-1, 1))
     return max(0.0, low) if right else 0.0, min(1.0, high) if right < count else 1.0
 
@@ -292,6 +294,7 @@ def newcombe(before: Floats, after: Floats, *, level: float = 0.95) -> tuple[flo
     both, neither = float((before * after).sum()), float(((1 - before) * (1 - after)).sum())
     first, second = float(before.sum()), float(after.sum())
     product = both * neither - (first - both) * (second - both)
+    # The continuity correction, which may weaken a positive correlation and not turn it round.
     product = max(product - n / 2, 0.0) if product > 0 else product
     size = math.sqrt(first * (n - first) * second * (n - second))
     phi = product / size if size else 0.0
@@ -336,6 +339,7 @@ def document_interval(
     from scipy.stats import t
 
     quality = float(ratio_of_sums(values, weights))
+    # The error of a ratio of sums by its linearisation: documents count by their weights.
     error = math.sqrt(count / (count - 1) * ((values - quality * weights) ** 2).sum()) / weights.sum()
     width = float(t.ppf((1 + level) / 2, count - 1)) * error
     return quality - width, quality + width
@@ -446,6 +450,7 @@ def sign_flip(difference: Floats, *, seed: int = 0, resamples: int = 2000) -> fl
 
     def flipped(draw: np.random.Generator, count: int) -> Floats:
         signs = draw.integers(0, 2, size=(count, len(difference)), dtype=np.int8)
+        # In float64, as the product sums in the dtype of its factors.
         return (2 * signs - 1).astype(np.float64) @ difference
 
     observed = abs(difference.sum())

@@ -209,6 +209,7 @@ def prune(
         most_seconds: How long ago any that stays was used at most.
     """
     removed, total, now = [], 0, time.time()
+    # The last used first: what no longer fits is what was not used for longest.
     for entry in sorted(found, key=lambda entry: -entry.used):
         total += entry.size_bytes
         if (most_bytes is not None and total > most_bytes) or (

@@ -139,6 +139,7 @@ class StackFacts:
         known = {name: value for name, value in self.facts.items() if not FACTS[name].sources}
         for name, value in known.items():
             if (degree := FACTS[name].degree) and value is not None:
+                # Powers of two move exponents alone: what is found of scaled entries is exact in the weights' own unit.
                 known[name] = value * (self.unit**degree).view(-1, *[1] * (value.ndim - 1))
         return Facts(known)
 
@@ -288,6 +289,7 @@ def _whole_facts(stack: Stack, plan: MetricPlan, finite: Tensor) -> dict[str, Te
     if not plan.needs("null_sigmas", "block_sigmas"):
         return facts
     if stack.streamed:  # such a tensor is never held whole
+        # Order and blocks need all entries at once: null, and not a number of a part.
         unknown = torch.full((count, long // short, short), torch.nan, dtype=torch.float64, device=device)
         return facts | {"null_sigmas": unknown[:, 0], "block_sigmas": unknown}
     whole = _safe(stack.whole().to(device), finite)
@@ -327,6 +329,7 @@ def _compare_spectra(pair: StackPair, sums: PairSums, finite: Tensor, *, plan: M
     if not pair.takes_gram(plan.method):
         return pair.by_lapack(list(range(pair.base.count)), finite)
     found = pair_from_sums(sums) if plan.needs(*OVERLAPS) else pair_values(sums)
+    # LAPACK holds the whole matrix: of one that is too large Gram matrices have to do.
     weak = [] if pair.base.streamed else weak_pairs(found)
     return replace_pairs(found, weak, pair.by_lapack(weak, finite)) if weak else found
 
@@ -335,6 +338,7 @@ def _overlap_facts(pair: PairSpectrum) -> dict[str, Tensor]:
     """Return overlaps, and what of the change goes with each direction; a zero matrix has no vectors."""
     assert pair.left_overlap is not None and pair.right_overlap is not None
     assert pair.diagonal is not None and pair.energy is not None
+    # Any basis would do for a zero matrix; which one the solver gives says nothing.
     zero = ((pair.base.S[:, 0] == 0) | (pair.tuned.S[:, 0] == 0))[:, None]
     found = {
         "left_cosines": pair.left_overlap.clamp_(-1.0, 1.0).masked_fill_(zero[:, :, None], torch.nan),
@@ -451,6 +455,7 @@ def _metric_columns(found: StackFacts, metrics: Sequence[Metric], plain: Facts) 
     """Return a column for each metric; ``plain`` are the facts of the weights as they are."""
     finite, columns = found.finite.tolist(), {}
     for metric in metrics:
+        # A metric that does not scale, such as a logarithm, is computed in the weights' own unit, whatever that loses.
         if found.unit is None or metric.degree is None:
             values = metric(*(plain[fact] for fact in metric.facts))
         else:  # a matrix needs a unit of its own, and the metric says how it scales

@@ -114,6 +114,7 @@ class Held:
         hasher = start_digest(self._part)
         for start, stop in (rows or (0, self._part.shape[0]) for rows in row_blocks(self._part)):
             hasher.update(as_bytes(self.rows(self.span[0] + start, self.span[0] + stop)))
+        # The same bytes elsewhere in the tensor are another part.
         return f"{hasher.hexdigest()} {self.span}"
 
     def rows(self, start: int, stop: int) -> Tensor:

@@ -90,6 +90,7 @@ def over_noise(pairs: pl.DataFrame) -> dict[str, float | None]:
     columns = [name for name in pairs.columns if name.endswith("_noise")]
     if not columns:
         return {}
+    # Medians of both sides are over the same matrices: those that noise was drawn for.
     drawn = pairs.filter(pl.any_horizontal(pl.col(columns).is_not_null()))
     found: dict[str, float | None] = {"noise_matrices": float(drawn.height), "noise_of": float(pairs.height)}
     for name in (name for name in (*RATIOS, *DIFFERENCES) if f"{name}_noise" in columns):
@@ -122,6 +123,7 @@ def noise_facts(pair: StackPair, labels: Sequence[str], kind: str, *, find: Find
     rows, cols = _squares(scaled)
     total = rows.sum(1)
     profile = (rows.sqrt(), cols.sqrt()) if kind == "noise_rowcol" else None
+    # From the numbers that were drawn, so that the norm is equal and not only expected to be.
     size = (total / sum(e.square().sum((1, 2)) for _, e in _drawn(scaled.base, labels, profile))).sqrt()
     size = size.where(total > 0, total)  # nothing changed, or not finite
 
@@ -163,6 +165,7 @@ def _drawn(
     start = 0
     for piece in base.pieces():
         one = piece.to(CPU)
+        # A matrix has its own numbers wherever and with whichever others it is analysed.
         e = torch.empty(one.shape, dtype=torch.float64)
         for place, generator in enumerate(generators):
             e[place] = torch.randn(one.shape[1:], generator=generator)

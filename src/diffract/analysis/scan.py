@@ -225,6 +225,7 @@ def _unique_names(given: Sequence[str | None], layouts: Sequence[Layout]) -> lis
             raise SelectionError(f"two checkpoints are called {name!r}. Give each a name of its own.")
         wanted = name or _default_name(layout.checkpoint, i, len(layouts))
         number, unique = 2, wanted
+        # A name that somebody gave is never taken from a checkpoint that comes later.
         while unique in names or (not name and unique in given):
             unique, number = f"{wanted}-{number}", number + 1
         names.append(unique)

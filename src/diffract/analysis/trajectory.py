@@ -125,6 +125,7 @@ def peaks_appear(metrics: pl.DataFrame) -> pl.DataFrame:
         several stages; null for a matrix that never has two.
     """
     steps = metrics.select("order", "step").unique().sort("order")["step"]
+    # Steps that begin anew, as of several stages, do not say when.
     rise = not steps.null_count() and bool((steps.diff().drop_nulls() > 0).all())
     when = "step" if rise else "order"
     first = pl.col(when).cast(pl.Float64).sort_by("order").filter(has_peaks(metrics).sort_by("order")).first()
@@ -204,9 +205,9 @@ def follow(
         opened = stack.enter_context(closing(visits(series, options, against)))
         for visit in opened:
             layouts, tasks = _tasks(visit, allow_unmatched=allow_unmatched)
-            # An adapter's factors are its change from its own base, which is not what it is compared with here.
-            # for the same matrices of each checkpoint, so that what a scan costs decides
+            # For the same matrices of each checkpoint, so that what the first scan costs decides.
             plan = options.with_nulls(plan, layouts[-1], costs[0])
+            # An adapter's factors are its change from its own base, which is not what it is compared with here.
             worker = Worker([replace(layout.checkpoint, factors={}) for layout in layouts], plan, device, cache)
             progress = _shifted(options.progress, costs, len(found), visit.stop.name)
             parts, digests, correlations = run_all(tasks, worker, progress=progress)
@@ -264,6 +265,7 @@ def breaks(kinship: Sequence[Lineage | None]) -> list[bool]:
     """
     known = [one for one in kinship if one is not None]
     distances = np.array([1 - one.correlation if one.correlation is not None else 0.0 for one in known])
+    # The first distance is of the start of training, where weights move most, and would hide later breaks.
     among = distances[1:] if len(known) > 1 else distances
     marked = (distances > 1 - RELATED) & out_of_line(distances, among) & (np.arange(len(known)) > 0)
     told = [bool(far) or one.word in ("stranger", "rearranged") for one, far in zip(known, marked, strict=True)]
@@ -339,6 +341,7 @@ def _survey(
                 raise CheckpointError(f"{visit.layout.checkpoint.reference} holds no matrix that could be analysed.")
             costs.append(sum(task.cost for task in tasks))
             del visit
+    # Where hardly anything can be read, that is what has to be said.
     if unread and len(costs) < 2:
         raise next(iter(unread.values()))
     return costs

@@ -246,6 +246,7 @@ class _Progress:
     def take(self, tensor: torch.Tensor, first: int, last: int, count: int) -> None:
         """Hash rows ``first`` to ``last`` of ``count`` if they are the next ones."""
         with self.lock:
+            # Blocks read twice, or out of order, are left out: then the digest is found by reading once more.
             if self.digest or first != self.row:
                 return
             self.hasher.update(as_bytes(tensor))
@@ -292,6 +293,7 @@ class Recorder:
 def recorded(checkpoint: Checkpoint) -> tuple[Checkpoint, Recorder]:
     """Return a checkpoint that notes what is read from it, and its notes."""
     recorder = Recorder(checkpoint)
+    # Both ways of reading are noted: what an adapter makes is read before it is rounded.
     unrounded = {name: partial(recorder.unrounded, name) for name in checkpoint.unrounded}
     return replace(checkpoint, sources=dict.fromkeys(checkpoint.infos, recorder), unrounded=unrounded), recorder
 

@@ -96,6 +96,7 @@ class HubFile(ByteFile):
     ) -> None:
         self.url, self.name = url, name
         self._listed, self.origin = listed, origin
+        # A compressed answer would be other bytes than the range that was asked for.
         self._headers = {**headers, "Accept-Encoding": "identity"}
         self._head = b""
         self.size = 0
@@ -258,6 +259,7 @@ def cached_version(repo: str, revision: str | None = None) -> Path | None:
     kept = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
     name = revision or constants.DEFAULT_REVISION
     ref = kept / "refs" / name
+    # A revision is given by others, and must not lead out of the cache.
     if ref.resolve().is_relative_to(kept.resolve()) and ref.is_file():
         name = ref.read_text(encoding="utf-8", errors="replace").strip()
     found = kept / "snapshots" / name
@@ -294,7 +296,9 @@ def download_hub(repo: str, revision: str | None = None) -> Path:
     Raises:
         CheckpointError: There is no such model, it cannot be reached, or it holds no weights.
     """
+    # Subfolders hold other formats and stages of training; a trainer's own files are no model.
     leave = ["*/*", *(f"{start}*" for start in TRAINER)]
+    # One kind of weights only: repositories often hold the same ones twice.
     for weights in WEIGHTS:
         wanted = [*SMALL_FILES, *weights]
         fetch = partial(snapshot_download, repo, revision=revision, allow_patterns=wanted, ignore_patterns=leave)
@@ -343,6 +347,7 @@ def patiently(where: str, ask: Callable[[], T]) -> T:
         CheckpointError: The answer is a refusal.
     """
     with explained(where):
+        # The last attempt stands behind the loop, where its error is not caught.
         for attempt in range(ATTEMPTS - 1):
             try:
                 return ask()
@@ -368,6 +373,7 @@ def _pause(error: BaseException, attempt: int) -> float | None:
     if not isinstance(error, HfHubHTTPError) or error.response.status_code not in BUSY:
         return None
     asked = _retry_after(error.response.headers)
+    # Whoever asks to be left alone for longer is not waited for.
     return 2**attempt if asked is None else asked if asked <= LONGEST_WAIT else None
 
 

@@ -238,6 +238,7 @@ class ShardedWriter:
             with suppress(OSError):  # closing after a full disk
                 os.close(descriptor)
         if kind is None:
+            # Names last, and the index after them: until then no loader takes these files for a model.
             for number, name in enumerate(self.names):
                 self._draft(number).rename(self.folder / name)
             if len(self.names) > 1:
@@ -257,6 +258,7 @@ class ShardedWriter:
         for info in infos:
             self.places[info.name] = (number, offset)
             offset += info.size_bytes
+        # At its full length from the start, so that threads write their blocks wherever these belong.
         os.truncate(self._descriptors[-1], offset)
 
     def _draft(self, number: int) -> Path:

@@ -90,6 +90,7 @@ def read_stream(path: Path) -> np.ndarray:
 def _stream(recipe: TrainRecipe, name: str, tokenizer: PreTrainedTokenizerFast) -> Path:
     data = Path(recipe.data) if recipe.data else None
     sources = recipe.mix[name].sources
+    # All that tokens follow from is in the name: another text or tokenizer finds no file, and makes its own.
     made_by = (f"{STREAM_FORMAT} train", tokenizer.backend_tokenizer.to_str(), str(tokenizer.eos_token_id))
     key = digest_parts(text.encode() for text in (*made_by, digest_sources(sources, data)))
     path = cache_folder() / "tokens" / f"{key}.npy"
@@ -277,6 +278,7 @@ class Mixture:
         draw = np.random.default_rng([seed, DRAWS])
         drawn = draw.choice(len(self.names), size=(steps, rows), p=[shares[name] for name in self.names])
         self._parts = drawn.astype(np.uint16)
+        # How many windows of each part come before a step, so that any step's batch is found without those before it.
         counts = np.stack([(self._parts == part).sum(axis=1) for part in range(len(self.names))], axis=1)
         self._before = np.concatenate([np.zeros_like(counts[:1]), counts.cumsum(axis=0)])
         # an epoch's order is read window by window, and around its end the next one's too

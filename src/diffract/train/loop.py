@@ -130,6 +130,7 @@ def _prepared(accelerator: Accelerator, recipe: TrainRecipe, folder: Path) -> Se
         # Text is tokenised for minutes; a model that does not fit its tokenizer should be refused before.
         make_config(recipe, tokenizer)
         streams = token_streams(recipe, tokenizer)
+    # Padding or a smaller last share would make other gradients than one process does.
     if recipe.rows % accelerator.num_processes:
         raise RecipeError(
             f"batch_tokens: {recipe.rows} windows cannot be shared evenly among {accelerator.num_processes} processes."

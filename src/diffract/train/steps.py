@@ -45,6 +45,7 @@ def window_loss(model: nn.Module, ids: Tensor) -> Tensor:
     """
     logits = model(input_ids=ids, use_cache=False).logits
     targets = functional.pad(ids[:, 1:], (0, 1), value=NO_TARGET)
+    # In float32: 16 bits would round the logarithm of each of many thousand alternatives.
     return functional.cross_entropy(
         logits.flatten(0, 1).float(), targets.flatten(), ignore_index=NO_TARGET, reduction="sum"
     )
@@ -107,6 +108,7 @@ class Stepper:
 
     def _gradient_of_pieces(self, ids: Tensor) -> Tensor:
         pieces, processes = ids.split(self.micro_batch), self.accelerator.num_processes
+        # Of the whole batch in all processes, so that sums over pieces are the mean whatever the pieces' size.
         positions = ids.numel() // self.recipe.context * (self.recipe.context - 1) * processes
         total = torch.zeros((), device=self.accelerator.device)
         for number, piece in enumerate(pieces, start=1):
@@ -124,6 +126,7 @@ class Stepper:
             raise DiffractError(
                 "memory does not suffice for one window. Shorten the context, or share the model (FSDP)."
             ) from error
+        # The others wait at the exchange of gradients for as many pieces as before.
         if self.accelerator.num_processes > 1:
             raise DiffractError(
                 f"memory does not suffice for {self.micro_batch} windows, and one process cannot change that for all. "
