@@ -95,9 +95,11 @@ def audit(
         rows: list[Row] = []
         overlaps: list[Row] = []
         for done, low_rank in enumerate(held.low_rank.values(), 1):
+            match = other and other.low_rank.get(low_rank.module)
+            spectra = dict(_spectra(other, match)) if other and match and match.shape == low_rank.shape else {}
             for name, spectrum in _spectra(held, low_rank):
                 rows.append(_module_row(name, spectrum, (low_rank, energy)))
-                twin = _twin(other, low_rank, name)
+                twin = spectra.get(name)
                 if twin is not None:
                     overlaps.append(_overlap_row(name, (spectrum, twin), energy))
             if progress:
@@ -163,14 +165,6 @@ def _module_row(name: str, spectrum: _Spectrum | None, asked: tuple[LoraParts, f
     effective = float(torch.exp(-(p * p.log()).sum())) if norm else None
     found = (used, effective, _suffices(S, energy), norm, rms, rms / BF16_HALF_STEP)
     return row | dict(zip(keys, found, strict=True))
-
-
-def _twin(other: Adapter | None, low_rank: LoraParts, name: str) -> _Spectrum | None:
-    """Return the other adapter's change of the same module, where there is one of the same shape."""
-    match = None if other is None else other.low_rank.get(low_rank.module)
-    if other is None or match is None or match.shape != low_rank.shape:
-        return None
-    return dict(_spectra(other, match)).get(name)
 
 
 def _overlap_row(name: str, pair: tuple[_Spectrum | None, _Spectrum], energy: float) -> Row:

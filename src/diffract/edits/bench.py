@@ -212,7 +212,10 @@ class Bench:
         rows: dict[str, int] = {}
         for checkpoint, met in pairs:
             rows |= {name: min(count, rows.get(name, count)) for name, count in met.rows.items()}
-            self._note(checkpoint, met)
+            label = checkpoint.reference
+            if label not in self.kept:  # what is not taken is said once, though several edits take from one model
+                self.kept[label] = met.stays()
+                self.notes += met.told(printable(label))
         return [
             Other(checkpoint, {n: met.names[n] for n in met.names if n in names}, rows) for checkpoint, met in pairs
         ]
@@ -246,13 +249,6 @@ class Bench:
         needed = [str(option).removeprefix("--allow ") for option in options if option]
         near = {word: suggest(word, needed) for word in sorted(self._allow)}
         raise CheckpointError(text + next((hint for hint in near.values() if hint), ""))
-
-    def _note(self, checkpoint: Checkpoint, met: Meeting) -> None:
-        """Keep what is not taken from another checkpoint, and say it, once."""
-        label = checkpoint.reference
-        if label not in self.kept:
-            self.kept[label] = met.stays()
-            self.notes += met.told(printable(label))
 
     def entries(self) -> dict[str, Entry]:
         """Return the tensors that edits can change, by name: floating point, no buffer, and not tied to another."""

@@ -188,8 +188,11 @@ def magnitude_threshold(blocks: Callable[[], Iterable[Tensor]], keep: int) -> fl
         counts, dtype = _count_digits(blocks(), prefix, known)
         if rest > (entries := int(counts.sum())):
             raise ValueError(f"expected to keep at most all {entries} entries, got keep={keep}")
-        digit, larger = _pick(counts, rest)
-        prefix, rest = prefix << DIGIT_BITS | digit, rest - larger
+        # The digit of the entry that is the rest-th largest, and how many have larger ones.
+        reached = counts.flip(0).cumsum(0)
+        place = int(torch.searchsorted(reached, rest))
+        prefix = prefix << DIGIT_BITS | len(counts) - 1 - place
+        rest -= int(reached[place - 1]) if place else 0
         width, known = torch.finfo(dtype).bits, known + DIGIT_BITS
     return torch.tensor(prefix, dtype=_INTEGERS[dtype]).view(dtype).item()
 
@@ -231,13 +234,6 @@ def _may_hold_nan(counts: Int64[Tensor, "digits"], dtype: torch.dtype) -> bool:
     """Whether a magnitude begins as infinity does, or is above it; cheaper than to look at each entry."""
     infinity = torch.tensor(torch.inf, dtype=dtype).view(_INTEGERS[dtype]).item()
     return bool(counts[int(infinity) >> torch.finfo(dtype).bits - DIGIT_BITS :].any())
-
-
-def _pick(counts: Int64[Tensor, "digits"], rank: int) -> tuple[int, int]:
-    """Return the digit of the ``rank``-th largest entry, and how many entries have larger ones."""
-    reached = counts.flip(0).cumsum(0)
-    place = int(torch.searchsorted(reached, rank))
-    return len(counts) - 1 - place, int(reached[place - 1]) if place else 0
 
 
 def trim(delta: Float[Tensor, "*shape"], threshold: float) -> Float[Tensor, "*shape"]:

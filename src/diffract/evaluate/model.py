@@ -14,7 +14,7 @@ import blake3
 import torch
 from torch import Tensor
 
-from diffract.checkpoints import Checkpoint, open_checkpoint
+from diffract.checkpoints import open_checkpoint
 from diffract.checkpoints.configurations import own_attention
 from diffract.checkpoints.open import STACK_LIMIT, base_of
 from diffract.engine import choose_device
@@ -107,18 +107,16 @@ def _from_checkpoint(ref: str, dtype: Any) -> tuple[Any, list[str]]:
         # Only the class is wanted: no memory is taken for weights that are not those of the file.
         with torch.device("meta"):
             kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-        tensors = {name: _as_loaded(checkpoint, name, dtype) for name in checkpoint.names}
+        # An adapter's sum is rounded once, to the dtype that the model is loaded in, not to the stored one before.
+        once = set() if dtype == "auto" else checkpoint.unrounded.keys()
+        tensors = {
+            name: checkpoint.read_unrounded(name).to(dtype) if name in once else checkpoint.read(name)
+            for name in checkpoint.names
+        }
         model, info = kind.from_pretrained(
             None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
         )
     return model, _lost(info)
-
-
-def _as_loaded(checkpoint: Checkpoint, name: str, dtype: Any) -> Tensor:
-    """Return a tensor in the dtype that the model is loaded in, rounded once though an adapter changes it."""
-    if dtype == "auto" or name not in checkpoint.unrounded:
-        return checkpoint.read(name)
-    return checkpoint.read_unrounded(name).to(dtype)
 
 
 def _lost(info: dict[str, Any]) -> list[str]:

@@ -173,7 +173,11 @@ def top_spectrum(
         P = Q @ ritz
         residual = (Y @ ritz / S.clamp(min=TINY) - S * P).norm(dim=0)
         residual = torch.where(ZERO * S[0] < S, residual, S)  # ||A^T u|| where v is not defined
-        error = _error(S, residual)[:k]
+        # Where values lie apart the square over the gap is far smaller; where they coincide only the residual bounds
+        # them, as it does the last one, whose gap is not known.
+        gap = -S.diff(append=S[-1:])
+        gap[1:] = torch.minimum(gap[1:], gap[:-1])
+        error = torch.minimum(residual, residual.square() / gap.clamp(min=TINY))[:k]
         steps -= 1
         converged = bool((error <= tolerance * S[0]).all())
         if converged or steps == 0 or Q.shape[1] == short:
@@ -193,14 +197,6 @@ def _both_products(w: Tensor, block: Tensor, side: str) -> tuple[Tensor, Tensor]
         image += product(a, part.mT)[0]
         across.append(part[0])
     return torch.cat(across, 1), image
-
-
-def _error(S: Tensor, residual: Tensor) -> Tensor:
-    """Bound the error of each value; the last one's gap is not known, so only its residual counts."""
-    # Where values lie apart the square over the gap is far smaller; where they coincide only the residual bounds them.
-    gap = -S.diff(append=S[-1:])
-    gap[1:] = torch.minimum(gap[1:], gap[:-1])
-    return torch.minimum(residual, residual.square() / gap.clamp(min=TINY))
 
 
 def _orthogonal(block: Tensor, Q: Tensor) -> Tensor:

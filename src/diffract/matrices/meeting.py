@@ -271,11 +271,10 @@ def _grown(sizes: Sizes, tables: Collection[str], model: Layout) -> list[str]:
     """Tables, and what else goes by tokens (an output of a name of its own, its bias), of another number of rows."""
     differ = {name: (a, b) for name, (a, b) in sizes.items() if a != b and a[1:] == b[1:] and a and b}
     counts = {(a[0], b[0]) for name, (a, b) in differ.items() if name in tables}
-    return [name for name, (a, b) in differ.items() if (a[0], b[0]) in counts and not _numbered(name, model)]
-
-
-def _numbered(name: str, model: Layout) -> bool:
-    return any(word.isdigit() for word in model.architecture.bare.get(name, name).split("."))
+    # What stands in a numbered layer does not go by tokens, whatever its size.
+    words = {name: model.architecture.bare.get(name, name).split(".") for name in differ}
+    outside = [name for name in differ if not any(word.isdigit() for word in words[name])]
+    return [name for name in outside if (differ[name][0][0], differ[name][1][0]) in counts]
 
 
 def _common_tokens(model: Layout, other: Layout) -> tuple[Collection[int] | None, str, bool]:

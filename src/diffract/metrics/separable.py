@@ -139,6 +139,7 @@ class _Profile:
 
     @classmethod
     def of(cls, squares: Float64[Tensor, "n"]) -> _Profile:
+        """Group squared norms by size; a group stands at its mean, so that the whole stays what it was."""
         parts = squares.sort().values.tensor_split(min(GROUPS, len(squares)))
         count = squares.new_tensor([len(part) for part in parts])
         return cls(torch.stack([part.mean() for part in parts]), count)
