@@ -124,7 +124,7 @@ def compare(
             metrics of one's own, of pairs too.
         select: Which matrices, such as ``"layers 0-7, attn.q, attn.o"``; all by default.
         heads: Cut attention projections into heads.
-        circuits: Analyse the qk and ov circuits of each head too, of every model by itself.
+        circuits: Analyse the qk and ov circuits of each head too, and their change.
         vectors: Keep singular vectors too, as float32 safetensors in the run folder. In Python also in memory, without
             one.
         architecture: A JSON file that describes the model (docs/architectures.md); by default its config.json's

@@ -22,6 +22,9 @@ PER_KV_HEAD = ("k", "v")
 PROJECTIONS = ("q", "k", "v", "o")
 """What a head consists of."""
 
+CIRCUITS = {"qk": ("q", "k"), "ov": ("o", "v")}
+"""Each circuit and the projections that are its factors."""
+
 PLACE = ("layer", "block")
 
 HEADS: dict[str, Any] = {
@@ -54,6 +57,11 @@ the other domains, ``shared_share`` its square: the domain-agnostic part of ||D|
 same on the row of each: the mean of <D_a, D_b> over a != b by the mean of ||D_a||_F^2; 0 by chance. A comparison knows
 no products of domains, so that these four are null in its table.
 """
+
+
+def is_circuit() -> pl.Expr:
+    """Rows of circuits, which are products of matrices that have rows themselves: no sum over a model holds both."""
+    return pl.col("projection").is_in(list(CIRCUITS)).fill_null(value=False)
 
 
 def query_heads(slices: pl.DataFrame) -> pl.DataFrame:

@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from diffract.linalg import circuit_spectrum
+from diffract.linalg import CircuitFactors, circuit_pair, circuit_spectrum
 
 EPSILON = float(torch.finfo(torch.float64).eps)
 
@@ -140,3 +140,87 @@ def test_degenerate_factors_spare_their_neighbours() -> None:
         assert found.resolved[:2].tolist() == [0.0, 0.0]
         assert bool(found.S[2:4].isnan().all())
         assert torch.equal(found.S[4:], want.S)
+
+
+def pair_of(shape: tuple[int, int, int], *, size: float = 0.1) -> tuple[CircuitFactors, CircuitFactors]:
+    """Three query heads, two of which share a key-value head."""
+    h, m, n = shape
+    heads = torch.tensor([0, 0, 1])
+    left, right = gaussian(3, h, m), gaussian(2, h, n, seed=1)
+    moved = left + size * gaussian(3, h, m, seed=2), right + size * gaussian(2, h, n, seed=3)
+    return CircuitFactors(left, right, heads, 0.0), CircuitFactors(*moved, heads, 0.0)
+
+
+@pytest.mark.parametrize("shape", [(6, 20, 20), (6, 20, 31), (6, 9, 9), (6, 6, 6), (1, 5, 5), (5, 3, 4)], ids=str)
+def test_a_pair_is_that_of_the_maps_multiplied_out(shape: tuple[int, int, int]) -> None:
+    base, tuned = pair_of(shape)
+    found, k = circuit_pair(base, tuned), min(shape)
+    assert found.finite.all()
+    for i, kv in enumerate([0, 0, 1]):
+        C0, C1 = (c.left[i].numpy().T @ c.right[kv].numpy() for c in (base, tuned))
+        (U0, S0, V0), (U1, S1, V1) = (np.linalg.svd(C) for C in (C0, C1))
+        D = C1 - C0
+        room = 1e-12 * float(np.linalg.norm(C0))  # a few eps of the whole; vectors over the gaps of Gaussian sigmas
+        np.testing.assert_allclose(found.spectra.base.S[i], S0[:k], atol=room)
+        np.testing.assert_allclose(found.spectra.tuned.S[i], S1[:k], atol=room)
+        changed = np.linalg.svd(found.delta[i].numpy(), compute_uv=False)
+        both = min(len(changed), *D.shape)
+        np.testing.assert_allclose(changed[:both], np.linalg.svd(D, compute_uv=False)[:both], atol=room)
+        for own, want in (
+            (found.spectra.left_overlap, U0.T @ U1),
+            (found.spectra.right_overlap, V0 @ V1.T),
+        ):
+            assert own is not None
+            np.testing.assert_allclose(own[i].abs(), np.abs(want[:k, :k]), atol=1e-10)
+        along = (U0.T @ D)[:k]
+        assert found.spectra.energy is not None
+        assert found.spectra.diagonal is not None
+        np.testing.assert_allclose(found.spectra.energy[i], (along**2).sum(1), atol=1e-10)
+        np.testing.assert_allclose(found.spectra.diagonal[i], (along @ V0.T)[:, :k].diagonal(), atol=1e-10)
+
+
+def test_circuits_of_which_only_the_basis_of_a_head_changed_did_not_change() -> None:
+    base, _ = pair_of((6, 20, 20))
+    assert circuit_pair(base, base).delta.abs().max() == 0.0
+    turn = orthogonal(6, 6)
+    turned = CircuitFactors(turn @ base.left, turn @ base.right, base.right_of_left, 0.0)
+    assert circuit_pair(base, turned).delta.abs().max() == 0.0
+    slightly = CircuitFactors(base.left, base.right * (1 + 1e-11), base.right_of_left, 0.0)
+    changed = torch.linalg.matrix_norm(circuit_pair(base, slightly).delta)
+    size = circuit_pair(base, base).spectra.base.S.norm(dim=1)
+    np.testing.assert_allclose(changed / size, 1e-11, rtol=1e-4)  # 1 + 1e-11 is itself rounded
+
+
+def test_a_pair_in_closed_form() -> None:
+    """C0 = 3 e0 f0^T + 2 e1 f1^T, of which the second direction grows to 4 and turns by 90 degrees to e2."""
+    left, right = torch.zeros(1, 2, 5).double(), torch.zeros(1, 2, 4).double()
+    left[0, 0, 0], left[0, 1, 1], right[0, 0, 0], right[0, 1, 1] = 3.0, 2.0, 1.0, 1.0
+    moved = left.clone()
+    moved[0, 1, 1], moved[0, 1, 2] = 0.0, 4.0
+    heads = torch.tensor([0])
+    found = circuit_pair(CircuitFactors(left, right, heads, 0.0), CircuitFactors(moved, right, heads, 0.0))
+    assert found.spectra.base.S[0].tolist() == pytest.approx([3.0, 2.0], abs=1e-14)
+    assert found.spectra.tuned.S[0].tolist() == pytest.approx([4.0, 3.0], abs=1e-14)
+    assert found.spectra.left_overlap is not None
+    assert found.spectra.right_overlap is not None
+    assert found.spectra.left_overlap[0].abs().tolist() == pytest.approx(np.array([[0.0, 1.0], [0.0, 0.0]]), abs=1e-14)
+    assert found.spectra.right_overlap[0].abs().tolist() == pytest.approx(np.array([[0.0, 1.0], [1.0, 0.0]]), abs=1e-14)
+    changed = torch.linalg.svdvals(found.delta[0])
+    assert changed[:2].tolist() == pytest.approx([20.0**0.5, 0.0], abs=1e-14)  # -2 e1 + 4 e2 along f1
+
+
+def test_a_pair_says_what_rounding_the_factors_hides() -> None:
+    h, d = 16, 256
+    left, right = gaussian(1, h, d), gaussian(1, h, d, seed=1)
+    left[0, -1] *= 1e-4  # its direction drowns in the rounding of the other rows
+    rounded = left.bfloat16(), right.bfloat16()
+    heads, eps = torch.tensor([0]), float(torch.finfo(torch.bfloat16).eps)
+    found = circuit_pair(CircuitFactors(*rounded, heads, eps), CircuitFactors(*rounded, heads, eps))
+    known = found.spectra.base.resolved[:, None] < found.spectra.base.S
+    assert known[0].tolist() == [True] * (h - 1) + [False]
+
+
+def test_a_pair_marks_circuits_that_are_not_finite() -> None:
+    base, tuned = pair_of((4, 10, 10))
+    tuned.right[1, 0, 0] = torch.inf
+    assert circuit_pair(base, tuned).finite.tolist() == [True, True, False]

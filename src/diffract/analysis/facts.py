@@ -262,7 +262,7 @@ def pair_facts(pair: StackPair, plan: MetricPlan, device: torch.device) -> tuple
         facts1["base_sigmas"] = spectra.base.S
         facts1["base_resolved"] = spectra.base.resolved
         if spectra.left_overlap is not None:
-            facts1 |= _overlap_facts(spectra)
+            facts1 |= overlap_facts(spectra)
     found0 = StackFacts(Facts(facts0 | _spectrum_facts(spectra and spectra.base)), finite0, spectra and spectra.base)
     found1 = StackFacts(Facts(facts1 | _spectrum_facts(spectra and spectra.tuned)), finite, spectra and spectra.tuned)
     for found, stack in ((found0, base), (found1, tuned)):
@@ -334,7 +334,7 @@ def _compare_spectra(pair: StackPair, sums: PairSums, finite: Tensor, *, plan: M
     return replace_pairs(found, weak, pair.by_lapack(weak, finite)) if weak else found
 
 
-def _overlap_facts(pair: PairSpectrum) -> dict[str, Tensor]:
+def overlap_facts(pair: PairSpectrum) -> dict[str, Tensor]:
     """Return overlaps, and what of the change goes with each direction; a zero matrix has no vectors."""
     assert pair.left_overlap is not None and pair.right_overlap is not None
     assert pair.diagonal is not None and pair.energy is not None

@@ -11,7 +11,7 @@ import polars as pl
 from diffract import schemas, tables
 from diffract.analysis.tables import Member, with_lineage
 from diffract.analysis.vectors import judge_vectors, token_table
-from diffract.analysis.work import CIRCUITS
+from diffract.attention import is_circuit
 from diffract.checkpoints.configurations import compare_settings
 from diffract.errors import printable
 from diffract.matrices.lineage import Lineage, tell_lineage
@@ -121,7 +121,7 @@ def _same(run: tables.Tables, done: Pass, place: int) -> str:
     base = printable(run.models["model"][0], NAME_CHARACTERS)
     ours, theirs = done.digests_of(0), done.digests_of(place)
     other = [n for n in dict.fromkeys((*ours, *theirs)) if ours.get(n) != theirs.get(n)]
-    own = run.metrics.filter(pl.col("model") == name, ~pl.col("projection").is_in(CIRCUITS).fill_null(value=False))
+    own = run.metrics.filter(pl.col("model") == name, ~is_circuit())
     moved = set(own.filter(_changed(own))["tensor"])
     whole = run.models.filter(model=name)["digest"][0] is not None
     if not other:

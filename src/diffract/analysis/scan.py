@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from diffract.analysis.circuits import circuit_tasks, gains_left_out
 from diffract.analysis.drawn import choose_noise, choose_nulls
 from diffract.analysis.facts import MetricPlan
 from diffract.analysis.noise import NOISES
@@ -20,7 +21,6 @@ from diffract.analysis.work import (
     AnyTask,
     Part,
     Worker,
-    circuit_tasks,
     run_all,
     tensor_tasks,
 )
@@ -130,6 +130,7 @@ def analyse(
             raise CheckpointError(f"{layouts[0].checkpoint.reference} holds no matrix that could be analysed.")
         if options.circuits:
             tasks += circuit_tasks(layouts)
+            layouts = [replace(one, warnings=(*one.warnings, *gains_left_out(one))) for one in layouts]
         plan = options.with_nulls(plan, layouts[0], sum(task.cost for task in tasks))
         plan = options.with_noise(plan, tasks)
         # the cache keeps no vectors, so whatever is to be saved has to be computed

@@ -15,13 +15,14 @@ import torch
 from diffract import schemas, tables
 from diffract.analysis.facts import CURVE, MetricPlan
 from diffract.analysis.noise import glossary, over_noise
-from diffract.analysis.work import CIRCUITS, Part
+from diffract.analysis.work import Part
 from diffract.attention import (
     compared_heads,
     concentration,
     concentration_noise,
     concentration_of_base,
     head_squares,
+    is_circuit,
     query_heads,
 )
 from diffract.matrices import Layout
@@ -74,13 +75,14 @@ def model_numbers(base: pl.DataFrame, tuned: pl.DataFrame, heads: pl.DataFrame) 
     """Return the numbers of one tuned model; ``None`` for what the computed metrics do not give.
 
     Shares are means over matrices weighted by ||D||_F^2, that is, shares of the whole model's change; heads are
-    weighted by the squared norm of their change, so that shares add up.
+    weighted by the squared norm of their change, so that shares add up. Circuits do not count.
 
     Args:
         base: The base's metric rows.
         tuned: The tuned model's metric rows.
         heads: Its rows of the ``heads`` table.
     """
+    base, tuned = base.filter(~is_circuit()), tuned.filter(~is_circuit())
     squares = pl.col("frobenius_norm") ** 2 if "frobenius_norm" in base.columns else pl.lit(None, pl.Float64)
     pairs = tuned.filter(pl.col("status") != "unpaired").join(
         base.select("name", base_squares=squares), on="name", how="left"
@@ -159,7 +161,7 @@ def tail_summaries(own: pl.DataFrame) -> dict[str, float | None]:
 
     Circuits do not count: they are products of matrices that do.
     """
-    matrices = own.filter(~pl.col("projection").is_in(CIRCUITS).fill_null(value=False))
+    matrices = own.filter(~is_circuit())
     found: dict[str, float | None] = {}
     for name in SUMMARISED:
         if name in own.columns:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple, TypeAlias
@@ -12,17 +12,16 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from diffract.analysis.circuits import CircuitTask, HeldCircuits, circuit_facts, circuit_pair_facts, has_meaning
 from diffract.analysis.facts import MetricPlan, StackFacts, StackPair, bundle, numbers, pair_facts, single_facts
 from diffract.analysis.held import Held
 from diffract.analysis.noise import noise_facts, tells
 from diffract.checkpoints import Checkpoint, Factors, TensorInfo, as_bytes
 from diffract.engine import run_tasks
-from diffract.errors import SelectionError, printable
-from diffract.linalg import LowRank, change_grams, circuit_spectrum
+from diffract.linalg import LowRank, change_grams
 from diffract.matrices import Layout, Matrix, batches, cut, is_paired, scan_cost, workspace_bytes
 from diffract.matrices.layout import KEEP_BYTES, PIECE_BYTES
 from diffract.matrices.lineage import EntrySums
-from diffract.metrics import GROUPS, Facts, Metric, sources
 from diffract.settings import Progress
 from diffract.store import Cache, cache_key, remembered
 
@@ -94,38 +93,6 @@ class HeadTask(TensorTask):
         return float(self.info.entries * (1 + len(self.tuned)))
 
 
-@dataclass(frozen=True)
-class CircuitTask:
-    """The circuits of one kind in one attention block of one model.
-
-    Attributes:
-        model: The place of the checkpoint among those that are analysed.
-        circuits: What they are called, one per query head.
-        left: W_q, or W_o, of each query head.
-        right: W_k, or W_v, of each key-value head.
-    """
-
-    model: int
-    circuits: tuple[Matrix, ...]
-    left: tuple[Matrix, ...]
-    right: tuple[Matrix, ...]
-
-    @property
-    def tensor(self) -> str:
-        """What progress calls it."""
-        return self.circuits[0].name
-
-    @property
-    def workspace_bytes(self) -> int:
-        """Memory that it needs at most, about."""
-        return 16 * sum(m.entries for m in (*self.left, *self.right))
-
-    @property
-    def cost(self) -> float:
-        """Work, about, in multiplications."""
-        return float(sum(m.entries * min(m.shape) for m in (*self.left, *self.right)))
-
-
 AnyTask: TypeAlias = TensorTask | HeadTask | CircuitTask
 
 
@@ -143,60 +110,6 @@ def tensor_tasks(layouts: Sequence[Layout]) -> list[TensorTask]:
             tuned = tuple(k for k, other in others if is_paired(other.entries.get(name)))
             tasks.append(TensorTask(entry.info, entry.matrices, i, tuned))
     return tasks
-
-
-CIRCUITS = {"qk": ("q", "k"), "ov": ("o", "v")}
-"""Each circuit and the projections that are its factors."""
-
-KNOWN = frozenset({"sigmas", "sigma_max", "resolved", "squares", "shape", "epsilon", "drawn"})
-"""Facts that the spectrum of a product tells."""
-
-MEANINGLESS = ("shape", "random_matrix")
-"""Groups that speak of a matrix of full rank with entries of its own: a circuit has as many sigmas as a head has
-dimensions, the others are zero."""
-
-
-def has_meaning(metric: Metric) -> bool:
-    """Whether a metric can be computed of a circuit and says something about it."""
-    names = {m.name for group in MEANINGLESS for m in GROUPS[group]}
-    return not metric.pair and sources(metric.facts) <= KNOWN and metric.name not in names
-
-
-def circuit_tasks(layouts: Sequence[Layout]) -> list[CircuitTask]:
-    """Return the circuits of all models.
-
-    Raises:
-        SelectionError: No attention block has all of its projections cut into heads.
-    """
-    tasks = [task for i, layout in enumerate(layouts) for task in _circuits_of(layout, i)]
-    if not tasks:
-        raise SelectionError(
-            "circuits need attention blocks with q and k, or o and v, all cut into heads; "
-            f"{printable(layouts[0].checkpoint.reference)} has none that is selected. Leave --circuits out."
-        )
-    return tasks
-
-
-def _circuits_of(layout: Layout, model: int) -> Iterator[CircuitTask]:
-    """Yield the circuits of every attention block whose projections are all cut into heads."""
-    places: dict[tuple[int | None, str | None], dict[str | None, list[Matrix]]] = {}
-    for m in layout.matrices:
-        places.setdefault((m.layer, m.block), {}).setdefault(m.projection, []).append(m)
-    for parts in places.values():
-        for kind, (left, right) in CIRCUITS.items():
-            lefts, rights = parts.get(left, []), parts.get(right, [])
-            shared = {m.kv_head for m in lefts} == {m.kv_head for m in rights} and None not in {m.head for m in lefts}
-            # rows of latent queries hold rotary ones, too, which those of keys lack: they make no product
-            fit = kind != "qk" or {m.shape[0] for m in lefts} == {m.shape[0] for m in rights}
-            if lefts and rights and shared and fit:
-                yield CircuitTask(model, tuple(_label(kind, m, rights[0]) for m in lefts), tuple(lefts), tuple(rights))
-
-
-def _label(kind: str, left: Matrix, right: Matrix) -> Matrix:
-    """A circuit's row: (d, d), called after its query head; it lies in no tensor of its own."""
-    out = left.shape[1] if kind == "qk" else left.shape[0]
-    name = left.name.replace(f".{left.projection}.", f".{kind}.")
-    return replace(left, name=name, projection=kind, shape=(out, right.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -359,9 +272,7 @@ class Worker:
         (own,) = alone._scan(replace(task, model=last, tuned=()), batch, held)
         if not task.tuned or not between.plan.metrics:
             return [own]
-        change = between._compare(task, batch, held)[-1].rows
-        added = [column for column in change.get_columns() if column.name not in own.rows.columns]
-        return [replace(own, rows=own.rows.hstack(added))]
+        return [replace(own, rows=beside(own.rows, between._compare(task, batch, held)[-1].rows))]
 
     def _keys(self, models: Sequence[int], batch: tuple[Matrix, ...], content: Sequence[str]) -> dict[int, str]:
         """Return the keys of a batch's results, one for each model in its role."""
@@ -392,36 +303,33 @@ class Worker:
         return parts
 
     def _circuits(self, task: CircuitTask) -> list[Part]:
-        checkpoint = self.checkpoints[task.model]
-        every = (*task.left, *task.right)
-        held = {
-            n: Held(checkpoint, [m for m in every if m.tensor == n], self.cache)
-            for n in dict.fromkeys(m.tensor for m in every)
-        }
-        metrics = tuple(filter(has_meaning, self.plan.metrics))
-        worker = replace(self, plan=replace(self.plan, metrics=metrics, vectors=False))
-        factors = [[held[m.tensor].digest, m.slice_key, m.kv_head] for m in (*task.left, *task.right)]
-        content = ["circuit", task.circuits[0].projection, factors]
-        key = cache_key(*content, worker._drawn(task.circuits), worker.plan.key, self.device.type)
-        return worker._known_or_new({task.model: key}, task.circuits, lambda: [self._circuit_facts(task, held)])
+        """Return the parts of a model's circuits, and of those compared with it, each beside its numbers alone."""
+        base, *others = (HeldCircuits(self.checkpoints[i], task, self.cache) for i in (task.model, *task.tuned))
+        own = [self._own_circuits(one, i) for one, i in zip((base, *others), (task.model, *task.tuned), strict=True)]
+        return [own[0], *(self._with_pair(part, base, other) for part, other in zip(own[1:], others, strict=True))]
 
-    def _circuit_facts(self, task: CircuitTask, held: Mapping[str, Held]) -> StackFacts:
-        left, right = (_stack(held, part).to(self.device) for part in (task.left, task.right))
-        if task.circuits[0].projection == "ov":  # W_o W_v is L^T R with L = W_o^T
-            left = left.mT
-        places = {m.kv_head: i for i, m in enumerate(task.right)}
-        index = torch.tensor([places[m.kv_head] for m in task.left], device=self.device)
-        found = circuit_spectrum(left, right, right_of_left=index, method=self.plan.method)
-        S = found.S
-        facts = Facts(
-            sigmas=S,
-            sigma_max=S[:, 0],
-            resolved=found.resolved,
-            squares=S.square().sum(-1),
-            shape=task.circuits[0].shape,
-            epsilon=torch.finfo(left.dtype).eps,
-        )
-        return StackFacts(facts, S.isfinite().all(-1), found)
+    def _own_circuits(self, held: HeldCircuits, model: int) -> Part:
+        metrics = tuple(m for m in self.plan.single if has_meaning(m, normed=held.normed))
+        worker = replace(self, plan=replace(self.plan, metrics=metrics, vectors=False))
+        key = cache_key("circuit", held.content, worker._drawn(held.task.circuits), worker.plan.key, self.device.type)
+        facts = lambda: [circuit_facts(held, self.plan.method, self.device)]  # noqa: E731
+        (part,) = worker._known_or_new({model: key}, held.task.circuits, facts)
+        return part
+
+    def _with_pair(self, part: Part, base: HeldCircuits, tuned: HeldCircuits) -> Part:
+        normed = base.normed or tuned.normed
+        plan = replace(self.plan, metrics=tuple(m for m in self.plan.between.metrics if has_meaning(m, normed=normed)))
+        if not plan.metrics:
+            return part
+        drawn = self._drawn(part.matrices)
+
+        def compare() -> pl.DataFrame:
+            found = circuit_pair_facts(base, tuned, self.device)
+            found.facts["drawn"] = torch.tensor(drawn, dtype=torch.bool, device=self.device)
+            return bundle(found, plan.metrics)
+
+        key = partial(cache_key, "circuits", base.content, tuned.content, drawn, plan.key, self.device.type)
+        return replace(part, rows=beside(part.rows, remembered(self.cache, key, compare)))
 
     def _grams(self, task: HeadTask) -> Part:
         """Return the inner products (k, k) of W0 and of the k - 1 changes, of each slice, as one row of k * k."""
@@ -446,6 +354,11 @@ class Worker:
         return Part(task.model, task.matrices, rows)
 
 
+def beside(own: pl.DataFrame, pair: pl.DataFrame) -> pl.DataFrame:
+    """Return the rows of matrices with what rows of the same matrices in a pair have besides."""
+    return own.hstack([column for column in pair.get_columns() if column.name not in own.columns])
+
+
 def cut_factors(factors: Factors, batch: Sequence[Matrix]) -> LowRank:
     """Return what a low-rank change of a tensor is of each matrix of a batch."""
     left, right = [], []
@@ -466,12 +379,6 @@ def factor_digest(change: LowRank | Factors | None) -> str:
         hasher.update(str(tuple(factor.shape)).encode())
         hasher.update(as_bytes(factor))
     return hasher.hexdigest()
-
-
-def _stack(held: Mapping[str, Held], matrices: Sequence[Matrix]) -> torch.Tensor:
-    """Return same-shaped matrices as one stack; heads may be tensors of their own."""
-    tensors = list(dict.fromkeys(m.tensor for m in matrices))
-    return torch.cat([held[name].stack([m for m in matrices if m.tensor == name]).whole() for name in tensors])
 
 
 def change_sums(task: HeadTask, base: Held, changed: Sequence[Held | Factors], device: torch.device) -> Tensor:

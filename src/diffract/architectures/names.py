@@ -70,6 +70,22 @@ def unwrapped(name: str) -> str:
     return _WRAPPER.sub("", name)
 
 
+_NORMS = ("norm", "layernorm")
+_NORMED = {"q": ("q", "query"), "k": ("k", "key")}
+
+
+def norm_names(tensor: str, projection: str | None) -> tuple[str, ...]:
+    """Return what the norm of queries or keys may be called that stands beside their projection, without its ending.
+
+    Fused projections have norms that belong to one of their parts, which their names tell.
+
+    >>> norm_names("layers.0.self_attn.q_proj.weight", "q")[0]
+    'layers.0.self_attn.q_norm'
+    """
+    module = tensor.removesuffix(".weight").rpartition(".")[0]
+    return tuple(f"{module}.{word}_{norm}" for word in _NORMED.get(projection or "", ()) for norm in _NORMS)
+
+
 def outer_prefixes(prefix: str) -> list[str]:
     """Return a prefix and every beginning of it, the longest first.
 

@@ -91,6 +91,8 @@ class Spec(_Strict):
             into adapters over files that lack it.
         tensors: Role of each tensor name template; ``{layer}``, ``{expert}`` and ``{head}`` stand for numbers.
         tied: Tensor name template to the one it shares its values with when the config ties them.
+        qk_norm: How gains count with which each head's queries and keys are normed after their projection: by root mean
+            square (``rms``), the same with gains stored less one (``rms_one_plus``), or less their mean (``layer``).
         note: What a reader of a report should know (where heads are not defined, for instance).
     """
 
@@ -101,6 +103,7 @@ class Spec(_Strict):
     prefix: str = ""
     tensors: dict[str, Role]
     tied: dict[str, str] = Field(default_factory=dict)
+    qk_norm: Literal["", "rms", "rms_one_plus", "layer"] = ""
     note: str = ""
 
 

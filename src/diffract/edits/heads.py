@@ -15,6 +15,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from diffract.architectures.names import norm_names
 from diffract.checkpoints.checkpoint import Range
 from diffract.edits.bench import Bench, Other
 from diffract.edits.draft import Place, everything, overlap, place_of
@@ -26,9 +27,6 @@ from diffract.settings import natural_key
 from diffract.stats import reference_score
 
 HEAD_PARTS = ("q", "k", "v", "o")
-
-NORMS = ("norm", "layernorm")
-"""What norms of queries and keys are called, after ``q_`` and ``k_``."""
 
 
 @dataclass(frozen=True)
@@ -202,14 +200,9 @@ def _attached(
 
 
 def _companions(bench: Bench, matrix: Matrix) -> Iterator[str]:
-    """Yield the names of the bias of a projection's tensor, and of the norms of what it projects to, as far as there.
-
-    Fused projections have norms that belong to one of their parts, which their names tell.
-    """
+    """Yield the names of the bias of a projection's tensor, and of the norms of what it gives, as far as there."""
     stem, found, _ = matrix.tensor.rpartition(".weight")
-    module = stem.rpartition(".")[0]
-    word = {"q": ("q", "query"), "k": ("k", "key")}.get(matrix.projection or "", ())
-    norms = (f"{module}.{w}_{norm}.{kind}" for w in word for norm in NORMS for kind in ("weight", "bias"))
+    norms = (f"{n}.{kind}" for n in norm_names(matrix.tensor, matrix.projection) for kind in ("weight", "bias"))
     return (name for name in (f"{stem}.bias", *norms) if found and name in bench.checkpoint)
 
 

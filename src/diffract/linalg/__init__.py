@@ -1,6 +1,6 @@
 """Spectra of batches of matrices: float64 accuracy, bounded memory, CPU or CUDA. Sees tensors only."""
 
-from diffract.linalg.circuits import circuit_spectrum
+from diffract.linalg.circuits import CircuitFactors, circuit_pair, circuit_spectrum
 from diffract.linalg.exact import LowRank, Spectrum, factored_spectrum, lapack, mirrored
 from diffract.linalg.pair import (
     PairSpectrum,
@@ -14,6 +14,7 @@ from diffract.linalg.spectrum import Method, TopSpectrum, gram_values, gram_vect
 from diffract.linalg.sums import Moments, PairSums, Sums, change_grams
 
 __all__ = [
+    "CircuitFactors",
     "LowRank",
     "Method",
     "Moments",
@@ -23,6 +24,7 @@ __all__ = [
     "Sums",
     "TopSpectrum",
     "change_grams",
+    "circuit_pair",
     "circuit_spectrum",
     "factored_spectrum",
     "gram_values",

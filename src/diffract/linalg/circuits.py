@@ -6,16 +6,24 @@ slices do.
 
 With the Gram matrices L L^T = C_L C_L^T and R R^T = C_R C_R^T in Cholesky factors, L = C_L Q_L with orthonormal rows,
 so the nonzero singular values of L^T R are those of the small C_L^T C_R.
+
+Of a pair the columns of L0^T and of L1^T - L0^T span at most 2h dimensions, those of the right factors as many: in
+orthonormal bases of both spaces both maps, and their difference, are matrices of 2h x 2h, whose singular values, and
+whose vectors' inner products, are those of the d x d maps.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.linalg import matrix_norm
 
 from diffract.linalg.blas import product
-from diffract.linalg.exact import EPSILON, Spectrum, lapack
+from diffract.linalg.exact import EPSILON, Spectrum, factored_spectrum, lapack
+from diffract.linalg.pair import PairSpectrum, pair_from_spectra
 from diffract.linalg.spectrum import Method, takes_gram
 
 CONDITION = 1e4
@@ -66,10 +74,89 @@ def circuit_spectrum(
     C_R, sound_R = _roots(right, method)
     core = product(C_L.mT.contiguous(), C_R[heads])
     known = finite_L & finite_R[heads]
-    size = torch.linalg.matrix_norm(C_L) * torch.linalg.matrix_norm(C_R)[heads]
+    size = matrix_norm(C_L) * matrix_norm(C_R)[heads]
     names = ("gram" if sound else "lapack" for sound in (sound_L & sound_R[heads]).tolist())
     S = lapack(core, vectors=False).S.where(known[:, None], torch.nan)
     return Spectrum(S, tuple(names), (left.shape[1] * EPSILON * size).where(known, torch.nan))
+
+
+@dataclass(frozen=True)
+class CircuitFactors:
+    """The factors of the circuits L^T R of one attention block.
+
+    Attributes:
+        left: (b, h, m), W_q, or W_o^T, of each query head.
+        right: (g, h, n), W_k, or W_v, of each key-value head.
+        right_of_left: (b,), for each query head its key-value head.
+        epsilon: Machine epsilon of the dtype in which they are stored.
+    """
+
+    left: Tensor
+    right: Tensor
+    right_of_left: Tensor
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class CircuitPair:
+    """What the circuits of two models have to do with each other.
+
+    Attributes:
+        spectra: Spectra and overlaps; ``resolved`` is the smallest sigma that rounding the factors leaves standing.
+        delta: (b, <= 2h, <= 2h), the change of the map in orthonormal bases of the spaces that its factors span.
+        finite: (b,), whether all factors are; what is said of a circuit of which one is not means nothing.
+    """
+
+    spectra: PairSpectrum
+    delta: Tensor
+    finite: Tensor
+
+
+def circuit_pair(base: CircuitFactors, tuned: CircuitFactors) -> CircuitPair:
+    """Compare the composed maps C0 = L0^T R0 and C1 = L1^T R1 of each head, without forming either.
+
+    QR of [L0^T, L1^T - L0^T] and [R0^T, R1^T - R0^T] gives orthonormal bases in which all of both maps lies. The change
+    is made from those of the factors, D = dL^T R1 + L0^T dR, and is zero where it is no larger than rounding.
+
+    **What is resolved.** Rounding the entries of a stored L (h, m) adds noise whose largest sigma is about
+    eps ||L||_F (1 / sqrt(h) + 1 / sqrt(m)), and times ||R||_2 to the circuit; that of R likewise.
+
+    Args:
+        base: Factors of the one model.
+        tuned: Of the other; as many, of the same shapes.
+    """
+    sides = (base.left, tuned.left), (base.right, tuned.right)
+    (A0, dA, sound_L), (B0, dB, sound_R) = (_joint(one, other) for one, other in sides)
+    heads = base.right_of_left
+    B0, dB = B0[heads], dB[heads]
+    A1, B1 = A0 + dA, B0 + dB
+    delta = product(dA, B1.mT) + product(A0, dB.mT)
+    # a change of a head's basis alone changes the factors, and the map by no more than rounding
+    rounding = A0.shape[-1] * EPSILON * sum(matrix_norm(A) * matrix_norm(B) for A, B in ((A0, B0), (A1, B1)))
+    delta = delta.where((matrix_norm(delta) > rounding)[:, None, None], 0.0)
+    first, second = _composed(A0, B0, base), _composed(A1, B1, tuned)
+    return CircuitPair(pair_from_spectra(first, second, delta), delta, sound_L & sound_R[heads])
+
+
+def _joint(base: Float[Tensor, "b h d"], tuned: Float[Tensor, "b h d"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return factors and their changes as columns (b, k, h) in one orthonormal basis, and which are finite."""
+    (base, finite), (tuned, also) = _finite(base), _finite(tuned)
+    roots = []
+    for one, other in zip(base, tuned, strict=True):  # heads one by one: in float64 they take many times their memory
+        first = one.double()
+        roots.append(torch.linalg.qr(torch.cat([first, other.double() - first]).mT, mode="r").R)
+    first, change = torch.stack(roots).chunk(2, dim=-1)
+    return first, change, finite & also
+
+
+def _composed(A: Float[Tensor, "b k h"], B: Float[Tensor, "b l h"], stored: CircuitFactors) -> Spectrum:
+    """Return the decomposition of A B^T, ``resolved`` being what rounding the stored factors leaves standing."""
+    size_A, size_B = (matrix_norm(x) for x in (A, B))
+    top_A, top_B = (matrix_norm(x, 2) for x in (A, B))
+    (_, h, m), n = stored.left.shape, stored.right.shape[2]
+    rounding = size_A * top_B * (h**-0.5 + m**-0.5) + top_A * size_B * (h**-0.5 + n**-0.5)
+    floor = h * EPSILON * size_A * size_B + stored.epsilon * rounding
+    return replace(factored_spectrum(A, B.mT, vectors=True), resolved=floor)
 
 
 def _finite(factors: Float[Tensor, "b h d"]) -> tuple[Tensor, Tensor]:
@@ -89,7 +176,7 @@ def _roots(factors: Float[Tensor, "b h d"], method: Method) -> tuple[Tensor, Ten
     # NaN makes the bound below fail, so that what Cholesky refused goes to QR as well.
     C = C.where((failed == 0)[:, None, None], torch.nan)
     back = torch.linalg.solve_triangular(C, one.expand_as(C), upper=False)
-    sound = torch.linalg.matrix_norm(C) * torch.linalg.matrix_norm(back) <= CONDITION
+    sound = matrix_norm(C) * matrix_norm(back) <= CONDITION
     weak = (~sound).nonzero().flatten()
     return (C.index_copy(0, weak, _qr_root(factors[weak])) if len(weak) else C), sound
 

@@ -103,8 +103,15 @@ def _spectra(S0: Tensor, S1: Tensor) -> tuple[Spectrum, Spectrum]:
 def pair_from_matrices(base: Float[Tensor, "b m n"], tuned: Float[Tensor, "b m n"]) -> PairSpectrum:
     """Return the pair's spectra and overlaps by LAPACK on the matrices themselves."""
     first, second = lapack(base, vectors=True), lapack(tuned, vectors=True)
-    assert first.U is not None and first.Vh is not None and second.U is not None and second.Vh is not None
     delta = tuned.double() - base.double()
+    found = pair_from_spectra(first, second, delta)
+    assert first.U is not None
+    return replace(found, row_energy=(first.U.mT.square() @ delta.square().sum(-1, keepdim=True))[:, :, 0])
+
+
+def pair_from_spectra(first: Spectrum, second: Spectrum, delta: Float[Tensor, "b m n"]) -> PairSpectrum:
+    """Return the overlaps of two decompositions with vectors, and what of the change D lies along the first's."""
+    assert first.U is not None and first.Vh is not None and second.U is not None and second.Vh is not None
     along = product(first.U.mT.contiguous(), delta)
     return PairSpectrum(
         base=replace(first, U=None, Vh=None),
@@ -113,7 +120,6 @@ def pair_from_matrices(base: Float[Tensor, "b m n"], tuned: Float[Tensor, "b m n
         right_overlap=product(first.Vh, second.Vh.mT),
         diagonal=(along * first.Vh).sum(-1),
         energy=along.square().sum(-1),
-        row_energy=(first.U.mT.square() @ delta.square().sum(-1, keepdim=True))[:, :, 0],
     )
 
 

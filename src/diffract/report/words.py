@@ -7,6 +7,7 @@ from typing import Any
 
 import polars as pl
 
+from diffract.attention import is_circuit
 from diffract.errors import printable
 from diffract.tables import Tables
 
@@ -28,7 +29,6 @@ HEADS_BY_CHANCE = 0.05
 NAMED = 4
 """Checkpoints that a sentence names."""
 
-CIRCUITS = ("qk", "ov")
 
 OF_HEADS = "head_top10_share"
 
@@ -184,7 +184,7 @@ def _exponent(model: str, tables: Tables) -> Headline | None:
         return None
     text = f"is the mean power-law exponent over the {row['pl_alpha_count']:,.0f} matrices that could be fitted"
     if "pl_tail_count" in tables.metrics.columns:
-        own = tables.metrics.filter(pl.col("model") == model, ~_circuit(), pl.col("pl_alpha").is_not_null())
+        own = tables.metrics.filter(pl.col("model") == model, ~is_circuit(), pl.col("pl_alpha").is_not_null())
         text += f"; {(own['pl_tail_count'] >= LONG_TAIL).sum():,} have a tail of {LONG_TAIL} eigenvalues or more"
     base = tables.models.row(0, named=True)
     if base["model"] != model and base["pl_alpha_mean"] is not None:
@@ -195,7 +195,7 @@ def _exponent(model: str, tables: Tables) -> Headline | None:
 def _bulk(model: str, metrics: pl.DataFrame) -> Headline | None:
     if "mp_bulk_share" not in metrics.columns:
         return None
-    own = metrics.filter(pl.col("model") == model, ~_circuit())
+    own = metrics.filter(pl.col("model") == model, ~is_circuit())
     shares = own["mp_bulk_share"].drop_nulls()
     if not len(shares):
         return None
@@ -208,7 +208,7 @@ def _peaks(model: str, metrics: pl.DataFrame) -> Headline | None:
     """How many spectra have more peaks than the norms of their rows and columns alone give."""
     if "peak_count_rowcol_pvalue" not in metrics.columns:
         return None
-    own = metrics.filter(pl.col("model") == model, ~_circuit())
+    own = metrics.filter(pl.col("model") == model, ~is_circuit())
     drawn = own.filter(pl.col("peak_count_rowcol_pvalue").is_not_null())
     if not len(drawn):
         return None
@@ -220,13 +220,8 @@ def _peaks(model: str, metrics: pl.DataFrame) -> Headline | None:
     )
 
 
-def _circuit() -> pl.Expr:
-    """Rows of circuits, which are products of matrices that have rows themselves."""
-    return pl.col("projection").is_in(CIRCUITS).fill_null(value=False)
-
-
 def _of_scan(models: pl.DataFrame, metrics: pl.DataFrame) -> list[Headline]:
-    name = printable(models["model"][0], 60)
+    name, metrics = printable(models["model"][0], 60), metrics.filter(~is_circuit())
     found = [Headline(name, f"{len(metrics):,}", "matrices and attention heads were analysed.")]
     if "stable_rank" in metrics.columns:
         heads = metrics.filter(pl.col("head").is_not_null() | pl.col("kv_head").is_not_null())
