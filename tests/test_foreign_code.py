@@ -37,6 +37,7 @@ CALLS = {
     "svf": "math --z 0.5 --select attn.o -o out",
     "lora": "math --base base --rank 2 -o out",
     "pissa": "math --rank 2 -o out",
+    "delta": "base math -o out",
     "apply": "recipe.yaml -o out",
     "eval": f"math --tasks math {LITTLE} --no-cache -o out",
     "connect": f"base a=math b=base --eval math --dry-run {LITTLE}",

@@ -60,6 +60,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "lora": {"model": "m", "export": {"lora": {"base": "b", "rank": "full", "dtype": "float16"}}},
     "lora by rank": {"model": "m", "export": {"lora": {"base": "b", "rank": 8}}},
     "pissa": {"model": "m", "steps": [], "export": {"pissa": {"rank": 8, "select": "attn"}}},
+    "delta": {"model": "m", "export": {"delta": {"base": "b"}}},
 }
 
 

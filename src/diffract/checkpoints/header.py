@@ -219,7 +219,7 @@ def _tensor(name: str, entry: Any, start: int, file: str) -> TensorInfo:
             f"{where}: unknown dtype {printable(dtype)!r}, expected one of {', '.join(ITEMSIZES)}. "
             "Save the tensor in one of them."
         )
-    _check_numbers(shape, begin, end, where)
+    check_numbers(shape, begin, end, where)
     bits = prod(shape) * (BITS.get(dtype) or 8 * ITEMSIZES[dtype])
     if 8 * (end - begin) != bits:
         raise CheckpointError(
@@ -231,7 +231,7 @@ def _tensor(name: str, entry: Any, start: int, file: str) -> TensorInfo:
     return TensorInfo(name, tuple(shape), dtype, file=file, offset=start + begin)
 
 
-def _check_numbers(shape: Any, begin: Any, end: Any, where: str) -> None:
+def check_numbers(shape: Any, begin: Any, end: Any, where: str) -> None:
     """Refuse what is no number, and shapes that no memory can address."""
     listed = isinstance(shape, list) and len(shape) <= DIMENSIONS_LIMIT
     whole = listed and all(type(n) is int for n in (*shape, begin, end))

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from diffract.checkpoints import adapter
+from diffract.checkpoints import adapter, delta
 from diffract.checkpoints.adapter_parts import (
     MLX_WEIGHTS,
     TORCH_WEIGHTS,
@@ -226,6 +226,8 @@ def _with_neighbours(
 
 def _open_folder(path: Path, how: _How) -> Checkpoint:
     folder = LocalFolder(path)
+    if delta.INDEX in folder.names:
+        return _open_delta(folder, how)
     nested = _nested_adapters(folder)
     if how.part in nested:
         return _open_folder(path / how.part, replace(how, part=None))
@@ -284,6 +286,17 @@ def _open_adapter(folder: Folder, how: _How) -> Checkpoint:
     note = f"Other adapters lie in subfolders: {listed}. Name one after #, or its folder." if others else ""
     notes = (*merged.notes, note) if note else merged.notes
     return replace(merged, companions={**merged.companions, **find_companions(folder)}, notes=notes)
+
+
+def _open_delta(folder: Folder, how: _How) -> Checkpoint:
+    found = delta.delta_base(folder) if how.base is None else how.base
+    base = _open_base(found, _How(None, how.download, how.above + 1), folder.where)
+    try:
+        return delta.open_delta(folder, base, owns_base=base is not found)
+    except BaseException:
+        if base is not found:
+            base.close()
+        raise
 
 
 def open_adapter_parts(reference: str | Path) -> Adapter:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from diffract.edits.adapter_audit import Audit, audit
     from diffract.edits.live import LiveModel
     from diffract.edits.recipe import (
+        Delta,
         Interpolate,
         Laser,
         Lora,
@@ -34,6 +35,7 @@ _PLACES = {
 
 __all__ = [
     "Audit",
+    "Delta",
     "EditPreview",
     "Edited",
     "Interpolate",

@@ -18,7 +18,7 @@ from diffract.edits.edit import Edit, Planned
 from diffract.edits.mixing import interpolate
 from diffract.errors import CheckpointError, printable, suggest
 from diffract.matrices import Entry, Layout, Matrix, lay_out, parse_selection, regrouped_like, select
-from diffract.matrices.meeting import Meeting, Objection, Vocabulary, meet
+from diffract.matrices.meeting import STRANGERS, Meeting, Objection, Vocabulary, meet
 
 T = TypeVar("T")
 
@@ -219,6 +219,17 @@ class Bench:
         return [
             Other(checkpoint, {n: met.names[n] for n in met.names if n in names}, rows) for checkpoint, met in pairs
         ]
+
+    def counterparts(self, reference: Reference) -> tuple[Mapping[str, str], Checkpoint]:
+        """Return what another checkpoint calls the model's tensors, and that checkpoint, whatever sets them apart.
+
+        Raises:
+            CheckpointError: They are strangers, and that is not allowed.
+        """
+        checkpoint, met = self._met(reference)
+        apart = [o for o in met.objections if o.option == f"--allow {STRANGERS}" and STRANGERS not in self._allow]
+        self._refuse([(checkpoint, apart)])
+        return met.names, checkpoint
 
     def _met(self, reference: Reference) -> tuple[Checkpoint, Meeting]:
         checkpoint = self._open(reference)

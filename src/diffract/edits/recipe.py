@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, create_model, model_validator
 
 from diffract.checkpoints.writer import SHARD_BYTES
+from diffract.edits.delta import Delta
 from diffract.edits.edit import Edit, Model
 from diffract.edits.interpolate import Interpolate
 from diffract.edits.lora import Lora, Pissa
@@ -21,7 +22,7 @@ from diffract.edits.truncate import Laser, Truncate
 from diffract.errors import printable
 from diffract.settings import STRICT, parse_size, read_recipe, validated
 
-EDITS: tuple[type[Edit], ...] = (Rewind, Truncate, Interpolate, Merge, Laser, Svf, Lora, Pissa)
+EDITS: tuple[type[Edit], ...] = (Rewind, Truncate, Interpolate, Merge, Laser, Svf, Lora, Pissa, Delta)
 """Every edit there is; fields of recipes, the schema, and commands follow from their order here."""
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
@@ -92,7 +93,7 @@ class Recipe(BaseModel):
     steps: tuple[Annotated[StepItem, BeforeValidator(_named)], ...] = ()  # pyright: ignore[reportInvalidTypeForm]
     """What is done, in this order."""
     export: Annotated[ExportItem, BeforeValidator(_named)] | None = None  # pyright: ignore[reportInvalidTypeForm]
-    """Write an adapter instead of a checkpoint: lora or pissa."""
+    """Write something else than a checkpoint: lora or pissa, an adapter; delta, what differs from a base."""
     architecture: str | None = None
     """A JSON file that describes the model."""
     adapter_base: Model | None = None

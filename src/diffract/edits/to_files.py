@@ -63,7 +63,8 @@ def apply(
     """Make the checkpoint that a recipe describes.
 
     Args:
-        recipe: A recipe, or a YAML file.
+        recipe: A recipe, or a YAML file; or a model's folder, which is written as it stands: a delta or an adapter is
+            put on its base.
         output: The folder to write; must not exist unless ``force``.
         allow: What is allowed besides what the recipe allows.
         force: Replace a folder that an edit has written.
@@ -103,7 +104,7 @@ def apply(
 def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path, allow: Sequence[str] = ()) -> Recipe:
     """Return a recipe that allows some more, read and validated where it is not one yet."""
     if isinstance(recipe, str | Path):
-        recipe = load_recipe(recipe)
+        recipe = Recipe(model=recipe) if Path(recipe).expanduser().is_dir() else load_recipe(recipe)
     elif not isinstance(recipe, Recipe):
         recipe = validated(Recipe, recipe, "recipe")
     return recipe.model_copy(update={"allow": tuple(dict.fromkeys((*recipe.allow, *allow)))}) if allow else recipe
