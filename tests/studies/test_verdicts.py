@@ -12,7 +12,7 @@ from scipy import stats
 
 from diffract.stats import spearman_pvalue
 from diffract.studies.finding import Number, better, median, rank_correlation
-from diffract.studies.findings.vectors import vectors
+from diffract.studies.findings.changes import vectors
 from diffract.studies.study import write_noise
 
 SAMPLES = Path(__file__).parents[2] / "samples" / "tiny-olmo2"
