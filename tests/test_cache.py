@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import random
+import signal
 import subprocess
 import sys
 import time
@@ -123,3 +125,123 @@ def test_nothing_is_removed_below_the_bound(tmp_path: Path) -> None:
         for number in range(5):
             cache.put(cache_key(number), FRAME)
     assert len(entries(tmp_path)) == 5
+
+
+def test_what_others_keep_is_read_where_it_may_not_be_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of a group, or one that is mounted to be read."""
+
+    def refused(path: Path, times: object = None) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    keep_three(tmp_path)
+    monkeypatch.setattr(os, "utime", refused)
+    found = Cache(tmp_path).get(cache_key(1))
+    assert found is not None
+    assert_frame_equal(found, FRAME)
+
+
+def test_what_another_machine_has_just_removed_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(path: Path) -> bytes:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    keep_three(tmp_path)
+    monkeypatch.setattr("diffract.store.read_file", stale)
+    assert Cache(tmp_path).get(cache_key(1)) is None
+
+
+@pytest.mark.parametrize("seconds", [-(10**9), 10**9])
+def test_clocks_that_jump_change_no_result(seconds: int, tmp_path: Path) -> None:
+    keep_three(tmp_path)
+    for path in files(tmp_path):
+        os.utime(path, (time.time() + seconds,) * 2)
+    with Cache(tmp_path) as cache:
+        assert all(cache.get(cache_key(number)) is not None for number in range(3))
+    assert all(abs(entry.used - time.time()) < 60 for entry in entries(tmp_path))
+
+
+def test_an_older_and_a_newer_store_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "results.sqlite").write_bytes(b"SQLite format 3")
+    monkeypatch.setattr("diffract.store.FORMAT", 10**6)
+    keep_three(tmp_path)
+    before = files(tmp_path)
+    monkeypatch.undo()
+    assert Cache(tmp_path).get(cache_key(1)) is None
+    keep_three(tmp_path)
+    assert set(before) < set(files(tmp_path))
+
+
+CROWD = """
+import random, sys, time, warnings
+from pathlib import Path
+import polars as pl
+from diffract.store import Cache, cache_key
+folder, seed, end = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+rng = random.Random(seed)
+told = Path(sys.argv[4]).open("a")
+warnings.filterwarnings("error")
+warnings.filterwarnings("ignore", message=".* was full")
+while time.time() < end:
+    found = kept = 0
+    with Cache(folder, most_bytes=20_000_000) as cache:
+        for _ in range(100):
+            number = rng.randrange(4000)
+            expected = [number * 1000 + i for i in range(1 + number)]
+            held = cache.get(cache_key(number))
+            if held is None:
+                cache.put(cache_key(number), pl.DataFrame({"a": expected}))
+                kept += 1
+            else:
+                assert held["a"].to_list() == expected, number
+                found += 1
+    print(found, kept, file=told, flush=True)
+"""
+
+
+def crowd(folder: Path, *, seconds: float) -> dict[str, int]:
+    """Let eight processes share a folder whose bound is passed all the time; kill them and damage files meanwhile."""
+    rng = random.Random(0)
+    (folder / "told").mkdir()
+    end = time.time() + seconds
+    seeds = iter(range(10**6))
+    counts = {"kills": 0, "damaged": 0}
+
+    def start() -> subprocess.Popen[bytes]:
+        seed = str(next(seeds))
+        arguments = (str(folder / "cache"), seed, str(end), str(folder / "told" / seed))
+        return subprocess.Popen([sys.executable, "-c", CROWD, *arguments])
+
+    running = [start() for _ in range(8)]
+    while time.time() < end - 5:
+        time.sleep(rng.uniform(1, 3))
+        at = rng.randrange(8)
+        assert running[at].poll() is None  # it has met nothing wrong
+        running[at].kill()
+        assert running[at].wait() == -signal.SIGKILL
+        running[at] = start()
+        counts["kills"] += 1
+        for path in rng.sample(files(folder / "cache"), 5):
+            try:
+                content = path.read_bytes()
+                damaged = (
+                    content[: len(content) // 2],
+                    content[:-9] + b"x" * 9,
+                    rng.choice(files(path.parent)).read_bytes(),
+                )
+                path.with_name(path.name + ".tmp-01234567").write_bytes(rng.choice(damaged))
+                path.with_name(path.name + ".tmp-01234567").replace(path)
+                counts["damaged"] += 1
+            except FileNotFoundError:
+                pass  # room was made meanwhile
+    assert [process.wait(60) for process in running] == [0] * 8
+    lines = [line.split() for path in files(folder / "told") for line in path.read_text().splitlines()]
+    return counts | {"found": sum(int(found) for found, _ in lines), "kept": sum(int(kept) for _, kept in lines)}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_eight_processes_share_a_folder_for_five_minutes(tmp_path: Path) -> None:
+    """Nobody meets another's numbers, nor a warning but that room was made; and the bound holds, about."""
+    counts = crowd(tmp_path, seconds=300)
+    print(counts)
+    assert min(counts.values()) > 50
+    assert sum(entry.size_bytes for entry in entries(tmp_path / "cache")) < 30_000_000

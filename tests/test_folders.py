@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from diffract.errors import RunError
-from diffract.store import whole_file, whole_folder
+from diffract.store import LOCK, MACHINE, held, is_local, whole_file, whole_folder
 
 KILLED = """
 import os, signal, sys
@@ -279,3 +284,90 @@ def test_what_a_killed_process_began_is_free(tmp_path: Path) -> None:
     with whole_folder(tmp_path / "out") as draft:
         (draft / "a").write_text("a")
     assert names(tmp_path / "out") == ["a"]
+
+
+def on(kind: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the C library answer that everything lies on a file system of this number."""
+
+    def statfs(path: bytes, answer: Any) -> int:
+        answer[0] = kind
+        return 0
+
+    monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: SimpleNamespace(statfs=statfs))
+
+
+@pytest.mark.parametrize(
+    ("kind", "local"),
+    [
+        (0xEF53, True), (0x01021994, True), (0xFFFFFFFF_9123683E, True),  # ext4, tmpfs, btrfs as a signed number
+        (0x6969, False), (0xFE534D42, False), (0x0BD00BD0, False), (0x47504653, False), (0x00C36400, False),
+        (0x19830326, False), (0x01021997, False), (0x65735546, False), (0x12345678, False),
+    ],
+)  # fmt: skip
+def test_file_systems_that_may_be_shared_are_known(
+    kind: int, local: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS, SMB, Lustre, GPFS, CephFS, BeeGFS, 9p, FUSE, and one that nobody knows."""
+    on(kind, monkeypatch)
+    assert is_local(tmp_path) is local
+
+
+def test_where_there_is_no_such_folder_nothing_is_relied_on(tmp_path: Path) -> None:
+    assert not is_local(tmp_path / "gone")
+
+
+@pytest.mark.parametrize(("kind", "stays"), [(0xEF53, False), (0x6969, True)])
+def test_on_a_shared_file_system_a_draft_is_removed_by_its_own_machine_alone(
+    kind: int, stays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another machine may be writing it: its lock on a folder is not seen here."""
+    on(kind, monkeypatch)
+    other = "01234567" if MACHINE != "01234567" else "76543210"
+    for name in (f"out.tmp-{other}89abcdef", "out.tmp-89abcdef", f"out.tmp-{MACHINE}89abcdef"):
+        (tmp_path / name).mkdir()
+    with whole_folder(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == (["out", f"out.tmp-{other}89abcdef", "out.tmp-89abcdef"] if stays else ["out"])
+
+
+def like_nfs(descriptor: int, operation: int) -> None:
+    """Locks as NFS has them since Linux 2.6.12, by flock(2): exclusive ones on what is open for writing."""
+    writable = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+    if stat.S_ISREG(os.fstat(descriptor).st_mode) and not writable:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+
+def without_locks(descriptor: int, operation: int) -> None:
+    """Locks as Lustre has them where it is mounted without."""
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+
+@pytest.mark.parametrize("locks", [like_nfs, without_locks])
+def test_folders_and_files_appear_on_network_file_systems(
+    locks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", locks)
+    monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: object())  # which have no exchange either
+    ours(tmp_path / "out")
+    with whole_folder(tmp_path / "out", force=True) as draft:
+        (draft / "a").write_text("a")
+    with whole_file(tmp_path / "b") as file:
+        file.write_text("b")
+    assert names(tmp_path) == ["b", "out"]
+    assert names(tmp_path / "out") == ["a"]
+
+
+def test_where_there_are_no_locks_nobody_knows_whether_a_draft_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    (tmp_path / f"out.tmp-{MACHINE}89abcdef").mkdir()
+    with held(tmp_path) as free, whole_folder(tmp_path / "out"):
+        assert free is None
+    assert names(tmp_path) == ["out", f"out.tmp-{MACHINE}89abcdef"]
+
+
+def test_a_lock_is_on_a_file_so_that_other_machines_see_it(tmp_path: Path) -> None:
+    (tmp_path / LOCK).touch()
+    with held(tmp_path / LOCK) as first, held(tmp_path / LOCK) as second, held(tmp_path) as third:
+        assert (first, second, third) == (True, False, True)

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 import uuid
 import warnings
@@ -38,7 +39,7 @@ RESULTS, FOLDERS = "results", 256
 CACHED = (RESULTS, "tokens", "tokenizers")
 """What lies in the cache: results, and what training makes of text."""
 
-CACHED_NAME = re.compile(r"[0-9a-f]{32,64}(\.npy|\.json)?(\.tmp-[0-9a-f]{8})?")
+CACHED_NAME = re.compile(r"[0-9a-f]{32,64}(\.npy|\.json)?(\.tmp-([0-9a-f]{8}){1,2})?")
 """What files of the cache are called; no other file is ever removed."""
 
 MOST_BYTES = 10_000_000_000
@@ -82,13 +83,15 @@ class Cache:
         path = self._path(key)
         try:
             content = read_file(path)
-            os.utime(path)  # it is used: of what has not been for long, room is made first
         except FileNotFoundError:
             return None
         except OSError as error:
-            return self._warn(error)
+            # Of a file that another machine has just removed network file systems say that it is stale.
+            return None if error.errno == errno.ESTALE else self._warn(error)
         if content[:DIGEST_BYTES] != _digest(key, content[DIGEST_BYTES:]):
             return None
+        with suppress(OSError):  # results of others may be read and not touched
+            os.utime(path)  # it is used: of what has not been for long, room is made first
         return pl.read_ipc(io.BytesIO(content[DIGEST_BYTES:]))
 
     def put(self, key: str, value: pl.DataFrame) -> None:
@@ -221,12 +224,33 @@ def prune(
     return removed
 
 
-DRAFT = re.compile(r"(?P<name>.+)\.tmp-(?P<old>old-)?[0-9a-f]{8}")
+MACHINE = blake3.blake3(os.uname().nodename.encode()).hexdigest()[:8]
+"""Stands in the names of drafts: locks of other machines may not be seen."""
+
+DRAFT = re.compile(r"(?P<name>.+)\.tmp-(?P<old>old-)?(?P<machine>[0-9a-f]{8})?[0-9a-f]{8}")
 """What is being written beside the name that it will have, or was there before and is about to be removed."""
 
 
 def _draft_of(path: Path, kind: str = "") -> Path:
-    return path.parent / f"{path.name}.tmp-{kind}{uuid.uuid4().hex[:8]}"
+    return path.parent / f"{path.name}.tmp-{kind}{MACHINE}{uuid.uuid4().hex[:8]}"
+
+
+LOCAL = {
+    0xEF53: "ext2, ext3, ext4", 0x58465342: "xfs", 0x9123683E: "btrfs", 0x2FC12FC1: "zfs", 0xF2F52010: "f2fs",
+    0xCA451A4E: "bcachefs", 0x01021994: "tmpfs", 0x858458F6: "ramfs", 0x794C7630: "overlay", 0x3153464A: "jfs",
+    0x52654973: "reiserfs", 0x4D44: "vfat", 0x2011BAB0: "exfat", 0x7366746E: "ntfs3",
+}  # fmt: skip
+"""File systems that one machine alone writes to, by the number that statfs(2) gives. NFS, SMB, Lustre, GPFS, CephFS,
+BeeGFS, 9p, FUSE and whatever comes count as shared: what cannot be known to be safe is not relied on."""
+
+
+def is_local(folder: Path) -> bool:
+    """Return whether a folder is known to lie on a file system that no other machine writes to."""
+    if sys.platform != "linux":
+        return False
+    answer = (ctypes.c_ulong * 64)()  # more than statfs writes on any processor; the number stands first
+    failed = ctypes.CDLL(None).statfs(os.fsencode(folder), answer)
+    return not failed and answer[0] & 0xFFFFFFFF in LOCAL
 
 
 @contextmanager
@@ -262,26 +286,43 @@ def whole_folder(folder: str | Path, *, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
+LOCK = ".lock"
+"""File in a folder that one run after the other works in, which each holds; a lock on the folder itself would not be
+seen by other machines that share it."""
+
+
 @contextmanager
-def held(draft: Path) -> Iterator[bool]:
-    """Hold a lock on a folder or file, which ends with the process however that ends; yield whether it was free."""
-    descriptor = os.open(draft, os.O_RDONLY)
+def held(path: Path) -> Iterator[bool | None]:
+    """Hold a lock on a folder or file, which ends with the process however that ends.
+
+    Yields:
+        Whether it was free; ``None`` where the file system has no locks, so that nobody knows.
+    """
+    # NFS gives exclusive locks only on what is open for writing, as a folder cannot be.
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             free = True
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):  # SMB says the latter
             free = False
+        except OSError:
+            free = None
         yield free
     finally:
         os.close(descriptor)
 
 
 def _clear_away(path: Path, *, folders: bool) -> None:
-    """Remove drafts of a folder or file that nobody writes any more; put back what was moved aside and not replaced."""
+    """Remove drafts of a folder or file that nobody writes any more; put back what was moved aside and not replaced.
+
+    Those of other machines stay where they may still be written: a lock there says nothing here.
+    """
     for draft in path.parent.iterdir() if path.parent.is_dir() else ():
         match = DRAFT.fullmatch(draft.name)
         if match is None or match["name"] != path.name or draft.is_symlink() or draft.is_dir() != folders:
+            continue
+        if match["machine"] != MACHINE and not is_local(path.parent):
             continue
         with suppress(OSError), held(draft) as free:
             if not free:

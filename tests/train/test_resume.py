@@ -126,7 +126,8 @@ def test_other_folders_are_left_alone(recipe: Make, tmp_path: Path) -> None:
 def test_a_folder_takes_one_run_at_a_time(recipe: Make, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
-    with held(folder), pytest.raises(RunError, match="another process trains into"):
+    (folder / ".lock").touch()
+    with held(folder / ".lock"), pytest.raises(RunError, match="another process trains into"):
         train(recipe(), folder)
 
 

@@ -19,7 +19,7 @@ from diffract.matrices.meeting import TOKENIZERS
 from diffract.search.plan import SPLITS, Which, parse_budget
 from diffract.search.scorer import Scorer
 from diffract.settings import Progress
-from diffract.store import Cache, held, refuse_existing, whole_folder
+from diffract.store import LOCK, Cache, held, refuse_existing, whole_folder
 from diffract.tables import Tables, write
 
 Model = str | Path | torch.nn.Module
@@ -209,8 +209,10 @@ def working(asked: SearchRequest) -> Iterator[Cache | None]:
         shutil.copytree(before, folder)
     folder.mkdir(parents=True, exist_ok=True)
     # A lock, and no mark in the folder: a search that was killed leaves the folder, and must be able to go on.
-    with held(folder) as free:
-        if not free:
+    lock = folder / LOCK
+    lock.touch()
+    with held(lock) as free:
+        if free is False:
             raise RunError(f"another process is searching into {str(folder)!r}. Wait for it, or write elsewhere.")
         with Cache(folder) as cache:
             yield cache
@@ -228,6 +230,6 @@ def finish(tables: Tables, asked: SearchRequest, cache: Cache | None) -> None:
     with whole_folder(asked.output, force=asked.force) as draft:
         write(tables, draft)
         if cache is not None:
-            shutil.copytree(cache.folder, draft / KEPT)
+            shutil.copytree(cache.folder, draft / KEPT, ignore=shutil.ignore_patterns(LOCK))
     # Last, when the run folder is whole: whoever is killed before goes on from here.
     shutil.rmtree(work_folder(asked.output), ignore_errors=True)

@@ -23,7 +23,7 @@ from torch import Tensor
 from diffract._version import __version__
 from diffract.errors import DiffractError, RecipeError, RunError, printable
 from diffract.settings import Progress, read_file
-from diffract.store import DRAFT, cache_key, held, whole_file, write_text
+from diffract.store import DRAFT, LOCK, cache_key, held, whole_file, write_text
 from diffract.train.recipe import TrainRecipe
 
 if TYPE_CHECKING:
@@ -79,7 +79,9 @@ def read_run(folder: Path, recipe: TrainRecipe) -> dict[str, Any]:
         RecipeError: The run was begun with another recipe.
     """
     path = folder / MANIFEST
-    if not folder.exists() or (folder.is_dir() and all(DRAFT.fullmatch(path.name) for path in folder.iterdir())):
+    if not folder.exists():
+        return {}
+    if folder.is_dir() and all(DRAFT.fullmatch(path.name) or path.name == LOCK for path in folder.iterdir()):
         return {}
     try:
         found = json.loads(read_file(path).decode())
@@ -128,14 +130,17 @@ def claimed(folder: Path) -> Iterator[None]:
     Raises:
         RunError: Another run is in the folder, or it cannot be made.
     """
+    lock = folder / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock.touch()
     except OSError as error:
         raise RunError(f"cannot write to {printable(folder)!r}: {error.strerror}. Choose another folder.") from error
-    with held(folder) as free:
-        if not free:
+    with held(lock) as free:
+        if free is False:
             raise RunError(f"another process trains into {printable(folder)!r}. Wait for it, or choose another folder.")
         yield
+        lock.unlink()
 
 
 def file_digests(folder: Path) -> dict[str, str]:
