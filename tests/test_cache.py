@@ -177,7 +177,6 @@ import polars as pl
 from diffract.store import Cache, cache_key
 folder, seed, end = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 rng = random.Random(seed)
-told = Path(sys.argv[4]).open("a")
 warnings.filterwarnings("error")
 warnings.filterwarnings("ignore", message=".* was full")
 while time.time() < end:
@@ -193,7 +192,8 @@ while time.time() < end:
             else:
                 assert held["a"].to_list() == expected, number
                 found += 1
-    print(found, kept, file=told, flush=True)
+    with Path(sys.argv[4]).open("a") as told:
+        print(found, kept, file=told)
 """
 
 
@@ -219,7 +219,8 @@ def crowd(folder: Path, *, seconds: float) -> dict[str, int]:
         assert running[at].wait() == -signal.SIGKILL
         running[at] = start()
         counts["kills"] += 1
-        for path in rng.sample(files(folder / "cache"), 5):
+        there = files(folder / "cache")
+        for path in rng.sample(there, min(5, len(there))):
             try:
                 content = path.read_bytes()
                 damaged = (

@@ -272,12 +272,9 @@ def whole_folder(folder: str | Path, *, force: bool = False) -> Iterator[Path]:
         with held(draft):
             yield draft
             refuse_existing(folder, force=force)  # another process may have finished meanwhile
-            for place, _, names in os.walk(draft, topdown=False):
-                for name in names:
-                    _sync(Path(place, name))
-                _sync(Path(place))
+            sync_tree(draft)
             _replace(draft, folder)
-            _sync(folder.parent)
+            sync(folder.parent)
     except OSError as error:
         raise RunError(
             f"cannot write {str(folder)!r}: {error.strerror or error}. Nothing was changed there."
@@ -346,9 +343,9 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         draft.touch()
         with held(draft):
             yield draft
-            _sync(draft)
+            sync(draft)
             draft.replace(path)
-            _sync(path.parent)
+            sync(path.parent)
     except OSError as error:
         raise RunError(f"cannot write {str(path)!r}: {error.strerror or error}. Nothing was changed there.") from error
     finally:
@@ -356,7 +353,15 @@ def whole_file(path: str | Path) -> Iterator[Path]:
             draft.unlink()
 
 
-def _sync(path: Path) -> None:
+def sync_tree(folder: Path) -> None:
+    """Have the disk hold all files of a folder, and after them their names."""
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync(Path(place, name))
+        sync(Path(place))
+
+
+def sync(path: Path) -> None:
     """Have the disk hold what was written to a file, or which names a folder has."""
     if path.is_symlink():
         return

@@ -98,6 +98,32 @@ def test_one_flipped_byte(folder: Path) -> None:
     assert verify_folder(folder).faults == ["tensor 'b' is not what it was"]
 
 
+@pytest.mark.parametrize("outputs", [{}, {".": {}}, {"a": {}, "b": {}}])
+def test_a_manifest_without_digests_says_nothing_is_right(outputs: dict[str, Any], folder: Path) -> None:
+    change(folder, set_to("outputs", value=outputs))
+    with pytest.raises(CheckpointError, match="with digests of outputs"):
+        verify_folder(folder)
+
+
+def test_files_that_the_manifest_does_not_know_are_told(folder: Path) -> None:
+    (folder / "notes.md").write_text("mine")
+    change(folder, set_to("files", value={}))
+    found = verify_folder(folder)
+    assert found.faults == []
+    assert found.unchecked == [
+        "file 'config.json': the manifest has no digest of it",
+        "file 'notes.md': the manifest has no digest of it",
+    ]
+
+
+def test_weights_beside_those_of_the_manifest_are_told(folder: Path) -> None:
+    with open_checkpoint(folder) as made:
+        digests = {name: made.digest(name) for name in made}
+    change(folder, set_to("outputs", value={"model.safetensors": digests}))
+    save_file({"c": torch.ones(2)}, folder / "other.safetensors")
+    assert verify_folder(folder).unchecked == ["file 'other.safetensors': the manifest has no digest of it"]
+
+
 def test_an_input_that_is_gone_is_no_fault(folder: Path) -> None:
     (folder.parent / "in.safetensors").unlink()
     found = verify_folder(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -56,6 +57,75 @@ def test_a_killed_run_goes_on_to_the_same_bits(recipe: Make, tmp_path: Path) -> 
         found = load_file(continued.checkpoints[tokens] / "model.safetensors")
         assert all((found[name] == value).all() for name, value in expected.items())
     assert not (killed / "state").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_who_interrupts_has_the_present_step_saved(number: int, recipe: Make, tmp_path: Path) -> None:
+    def ask(done: float, total: float, what: str) -> None:
+        if done == 7 * 64:
+            signal.raise_signal(number)
+
+    before = signal.signal(number, signal.default_int_handler)  # as the command line has it for all three
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe(), tmp_path / "out", progress=ask)
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
+    assert [path.name for path in (tmp_path / "out" / "state").iterdir()] == ["step000000007"]
+    continued, whole = train(recipe(), tmp_path / "out"), train(recipe(), tmp_path / "whole")
+    assert losses(continued.log) == losses(whole.log)
+    expected, found = (load_file(run.final / "model.safetensors") for run in (whole, continued))
+    assert all((found[name] == value).all() for name, value in expected.items())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoints", "log.jsonl", "manifest.json"]
+
+
+def test_a_state_is_on_the_disk_before_the_one_before_is_gone(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    real = os.fsync
+
+    def noted(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        synced.append(path.name)
+        if path.name == "step000000010.tmp":
+            assert (path.parent / "step000000005").is_dir()
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    train(recipe(), tmp_path / "out")
+    draft = synced.index("step000000010.tmp")
+    assert synced[draft + 1] == "state"
+    last = synced[synced.index("step000000005.tmp") + 2 : draft]
+    assert last[0] == "log.jsonl"
+    assert {"optimizer.bin", "progress.json", "pytorch_model.bin", "random_states_0.pkl"} <= set(last)
+
+
+def test_who_interrupts_twice_does_not_wait(recipe: Make, tmp_path: Path) -> None:
+    def ask(done: float, total: float, what: str) -> None:
+        if done == 7 * 64:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(), tmp_path / "out", progress=ask)
+    assert [path.name for path in (tmp_path / "out" / "state").iterdir()] == ["step000000005"]
+
+
+def test_a_handler_of_ones_own_is_left_alone(recipe: Make, tmp_path: Path) -> None:
+    asked = []
+
+    def ask(done: float, total: float, what: str) -> None:
+        if done == 7 * 64:
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+    try:
+        assert train(recipe(), tmp_path / "out", progress=ask).final.is_dir()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert asked == [signal.SIGINT]
 
 
 def test_a_line_that_was_cut_off_is_dropped(recipe: Make, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from diffract.corpora import read_documents
-from diffract.errors import CorpusError, RecipeError
+from diffract.errors import CheckpointError, CorpusError, RecipeError
+from diffract.evaluate.model import load_tokenizer as load_evaluated
 from diffract.train import load_train_recipe
 from diffract.train.data import END, load_tokenizer, make_tokenizer, read_stream, token_streams, train_bpe
 
@@ -125,3 +127,15 @@ def test_a_tokenizer_must_be_there_and_end_texts(tmp_path: Path) -> None:
     bare.save_pretrained(tmp_path / "bare")
     with pytest.raises(RecipeError, match="no eos_token"):
         load_tokenizer(str(tmp_path / "bare"))
+
+
+def test_a_token_of_a_number_that_no_vocabulary_has_is_refused(tmp_path: Path) -> None:
+    """To write such a vocabulary the tokenizers library asks for gigabytes, and ends the process without them."""
+    PreTrainedTokenizerFast(tokenizer_object=train_bpe(["a b"] * 3, 257), eos_token=END).save_pretrained(tmp_path)
+    found = json.loads((tmp_path / "tokenizer.json").read_text())
+    found["model"]["vocab"]["a"] = 2**31 - 2
+    (tmp_path / "tokenizer.json").write_text(json.dumps(found))
+    with pytest.raises(CheckpointError, match=r"gives 'a' the number 2,147,483,646, expected less than 16,777,216"):
+        load_tokenizer(str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"gives 'a' the number 2,147,483,646"):
+        load_evaluated(str(tmp_path))

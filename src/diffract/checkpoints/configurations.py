@@ -240,6 +240,30 @@ def vocabulary(checkpoint: Checkpoint) -> dict[str, int]:
     return {token: number for token, number in found.items() if isinstance(number, int)}
 
 
+MOST_TOKENS = 1 << 24
+"""More than any vocabulary has numbers."""
+
+
+def refuse_far_tokens(tokens: Mapping[str, int], where: str) -> None:
+    """Raise where a token has a number that no vocabulary reaches.
+
+    The tokenizers library writes its vocabulary number by number, and ends the process where 2^31 do not fit memory.
+
+    Args:
+        tokens: Each token's number.
+        where: Whose tokens they are, for the message.
+
+    Raises:
+        CheckpointError: A number is too large.
+    """
+    far = next((token for token, number in tokens.items() if number >= MOST_TOKENS), None)
+    if far is not None:
+        raise CheckpointError(
+            f"the tokenizer of {printable(where)!r} gives {printable(far)!r} the number {tokens[far]:,}, expected less "
+            f"than {MOST_TOKENS:,}. It was damaged: fetch it again."
+        )
+
+
 def _ordered(found: Iterable[Difference]) -> list[Difference]:
     return sorted(found, key=lambda d: EFFECTS.index(d.effect))
 

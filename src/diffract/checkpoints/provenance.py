@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import blake3
@@ -27,11 +28,16 @@ WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
     """Write the manifest of a folder, with digests of all its files that hold no weights."""
-    found = (p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.endswith(WEIGHTS))
-    files = {p.relative_to(folder).as_posix(): _file_digest(p) for p in found if p.name != MANIFEST}
+    files = {name: file_digest(folder / name) for name in _file_names(folder) if not name.endswith(WEIGHTS)}
     head = {"kind": KIND, "format": FORMAT, "diffract": __version__}
     text = json.dumps({**head, **content, "files": files}, indent=1, ensure_ascii=False, allow_nan=False)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def _file_names(folder: Path) -> list[str]:
+    """All files of a folder but the manifest, by their paths in it."""
+    names = (p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file())
+    return [name for name in names if name != MANIFEST]
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -55,7 +61,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     groups = [group for group in (outputs, inputs) if isinstance(group, dict)]
     parts = [files, *(part for group in groups for part in group.values())] if len(groups) == 2 else [None]
     whole = all(isinstance(part, dict) and all(isinstance(v, str) for v in part.values()) for part in parts)
-    if found.get("format") != FORMAT or not whole:
+    stated = whole and any(outputs.values())  # pyright: ignore[reportOptionalMemberAccess] (whole says that it is one)
+    if found.get("format") != FORMAT or not stated:
         raise CheckpointError(
             f"{printable(path)} is of format {printable(found.get('format'))}, expected {FORMAT} with digests of "
             "outputs, inputs and files. Update diffract, or do not trust this folder."
@@ -89,6 +96,14 @@ def verify_folder(folder: str | Path) -> Verdict:
     manifest = read_manifest(folder)
     verdict = Verdict()
     verdict.faults += _file_faults(Path(folder), manifest["files"])
+    verdict.unchecked += [
+        f"file {printable(name)!r}: the manifest has no digest of it"
+        for name in _file_names(Path(folder))
+        if name not in manifest["files"]
+        and not (
+            name.endswith(WEIGHTS) and any(PurePosixPath(name).is_relative_to(part) for part in manifest["outputs"])
+        )
+    ]
     for part, stated in manifest["outputs"].items():
         path = _weights(Path(folder), part)  # a file is what was written, be it an adapter's factors
         opened = open_safetensors(LocalFile(path))[0] if path.is_file() else open_checkpoint(path)
@@ -134,9 +149,11 @@ def _file_faults(folder: Path, stated: Mapping[str, str]) -> Iterator[str]:
         path = _weights(folder, name)
         if not path.is_file():
             yield f"file {printable(name)!r} is missing"
-        elif _file_digest(path) != digest:
+        elif file_digest(path) != digest:
             yield f"file {printable(name)!r} is not what it was"
 
 
-def _file_digest(path: Path) -> str:
-    return blake3.blake3(path.read_bytes()).hexdigest()
+def file_digest(path: Path) -> str:
+    """Return the digest of a file, which is read block by block."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, blake3.blake3).hexdigest()  # pyright: ignore[reportArgumentType] (it updates and tells)

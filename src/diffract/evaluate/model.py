@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diffract.checkpoints import open_checkpoint
-from diffract.checkpoints.configurations import own_attention
+from diffract.checkpoints.configurations import own_attention, refuse_far_tokens
 from diffract.checkpoints.open import STACK_LIMIT, base_of
 from diffract.engine import choose_device
 from diffract.errors import CheckpointError, DiffractError, choose, printable
@@ -69,7 +69,9 @@ def load_tokenizer(ref: str) -> Any:
             if next(path.glob("tokenizer*"), None) is None and (base := base_of(path)) is not None:
                 ref = str(base)  # an adapter is often saved without one
         place, options = _own_place(ref) or (str(Path(ref).expanduser()), {})
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
+        found: Any = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
+        refuse_far_tokens(found.get_vocab(), ref)
+        return found
 
 
 def _own_place(ref: str) -> tuple[str, dict[str, Any]] | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import blake3
 import numpy as np
 
+from diffract.checkpoints.configurations import refuse_far_tokens
 from diffract.checkpoints.open import parse_hub_name
 from diffract.corpora import read_documents, source_files
 from diffract.errors import CorpusError, RecipeError, printable
@@ -200,6 +201,7 @@ def load_tokenizer(named: str) -> PreTrainedTokenizerFast:
         found: Any = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain ones for what is wrong in a file
         raise RecipeError(f"no tokenizer can be loaded from {printable(named)!r}: {printable(error)}.") from error
+    refuse_far_tokens(found.get_vocab(), named)
     if getattr(found, "backend_tokenizer", None) is None:
         raise RecipeError(f"the tokenizer of {printable(named)!r} is no fast one, with a tokenizer.json. Convert it.")
     if found.eos_token_id is None:

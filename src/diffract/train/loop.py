@@ -7,8 +7,10 @@ recipe and step, and the last state on disk holds everything else that a step de
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
-from contextlib import nullcontext
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,7 +94,8 @@ def train(
     """Train a model by a recipe.
 
     A run that is finished is returned as it is; one that was broken off goes on from its last state. On the CPU of one
-    machine it then gives the same losses and the same weights as if it had not been broken off.
+    machine it then gives the same losses and the same weights as if it had not been broken off. Who interrupts it has
+    it save a state after the present step; who does so twice ends it at once.
 
     Args:
         recipe: A recipe, its settings, or the YAML file that it stands in.
@@ -183,24 +186,58 @@ def _run(session: Session, progress: Progress | None) -> None:
 
     if first == 0 and 0 in recipe.stops:
         session.write_checkpoint(0)
-    for step in range(first, recipe.steps):
-        rate = recipe.rate * rate_factor(recipe.schedule, step, recipe.steps)
-        loss = stepper.gradient(session.batch(step))
-        norm = stepper.update(rate)
-        done = step + 1
-        journal.note(done, rate=rate, loss=loss, norm=norm)
-        # The journal raises where a loss is no number, so that nothing is saved of a run that has diverged.
-        if done in recipe.stops:
-            journal.write()
-            session.write_checkpoint(done)
-        if done % recipe.state_every == 0 and done < recipe.steps:
-            journal.write()
-            content = {"seconds": journal.seconds, "warnings": stepper.warnings, "micro_batch": stepper.micro_batch}
-            save_state(accelerator, session.folder, step=done, content=content)
+    with _interrupted_between_steps(accelerator):
+        for step in range(first, recipe.steps):
+            rate = recipe.rate * rate_factor(recipe.schedule, step, recipe.steps)
+            loss = stepper.gradient(session.batch(step))
+            norm = stepper.update(rate)
+            done = step + 1
+            journal.note(done, rate=rate, loss=loss, norm=norm)
+            # The journal raises where a loss is no number, so that nothing is saved of a run that has diverged.
+            if done in recipe.stops:
+                journal.write()
+                session.write_checkpoint(done)
+            if done == recipe.steps:
+                break
+            # A device is not made to wait for this question after each step, but where it waits for the journal.
+            interrupted = not journal.waits and accelerator.check_trigger()
+            if interrupted or done % recipe.state_every == 0:
+                journal.write()
+                content = {"seconds": journal.seconds, "warnings": stepper.warnings, "micro_batch": stepper.micro_batch}
+                save_state(accelerator, session.folder, step=done, content=content)
+            if interrupted:
+                raise KeyboardInterrupt
 
     if accelerator.is_main_process:
         write_run(session.folder, begun(recipe, session.text) | _outcome(session, journal.seconds))
         shutil.rmtree(session.folder / STATES, ignore_errors=True)
+
+
+@contextmanager
+def _interrupted_between_steps(accelerator: Accelerator) -> Iterator[None]:
+    """Have the first signal that would raise KeyboardInterrupt set accelerate's trigger, which all processes see.
+
+    Wherever it came, weights, optimizer and random numbers would be those of half a step.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # Only the main thread may ask for signals, and what a program does with its own is left as it is.
+    here = threading.current_thread() is threading.main_thread()
+    taken = [number for number in numbers if here and signal.getsignal(number) is signal.default_int_handler]
+
+    def give_back() -> None:
+        for number in taken:
+            signal.signal(number, signal.default_int_handler)
+
+    def note(number: int, frame: object) -> None:
+        give_back()
+        accelerator.set_trigger()
+
+    for number in taken:
+        signal.signal(number, note)
+    try:
+        yield
+    finally:
+        give_back()
 
 
 def _outcome(session: Session, seconds: float) -> dict[str, Any]:

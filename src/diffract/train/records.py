@@ -16,14 +16,14 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-import blake3
 import torch
 from torch import Tensor
 
 from diffract._version import __version__
+from diffract.checkpoints.provenance import file_digest
 from diffract.errors import DiffractError, RecipeError, RunError, printable
 from diffract.settings import Progress, read_file
-from diffract.store import DRAFT, LOCK, cache_key, held, whole_file, write_text
+from diffract.store import DRAFT, LOCK, cache_key, held, sync, sync_tree, whole_file, write_text
 from diffract.train.recipe import TrainRecipe
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def claimed(folder: Path) -> Iterator[None]:
 def file_digests(folder: Path) -> dict[str, str]:
     """Return a digest of each file of a checkpoint or a state."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): blake3.blake3().update_mmap(path).hexdigest() for path in paths}
+    return {str(path.relative_to(folder)): file_digest(path) for path in paths}
 
 
 def write_run(folder: Path, content: Mapping[str, Any]) -> None:
@@ -256,7 +256,11 @@ def save_state(accelerator: Accelerator, folder: Path, *, step: int, content: di
         if accelerator.is_main_process:
             digests = {**file_digests(draft), PROGRESS: cache_key(content)}
             (draft / PROGRESS).write_text(json.dumps({**content, DIGESTS: digests}), encoding="utf-8")
+            # A power cut must not leave a state without its bytes, or without the steps that the log has up to it.
+            sync(folder / LOG)
+            sync_tree(draft)
             draft.replace(path)
+            sync(path.parent)
             # Only now: a run that is killed before has the earlier state to go on from.
             for other in path.parent.iterdir():
                 if other != path:
@@ -323,6 +327,11 @@ class Journal:
     def seconds(self) -> float:
         """How long the run has taken, earlier parts included."""
         return time.perf_counter() - self._begun
+
+    @property
+    def waits(self) -> bool:
+        """Whether there is something that has not been written."""
+        return bool(self._waiting)
 
     def note(self, step: int, *, rate: float, loss: Tensor, norm: Tensor) -> None:
         """Take down a step.
