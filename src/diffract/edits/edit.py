@@ -121,6 +121,15 @@ class Edit(BaseModel):
             DiffractError: The edit does not fit the model.
         """
 
+    def saved(self, folder: Path, output: Path) -> Edit:
+        """Return the edit as the recipe beside a checkpoint names it: tables in memory are written there.
+
+        Args:
+            folder: Where the checkpoint is being written.
+            output: What that folder will be called.
+        """
+        return self
+
     @classmethod
     def as_recipe(cls, arguments: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
         """Return the recipe that a command stands for.

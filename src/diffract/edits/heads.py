@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +19,7 @@ from diffract.checkpoints.checkpoint import Range
 from diffract.edits.bench import Bench, Other
 from diffract.edits.draft import Place, everything, overlap, place_of
 from diffract.edits.edit import Shared, Unit
+from diffract.edits.factors import read_table
 from diffract.engine import one_torch_thread
 from diffract.errors import SelectionError, printable, suggest
 from diffract.matrices import Matrix
@@ -398,7 +398,7 @@ def read_scores(path: str, units: Units, column: str, *, model: str | None = Non
     Raises:
         SelectionError: The table cannot be read, lacks a column, or speaks of another model's heads.
     """
-    table = _read_table(path, (*HEADS, column))
+    table = read_table(path, (*HEADS, column))
     models = table["model"].unique().sort().to_list() if "model" in table.columns else []
     if model is not None and model not in models:
         raise SelectionError(f"{printable(path)} has no rows of {printable(model)!r}.{suggest(model, models)}")
@@ -421,20 +421,3 @@ def read_scores(path: str, units: Units, column: str, *, model: str | None = Non
             f"{units.names[0]} to {units.names[-1]}). It belongs to another model."
         )
     return {name: math.nan if found.get(name) is None else float(found[name]) for name in units.names}
-
-
-def _read_table(path: str, columns: Sequence[str]) -> pl.DataFrame:
-    readers = {".parquet": pl.read_parquet, ".csv": pl.read_csv, ".json": pl.read_json}
-    reader = readers.get(Path(path).suffix)
-    if reader is None:
-        raise SelectionError(f"{printable(path)}: expected a .parquet, .csv or .json table.")
-    try:
-        table = reader(path)
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise SelectionError(f"cannot read {printable(path)}: {printable(error)}. Check the file.") from error
-    if missing := [name for name in columns if name not in table.columns]:
-        raise SelectionError(
-            f"{printable(path)} has no column {missing[0]!r}, expected {', '.join(columns)}."
-            f"{suggest(missing[0], table.columns)}"
-        )
-    return table

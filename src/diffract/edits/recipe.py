@@ -17,12 +17,13 @@ from diffract.edits.interpolate import Interpolate
 from diffract.edits.lora import Lora, Pissa
 from diffract.edits.merge import Merge
 from diffract.edits.rewind import Names, Rewind
+from diffract.edits.scale import Scale
 from diffract.edits.svf import Svf
 from diffract.edits.truncate import Laser, Truncate
 from diffract.errors import printable
 from diffract.settings import STRICT, parse_size, read_recipe, validated
 
-EDITS: tuple[type[Edit], ...] = (Rewind, Truncate, Interpolate, Merge, Laser, Svf, Lora, Pissa, Delta)
+EDITS: tuple[type[Edit], ...] = (Rewind, Truncate, Interpolate, Merge, Scale, Laser, Svf, Lora, Pissa, Delta)
 """Every edit there is; fields of recipes, the schema, and commands follow from their order here."""
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]

@@ -358,6 +358,56 @@ def svf(w: Float[Tensor, "m n"], z: float | Float[Tensor, " k"]) -> Float[Tensor
     return found.added(slice(None), found.S * factors).to(work_dtype(w.dtype))
 
 
+def scale_change(
+    tuned: Float[Tensor, "m n"], base: Float[Tensor, "m n"], factors: Float[Tensor, " M"]
+) -> Float[Tensor, "m n"]:
+    """Return W0 + sum_i f_i sigma_i u_i v_i^T, the singular directions of D = W1 - W0 with a factor each.
+
+    It is computed as W1 + sum_i (f_i - 1) sigma_i u_i v_i^T, so that what is not scaled keeps the tuned values.
+
+    Args:
+        tuned: W1, any float dtype, device and stride.
+        base: W0, of the same shape.
+        factors: f_i of the M = min(m, n) directions in descending order of sigma; any sign.
+
+    Returns:
+        In ``work_dtype`` of the wider input. W1 to the last bit where all factors are 1, W0 where all are 0. Where
+        singular values are equal and their factors are not, the result depends on which vectors the method takes.
+
+    Raises:
+        ValueError: The shapes differ or are empty, a value is not finite, or there is another number of factors.
+
+    >>> D = torch.diag(torch.tensor([4.0, 2.0]))
+    >>> scale_change(1 + D, torch.ones(2, 2), torch.tensor([0.5, 1.5])).diagonal()
+    tensor([3., 4.], dtype=torch.float64)
+    """
+    require_same_shape(tuned, base)
+    stored = wider(tuned.dtype, base.dtype)
+    end, f = exact(tuned), factors.detach().to(tuned.device, torch.float64)
+    if f.shape != (min(end.shape),) or not bool(f.isfinite().all()):
+        raise ValueError(f"factors: expected {min(end.shape)} finite numbers; got shape {tuple(f.shape)}")
+    if bool((f == 1).all()):
+        return widened(tuned, work_dtype(stored))
+    if bool((f == 0).all()):
+        return widened(base, work_dtype(stored))
+    found = change_directions(tuned, base)
+    return (end + found.added(slice(None), found.S * (f - 1))).to(work_dtype(stored))
+
+
+def change_directions(tuned: Float[Tensor, "m n"], base: Float[Tensor, "m n"]) -> Directions:
+    """Return the singular directions of D = W1 - W0, as ``scale_change`` counts them.
+
+    Args:
+        tuned: W1, any float dtype, device and stride.
+        base: W0, of the same shape.
+
+    Raises:
+        ValueError: The shapes differ or are empty, or a value is not finite.
+    """
+    require_same_shape(tuned, base)
+    return decomposed(exact(exact(tuned) - exact(base)), gram=takes_gram(wider(tuned.dtype, base.dtype), "auto"))
+
+
 def laser(w: Float[Tensor, "m n"], rho: float) -> Truncated:
     """Return the top floor(rho M) singular directions of W, at least 1: its best approximation of that rank.
 

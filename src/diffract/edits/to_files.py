@@ -22,7 +22,7 @@ from diffract.checkpoints.provenance import Verdict, read_manifest, verify_folde
 from diffract.checkpoints.sources import CONFIG, TooLargeError
 from diffract.edits.bench import Bench, Plans
 from diffract.edits.draft import Draft
-from diffract.edits.recipe import Output, Recipe, load_recipe
+from diffract.edits.recipe import Output, Recipe, StepItem, load_recipe
 from diffract.edits.write import Target, Written, computed, write_checkpoint, written_infos
 from diffract.engine import cores, single_threaded
 from diffract.errors import RecipeError, printable
@@ -79,9 +79,10 @@ def apply(
         write = next((planned.write for _, planned in plans if planned.write), write_checkpoint)
         written = write(draft, Target(folder, Path(output), recipe.output, progress))
         left = _write_companions(bench.checkpoint, written, recipe.output)
+        saved = tuple(StepItem(**{s.name: s.saved(folder, Path(output))}) for s in (i.chosen for i in recipe.steps))
         manifest = {
             "torch": torch.__version__,
-            "recipe": recipe.as_dict(),
+            "recipe": recipe.model_copy(update={"steps": saved}).as_dict(),
             "steps": described(plans),  # what edits find out while they compute is known only now
             "inputs": {label: found.digests() for label, found in bench.inputs.items()},
             "outputs": dict(written.outputs),

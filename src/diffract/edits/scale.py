@@ -1,0 +1,91 @@
+"""Scale: multiply each singular direction of what training changed by a factor of its own, as a table says."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
+
+from diffract.edits.edit import TUNED, Edit, Model, Planned, Row, describe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffract.edits.bench import Bench
+    from diffract.edits.draft import Apply, Draft, Place
+    from diffract.edits.factors import Scaled
+
+
+def _place(value: object) -> object:
+    """A path becomes text; a table in memory stays what it is."""
+    return value if hasattr(value, "iter_rows") else str(value)
+
+
+FactorTable = Annotated[
+    Any,
+    BeforeValidator(_place),
+    PlainSerializer(describe, when_used="json"),
+    WithJsonSchema({"type": "string"}),
+]
+"""A .parquet, .csv or .json table with columns name, direction and factor; in Python a table of polars too."""
+
+
+TABLE = "factors.parquet"
+"""What a table that was in memory is called beside the checkpoint."""
+
+
+class Scale(Edit):
+    """Multiply the singular directions of what training changed with factors, such as learned ones."""
+
+    name: ClassVar = "scale"
+    usage: ClassVar = "diffract scale TUNED --base BASE --factors RUN/factors.parquet -o OUT"
+    arguments: ClassVar = (TUNED,)
+
+    base: Model
+    """What the model was tuned from."""
+    factors: FactorTable
+    """A table with columns name, direction and factor: 1 is the tuned model, 0 the base. Without a direction the factor
+    is of the whole change of a matrix, of a head's slice or of a tensor."""
+
+    def saved(self, folder: Path, output: Path) -> Scale:
+        """Return the edit with a table that lies beside the checkpoint, where it has one in memory."""
+        if isinstance(self.factors, str):
+            return self
+        self.factors.write_parquet(folder / TABLE)
+        return self.model_copy(update={"factors": str(output / TABLE)})
+
+    def plan(self, bench: Bench, draft: Draft) -> Planned:
+        """Return changes of all matrices, slices and vectors that the table names."""
+        from diffract.edits.draft import Change, flat
+        from diffract.edits.factors import find_scaled, read_factors
+        from diffract.edits.spectral_edits import scale_change
+
+        found = find_scaled(read_factors(self.factors), bench)
+        (base,) = bench.meet([self.base], {one.tensor for one in found}, chosen=True)
+        parts: dict[str, list[tuple[Place, Apply]]] = defaultdict(list)
+
+        def along(one: Scaled) -> Apply:
+            def scaled(values: Tensor, place: Place) -> Tensor:
+                start = flat(base.read(one.tensor, place))
+                return scale_change(flat(values), start, one.factors).reshape(values.shape)
+
+            return scaled
+
+        rows: list[Row] = []
+        for one in found:
+            place = base.shared(one.tensor, one.place)
+            if place is None:
+                continue
+            whole = one.factors.ndim == 0
+            # Of a whole change the way back is a line: of a vector too, and in blocks.
+            apply = base.towards(one.tensor, 1 - float(one.factors)) if whole else along(one)
+            parts[one.tensor].append((place, apply))
+            own = [float(one.factors)] if whole else one.factors.tolist()
+            told = {"least": min(own), "most": max(own), "mean": sum(own) / len(own)}
+            rows.append({"name": one.name, "factors": len(own), **told})
+        summary = {"base": describe(self.base), "factors": sum(row["factors"] for row in rows), "parts": len(rows)}
+        spectral = {one.tensor for one in found if one.factors.ndim}
+        changes = {name: Change(tuple(own), whole=name in spectral) for name, own in parts.items()}
+        return Planned(changes, summary, rows)
