@@ -117,6 +117,7 @@ KINDS = (
     Kind("architecture", "own.json", "scan tuned --architecture own.json"),
     Kind("recipe", "apply.yaml", "apply apply.yaml -o out --force"),
     Kind("factors of svf", "z.npz", "svf tuned --factors z.npz -o out"),
+    Kind("factors of scale", "f.csv", "scale tuned --base base --factors f.csv -o out"),
     Kind(
         "heads of a run",
         "compared/heads.parquet",
@@ -175,6 +176,8 @@ def good_files(folder: Path) -> None:
     pl.DataFrame(records).write_parquet(folder / "texts.parquet")
     write_language_model(folder / "language")
     factors = {n: np.ones(min(v.shape), np.float32) for n, v in tuned.items() if n.endswith("q_proj.weight")}
+    table = {"name": ["L0.attn.q"], "direction": [None], "factor": [0.5]}
+    pl.DataFrame(table).write_csv(folder / "f.csv")
     np.savez(folder / "z.npz", **factors)  # pyright: ignore[reportArgumentType]
 
 

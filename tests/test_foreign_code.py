@@ -22,6 +22,7 @@ from diffract.studies.recipe import StudyRecipe
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / "samples" / "tiny-olmo2"
 LITTLE = "--limit 2 --device cpu"
+TEXTS = "--eval target=word-problems:1 --keep kept=word-problems:2 --limit 16 --device cpu"
 CALLS = {
     "scan": "base -o out",
     "compare": "base math -o out --metrics change",
@@ -34,6 +35,7 @@ CALLS = {
     "interpolate": "math base --at 0.5 -o out",
     "merge": "base a=math b=base -o out",
     "laser": "math --select attn.o --keep 0.5 -o out",
+    "scale": f"math --base base --factors {SAMPLES / 'factors.parquet'} -o out",
     "svf": "math --z 0.5 --select attn.o -o out",
     "lora": "math --base base --rank 2 -o out",
     "pissa": "math --rank 2 -o out",
@@ -43,6 +45,8 @@ CALLS = {
     "connect": f"base a=math b=base --eval math --dry-run {LITTLE}",
     "search rewind": f"base math --dry-run {LITTLE}",
     "search truncate": f"base math --dry-run {LITTLE}",
+    "search directions": f"base math --dry-run {TEXTS}",
+    "search svf": f"base math --dry-run {TEXTS}",
     "train": "train.yaml --dry-run -o out",
 }
 WITHOUT_MODELS = ("fetch", "report", "plot", "metrics", "cache", "demo", "verify", "study run")

@@ -42,6 +42,8 @@ A search of heads or directions
 ``effects``  of heads: one row per head, what rewinding it alone gains, and what the cheaper orders go by
 ``orders``   of heads: one row per order, how well its scores rank heads as measured effects do
 
+A search for factors has ``factors`` too: one row per singular direction or part, and what was learned of it.
+
 A search between models has ``paths``, ``pairs``, ``simplex`` and ``items``; a study ``findings`` and ``numbers``.
 
 In searches the same model is one ``state``, a number, wherever it is met; state 0 is the tuned model itself. ``low``
@@ -293,6 +295,29 @@ share of ``bytes`` (see ``change.py``). ``drop`` is DARE's probability. Rows wit
 TRUNCATION_CHOICE: dict[str, Any] = ON_TRUNCATION | _CHOSEN
 
 
+ON_RECIPE: dict[str, Any] = {"recipe": pl.String, "at": pl.Float64, "role": pl.String}
+"""Columns of ``points`` and ``choice`` of a search for factors: ``recipe`` directions or svf, the same ``then polish``,
+or a control; ``at`` is lambda of factors, the rate of fine-tuning, the share of the base in an interpolation. ``role``
+of the task: target, kept or beside. Rows with recipe ``base`` are the base model."""
+
+RECIPE_CHOICE: dict[str, Any] = ON_RECIPE | {"dominated_by": pl.List(pl.String)} | _CHOSEN
+"""Columns of ``choice`` of a search for factors: a row per recipe and task. ``dominated_by`` names recipes that on the
+held-out split are no worse in any target and kept task and whose interval shows them better in one."""
+
+FACTORS: dict[str, Any] = {
+    **_of(pl.String, ["name", "tensor"]),
+    "layer": pl.Int32,
+    **_of(pl.String, ["block", "projection"]),
+    **_of(pl.Int32, ["head", "kv_head", "expert", "direction"]),
+    "sigma": pl.Float64,
+    "peak": pl.Int32,
+    "factor": pl.Float64,
+}
+"""Columns of ``factors``: of each singular ``direction``, the largest ``sigma`` first, which ``peak`` of its matrix's
+spectrum it belongs to, if to one, and its ``factor``: 1 is the tuned model, 0 the base. Without a direction the factor
+is of the whole change of a matrix, a slice or a vector. ``diffract scale`` and ``svf`` read this table."""
+
+
 PATHS: dict[str, Any] = {
     **_of(pl.String, ["a", "b"]),
     "at": pl.Float64,
@@ -369,6 +394,8 @@ KINDS: dict[str, Schemas] = {
         "items": ITEMS,
     },
     "search truncate": {"points": ON_TRUNCATION | QUALITY, "choice": TRUNCATION_CHOICE, "items": ITEMS},
+    "search directions": {"points": ON_RECIPE | QUALITY, "choice": RECIPE_CHOICE, "factors": FACTORS, "items": ITEMS},
+    "search svf": {"points": ON_RECIPE | QUALITY, "choice": RECIPE_CHOICE, "factors": FACTORS, "items": ITEMS},
     "connect": {"paths": PATHS, "pairs": PAIRS, "simplex": SIMPLEX, "items": ITEMS},
     "study": {"findings": FINDINGS, "numbers": NUMBERS},
 }

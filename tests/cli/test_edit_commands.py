@@ -21,6 +21,7 @@ COMMANDS = {
     "interpolate": ["interpolate", MATH, CODE, "--at", "0.5", "--groups", "mlp=0.2"],
     "merge": ["merge", BASE, f"math={MATH}", f"code={CODE}", "--method", "ties", "--weights", "code=0.5"],
     "laser": ["laser", MATH, "--keep", "0.2", "--select", "mlp.up"],
+    "scale": ["scale", MATH, "--base", BASE, "--factors", str(SAMPLES / "factors.parquet")],
     "svf": ["svf", MATH, "--z", "1.1", "--select", "mlp"],
     "lora": ["lora", MATH, "--base", BASE, "--rank", "2"],
     "pissa": ["pissa", MATH, "--rank", "2"],

@@ -24,6 +24,8 @@ GROUP: Any = typer.main.get_command(app)
 COMMANDS = {
     "search rewind": (GROUP.commands["search"].commands["rewind"], search.search_rewind),
     "search truncate": (GROUP.commands["search"].commands["truncate"], search.search_truncate),
+    "search directions": (GROUP.commands["search"].commands["directions"], search.search_directions),
+    "search svf": (GROUP.commands["search"].commands["svf"], search.search_svf),
     "connect": (GROUP.commands["connect"], search.connect),
 }
 ONLY_TYPED = {"quiet", "json", "debug"}

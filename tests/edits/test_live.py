@@ -12,13 +12,16 @@ import torch
 import transformers as tf
 from safetensors.torch import save_file
 
-from diffract.edits import Interpolate, Laser, LiveModel, Merge, Rewind, Svf, Truncate
+from diffract.edits import Interpolate, Laser, LiveModel, Merge, Rewind, Scale, Svf, Truncate
 from diffract.edits.draft import BLOCK_BYTES
+from diffract.edits.factors import as_table
 from diffract.errors import CheckpointError, DiffractError, SelectionError
 from edit_cases import Tensors, as_module, assert_same, edit, family_pair, read
 from tiny_llama import LLAMA, llama_tensors
 
 SAMPLES = Path(__file__).parents[2] / "samples" / "tiny-olmo2"
+
+FACTORS = {"L0.mlp.up": torch.tensor(0.3), "L1.attn.q": torch.tensor(1.5)}
 
 Kinds = dict[str, Callable[[Any, Any], Any]]
 
@@ -45,6 +48,7 @@ KINDS: Kinds = {
     "merge slerp": lambda _, other: Merge(models={"other": other}, method="slerp"),
     **MERGES,
     "laser": lambda *_: Laser(keep=0.5, select="mlp"),
+    "scale": lambda base, _: Scale(base=base, factors=as_table(FACTORS)),
     "svf": lambda *_: Svf(z=1.5, select="attn.v, mlp.down"),
 }
 

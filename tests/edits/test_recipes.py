@@ -48,6 +48,7 @@ GOOD: dict[str, dict[str, Any]] = {
             {"interpolate": {"with": "o", "at": 0.3, "groups": {"layers 0-7": 0.1, "mlp": -1}, "method": "slerp"}},
             {"merge": {"models": {"x": "o"}, "base": "b", "method": "dare-ties", "weights": {"x": 2, "model": 1}}},
             {"laser": {"keep": 0.1, "select": "layers 20-, mlp.up"}},
+            {"scale": {"base": "b", "factors": "run/factors.parquet"}},
             {"svf": {"z": 0.9, "select": "attn"}},
             {"svf": {"factors": "z.npz"}},
         ],
@@ -134,7 +135,7 @@ def test_the_schema_knows_what_is_right(name: str) -> None:
 def test_the_schema_explains_every_setting() -> None:
     schema = json.loads(recipe_schema())
     steps, exports = (set(schema["$defs"][item]["properties"]) for item in ("StepItem", "ExportItem"))
-    assert steps == set(STEPS) >= {"rewind", "truncate", "interpolate", "merge", "laser", "svf"}
+    assert steps == set(STEPS) >= {"rewind", "truncate", "interpolate", "merge", "laser", "scale", "svf"}
     assert exports == set(EXPORTS) >= {"lora", "pissa"}
     assert schema["$defs"]["Rewind"]["properties"]["to"]["description"] == "The base."
     assert "with" in schema["$defs"]["Interpolate"]["properties"]

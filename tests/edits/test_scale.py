@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -17,7 +18,7 @@ from edit_cases import assert_bits, assert_same, edit, family_pair, read, save_p
 from families import FAMILIES
 
 
-def factors_of(model: object, value: float | None = None, *, heads: bool = False) -> pl.DataFrame:
+def factors_of(model: Any, value: float | None = None, *, heads: bool = False) -> pl.DataFrame:
     """One factor for every direction of every matrix, and one for every vector; random ones unless they are given."""
     generator = torch.Generator().manual_seed(5)
     bench = Bench(model)

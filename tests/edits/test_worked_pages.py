@@ -71,6 +71,7 @@ def _assert_said(page: Path, command: str, said: str) -> None:
 
 def test_the_pages_are_found() -> None:
     commands = {line.split()[1] for page in PAGES for _, _, line in BLOCK.findall(page.read_text()) if line}
-    edits = {"rewind", "truncate", "interpolate", "merge", "laser", "svf", "lora", "pissa", "delta", "apply", "verify"}
+    edits = {"rewind", "truncate", "interpolate", "merge", "laser", "scale", "svf", "lora", "pissa", "delta"}
+    edits |= {"apply", "verify"}
     assert edits <= commands
     assert edits <= {page.stem for page in PAGES}

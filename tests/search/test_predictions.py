@@ -13,7 +13,8 @@ from torch import Tensor
 from diffract.edits import LiveModel, Rewind
 from diffract.edits.heads import Units, find_units
 from diffract.errors import SelectionError
-from diffract.search.predictions import Batch, Sample, activation_changes, first_order_gains, sum_of_bits
+from diffract.search.predictions import activation_changes, first_order_gains
+from diffract.search.sample import Batch, Sample, sum_of_bits
 from edit_cases import everything_of, family_pair
 
 STEP = 3e-3

@@ -368,13 +368,19 @@ SEARCH = Command(
 )
 """What the searches have in common."""
 
+LEARNED: dict[str, Any] = {
+    "metavars": {"keep": "TASKS", "beside": "TASKS", "rates": "NUMBERS", "controls": "NAMES"},
+    "least": {**SEARCH.least, "passes": 1, "batch_tokens": 1, "tokens": 1, "polish": 0},
+}
+"""What is different where a search learns numbers on text."""
+
 EDIT = Command(
     name="edit",
     panel="Act",
     functions=(f"{HERE}:edit", f"{HERE}:apply"),
     show=experiments.show_edits,
     summary=experiments.sum_up_edits,
-    metavars={"output": "OUT"},
+    metavars={"output": "OUT", "factors": "FILE"},
     helps={"groups": "Other weights by selection, such as 'layers 0-7=0.3'; of several that fit the last counts."},
     hidden=("record", "recipe"),
     label="edit",
@@ -462,12 +468,14 @@ COMMANDS = (
     ),
     replace(SEARCH, name="search rewind", functions=("diffract.search:search_rewind",)),
     replace(SEARCH, name="search truncate", functions=("diffract.search:search_truncate",)),
+    replace(SEARCH, name="search directions", functions=("diffract.search:search_directions",), **LEARNED),
+    replace(SEARCH, name="search svf", functions=("diffract.search:search_svf",), **LEARNED),
     Command("study run", "Know", (f"{HERE}:study",), show=experiments.show_study, summary=experiments.sum_up_study),
 )
 """Every command but those of edits, in the order in which they are listed."""
 
 GROUPS: Mapping[str, str] = {
-    "search": "Search by measured quality: which heads, how many directions.",
+    "search": "Search by measured quality: which heads, how many directions, and what factors of them.",
     "study": "Train a family of models and test every finding on it.",
 }
 """Commands that hold others."""

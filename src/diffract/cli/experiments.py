@@ -178,6 +178,8 @@ def show_search(found: Run | Estimate, given: Given) -> None:
     warn([*run.manifest["warnings"], *(f"left out: {text}" for text in run.manifest["left_out"])])
     if run.kind == "connect":
         _show_connections(run)
+    elif run.kind in ("search directions", "search svf"):
+        _show_recipes(run)
     else:
         _show_choice(run)
     say_place(given, "run")
@@ -215,6 +217,33 @@ def _show_choice(run: Run) -> None:
     elif run.orders.height:
         ranks = [[row["order"], number(row["spearman"])] for row in run.orders.rows(named=True)]
         say_table(["order", "rank correlation"], ranks, title="How orders rank heads, against measured effects:")
+    _show_written(run)
+
+
+def _show_recipes(run: Run) -> None:
+    """Print what each recipe gains in each task, what it is dominated by, and what was written."""
+    settings = run.manifest["settings"]
+    say(f"{settings['factors']:,} factors, lambda {settings['lambda']:g}; gains over the tuned model, held-out split")
+    rows = [
+        [
+            *(row["recipe"] + " (control)" * row["control"], f"{row['at']:g}", f"{row['task']} ({row['role']})"),
+            *(number(row["selection_gain"]), number(row["held_out_gain"])),
+            interval(row["held_out_gain_low"], row["held_out_gain_high"]),
+        ]
+        for row in run.choice.rows(named=True)
+    ]
+    say_table(["recipe", "at", "task", "choose part", "held-out", "95%"], rows)
+    recipes = run.choice.unique("recipe", maintain_order=True).rows(named=True)
+    for row in recipes:
+        if row["dominated_by"]:
+            say(f"{row['recipe']}: dominated by {', '.join(row['dominated_by'])}")
+    free = [row["recipe"] for row in recipes if not row["dominated_by"]]
+    say(f"undominated, of {len(recipes)}: {', '.join(free)}")
+    _show_written(run)
+
+
+def _show_written(run: Run) -> None:
+    """Print what was written, if anything was."""
     if written := run.manifest["written"]:
         scores = ", ".join(f"{row['task']} {row['written']:.4g}" for row in written["held_out"])
         same = "as the live model" if written["same_scores"] else "not quite as the live model"

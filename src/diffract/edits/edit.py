@@ -58,6 +58,38 @@ Model = Annotated[
 ]
 """A checkpoint: what ``diffract.open`` takes; text in a recipe."""
 
+
+def _table_or_place(value: object) -> object:
+    """A path becomes text; a table in memory stays what it is."""
+    return value if hasattr(value, "write_parquet") else str(value)
+
+
+FactorTable = Annotated[
+    Any,
+    BeforeValidator(_table_or_place),
+    PlainSerializer(describe, when_used="json"),
+    WithJsonSchema({"type": "string"}),
+]
+"""Where a table of factors is; in Python the table itself too."""
+
+FACTOR_TABLE = "factors.parquet"
+"""What a table that was in memory is called beside the checkpoint."""
+
+
+def saved_table(table: FactorTable, folder: Path, output: Path) -> dict[str, Any]:
+    """Write a table of factors beside a checkpoint, where it is in memory, and return where a recipe finds it.
+
+    Args:
+        table: The table, or where it is.
+        folder: Where the checkpoint is being written.
+        output: What that folder will be called.
+    """
+    if isinstance(table, str):
+        return {"factors": table}
+    table.write_parquet(folder / FACTOR_TABLE)
+    return {"factors": str(output / FACTOR_TABLE)}
+
+
 Row = dict[str, Any]
 """What is known of one matrix or head, with its ``name``."""
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
-
-from diffract.edits.edit import TUNED, Edit, Model, Planned, Row, describe
+from diffract.edits.edit import TUNED, Edit, FactorTable, Model, Planned, Row, describe, saved_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,24 +14,6 @@ if TYPE_CHECKING:
     from diffract.edits.bench import Bench
     from diffract.edits.draft import Apply, Draft, Place
     from diffract.edits.factors import Scaled
-
-
-def _place(value: object) -> object:
-    """A path becomes text; a table in memory stays what it is."""
-    return value if hasattr(value, "iter_rows") else str(value)
-
-
-FactorTable = Annotated[
-    Any,
-    BeforeValidator(_place),
-    PlainSerializer(describe, when_used="json"),
-    WithJsonSchema({"type": "string"}),
-]
-"""A .parquet, .csv or .json table with columns name, direction and factor; in Python a table of polars too."""
-
-
-TABLE = "factors.parquet"
-"""What a table that was in memory is called beside the checkpoint."""
 
 
 class Scale(Edit):
@@ -51,10 +31,7 @@ class Scale(Edit):
 
     def saved(self, folder: Path, output: Path) -> Scale:
         """Return the edit with a table that lies beside the checkpoint, where it has one in memory."""
-        if isinstance(self.factors, str):
-            return self
-        self.factors.write_parquet(folder / TABLE)
-        return self.model_copy(update={"factors": str(output / TABLE)})
+        return self.model_copy(update=saved_table(self.factors, folder, output))
 
     def plan(self, bench: Bench, draft: Draft) -> Planned:
         """Return changes of all matrices, slices and vectors that the table names."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import model_validator
 
-from diffract.edits.edit import Edit, Finite, Planned
+from diffract.edits.edit import Edit, FactorTable, Finite, Planned, saved_table
 from diffract.errors import SelectionError, printable
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ class Svf(Edit):
 
     z: Finite | None = None
     """One factor for all."""
-    factors: str | None = None
-    """A .safetensors or .npz file with a vector for each matrix, by the matrix's or its tensor's name."""
+    factors: FactorTable | None = None
+    """A .safetensors or .npz file with a vector for each matrix, by the matrix's or its tensor's name, or a table."""
     select: str | None = None
     """Which matrices, such as 'attn, mlp'; with a file all that it names."""
 
@@ -39,6 +40,10 @@ class Svf(Edit):
         if self.z is not None and self.select is None:
             raise ValueError("z for all needs a selection of matrices")
         return self
+
+    def saved(self, folder: Path, output: Path) -> Svf:
+        """Return the edit with a table that lies beside the checkpoint, where it has one in memory."""
+        return self if self.factors is None else self.model_copy(update=saved_table(self.factors, folder, output))
 
     def plan(self, bench: Bench, draft: Draft) -> Planned:
         """Return changes of the selected matrices, or of those that the file names."""
@@ -56,13 +61,17 @@ class Svf(Edit):
         return Planned(matrix_changes(draft, matrices, edit), {"matrices": len(matrices)})
 
 
-def _read_factors(path: str, bench: Bench) -> dict[str, Tensor]:
+def _read_factors(path: FactorTable, bench: Bench) -> dict[str, Tensor]:
     """Return the vectors of a file by matrix name.
 
     Raises:
         SelectionError: One fits no matrix, or has another length than it has singular values.
     """
     from diffract.checkpoints import open_checkpoint
+    from diffract.edits.factors import READERS, find_scaled, read_factors
+
+    if not isinstance(path, str) or Path(path).suffix in READERS:
+        return {one.name: one.factors for one in find_scaled(read_factors(path), bench)}
 
     matrices = bench.whole_layout.matrices
     parts = Counter(m.tensor for m in matrices)

@@ -19,8 +19,9 @@ from diffract.errors import SelectionError, choose
 from diffract.evaluate import load_tasks
 from diffract.schemas import CHOICE, EFFECTS, ITEMS, ON_CURVE, ORDER_ROWS, QUALITY
 from diffract.search.plan import UNCHANGED, Point, SearchCurve
-from diffract.search.predictions import Sample, activation_changes, first_order_gains, take_sample, task_texts
+from diffract.search.predictions import activation_changes, first_order_gains
 from diffract.search.run import QualitySearch
+from diffract.search.sample import Sample, take_sample, task_texts
 from diffract.search.scorer import RESAMPLES, Rows, Scorer, difference_rows
 from diffract.search.stage import Model, Stage
 from diffract.stats import holm, spearman

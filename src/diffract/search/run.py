@@ -46,6 +46,7 @@ class QualitySearch(ABC):
 
     Attributes:
         kind: The name of the kind of run.
+        stage: The live model, and what was asked.
         models: The loaded models, by the names that the request has for them.
         curves: The curves.
         ends: The points at the ends of all curves, beside the live model itself.
@@ -54,6 +55,7 @@ class QualitySearch(ABC):
     """
 
     kind: str
+    stage: Stage
     models: Mapping[str, torch.nn.Module]
     curves: Sequence[SearchCurve]
     ends: Sequence[Point]
@@ -74,6 +76,14 @@ class QualitySearch(ABC):
     @abstractmethod
     def tables(self, scorer: Scorer, curves: Sequence[SearchCurve], chosen: Rows) -> dict[str, pl.DataFrame]:
         """Return the tables, once all points of the curves are scored."""
+
+    def choose(self, scorer: Scorer, curves: Sequence[SearchCurve]) -> Rows:
+        """Return rows of what is chosen of each curve, with numbers of both splits."""
+        return choose_points(scorer, curves, self.stage.asked.tolerance)
+
+    def best(self, chosen: Rows) -> Mapping[str, Any] | None:
+        """Return the row of what is chosen of all curves, if there is one."""
+        return winner(chosen, self.stage.asked.choose_by, self.far)
 
     def far(self, row: Mapping[str, Any]) -> float:
         """Return how far a chosen point goes."""
@@ -127,11 +137,11 @@ def run_search(asked: SearchRequest, open_search: Callable[[Stage], QualitySearc
                     if point.at in places:
                         scorer.score(split, point, curve.name)
             if split == "selection":
-                chosen = choose_points(scorer, curves.values(), asked.tolerance)
+                chosen = search.choose(scorer, list(curves.values()))
         frames = search.tables(scorer, list(curves.values()), chosen)
         told: dict[str, Any] = {"evaluations": scorer.done, "left_out": list(plan.left_out)}
         if "selection" in asked.splits:
-            best = winner(chosen, asked.choose_by, search.far)
+            best = search.best(chosen)
             told |= {"chosen": best, "written": _written(stage, search, scorer, best)}
         seconds = round(time.monotonic() - begun, 3)
         tables = Tables(_manifest(stage, search, seconds=seconds, **told), frames)

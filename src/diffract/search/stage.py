@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -26,6 +26,16 @@ Model = str | Path | torch.nn.Module
 """A folder with a model of transformers, ``org/name@revision`` on the hub, or a loaded model."""
 
 
+Role = Literal["beside", "target", "kept"]
+"""What a task is for: text beside the target that nobody optimised, the target itself, or what is to be kept."""
+
+
+def task_entries(given: str | Sequence[str] | None) -> list[str]:
+    """Return the entries of a specification of tasks; none for ``None``."""
+    words = given.split(",") if isinstance(given, str) else given or ()
+    return [word.strip() for word in words if word.strip()]
+
+
 @dataclass(frozen=True)
 class SearchRequest:
     """What is asked of every search: models, how they are evaluated, what it may cost and where it goes.
@@ -33,7 +43,9 @@ class SearchRequest:
     Attributes:
         models: The models by name, in the order of the manifest.
         live: The name of the model that is changed in place.
-        eval: Tasks, as ``diffract.evaluate.load_tasks`` reads them; the first decides.
+        eval: Tasks of the target, as ``diffract.evaluate.load_tasks`` reads them.
+        beside: Tasks beside the target; the first of all tasks decides, and these come first.
+        keep: Tasks of what must be kept.
         splits: What models are scored on; the held-out split alone where nothing is chosen.
         data: A folder with a folder of files for each domain.
         limit: Items of each task at most, in each split.
@@ -60,6 +72,8 @@ class SearchRequest:
     models: Mapping[str, Model]
     live: str
     eval: str | Sequence[str]
+    beside: str | Sequence[str] | None = None
+    keep: str | Sequence[str] | None = None
     splits: Sequence[Split] = SPLITS
     data: str | Path | None = None
     limit: int | None = None
@@ -89,12 +103,12 @@ class SearchRequest:
 
     def told(self) -> dict[str, Any]:
         """Return how models were evaluated, and what was chosen by, as a manifest keeps it."""
-        plain = self.eval if isinstance(self.eval, str) else ",".join(self.eval)
+        tasks = {name: ",".join(task_entries(getattr(self, name))) for name in ("eval", "beside", "keep")}
         chosen_by = ("seeds", "tolerance", "choose_by") if "selection" in self.splits else ()
         names = ("limit", "shots", "device", "dtype", *chosen_by, "budget")
         data = str(self.data) if self.data else None
         told = {name: getattr(self, name) for name in names}
-        return {"eval": plain, "data": data, **told, "allow": list(self.allow)}
+        return {**{name: text or None for name, text in tasks.items()}, "data": data, **told, "allow": list(self.allow)}
 
 
 @dataclass
@@ -106,6 +120,7 @@ class Stage:
         subject: The model with its tokenizer.
         live: Changes it.
         tasks: The tasks of each split.
+        roles: What each task is for.
         notes: What the user should know.
     """
 
@@ -113,6 +128,7 @@ class Stage:
     subject: Subject
     live: LiveModel
     tasks: Mapping[Split, Sequence[Task]]
+    roles: Mapping[str, Role]
     notes: list[str]
 
     def evaluators(self, cache: Cache | None, progress: Progress | None = None) -> dict[Split, Evaluator]:
@@ -169,8 +185,11 @@ def set_up(asked: SearchRequest) -> Stage:
     Raises:
         DiffractError: A task or the model cannot be loaded.
     """
+    given: dict[Role, list[str]] = {"beside": task_entries(asked.beside), "target": task_entries(asked.eval)}
+    given["kept"] = task_entries(asked.keep)
+    entries = [entry for own in given.values() for entry in own]
     tasks: dict[Split, Sequence[Task]] = {
-        split: load_tasks(asked.eval, split=split, data=asked.data, limit=asked.limit, shots=asked.shots)
+        split: load_tasks(entries, split=split, data=asked.data, limit=asked.limit, shots=asked.shots)
         for split in asked.splits
     }
     model = asked.models[asked.live]
@@ -181,6 +200,7 @@ def set_up(asked: SearchRequest) -> Stage:
         subject=subject,
         live=LiveModel(subject.model, architecture=asked.architecture, allow=asked.allow),
         tasks=tasks,
+        roles=dict(zip((t.name for t in tasks[asked.splits[0]]), (r for r in given for _ in given[r]), strict=True)),
         notes=notes,
     )
 
