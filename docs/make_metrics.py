@@ -28,9 +28,11 @@ TITLES = {
     "change": "Change",
     "agreement": "Agreement of singular vectors",
     "angles": "Principal angles",
+    "agreement_levels": "Levels of agreement that know row and column norms",
     "heavy_tails": "Heavy tails",
     "random_matrix": "Random-matrix baselines",
     "spectral_shape": "Spectral shape",
+    "peak_nulls": "Further nulls of peaks",
     "profile": "Where along the spectrum the change sits",
     "p_values": "P-values",
 }

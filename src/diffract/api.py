@@ -53,8 +53,8 @@ def scan(
         ref: A file, a folder, or ``org/name@revision`` on the hub; ``name=MODEL`` names it in the tables. In Python
             also a mapping of arrays, an ``nn.Module``, or an open checkpoint.
         metrics: Names of metrics or of groups of them, separated by commas. By default norms, ranks, shape, change and
-            agreement; ``all`` is everything but p-values. Only what they need is computed. In Python also a list, or
-            metrics of one's own.
+            agreement; ``all`` is everything but ``peak_nulls`` and ``p_values``. Only what they need is computed. In
+            Python also a list, or metrics of one's own.
         select: Which matrices, such as ``"layers 0-7, attn.q, attn.o"``; all by default.
         heads: Cut attention projections into heads.
         circuits: Analyse the circuits W_q^T W_k and W_o W_v of each head too, as rows ``qk`` and ``ov``.

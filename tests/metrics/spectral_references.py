@@ -219,16 +219,27 @@ def against_exponential(values: np.ndarray) -> tuple[float, float]:
     return ratio, math.erfc(abs(ratio) / math.sqrt(2))
 
 
-def rowcol_sigmas(w: np.ndarray) -> np.ndarray:
-    """Singular values of 39 Gaussians with the matrix's row and column norms."""
+def gaussians(w: np.ndarray, draws: int, salt: int) -> np.ndarray:
+    """The normal numbers that a matrix's draws are made of."""
+    rows = (w**2).sum(1)
+    seed = zlib.crc32((rows / rows.sum()).astype(np.float32).tobytes(), salt)
+    return torch.randn(draws, *w.shape, generator=torch.Generator().manual_seed(seed)).double().numpy()
+
+
+def rowcol_draws(w: np.ndarray, draws: int = 39, salt: int = 0) -> np.ndarray:
+    """Gaussians with the matrix's row and column norms."""
     rows, cols = (w**2).sum(1), (w**2).sum(0)
-    seed = zlib.crc32((rows / rows.sum()).astype(np.float32).tobytes())
-    normal = torch.randn(39, *w.shape, generator=torch.Generator().manual_seed(seed)).double().numpy()
-    drawn = normal * np.sqrt(np.outer(rows, cols) / rows.sum())
+    drawn = gaussians(w, draws, salt) * np.sqrt(np.outer(rows, cols) / rows.sum())
     for _ in range(3):
         drawn *= np.sqrt(cols / np.maximum((drawn**2).sum(1), 1e-300))[:, None, :]
         drawn *= np.sqrt(rows / np.maximum((drawn**2).sum(2), 1e-300))[:, :, None]
-    return np.linalg.svd(drawn, compute_uv=False)
+    return drawn
+
+
+def row_draws(w: np.ndarray) -> np.ndarray:
+    """39 Gaussians with the matrix's row norms."""
+    drawn = gaussians(w, 39, 0)
+    return drawn * (np.linalg.norm(w, axis=1) / np.linalg.norm(drawn, axis=2))[:, :, None]
 
 
 def reached(own: float, draws: list[float]) -> float:

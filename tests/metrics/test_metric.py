@@ -126,7 +126,7 @@ def test_every_fact_has_its_price() -> None:
     prices = {
         "shape": ("shape", "epsilon", "base_epsilon"),
         "entries": (
-            *("squares", "moments", "row_squares", "col_squares"),
+            *("squares", "moments", "row_squares", "col_squares", "base_row_squares", "base_col_squares"),
             *("base_squares", "delta_squares", "delta_along", "changed", "rounding_squares"),
         ),
         "sigma_max": ("sigma_max",),

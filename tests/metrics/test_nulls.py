@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import spectral_references as slow
 import torch
 from scipy.optimize import linprog
 
@@ -87,6 +88,82 @@ def test_planted_groups_of_directions_are_not() -> None:
     found = diffract.scan(arrays, metrics=["peak_count", "peak_count_rowcol_pvalue", "dip_pvalue"], cache=False).metrics
     assert found["peak_count"].to_list() == [2] * 8
     assert found["peak_count_rowcol_pvalue"].max() == found["dip_pvalue"].max() == 1 / 40
+
+
+def test_row_norms_do_not_explain_what_column_norms_do() -> None:
+    """Columns of two sizes on the short side make two peaks: noise for ``rowcol``, and no matter of the rows."""
+    rng = np.random.default_rng(4)
+    arrays = {f"w{i}": rng.standard_normal((256, 64)) * np.repeat([1.0, 3.0], 32) for i in range(4)}
+    names = ["peak_count", "peak_count_rowcol", "peak_count_rowcol_pvalue", "peak_count_row", "peak_count_row_pvalue"]
+    found = diffract.scan(arrays, metrics=names, cache=False).metrics
+    assert found.select(names).unique().rows() == [(2, 2, 1, 1, 1 / 40)]
+    turned = diffract.scan({name: w.T.copy() for name, w in arrays.items()}, metrics=names, cache=False).metrics
+    assert turned.select(names).unique().rows() == [(2, 2, 1, 2, 1)]
+
+
+# Agreement of matrices that have nothing in common but their norms
+
+RATED = ("agreement_mean", "best_match_mean", "subspace_8", "agreement_window_mean", "angle_8")
+
+
+def unrelated(rows: np.ndarray, cols: np.ndarray, count: int) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(6)
+    shape = len(rows), len(cols)
+    made = [{f"w{i}": np.outer(rows, cols) * rng.standard_normal(shape) for i in range(count)} for _ in range(2)]
+    return [{name: w.astype(np.float32) for name, w in one.items()} for one in made]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_levels_of_agreement_know_which_rows_are_large(turned: bool) -> None:
+    """Unrelated matrices whose same rows are large agree more than random directions: as their level says."""
+    rows, cols = np.exp(0.5 * np.random.default_rng(7).standard_normal(48)), np.ones(96)
+    base, tuned = unrelated(*((cols, rows) if turned else (rows, cols)), 24)
+    side = "right" if turned else "left"
+    found = diffract.compare(
+        base, tuned, metrics="agreement,angles,agreement_levels", nulls="all", noise="none", cache=False
+    ).metrics.filter(model="tuned")
+    for name in RATED:
+        start = f"{side}_{name.removesuffix('_mean')}"
+        ratio, plain = (found[f"{side}_{name}"] / found[f"{start}_{level}"] for level in ("rowcol", "chance"))
+        error = ratio.std() / 24**0.5
+        assert abs(ratio.mean() - 1) < 4 * error, name  # once in fifteen thousand
+        assert abs(plain.mean() - 1) > 0.1, name
+
+
+def test_levels_of_agreement_are_those_of_the_drawn_pairs() -> None:
+    (base,), (tuned,) = (one.values() for one in unrelated(np.arange(1.0, 13), np.ones(20), 1))
+    found = diffract.compare(
+        {"w": base}, {"w": tuned}, metrics="agreement_levels", nulls="all", noise="none", cache=False
+    ).metrics.filter(model="tuned")
+    draws = [slow.rowcol_draws(w.astype(float), 4, salt) for salt, w in enumerate((base, tuned))]
+    (U0, _, V0), (U1, _, V1) = (np.linalg.svd(w, full_matrices=False) for w in draws)
+    S0, S1 = (np.linalg.svd(w.astype(float), compute_uv=False) for w in (base, tuned))
+    near = np.abs(S0[:, None] - S1) <= 0.05 * S1
+    for side, cosines in (("left", np.swapaxes(U0, 1, 2) @ U1), ("right", V0 @ np.swapaxes(V1, 1, 2))):
+        want = {
+            "agreement": np.abs(np.diagonal(cosines, axis1=1, axis2=2)).mean(),
+            "best_match": np.abs(cosines).max(2).mean(),
+            "subspace_8": (cosines[:, :8, :8] ** 2).sum((1, 2)).mean() / 8,
+            "agreement_window": np.sqrt((cosines**2 * near).sum(1)).mean(),
+            "angle_8": np.arccos(np.linalg.svd(cosines[:, :8, :8], compute_uv=False).clip(max=1)).mean(),
+        }
+        got = {name: found[f"{side}_{name}_rowcol"].item() for name in want}
+        assert got == pytest.approx(want, rel=1e-3)  # draws are of float32, whose vectors move by 1e-7 over the gap
+        assert found[f"{side}_subspace_32_rowcol"].item() is None
+
+
+def test_a_matrix_that_did_not_change_has_the_level_of_strangers() -> None:
+    base, _ = unrelated(np.linspace(1, 3, 24), np.ones(32), 2)
+    zero = {"w0": base["w0"], "w1": np.zeros_like(base["w1"])}
+    found = (
+        diffract.compare(zero, zero, metrics="agreement,agreement_levels", nulls="all", noise="none", cache=False)
+        .metrics.filter(model="tuned")
+        .sort("name")
+    )
+    assert found["left_agreement_mean"].to_list() == [pytest.approx(1), None]
+    level, none = found["left_agreement_rowcol"]
+    assert none is None
+    assert 0.1 < level < 0.35
 
 
 def unimodal_distance(values: np.ndarray) -> float:

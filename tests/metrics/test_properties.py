@@ -30,7 +30,10 @@ from diffract.metrics.nulls import dip
 BOOTSTRAPPED = {m.name for m in GROUPS["p_values"]}
 """A thousand fits each: they have a test of their own, below."""
 
-QUICK = [name for name in CATALOG if name not in BOOTSTRAPPED]
+LEVELS = {m.name for m in GROUPS["agreement_levels"]}
+"""Means over drawn pairs, of float32: they are held against NumPy in ``test_nulls``."""
+
+QUICK = [name for name in CATALOG if name not in BOOTSTRAPPED | LEVELS]
 
 DRAWN = {name for name in QUICK if "drawn" in behind(CATALOG[name].facts)}
 """Draws and laws of row and column norms: most of the time goes to them."""
@@ -120,7 +123,11 @@ class Case:
 
     @cached_property
     def rowcol(self) -> np.ndarray:
-        return slow.rowcol_sigmas(self.w)
+        return np.linalg.svd(slow.rowcol_draws(self.w), compute_uv=False)
+
+    @cached_property
+    def row(self) -> np.ndarray:
+        return np.linalg.svd(slow.row_draws(self.w), compute_uv=False)
 
     @property
     def eigenvalues(self) -> np.ndarray:
@@ -308,6 +315,8 @@ REFERENCES |= {
     "peak_count_rowcol_pvalue": lambda c: slow.reached(
         slow.peak_count(c.sigmas), [slow.peak_count(S) for S in c.rowcol]
     ),
+    "peak_count_row": lambda c: float(np.mean([slow.peak_count(S) for S in c.row])),
+    "peak_count_row_pvalue": lambda c: slow.reached(slow.peak_count(c.sigmas), [slow.peak_count(S) for S in c.row]),
     "dip_pvalue": lambda c: slow.reached(dip(np.log(c.sigmas)) - EQUAL, [dip(np.log(S)) for S in c.rowcol]),
     "pl_alpha_stderr": lambda c: slow.exponent_scatter(c.eigenvalues),
     "pl_alpha_farms": lambda c: slow.block_exponent(c.w),
@@ -521,7 +530,8 @@ def test_what_is_not_claimed_is_not_so() -> None:
         "permutation": numbers(base[:, order], tuned[:, order], "exact"),
     }
     # Counts may happen to be the same: this matrix has one peak, and so have all draws.
-    counts = {"sep_spikes", "sep_modes", "peak_count_rowcol", "peak_count_rowcol_pvalue", "mp_spikes_tw_rowcol"}
+    counts = {"sep_spikes", "sep_modes", "mp_spikes_tw_rowcol"}
+    counts |= {f"peak_count_{null}{ending}" for null in ("rowcol", "row") for ending in ("", "_pvalue")}
     happens = {"rotation": counts, "transpose": counts | {"intruders"}, "permutation": counts}
     for invariance, found in after.items():
         for name in set(QUICK) - set(claiming(invariance, QUICK)) - happens[invariance]:

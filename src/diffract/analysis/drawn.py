@@ -14,7 +14,7 @@ from diffract.analysis.facts import MetricPlan
 from diffract.analysis.work import PAIR_COST, AnyTask, TensorTask
 from diffract.matrices import Matrix, scan_cost
 from diffract.metrics import behind
-from diffract.metrics.nulls import DRAWS
+from diffract.metrics.nulls import DRAWS, PAIR_DRAWS
 from diffract.metrics.separable import GROUPS
 
 MOST_NOISE = 8
@@ -55,9 +55,11 @@ def null_cost(matrix: Matrix, plan: MetricPlan) -> float:
     """Return what the nulls of a matrix cost, as ``scan_cost`` counts, from its shape; measured like ``SCAN_SHARE``."""
     wanted = behind(fact for metric in plan.metrics for fact in metric.facts)
     draws = DRAWS * (scan_cost([matrix]) / 8 + 6e6)  # sigmas of a Gram matrix alone, and counts of peaks, dips, spikes
+    pairs = PAIR_DRAWS * (scan_cost([matrix]) + 4e7)  # vectors of both, and all of their overlaps
     law = 4e6 * sum(min(side, GROUPS) for side in matrix.shape)
     resamples = 5e7 + 1.2e6 * min(matrix.shape)  # the whole fit, in the bootstrap of its exponent
-    return draws * ("rowcol_sigmas" in wanted) + law * ("separable" in wanted) + resamples * ("power_law" in wanted)
+    prices = {"rowcol_sigmas": draws, "row_sigmas": draws, "rowcol_agreement": pairs, "separable": law}
+    return sum(price for fact, price in {**prices, "power_law": resamples}.items() if fact in wanted)
 
 
 def choose_nulls(matrices: Sequence[Matrix], plan: MetricPlan, cost: float) -> frozenset[str]:

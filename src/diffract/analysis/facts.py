@@ -270,6 +270,8 @@ def pair_facts(pair: StackPair, plan: MetricPlan, device: torch.device) -> tuple
         if plan.needs("U", "Vh"):  # a pair's overlaps come without vectors of the long side
             own = single_facts(stack, plan, device).facts
             found.facts.update({name: own[name] for name in ("U", "Vh")})
+    if plan.needs("base_row_squares", "base_col_squares"):
+        found1.facts.update({f"base_{name}": found0.facts[name] for name in ("row_squares", "col_squares")})
     return found0, found1
 
 
@@ -414,7 +416,9 @@ def numbers(found: StackFacts, metrics: Sequence[Metric]) -> pl.DataFrame:
 
 def bundle(found: StackFacts, metrics: Sequence[Metric]) -> pl.DataFrame:
     """Return one row per matrix: outcome, metrics, and lists along the spectrum. What has no value is null."""
-    for name in {"rowcol_sigmas", "separable"} & behind(fact for m in metrics for fact in m.facts):
+    for name in {"rowcol_sigmas", "row_sigmas", "rowcol_agreement", "separable"} & behind(
+        fact for m in metrics for fact in m.facts
+    ):
         _ = found.facts[name]  # hundreds of decompositions, or an iteration, which others need not wait for
     with ONE_AT_A_TIME:
         return _settled(pl.DataFrame(_columns(found, metrics)))

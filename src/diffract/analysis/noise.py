@@ -58,7 +58,11 @@ def tells(metric: Metric) -> bool:
 
     Norm, shape and rounding alone do not decide it, and it is no level itself.
     """
-    return metric.pair and not sources(metric.facts) <= SHARED and not metric.name.endswith(("_chance", "_pvalue"))
+    return (
+        metric.pair
+        and not sources(metric.facts) <= SHARED
+        and not metric.name.endswith(("_chance", "_rowcol", "_pvalue"))
+    )
 
 
 def glossary(plan: MetricPlan) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,8 @@
 
 Only resolved directions count: the vectors of a sigma that rounding hides are chosen by rounding. Chance levels are of
 independent random directions, and exact: the cosines of a random unit vector in d dimensions with k orthonormal ones
-are k Gaussians over the length of d of them, and that length does not depend on the direction.
+are k Gaussians over the length of d of them, and that length does not depend on the direction. Directions of two
+models that have large rows, or columns, in common are not independent: ``nulls`` draws levels for these.
 """
 
 from __future__ import annotations
@@ -254,6 +255,7 @@ def _chance(
 def _metrics(side: str) -> tuple[tuple[Metric, ...], tuple[Metric, ...]]:
     """The metrics of one side's vectors, each beside its chance level; and those of the angles of its top spaces."""
     axis, overlaps, who = ("left", "right").index(side), f"{side}_overlap", f"{side} singular vectors"
+    doubt = f"; not where the same {('rows', 'columns')[axis]} are large in both models: there see *_rowcol"
     angle: dict[str, Any] = {"unit": "rad", "range": "[0, pi/2]", "source": "Bjorck & Golub 1973"}
 
     def row(name: str, summary: str, *facts: str, **words: Any) -> Callable[[Callable[..., Tensor]], Metric]:
@@ -261,7 +263,7 @@ def _metrics(side: str) -> tuple[tuple[Metric, ...], tuple[Metric, ...]]:
         return built_in(summary, name=f"{side}_{name}", facts=facts, **words)
 
     def chance(name: str, summary: str, level: Callable[[int, int], float], fewest: int = 1, **words: Any) -> Metric:
-        declare = row(f"{name}_chance", f"chance level: {summary}", *DIRECTIONS, "shape", **words)
+        declare = row(f"{name}_chance", f"chance level: {summary}{doubt}", *DIRECTIONS, "shape", **words)
         return declare(partial(_chance, side=axis, fewest=fewest, level=level))
 
     def by_window(window: Tensor, directions: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -286,7 +288,7 @@ def _metrics(side: str) -> tuple[tuple[Metric, ...], tuple[Metric, ...]]:
     in_window = f"mean norm of tuned {who} in the span of base ones with sigma within 5%"
     agreeing += [
         row("agreement_window_mean", in_window, f"{side}_agreement_window")(mean),
-        row("agreement_window_chance", "chance level: mean norm of random unit vectors in as many dimensions",
+        row("agreement_window_chance", f"chance level: mean norm of random unit vectors in as many dimensions{doubt}",
             "window", "directions", "shape")(by_window),
     ]  # fmt: skip
     return tuple(agreeing), tuple(angles)

@@ -50,6 +50,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
     ),
     "agreement": agreement.AGREEMENT,
     "angles": agreement.ANGLES,
+    "agreement_levels": nulls.AGREEMENT_LEVELS,
     "heavy_tails": heavy_tails.METRICS,
     "random_matrix": (
         *random_matrix.BULK,
@@ -62,12 +63,12 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
     ),
     "spectral_shape": (
         peaks.PEAK_COUNT,
-        nulls.peak_count_rowcol,
-        nulls.peak_count_rowcol_pvalue,
+        *nulls.ROWCOL_PEAKS,
         nulls.dip_pvalue,
         profile.peak_enrichment,
         profile.seeded_enrichment_pvalue,
     ),
+    "peak_nulls": nulls.ROW_PEAKS,
     "profile": profile.PROFILE,
     "p_values": heavy_tails.P_VALUES,
 }
@@ -77,8 +78,8 @@ tests, which hold it and its claims against it."""
 DEFAULT = ("norms", "ranks", "shape", "change", "agreement")
 """Groups that are computed unless others are named."""
 
-LEFT_OUT = ("p_values",)
-"""Groups that ``all`` does not hold, as they take minutes."""
+LEFT_OUT = ("peak_nulls", "p_values")
+"""Groups that ``all`` does not hold: further draws, for which fewer matrices would have any, and what takes minutes."""
 
 CATALOG: dict[str, Metric] = {row.name: row for rows in GROUPS.values() for row in rows}
 """Metrics by name."""
@@ -100,6 +101,11 @@ def _resolved(sigmas: Tensor, floor: Tensor) -> Tensor:
 def _compared(values: Tensor, tail: heavy_tails.PowerLaw, *laws: Candidates) -> heavy_tails.Comparisons:
     parameters = (law.parameters_at(tail.tail_count) for law in laws)
     return heavy_tails.compare_laws(values, tail.xmin, dict(zip(TAIL_LAWS, parameters, strict=True)))
+
+
+def _agreement_by_norms(drawn: Tensor, *own: Tensor) -> dict[str, Tensor]:
+    measure = lambda known: nulls.agreements(Facts(known))  # noqa: E731
+    return nulls.unrelated_pairs(nulls.Own(*own[:4]), nulls.Own(*own[4:]), drawn, measure=measure)
 
 
 DERIVED: dict[str, Callable[..., Any]] = {
@@ -130,7 +136,10 @@ DERIVED: dict[str, Callable[..., Any]] = {
     "separable": separable.separable_law,
     "separable_warnings": separable.separable_warnings,
     "sep_sigmas": separable.sep_sigmas,
-    "rowcol_peaks": nulls.rowcol_peaks,
+    "rowcol_peaks": nulls.drawn_peaks,
+    "row_sigmas": nulls.row_sigmas,
+    "row_peaks": nulls.drawn_peaks,
+    "rowcol_agreement": _agreement_by_norms,
     "base_peaks": peaks.spectral_peaks,
     "scale_change": pair.scale_change,
     "free_squares": pair.free_squares,
@@ -166,7 +175,7 @@ def choose_metrics(chosen: str | Iterable[str | Metric] | None, *, pair: bool) -
 
     Args:
         chosen: Names of metrics, of groups, or of installed extensions, or metrics of one's own; text is names
-            separated by commas. ``all`` is everything but p-values; ``None`` is the default groups.
+            separated by commas. ``all`` is everything but ``LEFT_OUT``; ``None`` is the default groups.
         pair: Whether two matrices are compared. Where there is one, pair metrics of a group are left out.
 
     Raises:

@@ -58,6 +58,8 @@ FACTS: dict[str, Fact] = {
     "U": Fact("(b, m, M), left singular vectors as columns", "vectors"),
     "Vh": Fact("(b, M, n), right singular vectors as rows", "vectors"),
     "matrix": Fact("(b, m, n), float64", "matrix", degree=1),
+    "base_row_squares": Fact("(b, m), squared norms of the rows of W0", "entries", pair=True, degree=2),
+    "base_col_squares": Fact("(b, n), squared norms of the columns of W0", "entries", pair=True, degree=2),
     "base_epsilon": Fact("machine epsilon of the base's stored dtype", "shape", pair=True),
     "base_squares": Fact("(b,), squared Frobenius norm of the base W0", "entries", pair=True, degree=2),
     "delta_squares": Fact("(b,), squared Frobenius norm of D = W1 - W0", "entries", pair=True, degree=2),
@@ -127,6 +129,8 @@ _derive("separable", "the law of row and column norms, separable.Separable", *("
 _derive("separable_warnings", "why there is no such law, one text a matrix", "separable")
 _derive("sep_sigmas", "(b, M), singular values that follow that law exactly", "separable", "shape")
 _derive("rowcol_peaks", "(b, d), peaks in each draw", "rowcol_sigmas")
+_derive("row_sigmas", "likewise with its row norms alone", *("row_squares", "shape", "drawn"))
+_derive("row_peaks", "(b, d), peaks in each draw", "row_sigmas")
 _derive("base_resolved_sigmas", "(b, M), likewise of W0", "base_sigmas", "base_resolved")
 _derive("base_shaped_sigmas", "(b, M), shaped sigmas of W0", *("base_sigmas", "base_resolved", "shape", "base_epsilon"))
 _derive("base_peaks", "peaks of W0", "base_shaped_sigmas")
@@ -140,6 +144,12 @@ _derive(
     "base_directions",
     "(b, M), likewise of W0",
     *("base_sigmas", "base_resolved", "base_squares", "base_epsilon", "shape"),
+)
+_OWN = ("row_squares", "col_squares", "sigmas", "directions")
+_derive(
+    "rowcol_agreement",
+    "numbers of agreement by name, (b,) each, of unrelated Gaussians with the row and column norms of W0 and W1",
+    *("drawn", *(f"base_{name}" for name in _OWN), *_OWN),
 )
 _derive(
     "energy_expected",
