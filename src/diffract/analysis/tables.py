@@ -362,7 +362,7 @@ def tensor_table(members: Sequence[Member]) -> pl.DataFrame:
         {
             "model": member.name,
             "tensor": entry.info.name,
-            "shape": list(entry.info.shape),
+            "shape": list(entry.info.stored_shape),
             "dtype": entry.info.dtype,
             "size_bytes": entry.info.size_bytes,
             "outcome": entry.outcome,

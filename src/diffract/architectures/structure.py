@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from typing import Any
 
 from diffract.architectures.dimensions import TEXT_SECTIONS, Dimensions, TensorPlace
@@ -28,7 +29,7 @@ USUAL_NAMES = {
     "q": "q q_proj q_lin query query_proj query_layer q_head project_q to_q wq Wq q_proj_weight linear_q",
     "k": "k k_proj k_lin key key_proj key_layer k_head project_k to_k wk Wk k_proj_weight linear_k",
     "v": "v v_proj v_lin value value_proj value_layer v_head project_v to_v wv Wv v_proj_weight linear_v",
-    "o": "o o_proj out_proj out_lin dense attention_out post_proj output to_out wo Wo linear_out",
+    "o": "o o_proj out_proj out_lin out dense attention_out post_proj output to_out wo Wo linear_out",
     "qkv": "in_proj_weight",
 }
 """What q, k, v and o are called in one module; ``in_proj_weight`` is the three of torch's own attention, stacked."""
@@ -57,7 +58,11 @@ SIDES = {
 """Parts of larger models, and how their modules and the sections of their configurations begin."""
 
 CROSS = re.compile(r"cross|enc(oder)?_?(dec)?_?att", re.IGNORECASE)
-NUMBER = re.compile(r"(?:^|(?<=\.))([0-9]{1,6})(?:\.|$)")
+NUMBER = re.compile(r"(?:^|(?<=\.))(?:(?:layers?|h|\w*blocks?)_)?([0-9]{1,6})(?:\.|$)")
+"""The number of a layer: ``layers.3``, or ``layers_3`` as Flax writes it."""
+
+KERNEL = ".kernel"
+"""How weights are called in Flax, which stores (in, out); or (in, heads, size), and o as (heads, size, out)."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,8 @@ def read_structure(
             counted[dimensions] += 1
         for slot, name in module.tensors.items():
             sizes = tuple(value_size if part in "vo" else dimensions.head_dim or 0 for part in slot)
-            role = _role(part=tuple(f"{block}.{part}" for part in slot), whole=isinstance(found, str))
+            parts, turned = tuple(f"{block}.{part}" for part in slot), name.endswith(KERNEL)
+            role = _role(part=parts, whole=isinstance(found, str), transposed=turned)
             places[name] = TensorPlace(role, layer, dimensions=dimensions, sizes=sizes)
     return Reading(places, max(counted, key=counted.__getitem__, default=Dimensions()), whole)
 
@@ -128,8 +134,8 @@ def _modules(names: Mapping[str, str], shapes: Shapes) -> list[Attention]:
     """Find the modules that have all of q, k, v and o."""
     homes: dict[str, dict[str, str]] = {}
     for own, name in names.items():
-        home, _, leaf = own.removesuffix(".weight").removesuffix(".linear").rpartition(".")
-        if len(shapes[name]) == 2 and (slot := _SLOTS.get(leaf)):
+        home, _, leaf = own.removesuffix(".weight").removesuffix(KERNEL).removesuffix(".linear").rpartition(".")
+        if (len(shapes[name]) == 2 or (len(shapes[name]) == 3 and own.endswith(KERNEL))) and (slot := _SLOTS.get(leaf)):
             homes.setdefault(home, {}).setdefault(slot, name)
     found: dict[str, dict[str, str]] = {}
     for home, own in homes.items():
@@ -224,19 +230,28 @@ def _sections(config: Mapping[str, Any], depth: int = 2) -> Iterator[tuple[str, 
                 yield from _sections(value, depth - 1)
 
 
+def _out_and_in(slot: str, name: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return rows and columns of a projection, however it is stored."""
+    if not name.endswith(KERNEL):
+        return shape[0], shape[1]
+    inner = prod(shape[:-1]) if slot == "o" else shape[0]
+    return prod(shape) // inner, inner
+
+
 def _equations(module: Attention, shapes: Shapes, claims: Claims) -> tuple[Dimensions, int] | str:
     """Solve for head sizes and key-value heads; say why where nothing solves all equations."""
     strange = [name for name in module.others if not PLAIN.match(name) and not name.endswith("bias")]
+    first = shapes[next(iter(module.tensors.values()))]
+    counted = first[1] if len(first) == 3 else None
+    heads = claims.heads or counted
     if strange:
         return f"it holds {printable(strange[0])}, too"
-    heads = claims.heads
-    if heads is None:
-        return "the configuration states no number of heads"
-    if "qkv" in module.tensors:
-        q = k = v = shapes[module.tensors["qkv"]][0] // 3
-    else:
-        q, k, v = (shapes[module.tensors[slot]][0] for slot in "qkv")
-    width, columns = shapes[module.tensors[next(iter(module.tensors))]][1], shapes[module.tensors["o"]][1]
+    if heads is None or counted not in (None, heads):
+        told = f"{heads} heads, an axis of q counts {counted}" if heads else "no number of heads"
+        return f"the configuration states {told}"
+    sizes = {slot: _out_and_in(slot, name, shapes[name]) for slot, name in module.tensors.items()}
+    q, k, v = (sizes["qkv"][0] // 3,) * 3 if "qkv" in sizes else (sizes[slot][0] for slot in "qkv")
+    width, columns = next(iter(sizes.values()))[1], sizes["o"][1]
     if heads > q:
         raise ArchitectureError(
             f"config.json claims {heads} heads, but the queries of {printable(module.path)!r} have {q} rows. "

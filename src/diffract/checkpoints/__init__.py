@@ -3,7 +3,7 @@
 Headers are read without torch, so that looking at a model is quick; ``dtypes`` has torch's side of it.
 """
 
-from diffract.checkpoints.checkpoint import Checkpoint, Factors, as_bytes, renamed, row_blocks, tensor_digest
+from diffract.checkpoints.checkpoint import Checkpoint, Factors, as_bytes, renamed, reshaped, row_blocks, tensor_digest
 from diffract.checkpoints.header import FLOATS, TensorInfo
 from diffract.checkpoints.open import Reference, open_checkpoint
 from diffract.checkpoints.writer import TensorWriter
@@ -18,6 +18,7 @@ __all__ = [
     "as_bytes",
     "open_checkpoint",
     "renamed",
+    "reshaped",
     "row_blocks",
     "tensor_digest",
 ]

@@ -120,7 +120,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         info = self.info(name)
         _check_range(info, 0, rows)
         _check_range(info, -1, cols)
-        tensor = self.sources[name].read(info, rows)
+        tensor = _in_shape(info, rows, self.sources[name].read)
         return tensor if cols is None else tensor[..., cols[0] : cols[1]]
 
     def read_unrounded(self, name: str, rows: Range | None = None) -> torch.Tensor:
@@ -129,7 +129,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         What no adapter changes is read as it is stored.
         """
         made = self.unrounded.get(name)
-        return self.read(name, rows) if made is None else made(rows)
+        return self.read(name, rows) if made is None else _in_shape(self.info(name), rows, lambda _, own: made(own))
 
     def digest(self, name: str) -> str:
         """Return the BLAKE3 digest of a tensor's dtype, shape and bytes; 64 hex digits."""
@@ -178,7 +178,7 @@ def close_sources(sources: Mapping[str, Source]) -> None:
 
 def start_digest(info: TensorInfo) -> blake3.blake3:
     """Return a hasher that has taken a tensor's dtype and shape and waits for its bytes."""
-    return blake3.blake3(f"{info.dtype}{list(info.shape)}".encode())
+    return blake3.blake3(f"{info.dtype}{list(info.stored_shape)}".encode())
 
 
 def tensor_digest(info: TensorInfo, tensor: torch.Tensor) -> str:
@@ -186,6 +186,22 @@ def tensor_digest(info: TensorInfo, tensor: torch.Tensor) -> str:
     hasher = start_digest(info)
     hasher.update(as_bytes(tensor))
     return hasher.hexdigest()
+
+
+def _in_shape(
+    info: TensorInfo, rows: Range | None, read: Callable[[TensorInfo, Range | None], torch.Tensor]
+) -> torch.Tensor:
+    """Read entries of a tensor in the shape that it is read with, by what knows its stored axes alone."""
+    if info.axes is None:
+        return read(info, rows)
+    each = info.shape[0] // info.axes[0]  # rows that an entry of the stored leading axis holds
+    span = None if rows is None else (rows[0] // each, -(-rows[1] // each))
+    found = read(_as_stored(info), span).reshape(-1, *info.shape[1:])
+    return found if rows is None or span is None else found[rows[0] - span[0] * each : rows[1] - span[0] * each]
+
+
+def _as_stored(info: TensorInfo) -> TensorInfo:
+    return replace(info, shape=info.stored_shape, axes=None)
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
@@ -318,6 +334,18 @@ def digest_as_read(checkpoint: Checkpoint, name: str) -> str:
     return (seen and seen.digest) or checkpoint.digest(name)
 
 
+def reshaped(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> Checkpoint:
+    """Return a checkpoint some of whose tensors are read in another shape; they are written back in their own.
+
+    Args:
+        checkpoint: What holds them; both close the same files.
+        shapes: For each of these tensors its shape from now on, whose rows fill entries of the stored leading axis.
+    """
+    infos = checkpoint.infos
+    views = {name: replace(infos[name], shape=shape, axes=infos[name].stored_shape) for name, shape in shapes.items()}
+    return replace(checkpoint, infos={**infos, **views}) if views else checkpoint
+
+
 @dataclass(frozen=True)
 class _Renamed:
     """A tensor's source that is asked by another name."""
@@ -344,7 +372,7 @@ def renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
     new = {name: names.get(name, name) for name in checkpoint.infos}
     infos = {new[n]: replace(info, name=new[n]) for n, info in checkpoint.infos.items()}
     sources = {
-        new[n]: source if new[n] == n else _Renamed(source, checkpoint.infos[n])
+        new[n]: source if new[n] == n else _Renamed(source, _as_stored(checkpoint.infos[n]))
         for n, source in checkpoint.sources.items()
     }
     factors = {names.get(name, name): made for name, made in checkpoint.factors.items()}

@@ -36,6 +36,7 @@ class TensorInfo:
         dtype: A key of ``ITEMSIZES``.
         file: The file that holds it, or where else it lies.
         offset: First byte within the file, where that means something.
+        axes: Its shape as stored, where ``shape`` is that of the matrix that it is read as.
     """
 
     name: str
@@ -43,6 +44,12 @@ class TensorInfo:
     dtype: str
     file: str = ""
     offset: int = 0
+    axes: tuple[int, ...] | None = None
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Its shape in its file."""
+        return self.shape if self.axes is None else self.axes
 
     @property
     def entries(self) -> int:
@@ -161,7 +168,7 @@ def encode_header(infos: list[TensorInfo]) -> bytes:
     end = 0
     for info in infos:
         begin, end = end, end + info.size_bytes
-        header[info.name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": (begin, end)}
+        header[info.name] = {"dtype": info.dtype, "shape": info.stored_shape, "data_offsets": (begin, end)}
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
     return len(raw).to_bytes(8, "little") + raw

@@ -160,8 +160,8 @@ class Bench:
         self.kept: dict[str, dict[str, str]] = {}
         self.notes: list[str] = []
         try:
-            self.checkpoint = self._open(model)
-            self.layout = lay_out(self.checkpoint, spec_file=architecture)
+            self.layout = lay_out(self._open(model), spec_file=architecture)
+            self.checkpoint = self.layout.checkpoint
         except BaseException:
             self._opened.close()
             raise

@@ -201,9 +201,9 @@ def _attached(
 
 def _companions(bench: Bench, matrix: Matrix) -> Iterator[str]:
     """Yield the names of the bias of a projection's tensor, and of the norms of what it gives, as far as there."""
-    stem, found, _ = matrix.tensor.rpartition(".weight")
+    stem, _, found = matrix.tensor.rpartition(".")
     norms = (f"{n}.{kind}" for n in norm_names(matrix.tensor, matrix.projection) for kind in ("weight", "bias"))
-    return (name for name in (f"{stem}.bias", *norms) if found and name in bench.checkpoint)
+    return (name for name in (f"{stem}.bias", *norms) if found in ("weight", "kernel") and name in bench.checkpoint)
 
 
 def _matrices(bench: Bench, select: str | None) -> Units:

@@ -15,6 +15,7 @@ from diffract.edits.bench import Bench
 from diffract.edits.draft import Draft, Place, everything, overlap
 from diffract.edits.edit import Edit
 from diffract.engine import SIDE_BY_SIDE_BYTES, one_torch_thread, single_threaded
+from diffract.errors import CheckpointError, printable
 
 Saved = list[tuple[Tensor, Tensor]]
 """Parts of parameters, and what they were."""
@@ -85,9 +86,9 @@ class LiveModel:
                 info = self.bench.checkpoint.info(name)
                 with draft.named(name), _threads_of_files(draft, name):
                     # All new values come before the first is stored: a step may read the tensor that it changes.
-                    found = list(_new_values(draft, info, self._tensors[name]))
-                own = self._tensors[name]
-                twins = (self._tensors[twin] for twin, target in self.bench.ties.items() if target == name)
+                    own = self._in_shape(name)
+                    found = list(_new_values(draft, info, own))
+                twins = (self._in_shape(twin) for twin, target in self.bench.ties.items() if target == name)
                 copies = [own, *(twin for twin in twins if twin.data_ptr() != own.data_ptr())]
                 for place, values in found:
                     for tensor in copies:
@@ -97,6 +98,16 @@ class LiveModel:
             _undo(saved)
             raise
         return saved
+
+    def _in_shape(self, name: str) -> Tensor:
+        """Return a parameter in the shape that it is read with: a view, which changes the parameter itself."""
+        info, own = self.bench.checkpoint.info(name), self._tensors[name]
+        if info.axes is not None and not own.is_contiguous():
+            raise CheckpointError(
+                f"{printable(name)!r} does not lie in the order of its axes (channels_last?), so that it cannot be "
+                "changed in place. Make the module's memory_format torch.contiguous_format first."
+            )
+        return own.view(info.shape)
 
 
 @torch.no_grad()

@@ -108,7 +108,7 @@ def _obstacle(bench: Bench, name: str, entry: Entry) -> str:
         return "loaded under another name, which differs between versions of transformers"
     if len(entry.info.shape) < 2:
         return "a vector: adapters change matrices only"
-    if len(entry.info.shape) > 2 or not name.endswith(".weight") or not entry.matrices:
+    if len(entry.info.stored_shape) > 2 or not name.endswith(".weight") or not entry.matrices:
         return "no weight of a linear layer"
     matrix = entry.matrices[0]
     if matrix.expert is not None or matrix.projection == "router":
@@ -147,7 +147,7 @@ def built_names(bench: Bench) -> dict[str, str] | None:
     for n, bare in resolve(config, shapes).bare.items():
         by_place.setdefault((bare, shapes[n]), n)
     infos, bares = bench.checkpoint.infos, bench.layout.architecture.bare
-    found = {n: n if n in shapes else by_place.get((bares.get(n, n), info.shape)) for n, info in infos.items()}
+    found = {n: n if n in shapes else by_place.get((bares.get(n, n), info.stored_shape)) for n, info in infos.items()}
     return {n: own for n, own in found.items() if own is not None}
 
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diffract.architectures import Architecture, resolve
-from diffract.checkpoints import Checkpoint, TensorInfo
+from diffract.checkpoints import Checkpoint, TensorInfo, reshaped
 from diffract.errors import printable
 from diffract.matrices.matrix import Matrix, batches, parse_selection, select
-from diffract.matrices.slicing import slice_tensor
+from diffract.matrices.slicing import matrix_shapes, slice_tensor
 
 SHOWN = 3
 """Names that a warning lists."""
@@ -83,10 +83,11 @@ def lay_out(
     """
     silent = like is not None and like.family != "generic" and not checkpoint.config
     config = like.config if like is not None and silent else checkpoint.config
-    shapes = {name: checkpoint.info(name).shape for name in checkpoint.names}
+    shapes = {name: info.stored_shape for name, info in checkpoint.infos.items()}
     architecture = resolve(config, shapes, spec_file=spec_file)
     if silent:
         architecture = replace(architecture, note="It has no config.json and is read as the base is.")
+    checkpoint = reshaped(checkpoint, matrix_shapes(checkpoint.infos, architecture))
     ties, warnings = _ties(checkpoint, architecture, check=check_ties)
     entries = {name: _entry(checkpoint.info(name), architecture, ties, heads=heads) for name in checkpoint.names}
     selection = parse_selection(select_text)
@@ -124,7 +125,7 @@ def restrict(layout: Layout, keep: Callable[[Matrix], bool]) -> Layout:
 
 def _entry(info: TensorInfo, architecture: Architecture, ties: Mapping[str, str], *, heads: bool) -> Entry:
     # of the name of a bias is a buffer too that is a mask of four axes
-    mask = info.name.endswith("attn.bias") and len(info.shape) == 4
+    mask = info.name.endswith("attn.bias") and len(info.stored_shape) == 4
     reasons = {
         "not_float": (not info.is_float, f"{info.dtype} is listed, not analysed"),
         "tied": (info.name in ties, f"shares its values with {ties.get(info.name)}"),
@@ -138,8 +139,9 @@ def _entry(info: TensorInfo, architecture: Architecture, ties: Mapping[str, str]
             return Entry(info, (), outcome, note)
     matrices = tuple(slice_tensor(info, architecture, heads=heads))
     if not matrices:
-        return Entry(info, (), "not_matrix", f"{len(info.shape)} axes, and nothing says that one counts experts")
-    return Entry(info, matrices, "analysed")
+        return Entry(info, (), "not_matrix", f"{len(info.shape)} axes, and nothing says what they count")
+    note = "" if info.axes is None else f"{list(info.axes)} read as {list(info.shape)}"
+    return Entry(info, matrices, "analysed", note)
 
 
 def _restrict(entry: Entry, keep: Callable[[Matrix], bool]) -> Entry:
@@ -154,8 +156,9 @@ def _ties(checkpoint: Checkpoint, architecture: Architecture, *, check: bool) ->
     ties, warnings = dict(checkpoint.tied), []
     if not architecture.ties:
         return ties, warnings
-    for name in checkpoint.names:
-        target = architecture.tied_to(name, checkpoint.names)
+    names = checkpoint.names
+    for name in names:
+        target = architecture.tied_to(name, names)
         if not target or target == name or name in ties:
             continue
         if not check or checkpoint.digest(name) == checkpoint.digest(target):

@@ -6,8 +6,9 @@ Legend of ranges: a range is a half-open pair of rows along the output axis, or 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 
 from diffract.architectures import Architecture, Dimensions, TensorPlace, require_heads
 from diffract.checkpoints import TensorInfo
@@ -16,6 +17,9 @@ from diffract.matrices.matrix import Matrix
 
 HEAD_PART = re.compile(r"(.+\.)?(cross_)?attn\.[qkvo]")
 """What heads are cut out of; an encoder's and a decoder's attention are blocks of their own, ``encoder.attn.q``."""
+
+EXPERTS = re.compile(r"expert|moe", re.IGNORECASE)
+"""What in a name says that the first of three axes counts experts."""
 
 Range = tuple[int, int]
 
@@ -29,6 +33,44 @@ class _Cut:
     axis: str = "out"
     head: int | None = None
     kv_head: int | None = None
+
+
+def matrix_shapes(infos: Mapping[str, TensorInfo], architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Return the shape that tensors of more axes are read with, where these are one matrix, or one bias.
+
+    A convolution (out, in, widths) is the matrix (out, in * widths) that its patches are multiplied with; Flax stores
+    it turned, (widths, in, out), and projections of attention with an axis of heads, (in, heads, size) and
+    (heads, size, out), and their biases as (heads, size).
+
+    Args:
+        infos: The tensors, as stored.
+        architecture: Says what they are.
+    """
+    found = {}
+    for name, info in infos.items():
+        shape, place = info.stored_shape, architecture.place(name)
+        if name.endswith(".bias") and len(shape) == 2:
+            kernel = infos.get(name.removesuffix("bias") + "kernel")
+            if kernel is not None and kernel.stored_shape[1:] == shape:
+                found[name] = (prod(shape),)
+        elif len(shape) > 2 and sum(n > 1 for n in shape) > 1 and not (place and place.role.stacked):
+            if place is not None:
+                leading = -1 if place.role.transposed and place.role.part[0].endswith(".o") else 1
+                found[name] = (prod(shape[:leading]), prod(shape[leading:]))
+            elif len(shape) == 3 and shape[0] == 1 and "embed" in name.lower():  # positions, for every batch alike
+                found[name] = shape[1:]
+            elif _is_convolution(name, shape):
+                turned = name.endswith(".kernel")
+                found[name] = (prod(shape[:-1]), shape[-1]) if turned else (shape[0], prod(shape[1:]))
+    return found
+
+
+def _is_convolution(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor's name says so; torch's weights of more than three axes are nothing else."""
+    words = name.lower()
+    if words.endswith(".kernel"):
+        return "conv" in words or "embed" in words
+    return words.endswith("weight") if len(shape) > 3 else "conv" in words and not EXPERTS.search(words)
 
 
 def slice_tensor(info: TensorInfo, architecture: Architecture, *, heads: bool = True) -> list[Matrix]:
@@ -57,14 +99,13 @@ def slice_tensor(info: TensorInfo, architecture: Architecture, *, heads: bool = 
 
 
 def _generic(info: TensorInfo, label: str) -> list[Matrix]:
-    """A tensor that nothing describes: 2-D is one matrix, 3-D one per expert if its name says so; others are left.
-
-    The kernel of a convolution has three axes too, and its first counts no matrices.
-    """
+    """A tensor that nothing describes: 2-D is one matrix, 3-D one per expert if its name says so; others are left."""
     shape = info.shape
     if len(shape) == 2:
-        return [Matrix(label, info.name, (shape[0], shape[1]), info.dtype, block="other")]
-    if len(shape) == 3 and min(shape[1:]) > 1 and "expert" in info.name.lower():
+        turned = info.name.endswith(".kernel")  # as Flax and Keras call what they store (in, out)
+        out, inner = shape[::-1] if turned else shape
+        return [Matrix(label, info.name, (out, inner), info.dtype, block="other", transposed=turned)]
+    if len(shape) == 3 and min(shape[1:]) > 1 and EXPERTS.search(info.name):
         whole = Matrix(label, info.name, (shape[1], shape[2]), info.dtype, block="other")
         return [replace(whole, name=f"{label}[{i}]", index=i) for i in range(shape[0])]
     return []
