@@ -37,6 +37,7 @@ numbers of the whole model that the kind of run has.
 """
 
 SAME = {
+    "share": "Shares of a run, `diffract scan MODEL --shard I/N`",
     "scan": "Runs of `diffract scan`",
     "compare": "Runs of `diffract compare`",
     "trajectory": "Runs of `diffract trajectory`",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from diffract.callback import SpectralCallback
     from diffract.checkpoints import Checkpoint
     from diffract.checkpoints import open_checkpoint as open
+    from diffract.cluster import collect
     from diffract.edits import LiveModel, Recipe, apply, verify
     from diffract.inspection import Inspection, inspect
     from diffract.metrics import Metric, metric
@@ -41,6 +42,7 @@ _PLACES = {
     "Run": ("diffract.run", "Run"),
     "SpectralCallback": ("diffract.callback", "SpectralCallback"),
     "apply": ("diffract.edits", "apply"),
+    "collect": ("diffract.cluster", "collect"),
     "compare": ("diffract.api", "compare"),
     "eval": ("diffract.api", "evaluate"),
     "heads": ("diffract.api", "heads"),
@@ -71,6 +73,7 @@ __all__ = [
     "SpectralCallback",
     "__version__",
     "apply",
+    "collect",
     "compare",
     "eval",
     "heads",

@@ -5,26 +5,22 @@ Nothing heavy is imported before a function is called: commands read their optio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffract.errors import SelectionError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from diffract.analysis import Options
+    from diffract.analysis import Options, Request
     from diffract.checkpoints import Reference
     from diffract.corpora import Split
     from diffract.linalg import Method
     from diffract.metrics import Metric
     from diffract.run import Run
     from diffract.settings import Progress
-    from diffract.tables import Tables
 
 
 def scan(
@@ -41,6 +37,7 @@ def scan(
     method: Method = "auto",
     device: str = "auto",
     engine: str = "local",
+    shard: str | None = None,
     cache: bool = True,
     nulls: str = "some",
     output: str | Path | None = None,
@@ -67,6 +64,8 @@ def scan(
         method: ``auto``, or ``exact`` for LAPACK throughout.
         device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
         engine: What runs the work; ``local`` is the only engine so far.
+        shard: Do one share of the work of several processes, which write to the same folder: ``I/N``, I from 0 on, or
+            ``auto``, as the scheduler says. ``diffract collect`` joins them (docs/cluster.md).
         cache: Use results that are known from earlier, and keep new ones; ``DIFFRACT_CACHE_DIR`` says where.
         nulls: For which matrices nulls that take many draws are drawn: ``some`` are at most 32, spread over roles,
             whose draws are foretold to cost no more than the rest; ``all``.
@@ -85,7 +84,9 @@ def scan(
         >>> scan({"w": np.diag([3.0, 4.0])}, cache=False)["metrics"]["spectral_norm"].to_list()
         [4.0]
     """
-    return _analysed([ref], _options(locals()), output, force=force)
+    from diffract.analysis import Request
+
+    return _analysed(Request("scan", [ref], _options(locals())), output, shard=shard, force=force)
 
 
 def compare(
@@ -104,6 +105,7 @@ def compare(
     method: Method = "auto",
     device: str = "auto",
     engine: str = "local",
+    shard: str | None = None,
     cache: bool = True,
     nulls: str = "some",
     noise: str = "some",
@@ -137,6 +139,8 @@ def compare(
         method: ``auto``, or ``exact`` for LAPACK throughout.
         device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
         engine: What runs the work; ``local`` is the only engine so far.
+        shard: Do one share of the work of several processes, which write to the same folder: ``I/N``, I from 0 on, or
+            ``auto``, as the scheduler says. ``diffract collect`` joins them (docs/cluster.md).
         cache: Use results that are known from earlier, and keep new ones; ``DIFFRACT_CACHE_DIR`` says where.
         nulls: For which matrices nulls that take many draws are drawn: ``some`` are at most 32, spread over roles,
             whose draws are foretold to cost no more than the rest; ``all``.
@@ -153,11 +157,13 @@ def compare(
     Raises:
         DiffractError: The input is wrong; the message says what, where, and what to do.
     """
+    from diffract.analysis import Request
+
     options = _options(locals())
     if not tuned:
         raise SelectionError("compare needs a base and at least one tuned checkpoint. Use scan for one alone.")
-    unmatched = allow_unmatched or "unmatched" in allow
-    return _analysed([base, *tuned], options, output, force=force, allow_unmatched=unmatched)
+    how = {"allow_unmatched": allow_unmatched or "unmatched" in allow}
+    return _analysed(Request("compare", [base, *tuned], options, how), output, shard=shard, force=force)
 
 
 def trajectory(
@@ -175,6 +181,7 @@ def trajectory(
     method: Method = "auto",
     device: str = "auto",
     engine: str = "local",
+    shard: str | None = None,
     cache: bool = True,
     nulls: str = "some",
     output: str | Path | None = None,
@@ -205,6 +212,8 @@ def trajectory(
         method: ``auto``, or ``exact`` for LAPACK throughout.
         device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
         engine: What runs the work; ``local`` is the only engine so far.
+        shard: Do one share of the work of several processes, which write to the same folder: ``I/N``, I from 0 on, or
+            ``auto``, as the scheduler says. ``diffract collect`` joins them (docs/cluster.md).
         cache: Use results that are known from earlier, and keep new ones; ``DIFFRACT_CACHE_DIR`` says where.
         nulls: For which matrices nulls that take many draws are drawn: ``some`` are at most 32, spread over roles,
             whose draws are foretold to cost no more than the rest; ``all``.
@@ -224,12 +233,10 @@ def trajectory(
         >>> trajectory(*series, by="given", cache=False)["models"]["delta_relative"].to_list()
         [None, 1.0, 0.5]
     """
-    from diffract.analysis import follow
+    from diffract.analysis import Request
 
-    options = _options(locals())
-    unmatched = allow_unmatched or "unmatched" in allow
-    make = partial(follow, refs, options, by=by, against=against, allow_unmatched=unmatched)
-    return _written(make, output, force=force)
+    how = {"by": by, "against": against, "allow_unmatched": allow_unmatched or "unmatched" in allow}
+    return _analysed(Request("trajectory", refs, _options(locals()), how), output, shard=shard, force=force)
 
 
 def heads(
@@ -243,6 +250,7 @@ def heads(
     download: bool = False,
     device: str = "auto",
     engine: str = "local",
+    shard: str | None = None,
     cache: bool = True,
     output: str | Path | None = None,
     force: bool = False,
@@ -266,6 +274,8 @@ def heads(
         download: Fetch models of the hub whole instead of reading byte ranges.
         device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
         engine: What runs the work; ``local`` is the only engine so far.
+        shard: Do one share of the work of several processes, which write to the same folder: ``I/N``, I from 0 on, or
+            ``auto``, as the scheduler says. ``diffract collect`` joins them (docs/cluster.md).
         cache: Use results that are known from earlier, and keep new ones; ``DIFFRACT_CACHE_DIR`` says where.
         output: Write a run folder here.
         force: Replace an existing run folder.
@@ -277,15 +287,13 @@ def heads(
     Raises:
         DiffractError: The input is wrong; the message says what, where, and what to do.
     """
-    from diffract.analysis import analyse_heads
+    from diffract.analysis import Request
 
     options = _options(locals())
     if not tuned:
         raise SelectionError("heads needs a base and at least one tuned checkpoint.")
-    unmatched = allow_unmatched or "unmatched" in allow
-    models = [base, *tuned]
-    make = partial(analyse_heads, models, options, projections=projections, allow_unmatched=unmatched)
-    return _written(make, output, force=force)
+    how = {"projections": projections, "allow_unmatched": allow_unmatched or "unmatched" in allow}
+    return _analysed(Request("heads", [base, *tuned], options, how), output, shard=shard, force=force)
 
 
 def lineage(
@@ -330,9 +338,14 @@ def lineage(
         ['stranger']
     """
     from diffract.analysis import Options, relate_all
+    from diffract.run import Run, write
 
     options = Options(architecture=architecture, adapter_base=adapter_base, download=download, progress=progress)
-    return _written(partial(relate_all, refs, options, root=root), output, force=force)
+    with _output(output, force=force) as draft:
+        found = relate_all(refs, options, root=root)
+        if draft is not None:
+            write(found, draft)
+    return Run(found)
 
 
 def evaluate(
@@ -406,49 +419,18 @@ def _options(given: Mapping[str, Any]) -> Options:
     return Options(**{field.name: given[field.name] for field in fields(Options) if field.name in given})
 
 
-class _Collected(dict[str, "Tensor"]):
-    """Vectors in memory, taken as a writer takes them."""
+def _analysed(request: Request, output: str | Path | None, *, shard: str | None, force: bool) -> Run:
+    """Do an analysis, or a share of it."""
+    from diffract.cluster import do_share
+    from diffract.run import Run, load_run, write
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Keep a tensor."""
-        self[name] = tensor
-
-
-def _analysed(
-    references: Sequence[Reference],
-    options: Options,
-    output: str | Path | None,
-    *,
-    force: bool,
-    allow_unmatched: bool = False,
-) -> Run:
-    """Scan or compare; singular vectors, which may exceed memory, go straight to disk where there is an output."""
-    from diffract.analysis import analyse
-    from diffract.checkpoints import TensorWriter
-    from diffract.run import VECTORS, Run, load_run, write
-
+    if shard is not None:
+        return do_share(request, shard, output, force=force)
     with _output(output, force=force) as draft:
-        if draft is None:
-            collected = _Collected()
-            return Run(analyse(references, options, allow_unmatched=allow_unmatched, vectors_to=collected), collected)
-        if options.vectors:
-            with TensorWriter(draft / VECTORS) as writer:
-                found = analyse(references, options, allow_unmatched=allow_unmatched, vectors_to=writer)
-        else:
-            found = analyse(references, options, allow_unmatched=allow_unmatched)
-        write(found, draft)
-    return load_run(str(output)) if options.vectors else Run(found)
-
-
-def _written(make: Callable[[], Tables], output: str | Path | None, *, force: bool) -> Run:
-    """Make the tables of a run; what is wrong with the folder is said before any work."""
-    from diffract.run import Run, write
-
-    with _output(output, force=force) as draft:
-        found = make()
+        found, vectors = request.answered(draft)
         if draft is not None:
             write(found, draft)
-    return Run(found)
+    return load_run(str(output)) if output is not None and request.options.vectors else Run(found, vectors)
 
 
 @contextmanager

@@ -52,11 +52,17 @@ def run_tasks(tasks: Sequence[T], work: Callable[[T], R], *, device: torch.devic
         work: Does one; thread-safe.
         device: On a CUDA device tasks run one after another, as each fills it.
     """
-    small = [t for t in tasks if t.workspace_bytes <= SIDE_BY_SIDE_BYTES and device.type == "cpu"]
-    large = [t for t in tasks if t.workspace_bytes > SIDE_BY_SIDE_BYTES or device.type != "cpu"]
+    small, large = in_turn(tasks, device)
     yield from _side_by_side(small, work)
     for task in large:
         yield task, work(task)
+
+
+def in_turn(tasks: Sequence[T], device: torch.device) -> tuple[list[T], list[T]]:
+    """Return the tasks that run side by side, which come first, and those that run alone."""
+    alone = [device.type != "cpu" or task.workspace_bytes > SIDE_BY_SIDE_BYTES for task in tasks]
+    small = [task for task, large in zip(tasks, alone, strict=True) if not large]
+    return small, [task for task, large in zip(tasks, alone, strict=True) if large]
 
 
 def _side_by_side(tasks: Sequence[T], work: Callable[[T], R]) -> Iterator[tuple[T, R]]:

@@ -10,15 +10,12 @@ from typing import TYPE_CHECKING, Any
 from diffract import tables
 from diffract.errors import RunError
 from diffract.store import whole_folder
-from diffract.tables import Tables
+from diffract.tables import VECTORS, Tables
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
     import polars as pl
     from torch import Tensor
-
-VECTORS = "vectors"
-"""Name of the folder within a run that holds singular vectors."""
 
 SHOWN_ROWS = 8
 """Rows of the main table that a notebook shows."""

@@ -24,6 +24,10 @@ The heads of several domains
 ``scores``    one row per domain, reference domain and head
 ``lorenz``    the points of each domain's Lorenz curve
 
+A share of the work of several processes
+
+``tasks``     one row per task, a tensor: what it was foretold to take, and what it took
+
 The lineage of several checkpoints
 
 ``lineage``   one row per pair: the word, and the correlation of the entries
@@ -366,6 +370,14 @@ Schemas = Mapping[str, Mapping[str, Any]]
 
 _OF_MATRICES: Schemas = {"metrics": LABELS | OUTCOME, "spectra": SPECTRA, "models": MODELS, "tensors": TENSORS}
 
+SHARE_TASKS: dict[str, Any] = {
+    "task": pl.Int64,
+    "tensor": pl.String,
+    **_of(pl.Int64, ["matrices"]),
+    **_of(pl.Float64, ["foretold_seconds", "seconds"]),
+}
+"""One row per task that a share did: its place in the whole plan, what it reads, seconds foretold and measured."""
+
 KINDS: dict[str, Schemas] = {
     "scan": _OF_MATRICES,
     "compare": {
@@ -384,6 +396,7 @@ KINDS: dict[str, Schemas] = {
         "models": MODELS,
         "tensors": TENSORS,
     },
+    "share": {"tasks": SHARE_TASKS},
     "lineage": {"lineage": LINEAGE, "tree": TREE, "models": MODELS},
     "eval": {"items": ITEM_SCORES, "summary": SUMMARY},
     "search rewind": {

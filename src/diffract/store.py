@@ -224,6 +224,9 @@ def prune(
     return removed
 
 
+PARTS = "parts"
+"""The folder within a run's in which shares of the work lie until they are joined."""
+
 MACHINE = blake3.blake3(os.uname().nodename.encode()).hexdigest()[:8]
 """Stands in the names of drafts: locks of other machines may not be seen."""
 
@@ -394,7 +397,7 @@ def refuse_existing(folder: str | Path, *, force: bool) -> None:
         return
     if not force:
         raise RunError(f"{str(folder)!r} exists. Choose another name, or pass --force to replace it.")
-    if not _is_ours(folder / "manifest.json"):
+    if not _is_ours(folder / "manifest.json") and {path.name for path in folder.iterdir()} != {PARTS}:
         raise RunError(
             f"{str(folder)!r} holds no manifest.json of diffract's, so --force does not replace it. "
             "Choose another name."

@@ -22,6 +22,9 @@ from diffract.store import whole_folder
 FORMAT = 1
 """Number of the run-folder layout; a reader refuses a newer one."""
 
+VECTORS = "vectors"
+"""Name of the folder within a run that holds singular vectors."""
+
 STUDY_NUMBERS, EVIDENCE = "numbers.json", "findings"
 """File of a study's folder with all verdicts and numbers; folder of what each finding rests on."""
 

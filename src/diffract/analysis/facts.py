@@ -100,6 +100,12 @@ class MetricPlan:
         """What of the plan the numbers depend on."""
         return [[m.key for m in self.metrics], self.method]
 
+    @property
+    def choices(self) -> list[object]:
+        """For which matrices nulls and noise are drawn, which noise, and whether vectors are kept."""
+        chosen = [None if names is None else sorted(names) for names in (self.nulls, self.noise)]
+        return [*chosen, list(self.noises), self.vectors]
+
 
 LARGE = 512
 """Short side from which the largest sigma alone is cheaper by iteration than by the eigensolver.

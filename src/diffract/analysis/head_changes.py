@@ -18,7 +18,7 @@ from diffract.analysis.facts import MetricPlan
 from diffract.analysis.notable import NAME_CHARACTERS, related
 from diffract.analysis.scan import Options, open_all
 from diffract.analysis.tables import Member, describe, model_row, status_warnings, tensor_table, with_lineage
-from diffract.analysis.work import GRAMS, HeadTask, Part, Worker, run_all, tensor_tasks
+from diffract.analysis.work import GRAMS, GRAMS_VERSION, HeadTask, Part, Worker, run_all, tensor_tasks
 from diffract.attention import (
     PER_KV_HEAD,
     PER_QUERY_HEAD,
@@ -316,7 +316,11 @@ def analyse_heads(
         tasks = [HeadTask(task.info, task.matrices, task.model, task.tuned) for task in paired]
         cache = stack.enter_context(Cache(cache_folder(), most_bytes=MOST_BYTES)) if options.cache else None
         worker = Worker([layout.checkpoint for layout in layouts], MetricPlan(), device, cache)
-        parts = run_all(tasks, worker, progress=options.progress).parts
+        if options.share is not None:
+            options.share.cut([task.cost for task in tasks])
+            options.share.do(tasks, worker, options.progress)
+            return options.share.tables(names, [GRAMS_VERSION])
+        parts = run_all(tasks, worker, outcomes=options.outcomes, progress=options.progress).parts
         slices = _slices(opened[0], layouts, {task.tensor: task.tuned for task in tasks}, parts)
         roles = ["base", *["tuned"] * (len(layouts) - 1)]
         members = [Member(*m) for m in zip(names, roles, layouts, strict=True)]

@@ -15,12 +15,15 @@ from diffract.analysis.drawn import choose_noise, choose_nulls
 from diffract.analysis.facts import MetricPlan
 from diffract.analysis.noise import NOISES
 from diffract.analysis.notable import Pass, add_notable
+from diffract.analysis.parts import Parts, ShareDraft
 from diffract.analysis.tables import Member, assemble
 from diffract.analysis.vectors import read_vectors
 from diffract.analysis.work import (
     AnyTask,
+    Outcomes,
     Part,
     Worker,
+    on_this_machine,
     run_all,
     tensor_tasks,
 )
@@ -46,7 +49,12 @@ _NAMED = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]{0,63})=(?P<reference>.+)", re.A
 
 @dataclass(frozen=True)
 class Options:
-    """What ``scan`` and ``compare`` have in common; the public functions say what each means."""
+    """What analyses have in common; the public functions say what each means.
+
+    Attributes:
+        share: Takes the outcomes of a share of the tasks; what needs those of all is left to whoever joins the shares.
+        parts: Knows the outcomes of all tasks already.
+    """
 
     metrics: str | Sequence[str | Metric] | None = None
     select: str | None = None
@@ -63,6 +71,13 @@ class Options:
     nulls: str = "some"
     noise: str = "none"
     progress: Progress | None = None
+    share: ShareDraft | None = None
+    parts: Parts | None = None
+
+    @property
+    def outcomes(self) -> Outcomes:
+        """What yields the outcomes of tasks."""
+        return on_this_machine if self.parts is None else self.parts.outcomes
 
     def plan(self, *, pair: bool) -> MetricPlan:
         """Return what is to be computed."""
@@ -141,12 +156,19 @@ def analyse(
         )
         worker = Worker([layout.checkpoint for layout in layouts], plan, device, cache)
 
+        if options.share is not None:
+            options.share.cut([task.cost for task in tasks])
+            options.share.do(tasks, worker, options.progress)
+            return options.share.tables(names, [plan.key, plan.choices])
+
         def save_vectors(part: Part) -> None:
             for side, vectors in part.vectors.items():
                 for matrix, found in zip(part.matrices, vectors, strict=True):
                     vectors_to.add(f"{names[part.model]}/{matrix.name}.{side}", found.float().cpu().contiguous())
 
-        parts, digests, correlations = run_all(tasks, worker, progress=options.progress, keep=save_vectors)
+        parts, digests, correlations = run_all(
+            tasks, worker, outcomes=options.outcomes, progress=options.progress, keep=save_vectors
+        )
         roles = ["base", *["tuned"] * (len(layouts) - 1)] if len(layouts) > 1 else ["model"]
         members = [Member(*m) for m in zip(names, roles, layouts, strict=True)]
         kind = "compare" if len(layouts) > 1 else "scan"

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from diffract.analysis.facts import MetricPlan
+from diffract.analysis.parts import ShareDraft
 from diffract.analysis.scan import Options, open_layout, other_digests
 from diffract.analysis.tables import Member, assemble, model_numbers, row_warnings, with_lineage
 from diffract.analysis.timeline import Milestone, Stop, find_series
@@ -193,10 +195,15 @@ def follow(
     series, warnings = find_series(references, by)
     # In a folder the run may still be writing; a checkpoint that is named is meant.
     unread: dict[str, CheckpointError] | None = {} if len(references) == 1 else None
-    costs = _survey(series, options, against, allow_unmatched=allow_unmatched, unread=unread)
+    surveyed = _survey(series, options, against, allow_unmatched=allow_unmatched, unread=unread)
     if unread:
         series = [stop for stop in series if stop.name not in unread]
         warnings += [f"{printable(n)} is left out, as it cannot be read: {error}" for n, error in unread.items()]
+    costs = [sum(of_tasks) for of_tasks in surveyed]
+    if options.share is not None:
+        options.share.cut([cost for of_tasks in surveyed for cost in of_tasks])
+        visiting = {"against": against, "allow_unmatched": allow_unmatched}
+        return _do_share(options.share, series, options, plan=plan, cost=costs[0], **visiting)
     found: list[Tables] = []
     kinship: list[Lineage | None] = []
     digested: list[dict[str, str]] = []
@@ -205,26 +212,18 @@ def follow(
         opened = stack.enter_context(closing(visits(series, options, against)))
         for visit in opened:
             layouts, tasks = _tasks(visit, allow_unmatched=allow_unmatched)
-            # For the same matrices of each checkpoint, so that what the first scan costs decides.
-            plan = options.with_nulls(plan, layouts[-1], costs[0])
-            # An adapter's factors are its change from its own base, which is not what it is compared with here.
-            worker = Worker([replace(layout.checkpoint, factors={}) for layout in layouts], plan, device, cache)
+            worker = _worker(layouts, options, plan, cost=costs[0], cache=cache)
             progress = _shifted(options.progress, costs, len(found), visit.stop.name)
-            parts, digests, correlations = run_all(tasks, worker, progress=progress)
+            parts, digests, correlations = run_all(tasks, worker, outcomes=options.outcomes, progress=progress)
             own_digests = {(0, name): digest for (i, name), digest in digests.items() if i == len(layouts) - 1}
             own_digests |= other_digests(layouts[-1:], own_digests, complete=options.select is None)
             member = Member(visit.stop.name, "checkpoint", layouts[-1])
-            tables = assemble(
-                [member],
-                [replace(part, model=0) for part in parts],
-                own_digests,
-                plan=plan,
-                manifest={"kind": "trajectory"},
-            )
-            base = found[0 if against == "first" else -1].metrics if found else None
-            own = tables.metrics
-            change = {} if base is None else model_numbers(base, own, changed_heads(base, own))
-            compared = visit.base_stop.name if visit.base_stop else None
+            own_parts = [replace(part, model=0) for part in parts]
+            tables = assemble([member], own_parts, own_digests, plan=worker.plan, manifest={"kind": "trajectory"})
+            change: dict[str, float | None] = {}
+            if found:
+                base = found[0 if against == "first" else -1].metrics
+                change = model_numbers(base, tables.metrics, changed_heads(base, tables.metrics))
             digested.append({name: digest for (_, name), digest in own_digests.items()})
             if visit.base is None:
                 kinship.append(None)
@@ -233,6 +232,7 @@ def follow(
                 known = {name: r for (_, name), r in correlations.items()}
                 whole = options.select is None
                 kinship.append(tell_lineage(visit.base, visit.layout, whole=whole, known=known, digests=both))
+            compared = visit.base_stop and visit.base_stop.name
             found.append(place(tables, len(found), visit.stop.place, against=compared, change=change))
             del visit, layouts, tasks, worker, member  # nothing of a checkpoint may live on while the next is opened
     settings = {**options.settings(), "by": by, "against": against, "device": device.type}
@@ -242,6 +242,42 @@ def follow(
     joined = with_lineage(join(found, manifest, [*warnings, *_said(series, neighbours, broken)]), kinship)
     marks = pl.Series("breaks", broken, dtype=BREAKS["breaks"])
     return Tables(joined.manifest, joined.frames | {"models": joined.models.with_columns(marks)})
+
+
+def _worker(
+    layouts: Sequence[Layout], options: Options, plan: MetricPlan, *, cost: float, cache: Cache | None
+) -> Worker:
+    """Return who does the tasks of one checkpoint; nulls are drawn for the same matrices of each.
+
+    So it is the cost of the first one, which is scanned alone, that decides for how many.
+    """
+    # An adapter's factors are its change from its own base, which is not what it is compared with here.
+    checkpoints = [replace(layout.checkpoint, factors={}) for layout in layouts]
+    return Worker(checkpoints, options.with_nulls(plan, layouts[-1], cost), choose_device(options.device), cache)
+
+
+def _do_share(
+    share: ShareDraft,
+    series: Sequence[Stop],
+    options: Options,
+    *,
+    plan: MetricPlan,
+    cost: float,
+    against: str,
+    allow_unmatched: bool,
+) -> Tables:
+    """Do this process's share of the tasks of all checkpoints."""
+    choices: list[object] = []
+    with ExitStack() as stack:
+        cache = stack.enter_context(Cache(cache_folder(), most_bytes=MOST_BYTES)) if options.cache else None
+        opened = stack.enter_context(closing(visits(series, options, against)))
+        for visit in opened:
+            layouts, tasks = _tasks(visit, allow_unmatched=allow_unmatched)
+            worker = _worker(layouts, options, plan, cost=cost, cache=cache)
+            share.do(tasks, worker, options.progress)
+            choices = worker.plan.choices
+            del visit, layouts, tasks, worker
+    return share.tables([stop.name for stop in series], [plan.key, choices])
 
 
 def _neighbours(series: Sequence[Stop], options: Options) -> list[Lineage | None]:
@@ -323,8 +359,8 @@ def _survey(
     *,
     allow_unmatched: bool,
     unread: dict[str, CheckpointError] | None,
-) -> list[float]:
-    """Return the work of each checkpoint from headers alone, so that what is wrong is said before hours of work."""
+) -> list[list[float]]:
+    """Return the work of each checkpoint's tasks from headers alone; what is wrong is said before hours of work."""
     costs = []
     with closing(visits(series, options, against, check_ties=False, unread=unread)) as opened:
         for visit in opened:
@@ -339,7 +375,7 @@ def _survey(
             tasks = _tasks(visit, allow_unmatched=allow_unmatched)[1]
             if not tasks:
                 raise CheckpointError(f"{visit.layout.checkpoint.reference} holds no matrix that could be analysed.")
-            costs.append(sum(task.cost for task in tasks))
+            costs.append([task.cost for task in tasks])
             del visit
     # Where hardly anything can be read, that is what has to be said.
     if unread and len(costs) < 2:

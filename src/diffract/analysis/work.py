@@ -131,6 +131,10 @@ class Outcome:
     correlations: dict[int, float] = field(default_factory=dict)
 
 
+Outcomes: TypeAlias = "Callable[[Sequence[AnyTask], Worker], Iterator[tuple[AnyTask, Outcome]]]"
+"""Yields each task with its outcome: small tasks first, otherwise in their order."""
+
+
 class Done(NamedTuple):
     """What all tasks yield: parts, and by model and tensor digests of what was read and correlations with the base."""
 
@@ -139,10 +143,16 @@ class Done(NamedTuple):
     correlations: dict[tuple[int, str], float]
 
 
+def on_this_machine(tasks: Sequence[AnyTask], worker: Worker) -> Iterator[tuple[AnyTask, Outcome]]:
+    """Yield each task with its outcome, done by threads of this process."""
+    return run_tasks(tasks, worker, device=worker.device)
+
+
 def run_all(
     tasks: Sequence[AnyTask],
     worker: Worker,
     *,
+    outcomes: Outcomes = on_this_machine,
     progress: Progress | None = None,
     keep: Callable[[Part], None] | None = None,
 ) -> Done:
@@ -151,6 +161,7 @@ def run_all(
     Args:
         tasks: What there is to do.
         worker: Who does it.
+        outcomes: Has the worker do them, or knows what it has done.
         progress: What is told of it.
         keep: Takes each part while it has its vectors; they are let go of then.
 
@@ -159,7 +170,7 @@ def run_all(
     parts: list[Part] = []
     digests: dict[tuple[int, str], str] = {}
     correlations: dict[tuple[int, str], float] = {}
-    for task, outcome in run_tasks(tasks, worker, device=worker.device):
+    for task, outcome in outcomes(tasks, worker):
         digests |= {(i, task.tensor): digest for i, digest in outcome.digests.items()}
         correlations |= {(i, task.tensor): r for i, r in outcome.correlations.items()}
         for part in outcome.parts:

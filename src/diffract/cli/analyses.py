@@ -110,7 +110,7 @@ def show_trajectory(run: Run, given: Given) -> None:
     cells = [[_evolving(name, row[name]) for name in shown] for row in rows]
     say_table(headers, [[name, *own] for name, own in zip(marked, cells, strict=True)])
     if known := [" ".join(EVOLVING[name]) for name in shown if name in EVOLVING]:
-        say("; ".join(known).format(against=f"the {given['against']} checkpoint"))
+        say("; ".join(known).format(against=f"the {run.manifest['settings']['against']} checkpoint"))
     say_place(given, "report", "report.html")
 
 
@@ -212,6 +212,44 @@ def _agreement(run: Run) -> list[list[str]]:
         return number(found[a, b]["spearman"] if (a, b) in found else found[b, a]["cosine"])
 
     return [[a, *(cell(a, b) for b in names)] for a in names]
+
+
+# any of these, a share of one, or the run that shares are joined to
+
+
+def show_share(run: Run, given: Given) -> None:
+    """Print what a share did, and what comes next."""
+    share, tasks = run.manifest["share"], run.tasks
+    say(
+        f"share {share['index']} of {share['count']}: {len(tasks)} of {share['tasks']} tensors, "
+        f"{tasks['matrices'].sum()} matrices, {run.manifest['seconds']:.1f} s of work"
+    )
+    say(f"When all are there: diffract collect {given['output']}")
+
+
+def sum_up_share(run: Run, given: Given) -> dict[str, Any]:
+    """Return which share it is, and its tasks with their seconds."""
+    return {**kept(run.manifest, ("share", "made_on")), "tasks": run.tasks.to_dicts(), "run": place(given)}
+
+
+SHOWN_KINDS: Mapping[str, tuple[Callable[[Run, Given], None], Callable[[Run, Given], dict[str, Any]]]] = {
+    "scan": (show_analysis, sum_up_analysis),
+    "compare": (show_analysis, sum_up_analysis),
+    "trajectory": (show_trajectory, sum_up_analysis),
+    "heads": (show_heads, sum_up_heads),
+    "share": (show_share, sum_up_share),
+}
+"""How a run of each kind is shown and summed up."""
+
+
+def show_run(run: Run, given: Given) -> None:
+    """Print what a run of its kind has to say; of ``collect`` the run lies where the shares did."""
+    SHOWN_KINDS[run.kind][0](run, {"output": given.get("run"), **given})
+
+
+def sum_up_run(run: Run, given: Given) -> dict[str, Any]:
+    """Return what ``--json`` prints of a run of its kind."""
+    return SHOWN_KINDS[run.kind][1](run, {"output": given.get("run"), **given})
 
 
 # inspect, metrics, report, plot

@@ -395,13 +395,14 @@ LORA = {
 }
 """What is different where a change is written as an adapter: adapters are looked at by the same command."""
 
-ANALYSIS = Command("scan", "See", ("diffract.api:scan",), show=analyses.show_analysis, summary=analyses.sum_up_analysis)
+ANALYSIS = Command("scan", "See", ("diffract.api:scan",), show=analyses.show_run, summary=analyses.sum_up_run)
 
 COMMANDS = (
     ANALYSIS,
     replace(ANALYSIS, name="compare", functions=("diffract.api:compare",)),
-    replace(ANALYSIS, name="trajectory", functions=("diffract.api:trajectory",), show=analyses.show_trajectory),
-    Command("heads", "See", ("diffract.api:heads",), show=analyses.show_heads, summary=analyses.sum_up_heads),
+    replace(ANALYSIS, name="trajectory", functions=("diffract.api:trajectory",)),
+    replace(ANALYSIS, name="heads", functions=("diffract.api:heads",)),
+    replace(ANALYSIS, name="collect", functions=("diffract.cluster:collect",)),
     Command(
         name="lineage",
         panel="See",

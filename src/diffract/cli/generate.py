@@ -62,6 +62,7 @@ METAVARS = {
     "samples": "FOLDER",
     "scale": "FACTOR",
     "select": "TERMS",
+    "shard": "I/N",
     "shard_size": "SIZE",
     "tasks": "NAMES",
     "text": "TASK",

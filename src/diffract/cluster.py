@@ -1,0 +1,87 @@
+"""One analysis by several processes: each does a share of it, and whoever comes last joins the shares."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffract.errors import RunError, SelectionError
+from diffract.shares import read_share
+from diffract.store import PARTS, whole_folder
+from diffract.tables import Tables, load, read_manifest
+
+if TYPE_CHECKING:
+    from diffract.analysis import Request
+    from diffract.run import Run
+    from diffract.settings import Progress
+
+
+def do_share(request: Request, text: str, output: str | Path | None, *, force: bool = False) -> Run:
+    """Do a share of an analysis, and keep it within the run's folder; a share that is there already is not done again.
+
+    Args:
+        request: The analysis.
+        text: Which share, as ``shares.read_share`` reads it.
+        output: The run's folder, the same for all shares.
+        force: Do the share anew though it is there.
+
+    Raises:
+        SelectionError: There is no such share, or the request speaks of objects of this process.
+        RunError: The folder is taken by something else, or holds shares of another request.
+    """
+    from diffract.analysis.parts import ShareDraft
+    from diffract.run import Run, write
+
+    share = read_share(text)
+    if output is None:
+        raise SelectionError("--shard: shares meet in a folder. Name the same one for all of them with --output RUN.")
+    folder, wanted = Path(output), request.written()
+    if (folder / "manifest.json").is_file():
+        raise RunError(f"{str(folder)!r} is a run already. Choose another name, or remove it.")
+    for other in sorted((folder / PARTS).glob("*-of-*/manifest.json")):
+        found = read_manifest(other.parent)
+        if found["settings"] != wanted or other.parent.name[-5:] != share.name[-5:]:
+            raise RunError(
+                f"{str(other.parent)!r} is a share of another run: its models, settings or number of shares differ. "
+                f"Choose another folder, or remove {str(folder / PARTS)!r}."
+            )
+    own = folder / PARTS / share.name
+    if (own / "manifest.json").is_file() and not force:
+        return Run(load(own, "share"))
+    with whole_folder(own, force=True) as draft:
+        options = replace(request.options, share=ShareDraft(share, draft, wanted))
+        found, _ = replace(request, options=options).answered()
+        write(found, draft)
+    return Run(found)
+
+
+def collect(run: str | Path, *, cache: bool = True, progress: Progress | None = None) -> Run:
+    """Join the shares of a run, in place: what one process that did all of it would have written.
+
+    What needs more than one matrix is computed here: numbers of whole models, pooled peaks, lineage, sentences. The
+    weights are read once, to make sure that they are those that were analysed.
+
+    Args:
+        run: The run's folder, in which the shares lie. They give way to the run.
+        cache: Use results that are known from earlier, and keep new ones; ``DIFFRACT_CACHE_DIR`` says where.
+        progress: Called with work done, all work, and what was just finished.
+
+    Returns:
+        The run, of the kind that was asked for.
+
+    Raises:
+        RunError: Shares are missing, damaged, or of other settings, versions or weights.
+    """
+    from diffract.analysis import Request
+    from diffract.analysis.parts import Parts
+    from diffract.run import load_run, write
+
+    folder = Path(run)
+    parts = Parts(folder)
+    request = Request.read(parts.manifest["settings"], cache=cache, progress=progress, parts=parts)
+    with whole_folder(folder, force=True) as draft:
+        found, _ = request.answered(draft)
+        told = {**found.manifest, "warnings": [*parts.mixture, *found.manifest["warnings"]]}
+        write(Tables(told, found.frames), draft)
+    return load_run(folder)
