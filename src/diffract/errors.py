@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import TypeVar
 
@@ -78,6 +78,16 @@ def choose(
     raise error(
         f"unknown {what} {printable(value)!r}, expected one of: {', '.join(listed)}{more}.{suggest(str(value), names)}"
     )
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """Return the first of some names in words.
+
+    >>> some(["a", "b", "c"], 2), some([])
+    ('a, b and 1 more', 'nothing')
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(printable(name, 60) for name in names[:most]) + more or "nothing"
 
 
 def printable(text: object, limit: int = 200) -> str:

@@ -18,7 +18,7 @@ from diffract.checkpoints import open_checkpoint
 from diffract.checkpoints.fetch import fetch
 from diffract.checkpoints.hub import HEAD_BYTES
 from diffract.cli.main import app
-from diffract.errors import CheckpointError
+from diffract.errors import CheckpointError, SelectionError
 
 COMMIT = "c0ffee" + "0" * 34
 
@@ -94,6 +94,30 @@ def test_what_was_scanned_is_not_fetched_again(hub: Any, tmp_path: Path, monkeyp
     hub.add("org/model", tmp_path / "large")
     other = diffract.scan("org/model", metrics="norms")
     assert other.metrics["frobenius_norm"][0] == pytest.approx(2 * first.metrics["frobenius_norm"][0])
+
+
+def test_analyses_need_no_tokenizer(hub: Any, published: int) -> None:
+    hub.repos["org/model"] |= {"tokenizer.json": b"{}", "modelling.py": b"pass"}
+    analyses = fetch("org/model", for_="compare, heads", dry_run=True, say=lambda _: None)
+    assert analyses["fetch_bytes"] == published
+    assert fetch("org/model", for_="compare,eval", dry_run=True, say=lambda _: None)["fetch_bytes"] == published + 6
+    with pytest.raises(SelectionError, match="unknown command 'comparison'"):
+        fetch("org/model", for_="comparison", say=lambda _: None)
+    done = CliRunner().invoke(app, ["fetch", "org/model", "--for", "scan", "--json"])
+    assert done.exit_code == 0, done.output
+    assert hub.asked("tokenizer") == hub.asked("modelling") == []
+
+
+def test_a_folder_of_a_repository_is_fetched(hub: Any, published: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.repos["org/model"] |= {f"last/{name}": content for name, content in hub.repos["org/model"].items()}
+    found = fetch("org/model/last", say=lambda _: None)
+    assert found["models"][0]["reference"] == f"org/model/last@{COMMIT}"
+    assert found["fetch_bytes"] == published
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with open_checkpoint("org/model/last") as opened:
+        assert sorted(opened) == ["a", "b", "c"]
+    with pytest.raises(CheckpointError, match=r"only a part: .* Its subfolders do: last.*diffract fetch org/model`"):
+        open_checkpoint("org/model")
 
 
 @pytest.mark.parametrize("reference", ["nothing", "org/absent", ".", "org/model@v9"])

@@ -157,7 +157,7 @@ def test_a_configuration_may_begin_with_a_byte_order_mark(sharded: Path) -> None
 def test_what_a_trainer_leaves_is_no_model(tmp_path: Path) -> None:
     torch.save({"lr": torch.ones(1)}, tmp_path / "training_args.bin")
     torch.save({"state": {}}, tmp_path / "optimizer.pt")
-    refused(tmp_path, r"holds no \.safetensors")
+    refused(tmp_path, "holds no weights")
 
 
 def test_a_link_that_leads_nowhere_is_named(sharded: Path) -> None:

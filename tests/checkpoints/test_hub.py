@@ -333,7 +333,7 @@ def test_a_hub_that_cannot_be_reached_is_named(hub: Any, monkeypatch: pytest.Mon
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
         with pytest.raises(CheckpointError, match=r"org/model: cannot reach http://127\.0\.0\.1.*Check the network"):
             open_checkpoint(REPO)
-        with pytest.raises(CheckpointError, match="org/model: not in the cache; cannot reach"):
+        with pytest.raises(CheckpointError, match="org/model: cannot reach"):
             open_checkpoint(REPO, download=True)
 
 
@@ -364,10 +364,12 @@ def test_pytorch_files_need_a_download(hub: Any, tmp_path: Path) -> None:
 
 def test_a_repository_without_weights_is_refused(hub: Any, tmp_path: Path) -> None:
     hub.repos[REPO] = {"README.md": b"", "config.json": b"{}"}
-    with pytest.raises(CheckpointError, match=f"{COMMIT} holds no weights"):
+    for download in (False, True):
+        with pytest.raises(CheckpointError, match=f"{COMMIT}' holds no weights"):
+            open_checkpoint(REPO, download=download)
+    hub.repos[REPO]["step-9/model.safetensors"] = b""
+    with pytest.raises(CheckpointError, match=r"Its subfolders do: step-9\. Open one of them"):
         open_checkpoint(REPO)
-    with pytest.raises(CheckpointError, match="holds no weights on the hub"):
-        open_checkpoint(REPO, download=True)
 
 
 def test_threads_read_one_checkpoint(hub: Any, large: torch.Tensor, same: Same) -> None:
@@ -378,7 +380,12 @@ def test_threads_read_one_checkpoint(hub: Any, large: torch.Tensor, same: Same) 
 
 
 def test_a_download_fills_the_cache_once(hub: Any, published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.repos[REPO] |= {"tokenizer.json": b"{}", "optimizer.bin": b"large", "onnx/config.json": b"{}"}
+    hub.repos[REPO] |= {
+        "tokenizer.json": b"{}",
+        "optimizer.bin": b"large",
+        "onnx/config.json": b"{}",
+        "onnx/m.onnx": b"",
+    }
     expected = load_file(published / "model-00001-of-00002.safetensors")
     with open_checkpoint(f"{REPO}@v1", download=True) as found:
         assert found.reference == f"{REPO}@{COMMIT}"
@@ -442,6 +449,78 @@ def test_a_download_prefers_the_models_own_safetensors(hub: Any, published: Path
     with open_checkpoint(REPO, download=True) as found:
         assert sorted(found) == ["a", "b", "c"]
     assert hub.asked("pytorch_model.bin") == hub.asked("consolidated") == []
+
+
+@pytest.mark.parametrize("download", [False, True])
+def test_a_folder_in_a_repository_is_a_model(hub: Any, published: Path, download: bool) -> None:
+    hub.repos[REPO] = {f"runs/last/{name}": content for name, content in hub.repos[REPO].items()}
+    hub.repos[REPO] |= {"model.safetensors": b"another", "runs/last/1_Pooling/config.json": b"{}"}
+    with open_checkpoint(f"{REPO}/runs/last@v1", download=download) as found, open_checkpoint(published) as local:
+        assert found.reference == f"{REPO}/runs/last@{COMMIT}"
+        assert found.config == local.config
+        assert {n: found.digest(n) for n in found} == {n: local.digest(n) for n in local}
+        assert found.companions["1_Pooling/config.json"]() == b"{}"
+    hub.requests.clear()
+    hub.refuses["/api/"] = (503, {})
+    if download:
+        with open_checkpoint(f"{REPO}/runs/last@v1") as found:
+            assert found.reference == f"{REPO}/runs/last@{COMMIT}"
+    else:
+        with pytest.raises(CheckpointError, match="answers with an error"):
+            open_checkpoint(f"{REPO}/runs/last@v1")
+
+
+def test_a_folder_that_a_repository_lacks_is_refused(hub: Any, published: Path) -> None:
+    hub.repos[REPO]["one/model.safetensors"] = b""
+    with pytest.raises(CheckpointError, match=r"no file or folder of the name 'two' in it.* Its folders: one\."):
+        open_checkpoint(f"{REPO}/two")
+
+
+def test_what_an_edited_model_keeps_is_downloaded(hub: Any, published: Path) -> None:
+    beside = {"tokenizer.json": b"{}", "modelling.py": b"pass", "1_Pooling/config.json": b"{}", "LICENSE": b"free"}
+    hub.repos[REPO] |= beside
+    with open_checkpoint(REPO) as ranges, open_checkpoint(REPO, download=True) as fetched:
+        assert set(beside) <= set(fetched.companions)
+        assert {n: read() for n, read in ranges.companions.items()} == {
+            n: read() for n, read in fetched.companions.items()
+        }
+
+
+def test_a_part_in_the_cache_is_said_to_be_one(hub: Any, published: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_checkpoint(REPO, download=True) as found:
+        shard = Path(found.info("c").file)
+    shard.unlink()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for download in (False, True):
+        with pytest.raises(
+            CheckpointError,
+            match=r"^org/model: the hub is not reached.* holds only a part: .*1 of 2 files are missing: "
+            r"model-00002-of-00002.* run `diffract fetch org/model`\.$",
+        ):
+            open_checkpoint(REPO, download=download)
+
+
+def test_a_model_beside_an_adapter_is_meant_as_on_disk(hub: Any, tmp_path: Path) -> None:
+    both = tmp_path / "both"
+    both.mkdir()
+    save_file({"lin.weight": torch.ones(8, 6)}, both / "model.safetensors")
+    save_file({"base_model.model.lin.lora_A.weight": torch.ones(2, 6)}, both / "adapter_model.safetensors")
+    (both / "config.json").write_text("{}")
+    (both / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/absent"}')
+    hub.add(REPO, both)
+    for reference in (REPO, both):
+        with open_checkpoint(reference) as found:
+            assert sorted(found) == ["lin.weight"]
+            assert "An adapter lies beside the model" in found.notes[-1]
+
+
+def test_several_adapters_of_a_repository_are_named(hub: Any, adapted: dict[str, torch.Tensor]) -> None:
+    hub.repos["org/adapter"] = {f"one/{name}": content for name, content in hub.repos["org/adapter"].items()}
+    with pytest.raises(CheckpointError, match=rf"several adapters: one\. .* such as org/adapter/one@{COMMIT}"):
+        open_checkpoint("org/adapter")
+    with open_checkpoint("org/adapter/one") as found:
+        assert found.reference == f"org/adapter/one@{COMMIT}"
+        assert found.factors["lin.weight"]().A.shape == (2, 6)
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def test_what_looks_like_a_name_on_the_hub_is_asked_for_there(hub: Any, referenc
         "gone",
         "./org/model",
         "/org/model",
-        "a/b/c",
+        "a/b/../c",
         "org/model@",
         "org/model@a@b",
         "org/model@\x1b[31m",
@@ -118,7 +118,7 @@ def test_a_file_without_tensors_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"holds no \.safetensors, \.bin, \.pt, \.pth or \.gguf files"):
+    with pytest.raises(CheckpointError, match=r"holds no weights \(\.safetensors, \.bin, \.pt"):
         open_checkpoint(tmp_path)
 
 

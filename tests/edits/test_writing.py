@@ -258,7 +258,7 @@ def test_a_killed_process_leaves_nothing_that_loads(family: tuple[Path, Path], t
     assert not out.exists()
     assert draft.name.startswith("out.tmp-")
     assert any(draft.iterdir())
-    with pytest.raises(diffract.CheckpointError, match=r"holds no \.safetensors"):
+    with pytest.raises(diffract.CheckpointError, match="holds no weights"):
         diffract.open(draft)
     with pytest.raises(ValueError, match="Unrecognized model"):
         tf.AutoModelForCausalLM.from_pretrained(draft)

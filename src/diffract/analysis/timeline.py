@@ -13,8 +13,8 @@ from typing import Any
 
 from diffract.analysis.scan import split_name
 from diffract.checkpoints import Checkpoint, Reference
-from diffract.checkpoints.series import ALONE, STATE, USUAL, find_checkpoints, some, trainer_state
-from diffract.errors import CheckpointError, SelectionError, choose, printable
+from diffract.checkpoints.series import ALONE, STATE, USUAL, find_checkpoints, trainer_state
+from diffract.errors import CheckpointError, SelectionError, choose, printable, some
 from diffract.settings import natural_key
 
 BY = ("step", "tokens", "name", "given")

@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # headers are read without torch
 
 CONFIG = "adapter_config.json"
 WEIGHTS, TORCH_WEIGHTS, MLX_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors"
+FILES = (WEIGHTS, TORCH_WEIGHTS, MLX_WEIGHTS)
+"""What an adapter's factors may be called, the preferred name first."""
 
 OTHER_SUMS = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config"),

@@ -9,11 +9,15 @@ from typing import Any
 
 from huggingface_hub import constants
 
-from diffract.checkpoints.hub import HubFolder, download_hub, find_hub_folder, wanted_files
+from diffract.checkpoints.hub import HubFolder, download, find_hub_folder, wanted_files
 from diffract.checkpoints.open import base_within, parse_hub_name
-from diffract.errors import CheckpointError, printable
+from diffract.errors import CheckpointError, choose, printable
 from diffract.settings import size_text
 from diffract.store import free_bytes
+
+WEIGHTS_ONLY = ("inspect", "scan", "compare", "heads", "trajectory")
+WITH_MODELS = (*WEIGHTS_ONLY, "eval", "lora", "edit", "search", "train")
+"""What models are fetched for, and of these what reads weights and configuration only."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Fetched:
 
     Attributes:
         reference: The very version, ``org/name@commit``.
-        files: Weights, configuration and tokenizer.
+        files: Those that are wanted of it.
         absent: Those of them that the cache did not hold.
         fetch_bytes: Bytes of the absent files, as the hub lists them.
     """
@@ -33,45 +37,50 @@ class Fetched:
     fetch_bytes: int
 
 
-def fetch(*refs: str, dry_run: bool = False, say: Callable[[str], None]) -> dict[str, Any]:
+def fetch(*refs: str, for_: str | None = None, dry_run: bool = False, say: Callable[[str], None]) -> dict[str, Any]:
     """Bring models into the cache of the hub's client, so that all commands read them without a network.
 
-    Weights, configuration and tokenizer are fetched, and the base of an adapter with it; how many bytes that is, is
-    said before. What the cache holds is not fetched again.
+    Weights, configuration, tokenizer and what else an edited model keeps are fetched, and the base of an adapter with
+    it; how many bytes that is, is said before. What the cache holds is not fetched again.
 
     Args:
-        refs: Models on the hub, org/name@revision each.
+        refs: Models on the hub, org/name@revision or org/name/folder@revision each.
+        for_: What they are fetched for, such as compare,heads. These need no tokenizer, and no other file beside
+            weights and configuration: inspect, scan, compare, heads, trajectory.
         dry_run: Say how many bytes there are to fetch, and fetch nothing.
         say: Called with what is being done.
 
     Raises:
         CheckpointError: There is no such model, it cannot be reached, or the disk has no room for it.
+        SelectionError: There is no such command.
     """
+    asked = [choose("command", name.strip(), WITH_MODELS) for name in for_.split(",")] if for_ else WITH_MODELS
+    companions = not set(asked) <= set(WEIGHTS_ONLY)
     found: list[Fetched] = []
-    named = dict(model for ref in refs for model in _with_bases(ref))
-    for folder in named.values():
-        files = wanted_files(folder.names)
-        absent = [name for name in files if folder.cached is None or name not in folder.cached.names]
+    folders = {folder.where: folder for ref in refs for folder in _with_bases(ref)}
+    for folder in folders.values():
+        files = wanted_files(folder, companions=companions)
+        absent = [name for name in files if not folder.is_cached(name)]
         size = sum(folder.files[name] or 0 for name in absent)
         found.append(Fetched(folder.where, tuple(files), tuple(absent), size))
         say(f"{folder.where}: {len(absent)} of {len(files)} files are to be fetched, {size_text(size)}")
     total = sum(one.fetch_bytes for one in found)
     if not dry_run:
         _refuse_full_disk(total)
-        for (repo, revision), folder in named.items():
-            say(f"{folder.where}: {download_hub(repo, revision)}")
+        for folder in folders.values():
+            say(f"{folder.where}: {download(folder, companions=companions)}")
     return {"models": [asdict(one) for one in found], "fetch_bytes": total, "fetched": not dry_run}
 
 
-def _with_bases(ref: str) -> Iterator[tuple[tuple[str, str | None], HubFolder]]:
-    """Yield a model, and the base of each adapter, by repository and revision."""
+def _with_bases(ref: str) -> Iterator[HubFolder]:
+    """Yield a model, and the base of each adapter."""
     seen: set[str] = set()
-    while named := parse_hub_name(ref):
-        folder = find_hub_folder(*named)
+    while name := parse_hub_name(ref):
+        folder = find_hub_folder(*name)
         if folder.where in seen:
             return
         seen.add(folder.where)
-        yield named, folder
+        yield folder
         base = base_within(folder)
         if base is None:
             return

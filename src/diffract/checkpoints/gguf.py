@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     import torch
 
 MAGIC = b"GGUF"
-SUFFIX = ".gguf"
 VERSIONS = (2, 3)
 
 PLAIN = {0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16"}

@@ -6,77 +6,28 @@ What already lies in the cache of the hub's client is read there.
 from __future__ import annotations
 
 import re
-import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from fnmatch import fnmatchcase
 from functools import partial
+from glob import escape
 from pathlib import Path
-from typing import TypeVar
-from urllib.parse import urlsplit
 
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-try:  # the client's own HTTP library, whichever that is
-    from huggingface_hub.utils import httpx
-except ImportError:
-    import httpx  # pyright: ignore[reportMissingImports]
-
 from diffract._version import __version__
-from diffract.checkpoints.checkpoint import Checkpoint
+from diffract.checkpoints.adapter_parts import CONFIG as ADAPTER
+from diffract.checkpoints.adapter_parts import FILES
 from diffract.checkpoints.companions import find_companions
 from diffract.checkpoints.header import HEADER_LIMIT
-from diffract.checkpoints.sources import (
-    SAFETENSORS,
-    TORCH_SUFFIXES,
-    TRAINER,
-    ByteFile,
-    LocalFolder,
-    TooLargeError,
-    find_shards,
-    open_shards,
-    read_config,
-)
-from diffract.errors import CheckpointError, DiffractWarning, printable
-
-T = TypeVar("T")
+from diffract.checkpoints.patience import ATTEMPTS, endpoint, httpx, patiently
+from diffract.checkpoints.series import refuse_without_weights
+from diffract.checkpoints.sources import CONFIG, ByteFile, LocalFolder, TooLargeError, find_weights
+from diffract.errors import CheckpointError, printable, some
 
 HEAD_BYTES = 100_000
 """What the first request of a file asks for: nearly every header is smaller."""
-
-ATTEMPTS = 5
-"""Requests in a row that bring nothing; a transfer that breaks off later is taken up again where it stopped."""
-
-BUSY = (408, 429, 500, 502, 503, 504)
-"""Answers after which asking again may help."""
-
-LONGEST_WAIT = 310
-"""Seconds that a server may ask to be left alone; the hub counts requests in windows of five minutes."""
-
-TOLD_WAIT = 10
-"""Seconds of waiting from which on it is said."""
-
-SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
-"""Configuration and tokenizer, fetched with the weights."""
-
-WEIGHTS = (("model*.safetensors",), ("*.safetensors",), tuple(f"*{suffix}" for suffix in TORCH_SUFFIXES))
-"""Weights, the kind that is preferred first; the first kind that there is, is fetched."""
 
 
 class HubFile(ByteFile):
@@ -163,13 +114,15 @@ class HubFile(ByteFile):
 
 @dataclass(frozen=True)
 class HubFolder:
-    """One version of a model repository.
+    """One version of a model repository, or a folder in it.
 
     Attributes:
         repo: ``org/name``.
         commit: The full hash of the version; every read is of this one.
         files: Its files, with slashes where they lie in subfolders, and the bytes of each if the hub tells them.
         headers: What the client sends along, the user's token included.
+        revision: What was asked for: branch, tag or commit; the default branch if ``None``.
+        within: Where in the repository the folder is, ``sub/`` or longer; empty for all of it.
         hashes: Of large files the SHA-256 of their bytes, as the hub lists them.
         cached: What the cache of the hub's client holds of this version, ``None`` if that is nothing.
     """
@@ -178,13 +131,15 @@ class HubFolder:
     commit: str
     files: Mapping[str, int | None]
     headers: Mapping[str, str]
+    revision: str | None = None
+    within: str = ""
     hashes: Mapping[str, str] = field(default_factory=dict)
     cached: LocalFolder | None = None
 
     @property
     def where(self) -> str:
         """The reference that leads to this very version."""
-        return f"{self.repo}@{self.commit}"
+        return f"{self.repo}/{self.within}".rstrip("/") + f"@{self.commit}"
 
     @property
     def names(self) -> list[str]:
@@ -196,13 +151,26 @@ class HubFolder:
         """Files of its subfolders."""
         return [name for name in self.files if "/" in name]
 
+    def below(self, name: str) -> HubFolder:
+        """Return a subfolder as a folder of its own."""
+        start = f"{name}/"
+        files = {file.removeprefix(start): size for file, size in self.files.items() if file.startswith(start)}
+        hashes = {file.removeprefix(start): value for file, value in self.hashes.items() if file.startswith(start)}
+        path = self.cached and self.cached.path / name
+        cached = LocalFolder(path) if path and path.is_dir() else None
+        return replace(self, files=files, within=self.within + start, hashes=hashes, cached=cached)
+
     def holds(self, name: str) -> bool:
         """Whether a file is the repository's own: there are no links on the hub, but a name may climb."""
         return ".." not in name.split("/") and not name.startswith("/")
 
+    def is_cached(self, name: str) -> bool:
+        """Whether one of its files lies in the cache of the hub's client."""
+        return self.cached is not None and self.holds(name) and (self.cached.path / name).is_file()
+
     def read_bytes(self, name: str) -> bytes:
         """Return the content of a small file."""
-        if self.cached and name in self.cached.names:
+        if self.cached and self.is_cached(name):
             return self.cached.read_bytes(name)
         url, headers, timeout = self._url(name), dict(self.headers), constants.HF_HUB_DOWNLOAD_TIMEOUT
 
@@ -219,22 +187,27 @@ class HubFolder:
 
     def open(self, name: str) -> ByteFile:
         """Open one of its files, from the cache if it lies there."""
-        if self.cached and name in self.cached.names:
+        if self.cached and self.is_cached(name):
             return self.cached.open(name)
         shown = f"hf://{self.where}/{printable(name)}"
-        origin = f"{_endpoint()} {self.hashes[name]}" if name in self.hashes else None
+        origin = f"{endpoint()} {self.hashes[name]}" if name in self.hashes else None
         return HubFile(self._url(name), self.headers, shown, listed=self.files.get(name), origin=origin)
 
     def _url(self, name: str) -> str:
-        return hf_hub_url(self.repo, name, revision=self.commit, endpoint=constants.ENDPOINT)
+        return hf_hub_url(self.repo, self.within + name, revision=self.commit, endpoint=constants.ENDPOINT)
 
 
-def find_hub_folder(repo: str, revision: str | None = None) -> HubFolder:
+def find_hub_folder(repo: str, revision: str | None = None, folder: str = "") -> HubFolder:
     """Ask the hub which files a model has and which commit a revision is; one request.
+
+    Args:
+        repo: ``org/name``.
+        revision: Branch, tag or commit; the default branch if ``None``.
+        folder: A folder in the repository; all of it if empty.
 
     Raises:
         UnreachableError: The hub does not answer, or may not be asked.
-        CheckpointError: There is no such model or revision.
+        CheckpointError: There is no such model, revision or folder.
     """
     where = f"{repo}@{revision}" if revision else repo
     headers = build_hf_headers(library_name="diffract", library_version=__version__)
@@ -246,15 +219,26 @@ def find_hub_folder(repo: str, revision: str | None = None) -> HubFolder:
         raise CheckpointError(f"{where}: the hub names no commit for it. Pass --download, or a local copy.")
     path = cached_version(repo, info.sha)
     hashes = {file.rfilename: file.lfs.sha256 for file in info.siblings or [] if file.lfs}
-    return HubFolder(repo, info.sha, files, headers, hashes=hashes, cached=LocalFolder(path) if path else None)
+    cached = LocalFolder(path) if path else None
+    found = HubFolder(repo, info.sha, files, headers, revision=revision, hashes=hashes, cached=cached)
+    if not folder:
+        return found
+    below = found.below(folder)
+    if not below.files:
+        held = some(sorted({name.partition("/")[0] for name in found.nested}))
+        raise CheckpointError(
+            f"{where}: no file or folder of the name {folder!r} in it, or here. Its folders: {held}. Check the name."
+        )
+    return below
 
 
-def cached_version(repo: str, revision: str | None = None) -> Path | None:
+def cached_version(repo: str, revision: str | None = None, folder: str = "") -> Path | None:
     """Return the folder that the cache of the hub's client has for a revision, ``None`` without one.
 
     Args:
         repo: ``org/name``.
         revision: Branch or tag as it stood when it was last fetched, or a full commit; main if ``None``.
+        folder: A folder in the repository; all of it if empty.
     """
     kept = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
     name = revision or constants.DEFAULT_REVISION
@@ -262,58 +246,46 @@ def cached_version(repo: str, revision: str | None = None) -> Path | None:
     # A revision is given by others, and must not lead out of the cache.
     if ref.resolve().is_relative_to(kept.resolve()) and ref.is_file():
         name = ref.read_text(encoding="utf-8", errors="replace").strip()
-    found = kept / "snapshots" / name
+    found = kept / "snapshots" / name / folder
     return found if re.fullmatch(r"[0-9a-f]{40}", name) and found.is_dir() else None
 
 
-def open_hub_folder(folder: HubFolder) -> Checkpoint:
-    """Open the safetensors files of a version of a repository.
-
-    Raises:
-        CheckpointError: It holds none, or they are damaged.
-    """
-    shards = find_shards(folder, SAFETENSORS, (".safetensors",))
-    if not shards.files:
-        pickles = any(name.endswith(TORCH_SUFFIXES) for name in folder.names)
-        reason = "only PyTorch files, and reading ranges needs safetensors" if pickles else "no weights"
-        remedy = " Pass --download to fetch them whole." if pickles else " Is this the right model?"
-        raise CheckpointError(f"{folder.where} holds {reason}.{remedy}")
-    return replace(open_shards(folder, shards), config=read_config(folder), companions=find_companions(folder))
-
-
-def download_hub(repo: str, revision: str | None = None) -> Path:
-    """Fetch a model's weights, configuration and tokenizer into the hub's cache; what is there is kept.
-
-    safetensors are preferred to PyTorch files, and the model's own files to any others.
+def wanted_files(folder: HubFolder, *, companions: bool = True) -> list[str]:
+    """Return which files of a version are fetched: those that opening it reads, weights and configuration.
 
     Args:
-        repo: ``org/name``.
-        revision: Branch, tag or commit; the default branch if ``None``.
-
-    Returns:
-        The folder in the cache, named after the commit.
+        folder: The version.
+        companions: Also the tokenizer, and all else that belongs to the model and that an edited one keeps.
 
     Raises:
-        CheckpointError: There is no such model, it cannot be reached, or it holds no weights.
+        CheckpointError: It holds no weights, or not all of them.
     """
-    # Subfolders hold other formats and stages of training; a trainer's own files are no model.
-    leave = ["*/*", *(f"{start}*" for start in TRAINER)]
-    # One kind of weights only: repositories often hold the same ones twice.
-    for weights in WEIGHTS:
-        wanted = [*SMALL_FILES, *weights]
-        fetch = partial(snapshot_download, repo, revision=revision, allow_patterns=wanted, ignore_patterns=leave)
-        folder = Path(patiently(f"{repo}@{revision}" if revision else repo, fetch))
-        if any(path for pattern in weights for path in folder.glob(pattern)):
-            return folder
-    raise CheckpointError(f"{repo} holds no weights on the hub. Is this the right model?")
+    weights = find_weights(folder)
+    factors = next((name for name in FILES if name in folder.names), None) if ADAPTER in folder.names else None
+    if not weights.files and not factors:
+        refuse_without_weights(folder)
+    read = [*weights.files, factors, weights.index, CONFIG, ADAPTER]
+    return sorted({name for name in read if name in folder.names} | set(find_companions(folder) if companions else ()))
 
 
-def wanted_files(names: Sequence[str]) -> list[str]:
-    """Return which of a version's files ``download_hub`` fetches."""
-    own = [name for name in names if not name.startswith(TRAINER)]
-    kinds = ([name for name in own if any(fnmatchcase(name, p) for p in patterns)] for patterns in WEIGHTS)
-    weights = next((found for found in kinds if found), [])
-    return sorted({*weights, *(name for name in own if any(fnmatchcase(name, p) for p in SMALL_FILES))})
+def download(folder: HubFolder, *, companions: bool = True) -> Path:
+    """Fetch what is wanted of a version into the cache of the hub's client; what is there is kept.
+
+    Args:
+        folder: The version.
+        companions: As of ``wanted_files``.
+
+    Returns:
+        The folder in the cache.
+
+    Raises:
+        UnreachableError: The hub does not answer any longer.
+        CheckpointError: It holds no weights, or they cannot be fetched.
+    """
+    patterns = [escape(folder.within + name) for name in wanted_files(folder, companions=companions)]
+    # by the revision that was asked for, so that the cache knows it by that name where there is no network
+    fetch = partial(snapshot_download, folder.repo, revision=folder.revision, allow_patterns=patterns)
+    return Path(patiently(folder.where, fetch)) / folder.within
 
 
 def _copy(response: httpx.Response, view: memoryview, name: str) -> int:
@@ -329,155 +301,3 @@ def _copy(response: httpx.Response, view: memoryview, name: str) -> int:
         # must not leave through the client's context manager, which would take it for a failed request
         pass
     return done
-
-
-class UnreachableError(CheckpointError):
-    """The hub does not answer, or may not be asked; what the cache holds may do."""
-
-
-def patiently(where: str, ask: Callable[[], T]) -> T:
-    """Return what a request brings; it is sent again where the server is busy or the connection is dropped.
-
-    Args:
-        where: What errors call what is asked for.
-        ask: Sends the request; raises what the hub's client raises.
-
-    Raises:
-        UnreachableError: No answer came of several requests.
-        CheckpointError: The answer is a refusal.
-    """
-    with explained(where):
-        # The last attempt stands behind the loop, where its error is not caught.
-        for attempt in range(ATTEMPTS - 1):
-            try:
-                return ask()
-            except (httpx.HTTPError, OSError) as error:
-                seconds = _pause(error, attempt)
-                if seconds is None:
-                    raise
-                if seconds >= TOLD_WAIT:
-                    told = f"{where}: {_endpoint()} asks to wait; asking again in {seconds:.0f} s."
-                    warnings.warn(told, DiffractWarning, stacklevel=2)
-                time.sleep(seconds)
-        return ask()
-
-
-def _pause(error: BaseException, attempt: int) -> float | None:
-    """Return after how many seconds to ask again, ``None`` where that cannot help."""
-    if isinstance(error, LocalEntryNotFoundError) and error.__cause__:
-        error = error.__cause__
-    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-        return 1 if attempt == 0 else None  # there may be no network at all, and a cache to read from
-    if isinstance(error, httpx.TransportError):
-        return 2**attempt
-    if not isinstance(error, HfHubHTTPError) or error.response.status_code not in BUSY:
-        return None
-    asked = _retry_after(error.response.headers)
-    # Whoever asks to be left alone for longer is not waited for.
-    return 2**attempt if asked is None else asked if asked <= LONGEST_WAIT else None
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return how many seconds a busy server asks to wait: as a number, as a date, or by the hub's own header."""
-    text = headers.get("Retry-After", "").strip()
-    if re.fullmatch(r"\d{1,9}", text, re.ASCII):
-        return float(text)
-    if limit := re.search(r"\br=0;\s*t=(\d{1,9})\b", headers.get("RateLimit", "")):
-        return float(limit[1])
-    try:
-        until = parsedate_to_datetime(text)
-    except ValueError:
-        return None
-    return max(0.0, (until.replace(tzinfo=until.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
-
-
-def _endpoint() -> str:
-    """Return the hub's address as it may be shown: a user and a password in it are left out."""
-    return _without_password(constants.ENDPOINT)
-
-
-def _host(url: str) -> str:
-    """Return the host and port of an address."""
-    return urlsplit(url).netloc.rpartition("@")[2]
-
-
-def _without_password(text: str) -> str:
-    return re.sub(r"//[^/\s]*@", "//", text)
-
-
-@contextmanager
-def explained(where: str) -> Iterator[None]:
-    """Turn what the hub's client raises into one clear error."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except (httpx.HTTPError, OSError, ValueError) as error:
-        cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
-        busy = isinstance(cause, HfHubHTTPError) and cause.response.status_code in BUSY
-        silent = busy or isinstance(cause, httpx.TransportError | OfflineModeIsEnabled)
-        raise (UnreachableError if silent else CheckpointError)(f"{where}: {_reason(error)}") from error
-
-
-def _reason(error: BaseException) -> str:
-    """Say what happened and what to do; the order of the cases is that of the errors' classes."""
-    if isinstance(error, LocalEntryNotFoundError) and error.__cause__:
-        return f"not in the cache; {_reason(error.__cause__)}"
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    detail = _without_password(printable((str(error).strip() or type(error).__name__).splitlines()[0]))
-    endpoint = _endpoint()
-    host = _host(str(error.response.url)) if isinstance(error, HfHubHTTPError) else ""
-    elsewhere = host not in ("", _host(constants.ENDPOINT))
-    cases: list[tuple[bool, str]] = [
-        (
-            elsewhere and status in (401, 403),
-            f"the hub allows it, but {host}, where the bytes lie, refuses them ({status}). A link may have run out, or "
-            "a proxy stands between: try again, or pass a local copy.",
-        ),
-        (
-            elsewhere and status in (404, 410),
-            f"the hub lists it, but {host}, where the bytes should lie, has them no longer. Try another revision, or "
-            "pass a local copy.",
-        ),
-        (
-            isinstance(error, GatedRepoError),
-            f"access is gated. Accept the conditions on its page at {endpoint}, then log in with "
-            "`hf auth login` or HF_TOKEN.",
-        ),
-        (
-            isinstance(error, RepositoryNotFoundError) or status in (401, 403),
-            f"no file or folder of that name here, and no model that you may read at {endpoint}. "
-            "Check the name; for a private model log in with `hf auth login` or HF_TOKEN.",
-        ),
-        (
-            isinstance(error, RevisionNotFoundError),
-            f"there is no such revision at {endpoint}. Check the name after @.",
-        ),
-        (
-            isinstance(error, OfflineModeIsEnabled),
-            "no file or folder of that name here, and HF_HUB_OFFLINE forbids to ask the hub. Unset it, pass "
-            "--download to use what the cache holds, or pass a local copy.",
-        ),
-        (
-            isinstance(error, OSError) and not isinstance(error, HfHubHTTPError | ConnectionError | TimeoutError),
-            f"fetching failed ({detail}). Is there room in HF_HOME? Try again, or pass a local copy.",
-        ),
-        (
-            isinstance(error, EntryNotFoundError),
-            f"there is no such file at {endpoint}: it is gone, or never was. Check the revision.",
-        ),
-        (
-            isinstance(error, HFValidationError),
-            f"is no name of a model ({detail}). Expected org/name@revision.",
-        ),
-        (
-            status is not None,
-            f"{endpoint} answers with an error ({detail}). Try again later, or pass a local copy.",
-        ),
-        (
-            isinstance(error, ValueError),
-            f"{endpoint} answers as no hub does ({detail}). Check the network and HF_ENDPOINT.",
-        ),
-    ]
-    unreachable = f"cannot reach {endpoint} ({detail}). Check the network, or pass a local copy."
-    return next((text for found, text in cases if found), unreachable)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from diffract.checkpoints import adapter, delta
 from diffract.checkpoints.adapter_parts import (
@@ -25,21 +25,19 @@ from diffract.checkpoints.checkpoint import Checkpoint
 from diffract.checkpoints.companions import Read, find_companions, find_neighbours
 from diffract.checkpoints.distributed import INSIDE, METADATA, join_slices, open_distributed
 from diffract.checkpoints.formats import refuse_format, refuse_lone_part, refuse_parts
-from diffract.checkpoints.gguf import SUFFIX as GGUF
 from diffract.checkpoints.gguf import open_gguf
 from diffract.checkpoints.quantised import dequantised
-from diffract.checkpoints.series import inner_models, some
+from diffract.checkpoints.series import nested_adapters, refuse_several, refuse_without_weights
 from diffract.checkpoints.sources import (
     CONFIG,
-    SAFETENSORS,
+    GGUF,
     SLICES,
-    TORCH,
     TORCH_SUFFIXES,
     Folder,
     LocalFile,
     LocalFolder,
     Shards,
-    find_shards,
+    find_weights,
     open_safetensors,
     open_shards,
     parse_object,
@@ -58,17 +56,41 @@ Reference: TypeAlias = "str | Path | Mapping[str, Any] | torch.nn.Module | Check
 STACK_LIMIT = 4
 """Adapters over adapters that are opened; a chain that is longer may have no end."""
 
-_HUB = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?:@(?P<revision>[!-?A-~]+))?", re.ASCII)
+_HUB = re.compile(
+    r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?P<folder>(?:/[\w-][\w.-]*)*)(?:@(?P<revision>[!-?A-~]+))?", re.ASCII
+)
 
 
-def parse_hub_name(text: str) -> tuple[str, str | None] | None:
-    """Return repository and revision of a text that looks like ``org/name@revision``; ``None`` for others and paths.
+class HubName(NamedTuple):
+    """What a reference to the hub says.
 
-    >>> parse_hub_name("org/name@step1000"), parse_hub_name("org/name"), parse_hub_name("name")
-    (('org/name', 'step1000'), ('org/name', None), None)
+    Attributes:
+        repo: ``org/name``.
+        revision: Branch, tag or commit; ``None`` for the default branch.
+        folder: A folder in the repository; empty for all of it.
+    """
+
+    repo: str
+    revision: str | None = None
+    folder: str = ""
+
+    def __str__(self) -> str:
+        place = f"{self.repo}/{self.folder}" if self.folder else self.repo
+        return f"{place}@{self.revision}" if self.revision else place
+
+
+def parse_hub_name(text: str) -> HubName | None:
+    """Return what a text says that looks like ``org/name/folder@revision``; ``None`` for others and paths.
+
+    >>> parse_hub_name("org/name/sub@step1000")
+    HubName(repo='org/name', revision='step1000', folder='sub')
+    >>> parse_hub_name("org/name"), parse_hub_name("name")
+    (HubName(repo='org/name', revision=None, folder=''), None)
     """
     match = _HUB.fullmatch(text)
-    return (match["repo"], match["revision"]) if match and not Path(text).exists() else None
+    if match is None or Path(text).exists():
+        return None
+    return HubName(match["repo"], match["revision"], match["folder"].removeprefix("/"))
 
 
 def open_checkpoint(reference: Reference, *, base: Reference | None = None, download: bool = False) -> Checkpoint:
@@ -76,8 +98,8 @@ def open_checkpoint(reference: Reference, *, base: Reference | None = None, down
 
     Args:
         reference: A safetensors, ``.bin``/``.pt``/``.pth``/``.ckpt``, ``.gguf`` or ``.npz`` file; a folder of them;
-            a PEFT LoRA folder; ``org/name@revision`` on the hub; a mapping of arrays; an ``nn.Module``. A path may end
-            in ``#key``: the part of a training state that is wanted.
+            a PEFT LoRA folder; ``org/name@revision`` on the hub, or ``org/name/folder@revision``; a mapping of arrays;
+            an ``nn.Module``. A path may end in ``#key``: the part of a training state that is wanted.
         base: The base of an adapter, where its config does not name one that can be opened.
         download: Fetch a hub reference whole into the hub's cache instead of reading byte ranges.
 
@@ -124,14 +146,14 @@ def _open_stored(reference: Reference, how: _How) -> Checkpoint:
     except (TypeError, ValueError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{printable(reference)!r} is no checkpoint: {printable(error)}.") from error
     if is_folder:
-        return _open_folder(path, how)
+        return _open_folder(LocalFolder(path), how)
     if is_file:
         return _open_file(path, how)
     head, _, part = str(reference).rpartition("#")
     if head and part and Path(head).expanduser().exists():
         return _open_stored(head, replace(how, part=part))
     if isinstance(reference, str) and (named := parse_hub_name(reference)):
-        return _open_hub(*named, how)
+        return _open_hub(named, how)
     raise CheckpointError(
         f"no checkpoint at {printable(reference)!r}: expected a file, a folder, or org/name@revision on the "
         "hub. Check the name."
@@ -153,30 +175,59 @@ def _open_memory(reference: Any) -> Checkpoint:
     )
 
 
-def _open_hub(repo: str, revision: str | None, how: _How) -> Checkpoint:
-    from diffract.checkpoints.hub import (
-        UnreachableError,
-        cached_version,
-        download_hub,
-        find_hub_folder,
-        open_hub_folder,
-    )
+def _open_hub(name: HubName, how: _How) -> Checkpoint:
+    from diffract.checkpoints.hub import download, find_hub_folder
+    from diffract.checkpoints.patience import UnreachableError
 
-    if how.download:
-        path = download_hub(repo, revision)
-        return replace(_open_folder(path, how), reference=f"{repo}@{path.name}")
     try:
-        folder = find_hub_folder(repo, revision)
+        folder = find_hub_folder(*name)
+        if not how.download:
+            return _open_folder(folder, how)
+        path = download(folder)
+    except UnreachableError as error:
+        return _open_cached(name, how, error)
+    return replace(_open_folder(LocalFolder(path), how), reference=folder.where)
+
+
+def _open_cached(name: HubName, how: _How, unreachable: CheckpointError) -> Checkpoint:
+    """Open what the cache of the hub's client holds of a model where the hub is not reached."""
+    from diffract.checkpoints.hub import cached_version
+
+    path = cached_version(*name)
+    if path is None:
+        raise unreachable
+    try:
+        found = _open_folder(LocalFolder(path), how)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{name}: the hub is not reached, and its client's cache holds only a part: {error} Where there is a "
+            f"network, run `diffract fetch {name}`."
+        ) from error
+    commit = path.parts[-1 - len(Path(name.folder).parts)]
+    note = f"The hub was not reached: {name.repo} is as its client's cache holds it."
+    reference = str(name._replace(revision=commit))
+    return replace(found, reference=reference, notes=(*found.notes, note))
+
+
+def local_place(reference: str) -> str:
+    """Return a name on the hub as the folder in its client's cache, fetched if need be; any other text as it is.
+
+    Raises:
+        CheckpointError: There is no such model, or it can neither be fetched nor lies in the cache.
+    """
+    name = parse_hub_name(reference)
+    if name is None:
+        return reference
+    from diffract.checkpoints.hub import cached_version, download, find_hub_folder
+    from diffract.checkpoints.patience import UnreachableError
+
+    try:
+        return str(download(find_hub_folder(*name)))
     except UnreachableError:
-        path = cached_version(repo, revision)
+        path = cached_version(*name)
         if path is None:
             raise
-        found = _open_folder(path, how)
-        note = f"The hub was not reached: {repo} is as its client's cache holds it."
-        return replace(found, reference=f"{repo}@{path.name}", notes=(*found.notes, note))
-    if adapter.CONFIG in folder.names:
-        return _open_adapter(folder, how)
-    return open_hub_folder(folder)
+        return str(path)
 
 
 def _open_file(path: Path, how: _How) -> Checkpoint:
@@ -224,42 +275,40 @@ def _with_neighbours(
         raise
 
 
-def _open_folder(path: Path, how: _How) -> Checkpoint:
-    folder = LocalFolder(path)
+def _open_folder(folder: Folder, how: _How) -> Checkpoint:
     if delta.INDEX in folder.names:
         return _open_delta(folder, how)
-    nested = _nested_adapters(folder)
+    nested = nested_adapters(folder)
     if how.part in nested:
-        return _open_folder(path / how.part, replace(how, part=None))
+        return _open_folder(folder.below(how.part), replace(how, part=None))
     beside = adapter.CONFIG in folder.names
     whole = CONFIG in folder.names and any(fnmatchcase(name, "model*.safetensors") for name in folder.names)
     # A model beside an adapter is what is meant, unless a base is given that is elsewhere.
     if beside and not (whole and (how.base is None or how.above > 0)):
         return _open_adapter(folder, how)
-    refuse_parts(path, folder.names)
-    config = read_config(folder)
-    inside = next((path / name for name in ("", *INSIDE) if (path / name / METADATA).is_file()), None)
-    shards = find_shards(folder, SAFETENSORS, (".safetensors",)) if inside is None else Shards([])
-    pickles = find_shards(folder, TORCH, TORCH_SUFFIXES) if inside is None and not shards.files else Shards([])
+    config, part = read_config(folder), None
+    path = folder.path if isinstance(folder, LocalFolder) else None
+    if path:
+        refuse_parts(path, folder.names)
+    inside = next((path / name for name in ("", *INSIDE) if (path / name / METADATA).is_file()), None) if path else None
+    weights = find_weights(folder) if inside is None else Shards([])
+    kind = Path(weights.files[0]).suffix if weights.files else ""
     if inside is not None:
         found = open_distributed(LocalFolder(inside), part=how.part)
-    elif shards.files:
-        found = open_shards(folder, shards)
-    elif pickles.files:
-        found = open_pickles(folder, pickles, part=how.part)
-    elif gguf := find_shards(folder, f"model{GGUF}", (GGUF,)).files:
-        found = open_gguf(folder, gguf, folder.where)
+    elif kind == ".safetensors":
+        found, part = open_shards(folder, weights), how.part  # of a pickle it is the part that was opened
+    elif not kind:
+        refuse_without_weights(folder)
+    elif not isinstance(folder, LocalFolder):
+        raise CheckpointError(
+            f"{folder.where} holds only {'GGUF' if kind == GGUF else 'PyTorch'} files, and reading ranges needs "
+            "safetensors. Pass --download to fetch them whole."
+        )
+    elif kind == GGUF:
+        found = open_gguf(folder, weights.files, folder.where)
         config = config or found.config
     else:
-        refuse_format(folder.where, folder.names)
-        _refuse_several(folder, nested)
-        inner = inner_models(path)
-        told = some([p.relative_to(path).as_posix() for p in inner])
-        advice = f"Its subfolders do: {told}. Open one of them." if inner else "Is this the right folder?"
-        raise CheckpointError(
-            f"folder {folder.where!r} holds no .safetensors, .bin, .pt, .pth or .gguf files. {advice}"
-        )
-    part = how.part if shards.files else None  # of a pickle it is the part that was opened
+        found = open_pickles(folder, weights, part=how.part)
     found = _with_neighbours(found, folder, config, find_companions(folder), part=part)
     note = "An adapter lies beside the model; it is not applied. To see it, pass --adapter-base with the folder."
     return replace(found, notes=(*found.notes, note)) if beside and not found.factors else found
@@ -281,7 +330,7 @@ def _open_adapter(folder: Folder, how: _How) -> Checkpoint:
             opened.callback(base.close)
         merged = adapter.open_adapter(held, base, owns_base=owns_base)
         opened.pop_all()
-    others = _nested_adapters(folder)
+    others = nested_adapters(folder)
     listed = ", ".join(printable(name, 60) for name in others)
     note = f"Other adapters lie in subfolders: {listed}. Name one after #, or its folder." if others else ""
     notes = (*merged.notes, note) if note else merged.notes
@@ -313,11 +362,11 @@ def open_adapter_parts(reference: str | Path) -> Adapter:
     path = Path(text).expanduser()
     if path.is_dir():
         folder = LocalFolder(path)
-        nested = _nested_adapters(folder)
+        nested = nested_adapters(folder)
         if chosen in nested:
-            return _adapter_parts(LocalFolder(path / chosen), None)
+            return _adapter_parts(folder.below(chosen), None)
         if adapter.CONFIG not in folder.names:
-            _refuse_several(folder, nested)
+            refuse_several(folder)
         return _adapter_parts(folder, chosen)
     if named := parse_hub_name(text):
         from diffract.checkpoints.hub import find_hub_folder
@@ -344,21 +393,6 @@ def _adapter_parts(folder: Folder, name: str | None) -> Adapter:
     except BaseException:
         weights.close()
         raise
-
-
-def _nested_adapters(folder: Folder) -> list[str]:
-    """Return the subfolders that hold an adapter each, as PEFT saves several."""
-    ends = f"/{adapter.CONFIG}"
-    return [name.removesuffix(ends) for name in folder.nested if name.endswith(ends) and name.count("/") == 1]
-
-
-def _refuse_several(folder: Folder, nested: Sequence[str]) -> None:
-    if nested:
-        listed = ", ".join(printable(name, 60) for name in nested)
-        raise CheckpointError(
-            f"{folder.where} holds several adapters: {listed}. Say which by its name after #, such as "
-            f"{folder.where}#{printable(nested[0])}."
-        )
 
 
 def _open_base(reference: Reference, how: _How, adapter_name: str) -> Checkpoint:

@@ -1,17 +1,17 @@
-"""The checkpoints of a training run, as they lie in a folder or in the cache of the hub's client."""
+"""Several models in one folder: checkpoints of a training run, revisions in the hub's cache, adapters."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from diffract.checkpoints import adapter
 from diffract.checkpoints.distributed import INSIDE, METADATA
-from diffract.checkpoints.sources import TORCH_SUFFIXES, TRAINER, LocalFolder, read_object, real_path
-from diffract.errors import CheckpointError, printable
+from diffract.checkpoints.formats import refuse_format
+from diffract.checkpoints.sources import KINDS, TORCH_SUFFIXES, TRAINER, Folder, LocalFolder, read_object, real_path
+from diffract.errors import CheckpointError, printable, some
 
 STATE = "trainer_state.json"
 """What the Hugging Face trainer leaves in each of its checkpoints."""
@@ -25,9 +25,6 @@ USUAL = ("model", "pytorch_model", "adapter_model")
 
 BESIDE = tuple(start for start in TRAINER if start != "global_step")
 """How files begin that are no checkpoint where each file of weights is one; it may be called global_step1000."""
-
-SHOWN = 5
-"""Names that a message lists."""
 
 ACTORS = ("actor", "policy", "student", "model")
 """What the part that is trained is called where a step's folder holds several models: beside it are critics and
@@ -111,11 +108,37 @@ def _cached_revisions(path: Path) -> FoundCheckpoints:
     return FoundCheckpoints(list(snapshots), left_out, called=snapshots)
 
 
-def inner_models(path: Path) -> list[Path]:
-    """Return the folders with weights that lie one or two levels below a folder."""
-    level = [p for p in _children(path) if p.is_dir()]
-    below = [q for p in level for q in _children(p) if q.is_dir()]
-    return [p for p in (*level, *below) if _holds_weights(p)]
+def nested_adapters(folder: Folder) -> list[str]:
+    """Return the subfolders that hold an adapter each, as PEFT saves several."""
+    ends = f"/{adapter.CONFIG}"
+    return [name.removesuffix(ends) for name in folder.nested if name.endswith(ends) and name.count("/") == 1]
+
+
+def refuse_several(folder: Folder) -> None:
+    """Raise if a folder holds several adapters, each in a subfolder.
+
+    Raises:
+        CheckpointError: It says which, and how one is named.
+    """
+    if nested := nested_adapters(folder):
+        raise CheckpointError(
+            f"{folder.where} holds several adapters: {some(nested)}. Say which by its folder, or its name after #, "
+            f"such as {folder.below(nested[0]).where}."
+        )
+
+
+def refuse_without_weights(folder: Folder) -> NoReturn:
+    """Say what a folder without weights holds instead.
+
+    Raises:
+        CheckpointError: Always: it names another format, or subfolders that are models.
+    """
+    refuse_format(folder.where, folder.names)
+    refuse_several(folder)
+    ends = tuple(end for _, suffixes in KINDS for end in suffixes)
+    inner = sorted({name.rpartition("/")[0] for name in folder.nested if name.endswith((*ends, "/.metadata"))})
+    advice = f"Its subfolders do: {some(inner)}. Open one of them." if inner else "Is this the right model?"
+    raise CheckpointError(f"{folder.where!r} holds no weights ({', '.join(ends)}). {advice}")
 
 
 def trainer_state(path: Path) -> dict[str, Any]:
@@ -131,12 +154,6 @@ def trainer_state(path: Path) -> dict[str, Any]:
     if place == path or path.stem in USUAL:
         return read_object(LocalFolder(place), STATE) or {}
     return {}
-
-
-def some(names: Sequence[str]) -> str:
-    """Return the first of some names in words."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(printable(name, 60) for name in names[:SHOWN]) + more or "nothing"
 
 
 def _children(path: Path) -> list[Path]:

@@ -195,7 +195,8 @@ class LocalFolder:
             raise CheckpointError(f"cannot list {self.where!r}: {error.strerror}.") from error
         whole = real_path(path)
         # the hub's cache keeps a version's files as links to what all versions share
-        self._inside = (whole, whole.parents[1] / "blobs") if whole.parent.name == "snapshots" else (whole,)
+        versions = [place for place in (whole, *whole.parents[:DEEPEST]) if place.parent.name == "snapshots"]
+        self._inside = (whole, *(version.parents[1] / "blobs" for version in versions))
 
     @property
     def nested(self) -> list[str]:
@@ -207,6 +208,10 @@ class LocalFolder:
             folders[:] = [] if ends else sorted(f for f in folders if not f.startswith((".", "__pycache__")))
             found += [(below / name).as_posix() for name in sorted(files) if below.parts]
         return found
+
+    def below(self, name: str) -> LocalFolder:
+        """Return a subfolder as a folder of its own."""
+        return LocalFolder(self.path / name)
 
     def read_bytes(self, name: str) -> bytes:
         """Return the content of a small file."""
@@ -241,6 +246,10 @@ CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
 TORCH = "pytorch_model.bin"
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+GGUF = ".gguf"
+KINDS = ((SAFETENSORS, (".safetensors",)), (TORCH, TORCH_SUFFIXES), (f"model{GGUF}", (GGUF,)))
+"""Weights by kind, the preferred one first: a file that is not sharded, and how the names of others end."""
+
 TRAINER = (
     "training_args",
     "optim",
@@ -287,6 +296,10 @@ class Folder(Protocol):
         """Files of its subfolders, with slashes."""
         ...
 
+    def below(self, name: str) -> Folder:
+        """Return a subfolder as a folder of its own."""
+        ...
+
     def read_bytes(self, name: str) -> bytes:
         """Return the content of a small file."""
         ...
@@ -307,10 +320,12 @@ class Shards:
     Attributes:
         files: Their names.
         tensors: Names of tensors that an index promises; empty without an index.
+        index: The name of that index.
     """
 
     files: list[str]
     tensors: Iterable[str] = ()
+    index: str | None = None
 
 
 def open_safetensors(file: ByteFile) -> tuple[Checkpoint, dict[str, str]]:
@@ -353,6 +368,12 @@ def open_shards(folder: Folder, shards: Shards) -> Checkpoint:
     return joined
 
 
+def find_weights(folder: Folder) -> Shards:
+    """Return the files that make up a folder's model, of the kind that is preferred; none if there are no weights."""
+    found = (find_shards(folder, single, suffixes) for single, suffixes in KINDS)
+    return next((one for one in found if one.files), Shards([]))
+
+
 def find_shards(folder: Folder, single: str, suffixes: tuple[str, ...]) -> Shards:
     """Return the files that make up a folder's model: the single one, those of the index, or all there are.
 
@@ -369,7 +390,7 @@ def find_shards(folder: Folder, single: str, suffixes: tuple[str, ...]) -> Shard
         return Shards([single])
     if index in folder.names:
         weight_map = parse_index(folder.read_bytes(index), f"{folder.where}, {index}")
-        shards = Shards(list(dict.fromkeys(weight_map.values())), weight_map)
+        shards = Shards(list(dict.fromkeys(weight_map.values())), weight_map, index)
     else:
         found = [n for n in folder.names if n.endswith(suffixes) and not n.startswith(TRAINER)]
         shards = Shards([n for n in found if not n.startswith("adapter_")])

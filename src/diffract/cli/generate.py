@@ -328,7 +328,7 @@ def _typed(parameter: Parameter, command: Command) -> inspect.Parameter:
     if parameter.argument:
         kind, shown = list[kind] if parameter.many else kind, typer.Argument(metavar=metavar, help=text)
     else:
-        flag = f"--{name.replace('_', '-')}"
+        flag = f"--{name.rstrip('_').replace('_', '-')}"  # Python's own words take an underscore
         flags = [f"{flag}/--no-{flag[2:]}" if default is True else flag, *filter(None, [SHORT.get(name)])]
         shown = typer.Option(*flags, metavar=metavar or None, help=text, min=command.least.get(name))
     if parameter.kind == "names":
@@ -383,7 +383,7 @@ def carry_out(command: Command, taken: Sequence[Parameter], given: Given) -> Non
 def _require_output(command: Command, given: Given) -> None:
     """Say that a place is missing before hours of work, not after."""
     where = command.metavars.get("output", METAVARS["output"])
-    if given.get("output") is not None or given.get("audit"):
+    if "output" not in given or given["output"] is not None or given.get("audit"):
         return
     if given.get("vectors"):
         raise RunError(f"--vectors needs a place for them. Pass -o {where}.")
