@@ -19,6 +19,8 @@ from diffract.checkpoints.fetch import fetch
 from diffract.checkpoints.hub import HEAD_BYTES
 from diffract.cli.main import app
 from diffract.errors import CheckpointError, SelectionError
+from diffract.evaluate.model import load_model
+from tiny_llama import llama_tensors, save_llama
 
 COMMIT = "c0ffee" + "0" * 34
 
@@ -137,3 +139,14 @@ def test_the_command(hub: Any, published: int) -> None:
     done = CliRunner().invoke(app, ["fetch", "org/model", "--dry-run", "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["fetch_bytes"] == published
+
+
+def test_evaluation_loads_a_folder_of_a_repository(hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    local = save_llama(tmp_path / "model", llama_tensors(0))
+    hub.repos["org/model"] = {f"last/{p.name}": p.read_bytes() for p in local.iterdir()}
+    expected = load_model(str(local), torch.device("cpu"), "auto").state_dict()
+    for offline in (False, True):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        found = load_model("org/model/last@v1", torch.device("cpu"), "auto").state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -29,7 +29,7 @@ from blake3 import blake3
 from diffract.checkpoints.checkpoint import Checkpoint, Range, as_bytes, from_bytes, row_blocks, start_digest
 from diffract.checkpoints.companions import find_companions
 from diffract.checkpoints.header import ITEMSIZES, TensorInfo, check_numbers
-from diffract.checkpoints.sources import ByteFile, Folder, LocalFolder, read_object
+from diffract.checkpoints.sources import ByteFile, Folder, read_config, read_object
 from diffract.errors import CheckpointError, printable
 
 if TYPE_CHECKING:
@@ -313,15 +313,14 @@ def open_delta(folder: Folder, base: Checkpoint, *, owns_base: bool) -> Checkpoi
     except BaseException:
         file.close()
         raise
-    companions = find_companions(LocalFolder(folder.path / FILES)) if isinstance(folder, LocalFolder) else {}
-    config = read_object(LocalFolder(folder.path / FILES), "config.json") if isinstance(folder, LocalFolder) else {}
+    beside = folder.below(FILES)
     return Checkpoint(
         folder.where,
         infos,
         sources,
-        config=config or {},
+        config=read_config(beside),
         base_reference=base.reference,
-        companions=companions,
+        companions=find_companions(beside),
         notes=(f"A delta over {printable(base.reference)}.",),
     )
 

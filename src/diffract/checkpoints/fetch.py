@@ -67,8 +67,8 @@ def fetch(*refs: str, for_: str | None = None, dry_run: bool = False, say: Calla
     total = sum(one.fetch_bytes for one in found)
     if not dry_run:
         _refuse_full_disk(total)
-        for folder in folders.values():
-            say(f"{folder.where}: {download(folder, companions=companions)}")
+        for folder, one in zip(folders.values(), found, strict=True):
+            say(f"{folder.where}: {download(folder, one.files)}")
     return {"models": [asdict(one) for one in found], "fetch_bytes": total, "fetched": not dry_run}
 
 

@@ -6,7 +6,7 @@ What already lies in the cache of the hub's client is read there.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from glob import escape
@@ -17,6 +17,7 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from diffract._version import __version__
+from diffract.checkpoints import delta
 from diffract.checkpoints.adapter_parts import CONFIG as ADAPTER
 from diffract.checkpoints.adapter_parts import FILES
 from diffract.checkpoints.companions import find_companions
@@ -250,40 +251,41 @@ def cached_version(repo: str, revision: str | None = None, folder: str = "") -> 
     return found if re.fullmatch(r"[0-9a-f]{40}", name) and found.is_dir() else None
 
 
-def wanted_files(folder: HubFolder, *, companions: bool = True) -> list[str]:
-    """Return which files of a version are fetched: those that opening it reads, weights and configuration.
+def wanted_files(folder: HubFolder, *, weights: bool = True, companions: bool = True) -> list[str]:
+    """Return which files of a version are fetched.
 
     Args:
         folder: The version.
-        companions: Also the tokenizer, and all else that belongs to the model and that an edited one keeps.
+        weights: Those that are read when it is opened, of one kind only.
+        companions: Tokenizer, and all else that belongs to the model and that an edited one keeps.
 
     Raises:
-        CheckpointError: It holds no weights, or not all of them.
+        CheckpointError: Weights are wanted, and it holds none, or not all of them.
     """
-    weights = find_weights(folder)
-    factors = next((name for name in FILES if name in folder.names), None) if ADAPTER in folder.names else None
-    if not weights.files and not factors:
-        refuse_without_weights(folder)
-    read = [*weights.files, factors, weights.index, CONFIG, ADAPTER]
-    return sorted({name for name in read if name in folder.names} | set(find_companions(folder) if companions else ()))
+    read: list[str | None] = [CONFIG, ADAPTER, delta.INDEX]
+    if weights and delta.INDEX in folder.names:
+        read += [delta.BLOCKS, *(name for name in folder.nested if name.startswith(f"{delta.FILES}/"))]
+    elif weights:
+        found = find_weights(folder)
+        factors = next((name for name in FILES if name in folder.names), None) if ADAPTER in folder.names else None
+        if not found.files and not factors:
+            refuse_without_weights(folder)
+        read += [*found.files, found.index, factors]
+    return sorted({name for name in read if name in folder.files} | set(find_companions(folder) if companions else ()))
 
 
-def download(folder: HubFolder, *, companions: bool = True) -> Path:
-    """Fetch what is wanted of a version into the cache of the hub's client; what is there is kept.
-
-    Args:
-        folder: The version.
-        companions: As of ``wanted_files``.
+def download(folder: HubFolder, files: Sequence[str]) -> Path:
+    """Fetch files of a version into the cache of the hub's client; what is there is kept.
 
     Returns:
         The folder in the cache.
 
     Raises:
         UnreachableError: The hub does not answer any longer.
-        CheckpointError: It holds no weights, or they cannot be fetched.
+        CheckpointError: They cannot be fetched.
     """
-    patterns = [escape(folder.within + name) for name in wanted_files(folder, companions=companions)]
-    # by the revision that was asked for, so that the cache knows it by that name where there is no network
+    patterns = [escape(folder.within + name) for name in files]
+    # By the revision that was asked for, so that the cache knows it by that name where there is no network.
     fetch = partial(snapshot_download, folder.repo, revision=folder.revision, allow_patterns=patterns)
     return Path(patiently(folder.where, fetch)) / folder.within
 

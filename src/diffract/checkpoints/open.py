@@ -176,14 +176,14 @@ def _open_memory(reference: Any) -> Checkpoint:
 
 
 def _open_hub(name: HubName, how: _How) -> Checkpoint:
-    from diffract.checkpoints.hub import download, find_hub_folder
+    from diffract.checkpoints.hub import download, find_hub_folder, wanted_files
     from diffract.checkpoints.patience import UnreachableError
 
     try:
         folder = find_hub_folder(*name)
         if not how.download:
             return _open_folder(folder, how)
-        path = download(folder)
+        path = download(folder, wanted_files(folder))
     except UnreachableError as error:
         return _open_cached(name, how, error)
     return replace(_open_folder(LocalFolder(path), how), reference=folder.where)
@@ -209,8 +209,12 @@ def _open_cached(name: HubName, how: _How, unreachable: CheckpointError) -> Chec
     return replace(found, reference=reference, notes=(*found.notes, note))
 
 
-def local_place(reference: str) -> str:
+def local_place(reference: str, *, weights: bool = True) -> str:
     """Return a name on the hub as the folder in its client's cache, fetched if need be; any other text as it is.
+
+    Args:
+        reference: ``org/name@revision``, a path, or what only transformers knows.
+        weights: Fetch the weights too, not the configuration and the tokenizer alone.
 
     Raises:
         CheckpointError: There is no such model, or it can neither be fetched nor lies in the cache.
@@ -218,11 +222,12 @@ def local_place(reference: str) -> str:
     name = parse_hub_name(reference)
     if name is None:
         return reference
-    from diffract.checkpoints.hub import cached_version, download, find_hub_folder
+    from diffract.checkpoints.hub import cached_version, download, find_hub_folder, wanted_files
     from diffract.checkpoints.patience import UnreachableError
 
     try:
-        return str(download(find_hub_folder(*name)))
+        folder = find_hub_folder(*name)
+        return str(download(folder, wanted_files(folder, weights=weights)))
     except UnreachableError:
         path = cached_version(*name)
         if path is None:
@@ -421,13 +426,15 @@ def _adapter_base(folder: Folder, settings: Settings) -> str | Path:
 
 
 def base_of(reference: str | Path) -> str | Path | None:
-    """Return what an adapter's folder names as its base, ``None`` for anything else and where it names none."""
+    """Return what an adapter's or a delta's folder names as its base, ``None`` without one."""
     path = Path(reference).expanduser()
     return base_within(LocalFolder(path)) if path.is_dir() else None
 
 
 def base_within(folder: Folder) -> str | Path | None:
-    """Return what an adapter in a folder names as its base, ``None`` without an adapter and where it names none."""
+    """Return what an adapter or a delta in a folder names as its base, ``None`` without one."""
+    if delta.INDEX in folder.names:
+        return delta.delta_base(folder)
     config = read_object(folder, adapter.CONFIG)
     if config is None or not Settings(config, folder.where).base:
         return None

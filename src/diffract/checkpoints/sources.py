@@ -251,23 +251,9 @@ KINDS = ((SAFETENSORS, (".safetensors",)), (TORCH, TORCH_SUFFIXES), (f"model{GGU
 """Weights by kind, the preferred one first: a file that is not sharded, and how the names of others end."""
 
 TRAINER = (
-    "training_args",
-    "optim",
-    "train.pt",
-    "train_state",
-    "trainer_state",
-    "training_state",
-    "recipe_state",
-    "zero_pp_rank_",
-    "bf16_zero_pp_rank_",
-    "fp16_zero_pp_rank_",
-    "scheduler",
-    "lr_scheduler",
-    "scaler",
-    "sampler",
-    "rng_state",
-    "random_states",
-    "global_step",
+    *("training_args", "optim", "scheduler", "lr_scheduler", "scaler", "sampler", "rng_state", "random_states"),
+    *("train.pt", "train_state", "trainer_state", "training_state", "recipe_state", "global_step"),
+    *("zero_pp_rank_", "bf16_zero_pp_rank_", "fp16_zero_pp_rank_"),
 )
 """How files begin that a training run leaves beside the weights."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from diffract.checkpoints import open_checkpoint
 from diffract.checkpoints.configurations import own_attention, refuse_far_tokens
-from diffract.checkpoints.open import STACK_LIMIT, base_of
+from diffract.checkpoints.open import STACK_LIMIT, base_of, local_place
 from diffract.engine import choose_device
 from diffract.errors import CheckpointError, DiffractError, choose, printable
 
@@ -24,14 +23,12 @@ PIP = "pip install 'diffract-llm[train]'"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-_HUB = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?:@(?P<revision>[!-?A-~]+))?", re.ASCII)
-
 
 def load_model(ref: str, device: torch.device, dtype: str) -> torch.nn.Module:
     """Load a causal language model.
 
-    A folder with a config and a name on the hub are transformers' own business; an adapter is merged into its base, as
-    everywhere in diffract, and rounded to its dtype.
+    A folder with a config is transformers' own business; an adapter is merged into its base, as everywhere in diffract,
+    and rounded to its dtype. A model on the hub is fetched whole.
 
     Args:
         ref: A folder, ``org/name@revision``, or an adapter.
@@ -45,8 +42,8 @@ def load_model(ref: str, device: torch.device, dtype: str) -> torch.nn.Module:
     choose("dtype", dtype, ["auto", *DTYPES])
     chosen = DTYPES.get(dtype, "auto" if device.type != "cpu" else torch.float32)
     with _explained(ref, "model"):
-        own = _own_place(ref)
-        model, lost = _from_checkpoint(ref, chosen) if own is None else _from_transformers(own, chosen)
+        place = local_place(ref)
+        model, lost = (_from_transformers if _is_whole(place) else _from_checkpoint)(place, chosen)
         if lost:
             raise CheckpointError(
                 f"{printable(ref)}: {len(lost)} tensors of the model are missing or have another shape, the first is "
@@ -64,34 +61,28 @@ def load_tokenizer(ref: str) -> Any:
     with _explained(ref, "tokenizer"):
         from transformers import AutoTokenizer
 
+        path = Path(local_place(ref, weights=False)).expanduser()
         for _ in range(STACK_LIMIT):
-            path = Path(ref).expanduser()
             if next(path.glob("tokenizer*"), None) is None and (base := base_of(path)) is not None:
-                ref = str(base)  # an adapter is often saved without one
-        place, options = _own_place(ref) or (str(Path(ref).expanduser()), {})
-        found: Any = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
+                path = Path(local_place(str(base), weights=False)).expanduser()  # it is often saved without one
+        found: Any = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
         refuse_far_tokens(found.get_vocab(), ref)
         return found
 
 
-def _own_place(ref: str) -> tuple[str, dict[str, Any]] | None:
-    """Return what transformers is asked for, or ``None`` where diffract has to read the weights."""
-    path = Path(ref).expanduser()
-    if path.is_dir():
-        whole = (path / "config.json").is_file() and not (path / "adapter_config.json").is_file()
-        return (str(path), {}) if whole else None
-    match = None if path.exists() else _HUB.fullmatch(ref)
-    if match is None:
-        return None
-    return match["repo"], {"revision": match["revision"]} if match["revision"] else {}
+def _is_whole(place: str) -> bool:
+    """Whether transformers can load what lies in a place by itself."""
+    path = Path(place).expanduser()
+    return (path / "config.json").is_file() and not (path / "adapter_config.json").is_file()
 
 
-def _from_transformers(place: tuple[str, dict[str, Any]], dtype: Any) -> tuple[Any, list[str]]:
+def _from_transformers(place: str, dtype: Any) -> tuple[Any, list[str]]:
     from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-    own = own_attention(PreTrainedConfig.get_config_dict(place[0], **place[1])[0], place[0])
+    place = str(Path(place).expanduser())
+    own = own_attention(PreTrainedConfig.get_config_dict(place)[0], place)
     found: Any = AutoModelForCausalLM.from_pretrained(
-        place[0], dtype=dtype, trust_remote_code=False, output_loading_info=True, **own, **place[1]
+        place, dtype=dtype, trust_remote_code=False, output_loading_info=True, **own
     )
     return found[0], _lost(found[1])
 

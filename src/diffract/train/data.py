@@ -13,7 +13,7 @@ import blake3
 import numpy as np
 
 from diffract.checkpoints.configurations import refuse_far_tokens
-from diffract.checkpoints.open import parse_hub_name
+from diffract.checkpoints.open import local_place
 from diffract.corpora import read_documents, source_files
 from diffract.errors import CorpusError, RecipeError, printable
 from diffract.store import cache_folder, whole_file, write_text
@@ -196,9 +196,8 @@ def load_tokenizer(named: str) -> PreTrainedTokenizerFast:
     """
     from transformers import AutoTokenizer
 
-    name, revision = parse_hub_name(named) or (named, None)
     try:
-        found: Any = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        found: Any = AutoTokenizer.from_pretrained(local_place(named, weights=False), trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain ones for what is wrong in a file
         raise RecipeError(f"no tokenizer can be loaded from {printable(named)!r}: {printable(error)}.") from error
     refuse_far_tokens(found.get_vocab(), named)

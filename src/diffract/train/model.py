@@ -15,7 +15,7 @@ from torch import Tensor
 from diffract.checkpoints import open_checkpoint
 from diffract.checkpoints.configurations import own_attention
 from diffract.checkpoints.dtypes import TORCH_DTYPES
-from diffract.checkpoints.open import parse_hub_name
+from diffract.checkpoints.open import local_place
 from diffract.errors import RecipeError, printable, suggest
 from diffract.train.recipe import TrainRecipe
 
@@ -42,12 +42,10 @@ def make_model(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerFast) -> PreTr
         own_attention(recipe.model.config or {}, "model.config")
         with _explained("model.config"):
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    name, revision = parse_hub_name(recipe.model.init) or (recipe.model.init, None)
     with _explained("model.init"):
-        own = own_attention(PreTrainedConfig.get_config_dict(name, revision=revision)[0], name)
-        return AutoModelForCausalLM.from_pretrained(
-            name, revision=revision, dtype=torch.float32, trust_remote_code=False, **own
-        )
+        place = local_place(recipe.model.init)
+        own = own_attention(PreTrainedConfig.get_config_dict(place)[0], place)
+        return AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, trust_remote_code=False, **own)
 
 
 def make_config(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
@@ -62,9 +60,8 @@ def make_config(recipe: TrainRecipe, tokenizer: PreTrainedTokenizerFast) -> PreT
     from transformers import AutoConfig
 
     if recipe.model.init is not None:
-        name, revision = parse_hub_name(recipe.model.init) or (recipe.model.init, None)
         with _explained("model.init"):
-            config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(local_place(recipe.model.init, weights=False), trust_remote_code=False)
     else:
         config = _new_config(recipe, tokenizer)
     _check_fit(config, tokenizer, recipe.context)
