@@ -20,7 +20,7 @@ from diffract.checkpoints.hub import HEAD_BYTES
 from diffract.cli.main import app
 from diffract.errors import CheckpointError, SelectionError
 from diffract.evaluate.model import load_model
-from tiny_llama import llama_tensors, save_llama
+from tiny_language_model import tiny_model
 
 COMMIT = "c0ffee" + "0" * 34
 
@@ -142,7 +142,8 @@ def test_the_command(hub: Any, published: int) -> None:
 
 
 def test_evaluation_loads_a_folder_of_a_repository(hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    local = save_llama(tmp_path / "model", llama_tensors(0))
+    local = tmp_path / "model"
+    tiny_model().save_pretrained(local)
     hub.repos["org/model"] = {f"last/{p.name}": p.read_bytes() for p in local.iterdir()}
     expected = load_model(str(local), torch.device("cpu"), "auto").state_dict()
     for offline in (False, True):

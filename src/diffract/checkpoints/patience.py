@@ -73,6 +73,7 @@ def patiently(where: str, ask: Callable[[], T]) -> T:
                     told = f"{where}: {endpoint()} asks to wait; asking again in {seconds:.0f} s."
                     warnings.warn(told, DiffractWarning, stacklevel=2)
                 time.sleep(seconds)
+        # The last attempt stands behind the loop, where its error is not caught.
         return ask()
 
 
@@ -87,6 +88,7 @@ def _pause(error: BaseException, attempt: int) -> float | None:
     if not isinstance(error, HfHubHTTPError) or error.response.status_code not in BUSY:
         return None
     asked = _retry_after(error.response.headers)
+    # Whoever asks to be left alone for longer is not waited for.
     return 2**attempt if asked is None else asked if asked <= LONGEST_WAIT else None
 
 

@@ -355,7 +355,10 @@ def open_shards(folder: Folder, shards: Shards) -> Checkpoint:
 
 
 def find_weights(folder: Folder) -> Shards:
-    """Return the files that make up a folder's model, of the kind that is preferred; none if there are no weights."""
+    """Return the files that make up a folder's model, of the kind that is preferred; none if there are no weights.
+
+    Of one kind only: repositories often hold the same weights twice.
+    """
     found = (find_shards(folder, single, suffixes) for single, suffixes in KINDS)
     return next((one for one in found if one.files), Shards([]))
 
