@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffract.errors import SelectionError
+from diffract.errors import SelectionError, choose
 
 if TYPE_CHECKING:
     from diffract.analysis import Options, Request
@@ -162,7 +162,7 @@ def compare(
     options = _options(locals())
     if not tuned:
         raise SelectionError("compare needs a base and at least one tuned checkpoint. Use scan for one alone.")
-    how = {"allow_unmatched": allow_unmatched or "unmatched" in allow}
+    how = {"allow_unmatched": allow_unmatched or _allows_unmatched(allow)}
     return _analysed(Request("compare", [base, *tuned], options, how), output, shard=shard, force=force)
 
 
@@ -235,7 +235,7 @@ def trajectory(
     """
     from diffract.analysis import Request
 
-    how = {"by": by, "against": against, "allow_unmatched": allow_unmatched or "unmatched" in allow}
+    how = {"by": by, "against": against, "allow_unmatched": allow_unmatched or _allows_unmatched(allow)}
     return _analysed(Request("trajectory", refs, _options(locals()), how), output, shard=shard, force=force)
 
 
@@ -292,8 +292,16 @@ def heads(
     options = _options(locals())
     if not tuned:
         raise SelectionError("heads needs a base and at least one tuned checkpoint.")
-    how = {"projections": projections, "allow_unmatched": allow_unmatched or "unmatched" in allow}
+    how = {"projections": projections, "allow_unmatched": allow_unmatched or _allows_unmatched(allow)}
     return _analysed(Request("heads", [base, *tuned], options, how), output, shard=shard, force=force)
+
+
+def _allows_unmatched(allow: Sequence[str]) -> bool:
+    from diffract.settings import PERMISSIONS
+
+    for name in allow:
+        choose("permission", name, PERMISSIONS)
+    return "unmatched" in allow
 
 
 def lineage(

@@ -24,6 +24,9 @@ STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, 
 METRIC_ENTRY_POINTS = "diffract.metrics"
 """Entry point group in which packages name metrics of their own."""
 
+PERMISSIONS = ("strangers", "tokenizers", "unmatched")
+"""What ``--allow`` may name where models meet; where weights are taken from another model also a key of config.json."""
+
 MOST_IN_ROW = 1000
 """Numbers that ``FROM:TO:STEP`` may come to: more are a slip of the pen."""
 

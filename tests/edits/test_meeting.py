@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import diffract
 from diffract.edits import Interpolate, LiveModel, Merge, Rewind, Truncate, preview
 from diffract.edits.to_files import apply, verify
-from diffract.errors import CheckpointError
+from diffract.errors import CheckpointError, SelectionError
 from edit_cases import Tensors, as_module, assert_bits, edit, edited, read
 
 LLAMA: dict[str, Any] = {
@@ -152,6 +153,27 @@ def test_a_stranger_is_refused_by_name(name: str, tmp_path: Path) -> None:
         edited(tmp_path / "out", model, *steps, **recipe, allow="stranger")
     done = edited(tmp_path / "out", model, *steps, **recipe, allow=["strangers"])
     assert done.manifest["recipe"]["allow"] == "strangers"
+
+
+def test_a_permission_that_nothing_asks_for_is_said_and_one_that_never_can_is_refused(tmp_path: Path) -> None:
+    base = llama()
+    model, tuned = saved(tmp_path / "base", base), saved(tmp_path / "tuned", tuned_from(base), rms_norm_eps=1e-5)
+    step = {"interpolate": {"with": str(tuned), "at": 0.5}}
+    said = "Nothing to allow: strangers, rms_norm_eps, rope_theta."
+    allow = ["strangers", "rms_norm_eps", "rope_theta"]  # rms_norm_eps is a key of one of the two alone
+    assert edited(tmp_path / "out", model, step, allow=allow).manifest["notes"][-1] == said
+    assert preview({"model": str(model), "steps": [step], "allow": allow}).notes[-1] == said
+    for name, near in (("stranger", "Did you mean 'strangers'"), ("no_such_key", "Known: strangers, tokenizers")):
+        with pytest.raises(SelectionError, match=f"unknown permission '{name}'.*{near}"):
+            edited(tmp_path / "other", model, step, allow=name)
+        with pytest.raises(SelectionError, match="unknown permission"):  # without another model nothing can be allowed
+            preview({"model": str(model), "steps": [{"laser": {"select": "mlp.up", "keep": 0.5}}], "allow": name})
+        with pytest.raises(SelectionError, match="unknown permission"):
+            LiveModel(as_module(base, **LLAMA), allow=[name]).apply(Interpolate(other=as_module(base, **LLAMA), at=1.0))
+        for compare in (diffract.compare, diffract.heads, diffract.trajectory):
+            with pytest.raises(SelectionError, match=rf"permission.*{name}"):
+                compare(model, tuned, allow=[name])
+    assert not (tmp_path / "other").exists()
 
 
 def test_one_error_has_all_reasons_of_all_models(tmp_path: Path) -> None:

@@ -103,3 +103,12 @@ def test_models_that_cannot_be_mixed(tmp_path: Path) -> None:
     tokenizer.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="have different tokenizers: their tokens do not mean the same"):
         connect(BASE, f"math={tmp_path / 'other'}", f"text={NATURAL}", eval="math", limit=2)
+    asked: dict[str, Any] = {"eval": "math", "limit": 2, "budget": 4, "steps": 3}
+    with pytest.raises(SelectionError, match=r"unknown permission 'tokenizer'.*Did you mean 'tokenizers'"):
+        connect(BASE, f"math={MATH}", f"text={NATURAL}", allow=["tokenizer"], dry_run=True, **asked)
+    found = connect(BASE, f"math={MATH}", f"text={NATURAL}", allow=["tokenizers"], **asked)
+    assert isinstance(found, Run)
+    assert "Nothing to allow: tokenizers." in found.manifest["warnings"]
+    mixed = connect(BASE, f"math={tmp_path / 'other'}", f"text={NATURAL}", allow=["tokenizers"], **asked)
+    assert isinstance(mixed, Run)
+    assert not any("Nothing to allow" in warning for warning in mixed.manifest["warnings"])

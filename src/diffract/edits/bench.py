@@ -18,7 +18,7 @@ from diffract.edits.edit import Edit, Planned
 from diffract.edits.mixing import interpolate
 from diffract.errors import CheckpointError, printable, suggest
 from diffract.matrices import Entry, Layout, Matrix, lay_out, parse_selection, regrouped_like, select
-from diffract.matrices.meeting import STRANGERS, Meeting, Objection, Vocabulary, meet
+from diffract.matrices.meeting import STRANGERS, Meeting, Objection, Permissions, Vocabulary, meet
 
 T = TypeVar("T")
 
@@ -126,6 +126,7 @@ class Bench:
         inputs: Every checkpoint that was opened, by what it was called; the model first.
         kept: For each other checkpoint what was not taken from it or not used of it, by name, with the reason.
         notes: What a reader of the outcome should know, in sentences.
+        permissions: What is allowed though it speaks against taking weights from another model.
     """
 
     def __init__(
@@ -150,12 +151,13 @@ class Bench:
             record: Note the digests of what is read.
         """
         self._record = record
-        self._allow = frozenset(allow)
+        self.permissions = Permissions(allow)
         self._vocabulary: Vocabulary = vocabulary
         self._opened = ExitStack()
         self._adapter_base = adapter_base
         self._architecture = architecture
         self._made: dict[Hashable, Any] = {}
+        self._configs: list[Mapping[str, Any]] = []
         self.inputs: dict[str, Input] = {}
         self.kept: dict[str, dict[str, str]] = {}
         self.notes: list[str] = []
@@ -227,7 +229,9 @@ class Bench:
             CheckpointError: They are strangers, and that is not allowed.
         """
         checkpoint, met = self._met(reference)
-        apart = [o for o in met.objections if o.option == f"--allow {STRANGERS}" and STRANGERS not in self._allow]
+        apart = [
+            o for o in met.objections if o.option == f"--allow {STRANGERS}" and not self.permissions.allows(STRANGERS)
+        ]
         self._refuse([(checkpoint, apart)])
         return met.names, checkpoint
 
@@ -244,7 +248,7 @@ class Bench:
 
     def _objections(self, met: Meeting, asked: Collection[str], *, chosen: bool) -> Iterator[Objection]:
         for objection in met.against(asked, chosen=chosen, vocabulary=self._vocabulary):
-            if (objection.option or "").removeprefix("--allow ") not in self._allow:
+            if not self.permissions.allows((objection.option or "").removeprefix("--allow ")):
                 yield objection
 
     def _refuse(self, found: Sequence[tuple[Checkpoint, list[Objection]]]) -> None:
@@ -258,7 +262,7 @@ class Bench:
         if None not in options:
             text += f" Take models of one origin; or, to do it all the same, pass {' '.join(map(str, options))}."
         needed = [str(option).removeprefix("--allow ") for option in options if option]
-        near = {word: suggest(word, needed) for word in sorted(self._allow)}
+        near = {word: suggest(word, needed) for word in self.permissions.names}
         raise CheckpointError(text + next((hint for hint in near.values() if hint), ""))
 
     def entries(self) -> dict[str, Entry]:
@@ -282,6 +286,8 @@ class Bench:
             planned = edit.plan(self, draft)
             plans.append((edit, planned))
             draft = draft.then(planned.changes)
+        if plans:  # only now are all models open whose keys may be allowed
+            self.permissions.check(self._configs)
         return draft, plans
 
     def remember(self, key: Hashable, make: Callable[[], T]) -> T:
@@ -304,6 +310,7 @@ class Bench:
         checkpoint = open_checkpoint(reference, base=self._adapter_base)
         if checkpoint is not reference:
             self._opened.callback(checkpoint.close)
+        self._configs.append(checkpoint.config)
         if not self._record:
             return checkpoint
         checkpoint, recorder = recorded(checkpoint)

@@ -87,7 +87,7 @@ def apply(
             "inputs": {label: found.digests() for label, found in bench.inputs.items()},
             "outputs": dict(written.outputs),
             "kept": bench.kept,
-            "notes": bench.notes,
+            "notes": [*bench.notes, *bench.permissions.unneeded()],
         }
         stored = {name: digest for part in written.outputs.values() for name, digest in part.items()}
         equal = [label for label, read in manifest["inputs"].items() if stored.items() <= read.items()]
@@ -256,7 +256,7 @@ def preview(recipe: Recipe | Mapping[str, Any] | str | Path, *, allow: Sequence[
             written_bytes=None if recipe.export is not None else sum(info.size_bytes for info in infos.values()),
             changed_bytes=sum(draft.touched_bytes(name) for name in sizes),
             seconds=_seconds(draft),
-            notes=bench.notes,
+            notes=[*bench.notes, *bench.permissions.unneeded()],
         )
 
 

@@ -6,23 +6,23 @@ each objection has the name that a user allows it by.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from diffract.architectures.dimensions import TEXT_SECTIONS
-from diffract.checkpoints.configurations import compare_configurations, vocabulary
-from diffract.errors import printable
+from diffract.checkpoints.configurations import OFF_IF_SILENT, compare_configurations, vocabulary
+from diffract.errors import SelectionError, printable, suggest
 from diffract.matrices.alike import counterparts, renamed_like
 from diffract.matrices.layout import Layout
 from diffract.matrices.lineage import Lineage, tell_lineage
 from diffract.matrices.pairing import MAY_DIFFER, split_at_layer, stacks, within_layers
+from diffract.settings import PERMISSIONS
 
 Vocabulary = Literal["common", "refuse"]
 """What becomes of tables of tokens that have another number of rows: the common rows are paired, or none."""
 
-TOKENIZERS, UNMATCHED, STRANGERS = "tokenizers", "unmatched", "strangers"
-"""Names of permissions; every key of a configuration is one too."""
+STRANGERS, TOKENIZERS, UNMATCHED = PERMISSIONS
 
 TIE = "tie_word_embeddings"
 
@@ -36,6 +36,45 @@ OTHER_TABLES = ("pos", "type", "seg")
 
 SHOWN, NAMED = 8, 3
 """Tensors that an error lists, and a sentence."""
+
+
+class Permissions:
+    """What a user allows though it speaks against taking weights from another model, and what of it was needed.
+
+    Args:
+        names: ``strangers``, ``tokenizers``, ``unmatched``, or keys of configurations.
+    """
+
+    def __init__(self, names: Collection[str]) -> None:
+        self.names = tuple(dict.fromkeys(names))
+        self._needed = set[str]()
+
+    def allows(self, name: str) -> bool:
+        """Whether something that speaks against it is allowed; asking says that it had to be."""
+        self._needed.add(name)
+        return name in self.names
+
+    def check(self, configs: Iterable[Mapping[str, object]]) -> None:
+        """Refuse names that can be no permission where models with these configurations meet.
+
+        Raises:
+            SelectionError: A name is neither a permission nor a key of a configuration.
+        """
+        keys = {TIE, *OFF_IF_SILENT}
+        for config in configs:
+            keys |= config.keys()
+            keys |= {key for s in TEXT_SECTIONS if isinstance(own := config.get(s), Mapping) for key in own}
+        for name in self.names:
+            if name not in PERMISSIONS and name not in keys:
+                raise SelectionError(
+                    f"unknown permission {printable(name)!r}.{suggest(name, [*PERMISSIONS, *keys])} Known: "
+                    f"{', '.join(PERMISSIONS)}, and keys of the models' config.json."
+                )
+
+    def unneeded(self) -> list[str]:
+        """Say what was allowed though nothing spoke against it, in a sentence if anything was."""
+        names = [name for name in self.names if name not in self._needed]
+        return [f"Nothing to allow: {', '.join(map(printable, names))}."] if names else []
 
 
 class Objection(NamedTuple):

@@ -11,6 +11,7 @@ from typing import Any
 import polars as pl
 import torch
 
+from diffract.checkpoints import open_checkpoint
 from diffract.edits.edit import Edit
 from diffract.edits.to_files import apply
 from diffract.errors import SelectionError
@@ -107,6 +108,7 @@ def run_search(asked: SearchRequest, open_search: Callable[[Stage], QualitySearc
         stage = set_up(asked)
         search = open_search(stage)
         stage.notes += stage.live.bench.notes
+        stage.live.bench.permissions.check(open_checkpoint(model).config for model in search.models.values())
         if asked.write is not None and all(curve.control for curve in search.curves):
             raise SelectionError("only controls are searched, of which none is chosen: there is nothing to write.")
         plan, seconds_each = _planned(stage, search)
@@ -179,7 +181,7 @@ def _manifest(stage: Stage, search: QualitySearch, **told: Any) -> dict[str, Any
         settings=stage.asked.told() | search.told(),
         tokenizer=tokenizer_digest(stage.subject.tokenizer),
         tasks={split: [task.settings() for task in tasks] for split, tasks in stage.tasks.items()},
-        warnings=list(dict.fromkeys(stage.notes)),
+        warnings=list(dict.fromkeys([*stage.notes, *stage.live.bench.permissions.unneeded()])),
         **told,
     )
 

@@ -170,7 +170,7 @@ class Stage:
             return model
         found = load_subject(model, device="cpu", dtype=self.asked.dtype, tokenizer=self.asked.tokenizer)
         same = found.tokenizer.get_vocab() == self.subject.tokenizer.get_vocab()
-        if not same and TOKENIZERS not in self.asked.allow:
+        if not same and not self.live.bench.permissions.allows(TOKENIZERS):
             raise CheckpointError(
                 f"{printable(model)} and {printable(self.subject.name)} have different tokenizers: their tokens do not "
                 "mean the same. Take models of one vocabulary, say with --tokenizer which one is right for all, or "
