@@ -46,6 +46,8 @@ SAME = {
     "eval": "Runs of `diffract eval`",
     "search rewind": "Runs of `diffract search rewind`",
     "search truncate": "Runs of `diffract search truncate`",
+    "search directions": "Runs of `diffract search directions`",
+    "search svf": "Runs of `diffract search svf`",
     "connect": "Runs of `diffract connect`",
     "study": "Runs of `diffract study run`",
 }

@@ -46,7 +46,9 @@ A search of heads or directions
 ``effects``  of heads: one row per head, what rewinding it alone gains, and what the cheaper orders go by
 ``orders``   of heads: one row per order, how well its scores rank heads as measured effects do
 
-A search for factors has ``factors`` too: one row per singular direction or part, and what was learned of it.
+A search for factors has ``points``, ``choice`` and ``items`` too, and
+
+``factors``  one row per singular direction, or whole part, that has a factor: what was learned of it
 
 A search between models has ``paths``, ``pairs``, ``simplex`` and ``items``; a study ``findings`` and ``numbers``.
 
@@ -254,7 +256,7 @@ EFFECTS: dict[str, Any] = {
 }
 """Columns of ``effects``: ``effect`` is the gain of rewinding this head alone on the selection split, with its paired
 interval; ``p`` is two-sided, ``p_holm`` the same for all heads together (Holm). Null where it was not measured. What
-cheaper orders go by: ``magnitude`` is ||W1 - W0||_F of the head, ``reference`` the reference-domain score,
+cheaper orders go by, of what moves with the head alone: ``magnitude`` is ||W1 - W0||_F, ``reference`` the score,
 ``first_order`` the gain that the slope of the loss promises, ``activation`` the root mean square of D x. Effects on
 further tasks follow as ``effect_TASK``.
 """

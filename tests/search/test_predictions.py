@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from diffract.edits import LiveModel, Rewind
-from diffract.edits.heads import Units, find_units
+from diffract.edits.heads import Units, change_norms, find_units
 from diffract.errors import SelectionError
 from diffract.search.predictions import activation_changes, first_order_gains
 from diffract.search.sample import Batch, Sample, sum_of_bits
 from edit_cases import everything_of, family_pair
+
+BLOCK = "model.layers.0.self_attn"
 
 STEP = 3e-3
 CLOSE = 2e-5
@@ -83,6 +85,40 @@ def test_shared_parts_are_split_among_their_owners() -> None:
     alone = [slope(tuned, base, text, units, [name]) for name in ("L0.h0", "L0.h1")]
     shared = together - sum(alone)
     assert gains["L0.h0"] == pytest.approx(alone[0] + shared / 2, abs=CLOSE)
+
+
+def test_on_the_way_back_the_slope_is_that_of_the_place_along_all_of_the_way() -> None:
+    base, tuned = family_pair("llama", torch.float64)
+    live, text, other = LiveModel(tuned), scored_sample(), everything_of(LiveModel(tuned), base)
+    units = find_units(live.bench, "head", None)
+    with live.edited(Rewind(to=base, heads=units.names, amount=0.25)):
+        gains = first_order_gains(tuned, other, units, text, way_back=0.25)
+    found = []
+    for amount in (0.25 + STEP, 0.25 - STEP):
+        with live.edited(Rewind(to=base, heads=units.names, amount=amount)):
+            found.append(bits_per_byte(tuned, text))
+    assert sum(gains.values()) == pytest.approx((found[1] - found[0]) / (2 * STEP), abs=CLOSE)
+
+
+def test_alone_a_head_moves_what_it_shares_with_none() -> None:
+    """Queries and output of the two heads of a group; what both share stays, so that it counts for neither."""
+    base, tuned = family_pair("llama", torch.float64)
+    live, text, other = LiveModel(tuned), scored_sample(), everything_of(LiveModel(tuned), base)
+    units = find_units(live.bench, "head", None)
+    gains = first_order_gains(tuned, other, units.alone(), text)
+    norms = change_norms(units.alone(), live.bench.draft().blocks, other)
+    for name in units.names[:2]:
+        assert gains[name] == pytest.approx(slope(tuned, base, text, units, [name]), abs=CLOSE)
+        number = int(name.removeprefix("L0.h"))
+        change = {
+            p: tuned.state_dict()[f"{BLOCK}.{p}_proj.weight"] - base.state_dict()[f"{BLOCK}.{p}_proj.weight"]
+            for p in "qo"
+        }
+        size = len(change["q"]) // tuned.config.num_attention_heads
+        own = slice(number * size, (number + 1) * size)
+        assert norms[name] ** 2 == pytest.approx(
+            float(change["q"][own].square().sum() + change["o"][:, own].square().sum())
+        )
 
 
 def test_a_step_in_the_direction_of_the_loss_gains_what_is_promised() -> None:

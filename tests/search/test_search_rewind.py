@@ -324,3 +324,22 @@ def test_two_searches_into_one_folder_do_not_mix(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["run.work"]
     with working(asked) as cache:
         assert cache is not None
+
+
+def test_what_lies_beside_decides_and_without_it_that_is_said() -> None:
+    fast: dict[str, Any] = {"order": "magnitude", "eval": "math=word-problems:1", "limit": 3, "fractions": "0,1"}
+    bare = search_rewind(BASE, MATH, **fast)
+    found = search_rewind(BASE, MATH, beside="harder=word-problems:2", keep="kept=word-problems:3", **fast)
+    assert isinstance(bare, Run)
+    assert isinstance(found, Run)
+    assert any(text.startswith("judged without --beside") for text in bare.manifest["warnings"])
+    assert not any("--beside" in text for text in found.manifest["warnings"])
+    assert set(bare.choice["task"]) == {"math"}
+    assert set(found.choice["task"]) == {"harder"}
+    assert found.points["task"].unique(maintain_order=True).to_list() == ["harder", "math", "kept"]
+    told = found.manifest["settings"]
+    assert (told["eval"], told["beside"], told["keep"]) == (
+        "math=word-problems:1",
+        "harder=word-problems:2",
+        "kept=word-problems:3",
+    )

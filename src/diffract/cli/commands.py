@@ -361,7 +361,7 @@ SEARCH = Command(
     functions=(),
     show=experiments.show_search,
     summary=experiments.sum_up_search,
-    metavars={"order": "NAMES", "models": "NAME=MODEL..."},
+    metavars={"order": "NAMES", "models": "NAME=MODEL...", "beside": "TASKS", "keep": "TASKS"},
     least={"limit": 1, "shots": 0},
     label="search",
     unit="evaluations",
@@ -369,7 +369,7 @@ SEARCH = Command(
 """What the searches have in common."""
 
 LEARNED: dict[str, Any] = {
-    "metavars": {"keep": "TASKS", "beside": "TASKS", "rates": "NUMBERS", "controls": "NAMES"},
+    "metavars": {**SEARCH.metavars, "rates": "NUMBERS", "controls": "NAMES"},
     "least": {**SEARCH.least, "passes": 1, "batch_tokens": 1, "tokens": 1, "polish": 0},
 }
 """What is different where a search learns numbers on text."""

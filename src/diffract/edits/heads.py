@@ -95,6 +95,10 @@ class Units:
         parts = tuple(replace(part, place=place) for part, place in there if place is not None)
         return replace(self, names=tuple(name for name in self.names if name not in lost), parts=parts)
 
+    def alone(self) -> Units:
+        """Return what goes with one unit by itself: what several share stays, whatever the rule."""
+        return replace(self, parts=tuple(part for part in self.parts if len(part.owners) == 1))
+
     def chosen(self, names: Collection[str], shared: Shared) -> tuple[TensorPart, ...]:
         """Return the parts that go with some units.
 

@@ -28,6 +28,8 @@ def search_rewind(
     order: str | Sequence[str] | None = None,
     reference: Model | None = None,
     eval: str | Sequence[str] = "math",
+    beside: str | Sequence[str] | None = None,
+    keep: str | Sequence[str] | None = None,
     output: str | Path | None = None,
     fractions: str | Sequence[float] = "0:1:0.125",
     seeds: int = 3,
@@ -61,8 +63,10 @@ def search_rewind(
             ``magnitude``, ``random``, ``first-order``, ``activation``. By default all that can be had. Each is
             taken in reverse too, as a control.
         reference: The base tuned on reference text, which order ``reference`` needs.
-        eval: The tasks that measure quality, as a list or separated by commas. The first decides, the others are
-            reported.
+        eval: The tasks that measure quality, as a list or separated by commas. The first decides, unless there are
+            tasks beside; the others are reported.
+        beside: Tasks of the same domain that training did not see the like of; then the first of them decides.
+        keep: Tasks of what must be kept, which are reported.
         output: The run folder to write. A search that was killed continues when it is started again.
         fractions: The shares of heads that are rewound, as ``FROM:TO:STEP`` or as a list such as ``0,0.1,0.5``.
         seeds: How many random orders stand beside the others.
@@ -110,6 +114,8 @@ def search_rewind(
         models={"base": base, "tuned": tuned},
         live="tuned",
         eval=eval,
+        beside=beside,
+        keep=keep,
         data=data,
         limit=limit,
         shots=shots,
@@ -137,6 +143,8 @@ def search_truncate(
     *,
     rules: str | Sequence[str] | None = None,
     eval: str | Sequence[str] = "math",
+    beside: str | Sequence[str] | None = None,
+    keep: str | Sequence[str] | None = None,
     output: str | Path | None = None,
     fractions: str | Sequence[float] = "0:1:0.125",
     seeds: int = 3,
@@ -173,8 +181,10 @@ def search_truncate(
         rules: The rules that say what is kept, as a list or separated by commas: ``drop``, ``energy``,
             ``donoho-gavish``, ``mp-edge``, and the controls ``tail``, ``random``, ``random-energy``, ``dare-energy``,
             ``dare-bytes``. By default all of them.
-        eval: The tasks that measure quality, as a list or separated by commas. The first decides, the others are
-            reported.
+        eval: The tasks that measure quality, as a list or separated by commas. The first decides, unless there are
+            tasks beside; the others are reported.
+        beside: Tasks of the same domain that training did not see the like of; then the first of them decides.
+        keep: Tasks of what must be kept, which are reported.
         output: The run folder to write. A search that was killed continues when it is started again.
         fractions: The shares of directions that are dropped, as ``FROM:TO:STEP`` or as a list such as ``0,0.1,0.5``.
         seeds: How many of each control by chance stand beside the others.
@@ -214,6 +224,8 @@ def search_truncate(
         models={"base": base, "tuned": tuned},
         live="tuned",
         eval=eval,
+        beside=beside,
+        keep=keep,
         data=data,
         limit=limit,
         shots=shots,

@@ -17,7 +17,9 @@ from diffract.errors import SelectionError, printable
 from diffract.search.sample import Sample, gradients_of, sum_of_bits
 
 
-def first_order_gains(model: torch.nn.Module, base: Other, units: Units, sample: Sample) -> dict[str, float]:
+def first_order_gains(
+    model: torch.nn.Module, base: Other, units: Units, sample: Sample, *, way_back: float = 0.0
+) -> dict[str, float]:
     """Return for each head the gain in bits per byte that the loss's slope promises, positive where rewinding helps.
 
     With L(W) the bits that the model W needs for the sample, by its bytes, the first-order change of rewinding the
@@ -30,6 +32,8 @@ def first_order_gains(model: torch.nn.Module, base: Other, units: Units, sample:
         base: The base W0.
         units: The heads.
         sample: The text that the loss is of.
+        way_back: How far all parts of the model are on their way from W1 to W0 already, below 1: the slope is taken
+            there, along all of the way.
 
     Source: the first-order term of Taylor's formula, as in Molchanov et al. 2017.
     """
@@ -51,7 +55,7 @@ def first_order_gains(model: torch.nn.Module, base: Other, units: Units, sample:
                 along = slope.to(start.dtype) * (start - end)
                 for part in by_tensor[name]:
                     # Summed in 64 bits: the terms have both signs and nearly cancel.
-                    share = -float(along[part.place].sum(dtype=torch.float64)) / len(part.owners)
+                    share = -float(along[part.place].sum(dtype=torch.float64)) / len(part.owners) / (1 - way_back)
                     for owner in part.owners:
                         gains[owner] += share
     return gains

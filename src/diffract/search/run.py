@@ -38,6 +38,11 @@ from diffract.tables import Tables, new_manifest
 PER_ITEM = 1e-9
 """Relative difference of a value that still counts as the same: sums in another order, no other weights."""
 
+JUDGED_ON_TRAINING = (
+    "judged without --beside: on the text that training minimised every edit can only lose; name text of the same "
+    "domain that training did not see the like of"
+)
+
 NUMBERS = ("quality", "low", "high", "gain", "gain_low", "gain_high", "p")
 """What tables say of a chosen point in each split."""
 
@@ -80,6 +85,8 @@ class QualitySearch(ABC):
 
     def choose(self, scorer: Scorer, curves: Sequence[SearchCurve]) -> Rows:
         """Return rows of what is chosen of each curve, with numbers of both splits."""
+        if "beside" not in self.stage.roles.values():
+            self.stage.notes.append(JUDGED_ON_TRAINING)
         return choose_points(scorer, curves, self.stage.asked.tolerance)
 
     def best(self, chosen: Rows) -> Mapping[str, Any] | None:
