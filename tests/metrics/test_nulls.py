@@ -101,6 +101,23 @@ def test_row_norms_do_not_explain_what_column_norms_do() -> None:
     assert turned.select(names).unique().rows() == [(2, 2, 1, 2, 1)]
 
 
+def test_exponents_stand_beside_those_of_noise_of_the_same_norms() -> None:
+    """Log-normal rows alone make a tail of 2.6 where equal ones read 6.7; a spectrum like 1 / sqrt(i) is heavier."""
+    rng = np.random.default_rng(8)
+    scaled = rng.standard_normal((4, 32, 96)) * profile("log-normal")[:32, None]
+    U, _, Vh = np.linalg.svd(rng.standard_normal((32, 96)), full_matrices=False)
+    arrays = {f"w{i}": w for i, w in enumerate([*scaled, U * np.arange(1, 33.0) ** -0.5 @ Vh])}
+    names = ["pl_alpha", "pl_alpha_rowcol", "pl_alpha_rowcol_pvalue"]
+    own, level, p = diffract.scan(arrays, metrics=names, nulls="all", cache=False).metrics.select(names)
+    for i, w in enumerate(arrays.values()):
+        values = np.linalg.svd(slow.rowcol_draws(w), compute_uv=False) ** 2 / 96
+        alphas = [slow.best_tail(one, "power_law")["alpha"] for one in values]
+        assert level[i] == pytest.approx(np.mean(alphas), rel=1e-4)  # draws are of float32
+        assert p[i] == pytest.approx((1 + sum(a <= own[i] for a in alphas)) / 40)
+    assert p[:4].min() > 0.05
+    assert p[4] <= 0.05
+
+
 # Agreement of matrices that have nothing in common but their norms
 
 RATED = ("agreement_mean", "best_match_mean", "subspace_8", "agreement_window_mean", "angle_8")

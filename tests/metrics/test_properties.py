@@ -30,8 +30,8 @@ from diffract.metrics.nulls import dip
 BOOTSTRAPPED = {m.name for m in GROUPS["p_values"]}
 """A thousand fits each: they have a test of their own, below."""
 
-LEVELS = {m.name for m in GROUPS["agreement_levels"]}
-"""Means over drawn pairs, of float32: they are held against NumPy in ``test_nulls``."""
+LEVELS = {m.name for m in GROUPS["agreement_levels"]} | {"pl_alpha_rowcol", "pl_alpha_rowcol_pvalue"}
+"""Numbers of draws, of float32: they are held against NumPy in ``test_nulls``."""
 
 QUICK = [name for name in CATALOG if name not in BOOTSTRAPPED | LEVELS]
 

@@ -51,7 +51,7 @@ GROUPS: dict[str, tuple[Metric, ...]] = {
     "agreement": agreement.AGREEMENT,
     "angles": agreement.ANGLES,
     "agreement_levels": nulls.AGREEMENT_LEVELS,
-    "heavy_tails": heavy_tails.METRICS,
+    "heavy_tails": (*heavy_tails.METRICS, nulls.pl_alpha_rowcol, nulls.pl_alpha_rowcol_pvalue),
     "random_matrix": (
         *random_matrix.BULK,
         nulls.mp_spikes_tw_rowcol,
@@ -137,6 +137,7 @@ DERIVED: dict[str, Callable[..., Any]] = {
     "separable_warnings": separable.separable_warnings,
     "sep_sigmas": separable.sep_sigmas,
     "rowcol_peaks": nulls.drawn_peaks,
+    "rowcol_alphas": nulls.drawn_alphas,
     "row_sigmas": nulls.row_sigmas,
     "row_peaks": nulls.drawn_peaks,
     "rowcol_agreement": _agreement_by_norms,

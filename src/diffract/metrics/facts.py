@@ -129,6 +129,7 @@ _derive("separable", "the law of row and column norms, separable.Separable", *("
 _derive("separable_warnings", "why there is no such law, one text a matrix", "separable")
 _derive("sep_sigmas", "(b, M), singular values that follow that law exactly", "separable", "shape")
 _derive("rowcol_peaks", "(b, d), peaks in each draw", "rowcol_sigmas")
+_derive("rowcol_alphas", "(b, d), exponent of the power law of each draw", "rowcol_sigmas", "shape")
 _derive("row_sigmas", "likewise with its row norms alone", *("row_squares", "shape", "drawn"))
 _derive("row_peaks", "(b, d), peaks in each draw", "row_sigmas")
 _derive("base_resolved_sigmas", "(b, M), likewise of W0", "base_sigmas", "base_resolved")

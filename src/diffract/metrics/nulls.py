@@ -28,6 +28,7 @@ from scipy.optimize import isotonic_regression
 from torch import Tensor
 
 from diffract.linalg import spectrum
+from diffract.metrics import heavy_tails
 from diffract.metrics.agreement import AGREEMENT, ANGLES
 from diffract.metrics.facts import OF_THE_ORDER, Metric, built_in
 from diffract.metrics.peaks import peak_count
@@ -293,6 +294,32 @@ def mp_spikes_tw_rowcol(rowcol_sigmas: DrawnSigmas, shape: tuple[int, int]) -> P
     """Spikes that row and column norms alone give; draws without an edge do not count. NaN where nothing was drawn."""
     found = fit_bulk(rowcol_sigmas.flatten(0, 1).square() / max(shape), shape)
     return found.spikes_tw.view(rowcol_sigmas.shape[:2]).nanmean(-1)
+
+
+def drawn_alphas(sigmas: DrawnSigmas, shape: tuple[int, int]) -> PerDraw:
+    """Exponent of the power law of each draw, xmin searched; NaN for draws that were not made."""
+    values = sigmas.flatten(0, 1).square() / max(shape)
+    return heavy_tails.power_law(values.nan_to_num()).alpha.view(sigmas.shape[:2])
+
+
+@built_in(
+    "mean pl_alpha over 39 Gaussians with the matrix's row and column norms",
+    range="(1, inf)",
+    invariant=OF_THE_ORDER,
+)
+def pl_alpha_rowcol(rowcol_alphas: PerDraw) -> PerMatrix:
+    """Exponent that noise of the matrix's norms and shape reads; NaN where nothing was drawn."""
+    return rowcol_alphas.nanmean(-1)
+
+
+@built_in(
+    "(1 + draws of pl_alpha_rowcol whose exponent is as small) / 40: large, noise has as heavy a tail",
+    range="[0.025, 1]",
+    invariant=OF_THE_ORDER,
+)
+def pl_alpha_rowcol_pvalue(power_law: heavy_tails.PowerLaw, rowcol_alphas: PerDraw) -> PerMatrix:
+    """Share of the draws that have at most the matrix's exponent: an exponent says something only beside it."""
+    return reached(-power_law.alpha, -rowcol_alphas)
 
 
 def agreements(facts: Mapping[str, Any]) -> dict[str, PerMatrix]:

@@ -189,6 +189,12 @@ def _exponent(model: str, tables: Tables) -> Headline | None:
     base = tables.models.row(0, named=True)
     if base["model"] != model and base["pl_alpha_mean"] is not None:
         text += f". The base has {base['pl_alpha_mean']:.2f}"
+    if "pl_alpha_rowcol_pvalue" in tables.metrics.columns:
+        drawn = tables.metrics.filter(pl.col("model") == model, pl.col("pl_alpha_rowcol_pvalue").is_not_null())
+        if len(drawn):
+            heavier = (drawn["pl_alpha_rowcol_pvalue"] <= PEAKS_BY_CHANCE).sum()
+            text += f". Noise with the same row and column norms has {drawn['pl_alpha_rowcol'].mean():.2f}: of the"
+            text += f" {len(drawn):,} matrices for which it was drawn {heavier:,} have a heavier tail (p at most 0.05)"
     return Headline(printable(model, 60), f"{row['pl_alpha_mean']:.2f}", text + ".")
 
 
