@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from diffract.cli.main import app
 from diffract.edits import apply
 from diffract.edits.adapter_audit import audit
 from diffract.errors import DiffractError
@@ -153,14 +153,15 @@ def test_a_folder_that_is_no_adapter(tmp_path: Path) -> None:
 
 def test_the_command(tmp_path: Path) -> None:
     write(tmp_path / "adapter", (2, 6, 6))
-    command = [str(Path(sys.executable).with_name("diffract")), "lora", str(tmp_path / "adapter"), "--audit"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    command = ["lora", str(tmp_path / "adapter"), "--audit"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
     assert "layers.11.q_proj" in done.stdout
     assert '"rank_pattern"' in done.stdout
-    told = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)
+    told = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)
     assert [row["used"] for row in told["modules"]] == [2, 6, 6]
-    wrong = subprocess.run([*command[:3], "-o", "x"], capture_output=True, text=True, check=False)
-    assert wrong.returncode == 1
+    wrong = CliRunner().invoke(app, [*command[:2], "-o", str(tmp_path / "x")])
+    assert wrong.exit_code == 1
     assert "expected base" in wrong.stderr
 
 

@@ -17,10 +17,12 @@ import torch
 import transformers as tf
 import yaml
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import diffract
 from diffract.checkpoints.header import HEADER_LIMIT
 from diffract.checkpoints.sources import LocalFile
+from diffract.cli.main import app
 from diffract.edits import Interpolate, Merge, Rewind, Truncate, apply
 from diffract.errors import DiffractError, RunError
 from diffract.store import whole_folder
@@ -489,6 +491,5 @@ def test_an_output_that_equals_an_input_says_so(tmp_path: Path) -> None:
         return edited(tmp_path / name, tuned, Interpolate(other=base, at=at)).manifest["same_weights_as"]
 
     assert [same_as("a", 0.0), same_as("b", 1.0), same_as("c", 0.5)] == [[str(tuned)], [str(base)], []]
-    command = [sys.executable, "-m", "diffract", "interpolate", tuned, base, "--at", "1", "-o", tmp_path / "d"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert shown.startswith(f"THE SAME WEIGHTS as {base}: every tensor that was written is equal to the bit.\n")
+    shown = CliRunner().invoke(app, ["interpolate", *map(str, (tuned, base)), "--at", "1", "-o", str(tmp_path / "d")])
+    assert shown.stdout.startswith(f"THE SAME WEIGHTS as {base}: every tensor that was written is equal to the bit.\n")

@@ -179,15 +179,16 @@ def test_a_search_that_was_stopped_goes_on(
 
 
 def test_a_killed_process_is_continued(tmp_path: Path) -> None:
-    """SIGKILL in the middle of evaluations: the same command finishes from what the other has left."""
+    """SIGKILL in the middle of evaluations: the same search finishes from what the other has left."""
     texts = [json.dumps({"text": f"{n} and {n} is {2 * n}."}) for n in range(99)]
     (tmp_path / "own.jsonl").write_text("\n".join(texts))
+    asked: dict[str, Any] = {"order": "greedy", "eval": "own=own.jsonl", "data": str(tmp_path), "limit": 3}
+    asked |= {"fractions": "0,1", "output": str(tmp_path / "run")}
     code = (
-        "import sys; from diffract.search import search_rewind as s; "
-        "s(sys.argv[1], sys.argv[2], order='greedy', eval='own=own.jsonl', data=sys.argv[4], limit=3,"
-        "  fractions='0,1', output=sys.argv[3], progress=lambda done, total, what: print(done, flush=True))"
+        "import json, sys; from diffract.search import search_rewind; "
+        "search_rewind(*sys.argv[1:3], **json.loads(sys.argv[3]), progress=lambda done, *_: print(done, flush=True))"
     )
-    command = [sys.executable, "-c", code, BASE, MATH, str(tmp_path / "run"), str(tmp_path)]
+    command = [sys.executable, "-c", code, BASE, MATH, json.dumps(asked)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
@@ -197,7 +198,7 @@ def test_a_killed_process_is_continued(tmp_path: Path) -> None:
     process.stdout.close()
     assert process.wait() == -signal.SIGKILL
     assert (tmp_path / "run.work").is_dir()
-    subprocess.run(command, check=True, capture_output=True)
+    search_rewind(BASE, MATH, **asked)
     assert load(tmp_path / "run").effects["effect"].null_count() == 0
 
 
