@@ -27,11 +27,12 @@ if TYPE_CHECKING:
     from diffract.checkpoints import Checkpoint
     from diffract.checkpoints import open_checkpoint as open
     from diffract.cluster import collect
-    from diffract.edits import LiveModel, Recipe, apply, verify
+    from diffract.edits import LiveModel, Recipe, apply
     from diffract.inspection import Inspection, inspect
     from diffract.metrics import Metric, metric
     from diffract.plots import plot
     from diffract.run import Run, load_run
+    from diffract.search import verify
 
 _PLACES = {
     "Checkpoint": ("diffract.checkpoints", "Checkpoint"),
@@ -54,7 +55,7 @@ _PLACES = {
     "plot": ("diffract.plots", "plot"),
     "scan": ("diffract.api", "scan"),
     "trajectory": ("diffract.api", "trajectory"),
-    "verify": ("diffract.edits", "verify"),
+    "verify": ("diffract.search", "verify"),
 }
 
 __all__ = [

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,12 @@ from polars.testing import assert_frame_equal
 
 import diffract
 from diffract.edits import LiveModel, Scale
-from diffract.errors import SelectionError
+from diffract.errors import CheckpointError, SelectionError
 from diffract.evaluate import Evaluator, load_subject, load_tasks
 from diffract.run import Run
 from diffract.schemas import KINDS
-from diffract.search import search_directions, search_svf
+from diffract.search import search_directions, search_svf, verify
+from diffract.search.certificate import words
 from diffract.tables import load
 from search_cases import BASE, MATH
 
@@ -35,14 +39,14 @@ FAST: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two made-up languages, of 480 documents each: 24 to learn on and choose by, 24 to report."""
+    """Two made-up languages, of 640 documents each: 32 to learn on and choose by, 32 to report."""
     folder = tmp_path_factory.mktemp("texts")
-    for name, words in (
+    for name, sentence in (
         (TARGET, "Tom has apples and buys more pens"),
         (KEPT, "the old river ran below its grey hills"),
     ):
-        every = words.split()
-        texts = (" ".join(every[(i * k) % len(every)] for k in range(1, 9)) + f" {i}." for i in range(480))
+        every = sentence.split()
+        texts = (" ".join(every[(i * k) % len(every)] for k in range(1, 9)) + f" {i}." for i in range(640))
         pl.DataFrame({"text": list(texts)}).write_ndjson(folder / name)
     return folder
 
@@ -116,6 +120,68 @@ def test_svf_has_factors_of_the_weights_themselves(data: Path, tmp_path: Path) -
     assert found.factors.height == 4 * (2 * 128 + 2 * 32 + 3 * 128)
     assert found.manifest["written"]["held_out"]
     assert (tmp_path / "out" / "factors.parquet").is_file()
+    assert found.manifest["written"]["certificate"] is None
+    assert "no certificate: target has 24 held-out documents, 30 are needed" in found.manifest["warnings"]
+
+
+@pytest.fixture(scope="module")
+def certified(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("certified") / "out"
+    asked = {**FAST, "limit": 32, "controls": "random", "data": data, "write": out}
+    found = search_directions(BASE, MATH, beside="sentinel=word-problems:1", **asked)
+    assert isinstance(found, Run)
+    assert found.manifest["written"]["certificate"] == str(out / "certificate.json")
+    return out
+
+
+def test_a_certificate_says_what_is_shown_and_beside_what(certified: Path) -> None:
+    stated = json.loads((certified / "certificate.json").read_text())
+    claims = {row["task"]: row["claim"] for row in stated["held_out"]}
+    assert claims == {"sentinel": "sentinel", "target": "target", "kept": "kept"}
+    assert [control["control"] for control in stated["controls"]] == ["random"]
+    assert all(row["documents"] == 32 for row in stated["held_out"])
+    parts = [{name for own in stated["documents"][part].values() for name in own} for part in stated["documents"]]
+    assert [len(part & other) for part, other in combinations(parts, 2)] == [0, 0, 0]
+    assert stated["outputs"] == json.loads((certified / "manifest.json").read_text())["outputs"]
+    card = (certified / "README.md").read_text()
+    for line in stated["lines"]:
+        assert line in card
+        assert line in (certified / "CERTIFICATE.md").read_text()
+
+
+def test_a_certificate_is_checked_and_replayed(certified: Path, tmp_path: Path) -> None:
+    found = verify(certified, replay=True)
+    assert (found.faults, found.unchecked) == ([], [])
+    assert "--replay" in verify(certified).unchecked[-1]
+    shutil.copytree(certified, copied := tmp_path / "copied")
+    stated = json.loads((copied / "certificate.json").read_text())
+    for row in stated["held_out"]:
+        row["checkpoint"] *= 0.9
+    (copied / "certificate.json").write_text(json.dumps(stated | {"outputs": {}}))
+    faults = verify(copied, replay=True).faults
+    assert sum("the certificate says" in fault for fault in faults) == 3
+    assert any("other weights" in fault for fault in faults)
+    (copied / "certificate.json").write_text("[1]")
+    with pytest.raises(CheckpointError, match="no certificate of format"):
+        verify(copied)
+
+
+@pytest.mark.parametrize(
+    ("claim", "ends", "said"),
+    [
+        ("target", (0.1, 0.2), "better in x (95%, 40 documents)"),
+        ("target", (-0.1, 0.2), "better in x: not shown (95%, 40 documents)"),
+        ("target", (-0.2, -0.001), "worse in x (95%, 40 documents)"),
+        ("kept", (0.1, 0.2), "better in x (95%, 40 documents)"),
+        ("kept", (-0.04, -0.01), "no worse in x (95%, 40 documents)"),
+        ("kept", (-0.06, 0.2), "no worse in x: not shown (95%, 40 documents)"),
+        ("kept", (-0.2, -0.001), "worse in x (95%, 40 documents)"),
+        ("target", (None, None), "x: not testable, too few documents (40)"),
+    ],
+)
+def test_words_are_those_of_the_interval(claim: str, ends: tuple[float | None, float | None], said: str) -> None:
+    row = {"task": "x", "claim": claim, "documents": 40, "margin": 0.05, "low": ends[0], "high": ends[1]}
+    assert words(row) == said
 
 
 @pytest.mark.parametrize(

@@ -441,7 +441,7 @@ COMMANDS = (
     Command(
         name="verify",
         panel="Act",
-        functions=("diffract.edits:verify",),
+        functions=("diffract.search:verify",),
         show=experiments.show_verdict,
         summary=everything,
         metavars={"folder": "OUT"},

@@ -1,6 +1,6 @@
 """Searches: which heads, how many directions, how far between two models, measured by the quality of a live model."""
 
-from diffract.search.api import connect, search_rewind, search_truncate
+from diffract.search.api import connect, search_rewind, search_truncate, verify
 from diffract.search.learned import search_directions, search_svf
 from diffract.search.plan import Estimate
 
@@ -11,4 +11,5 @@ __all__ = [
     "search_rewind",
     "search_svf",
     "search_truncate",
+    "verify",
 ]

@@ -14,6 +14,7 @@ from diffract.errors import SelectionError, choose
 from diffract.search.plan import parse_fractions
 
 if TYPE_CHECKING:
+    from diffract.checkpoints.provenance import Verdict
     from diffract.edits.edit import Shared
     from diffract.run import Run
     from diffract.search.plan import Estimate, Which
@@ -135,6 +136,27 @@ def search_rewind(
         progress=progress,
     )
     return run_search(asked, partial(RewindSearch, orders=orders, at=at, kv=kv, reference=reference, text=text))
+
+
+def verify(folder: str | Path, *, replay: bool = False) -> Verdict:
+    """Say whether an edited checkpoint is what its manifest says, and its certificate where it has one.
+
+    Args:
+        folder: The folder that an edit wrote.
+        replay: Compute the recipe anew, too, and compare what comes out; of a certificate evaluate again.
+
+    Returns:
+        What was compared, and what differs.
+
+    Raises:
+        DiffractError: There is no manifest, or nothing can be opened.
+    """
+    from diffract.edits.to_files import verify as verify_edit
+    from diffract.search.certificate import check_certificate
+
+    verdict = verify_edit(folder, replay=replay)
+    check_certificate(folder, verdict, replay=replay)
+    return verdict
 
 
 def search_truncate(

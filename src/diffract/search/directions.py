@@ -26,11 +26,12 @@ from diffract.evaluate import Task
 from diffract.matrices import Matrix
 from diffract.metrics.peaks import spectral_peaks
 from diffract.schemas import FACTORS, ITEMS, ON_RECIPE, QUALITY, RECIPE_CHOICE
+from diffract.search.certificate import Claim, dominates
 from diffract.search.fit import FitSettings, FitText, LearnedPart, fine_tune, fit_text, learn_factors
 from diffract.search.plan import SPLITS, UNCHANGED, Point, SearchCurve
 from diffract.search.run import NUMBERS, QualitySearch
 from diffract.search.sample import task_texts
-from diffract.search.scorer import Rows, Scorer, difference_rows
+from diffract.search.scorer import Rows, Scorer
 from diffract.search.stage import Role, Stage
 from diffract.store import cache_key
 from diffract.tables import frame
@@ -55,8 +56,23 @@ FEWEST = 15
 TABLES_OF_TOKENS = ("embed", "unembed")
 
 
-def parted(task: Task) -> tuple[list[str], Task]:
-    """Return the texts of a task that are learned on, and the task of those on which is chosen, by document.
+@dataclass(frozen=True)
+class Parted:
+    """A task of the selection split in two, by document.
+
+    Attributes:
+        documents: The names of those that are learned on.
+        texts: Their text, piece by piece.
+        choose: The task of the others, on which is chosen.
+    """
+
+    documents: Sequence[str]
+    texts: Sequence[str]
+    choose: Task
+
+
+def parted(task: Task) -> Parted:
+    """Return what of a task is learned on, and the task of the rest, on which is chosen.
 
     Raises:
         SelectionError: The task has no text, or too few documents.
@@ -76,7 +92,8 @@ def parted(task: Task) -> tuple[list[str], Task]:
     fit = set(ranked[: round(FIT_SHARE * len(ranked))])
     texts = [text for text, name in zip(task_texts(task), documents, strict=True) if name in fit]
     items = tuple(item for item, name in zip(task.items, documents, strict=True) if name not in fit)
-    return texts, replace(task, items=items, key=cache_key("part", task.key, [item.id for item in items]))
+    key = cache_key("part", task.key, [item.id for item in items])
+    return Parted(sorted(fit), texts, replace(task, items=items, key=key))
 
 
 @dataclass(frozen=True)
@@ -249,10 +266,11 @@ class DirectionsSearch(QualitySearch):
         self.models = {"base": self.base, "tuned": stage.subject.model}
         self.roles = stage.roles
         fitted = {t.name: parted(t) for t in stage.tasks["selection"] if self.roles[t.name] != "beside"}
-        choose = [fitted[t.name][1] if t.name in fitted else t for t in stage.tasks["selection"]]
+        self.documents = {name: own.documents for name, own in fitted.items()}
+        choose = [fitted[t.name].choose if t.name in fitted else t for t in stage.tasks["selection"]]
         self._refuse_twins(choose)
         stage.tasks = {**stage.tasks, "selection": choose}
-        self.texts = {name: fit_text(stage.subject, texts, self.wanted.tokens) for name, (texts, _) in fitted.items()}
+        self.texts = {name: fit_text(stage.subject, own.texts, self.wanted.tokens) for name, own in fitted.items()}
         (other,) = bench.meet([self.base], bench.entries(), chosen=False)
         self.parts = change_parts(bench, other, self.wanted) if self.wanted.of == "change" else weight_parts(bench)
         if not self.parts:
@@ -359,6 +377,14 @@ class DirectionsSearch(QualitySearch):
         """Return the model that was made for a place on a curve."""
         return self.made[curve.labels["recipe"], at]
 
+    def claims(self) -> dict[str, Claim]:
+        """Return what each task says of the checkpoint: what is beside was optimised by nobody."""
+        return {name: "sentinel" if role == "beside" else role for name, role in self.roles.items()}
+
+    def learned_on(self) -> Mapping[str, Sequence[str]]:
+        """Return the documents that factors were learned on, by task."""
+        return self.documents
+
     def choose(self, scorer: Scorer, curves: Sequence[SearchCurve]) -> Rows:
         """Return a row for each recipe and task: what was chosen of its curve on the choose part, in both splits.
 
@@ -392,14 +418,8 @@ class DirectionsSearch(QualitySearch):
 
     def _dominates(self, scorer: Scorer, one: Point, other: Point) -> bool:
         """Whether one model is no worse than another in any held-out task that counts, and surely better in one."""
-        tasks = scorer.tasks["held-out"]
-        before, after = (scorer.score("held-out", point) for point in (other, one))
-        rows = [r for t, r in zip(tasks, difference_rows(before, after, tasks), strict=True) if self._counts(t)]
-        sure = any(row["gain_low"] is not None and row["gain_low"] > 0 for row in rows)
-        return sure and all(row["gain"] >= 0 for row in rows)
-
-    def _counts(self, task: Task) -> bool:
-        return self.roles[task.name] != "beside"
+        tasks = [task for task in scorer.tasks["held-out"] if self.roles[task.name] != "beside"]
+        return dominates(*(scorer.score("held-out", point) for point in (one, other)), tasks)
 
     def best(self, chosen: Rows) -> Mapping[str, Any] | None:
         """Return a row of the recipe that is no control and gains most of the objective on the choose part."""

@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -18,6 +19,7 @@ from diffract.errors import SelectionError
 from diffract.evaluate import Evaluator, load_subject, summarise
 from diffract.evaluate.model import model_digest, tokenizer_digest
 from diffract.run import Run
+from diffract.search.certificate import CERTIFICATE, Chosen, Claim, certify
 from diffract.search.plan import (
     SPLITS,
     UNCHANGED,
@@ -93,6 +95,16 @@ class QualitySearch(ABC):
         """Return the row of what is chosen of all curves, if there is one."""
         return winner(chosen, self.stage.asked.choose_by, self.far)
 
+    def claims(self) -> dict[str, Claim]:
+        """Return what each task says of the checkpoint that is chosen: the first decides."""
+        roles = self.stage.roles
+        first = next(iter(roles))
+        return {name: "target" if name == first else "kept" if roles[name] == "kept" else "sentinel" for name in roles}
+
+    def learned_on(self) -> Mapping[str, Sequence[str]]:
+        """Return the documents that something was learned on, by task; choosing is no learning."""
+        return {}
+
     def far(self, row: Mapping[str, Any]) -> float:
         """Return how far a chosen point goes."""
         return row["fraction"]
@@ -149,10 +161,13 @@ def run_search(asked: SearchRequest, open_search: Callable[[Stage], QualitySearc
                 chosen = search.choose(scorer, list(curves.values()))
         frames = search.tables(scorer, list(curves.values()), chosen)
         told: dict[str, Any] = {"evaluations": scorer.done, "left_out": list(plan.left_out)}
+        seconds = round(time.monotonic() - begun, 3)
         if "selection" in asked.splits:
             best = search.best(chosen)
             told |= {"chosen": best, "written": _written(stage, search, scorer, best)}
-        seconds = round(time.monotonic() - begun, 3)
+        if told.get("written"):
+            cost_of = {"evaluations": scorer.done, "seconds": seconds}
+            told["written"]["certificate"] = _certified(search, scorer, chosen, cost_of | told)
         tables = Tables(_manifest(stage, search, seconds=seconds, **told), frames)
         finish(tables, asked, cache)
     return Run(tables)
@@ -176,21 +191,26 @@ def _planned(stage: Stage, search: QualitySearch) -> tuple[SearchPlan, dict[Any,
 
 def _manifest(stage: Stage, search: QualitySearch, **told: Any) -> dict[str, Any]:
     """Return the manifest of a search, once all is done: what can be a note is known, and no model is edited."""
-    models = []
-    for name, model in search.models.items():
-        given = stage.asked.models[name]
-        reference = type(given).__name__ if isinstance(given, torch.nn.Module) else str(given)
-        role = "base" if name == "base" else "tuned"
-        models.append({"model": name, "role": role, "reference": reference, "digest": model_digest(model)})
     return new_manifest(
         search.kind,
-        models=models,
+        models=models_told(stage, search),
         settings=stage.asked.told() | search.told(),
         tokenizer=tokenizer_digest(stage.subject.tokenizer),
         tasks={split: [task.settings() for task in tasks] for split, tasks in stage.tasks.items()},
         warnings=list(dict.fromkeys([*stage.notes, *stage.live.bench.permissions.unneeded()])),
         **told,
     )
+
+
+def models_told(stage: Stage, search: QualitySearch) -> list[dict[str, Any]]:
+    """Return what a manifest says of the models of a search."""
+    models = []
+    for name, model in search.models.items():
+        given = stage.asked.models[name]
+        reference = type(given).__name__ if isinstance(given, torch.nn.Module) else str(given)
+        role = "base" if name == "base" else "tuned"
+        models.append({"model": name, "role": role, "reference": reference, "digest": model_digest(model)})
+    return models
 
 
 def choose_points(scorer: Scorer, curves: Iterable[SearchCurve], tolerance: float | None) -> Rows:
@@ -285,7 +305,27 @@ def _written(
             f"{asked.write} does not score as the live model did ({both}); weights that are computed, not taken from "
             "the base, are rounded to the stored dtype when they are written"
         )
-    return {"folder": str(asked.write), "same_scores": same, "held_out": rows}
+    return {"folder": str(asked.write), "same_scores": same, "held_out": rows, "items": found}
+
+
+def _certified(search: QualitySearch, scorer: Scorer, chosen: Rows, told: Mapping[str, Any]) -> str | None:
+    """Write the certificate of the checkpoint that was written, and return where; say it where there is none."""
+    stage, written = search.stage, told["written"]
+    learned = {"models": models_told(stage, search), "settings": stage.asked.told() | search.told()}
+    versions = {"torch": torch.__version__, "recipe": told["chosen"]}
+    refused = certify(
+        written["folder"],
+        scorer,
+        Chosen(
+            claims=search.claims(),
+            items=written.pop("items"),
+            controls=[row for row in chosen if row["control"]],
+            texts=search.learned_on(),
+            told={**learned, **versions, "cost": {k: told[k] for k in ("evaluations", "seconds")}},
+        ),
+    )
+    stage.notes += [f"no certificate: {reason}" for reason in refused]
+    return None if refused else str(Path(written["folder"]) / CERTIFICATE)
 
 
 def same_scores(one: pl.DataFrame, other: pl.DataFrame) -> bool:
