@@ -63,7 +63,8 @@ def scan(
         download: Fetch models of the hub whole instead of reading byte ranges.
         method: ``auto``, or ``exact`` for LAPACK throughout.
         device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
-        engine: What runs the work; ``local`` is the only engine so far.
+        engine: What runs the work: ``local``, this process; ``ray``, processes of Ray, here or of the cluster that
+            ``RAY_ADDRESS`` names.
         shard: Do one share of the work of several processes, which write to the same folder: ``I/N``, I from 0 on, or
             ``auto``, as the scheduler says. ``diffract collect`` joins them (docs/cluster.md).
         cache: Use results that are known from earlier, and keep new ones; ``DIFFRACT_CACHE_DIR`` says where.
@@ -138,7 +139,8 @@ def compare(
         download: Fetch models of the hub whole instead of reading byte ranges.
         method: ``auto``, or ``exact`` for LAPACK throughout.
         device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
-        engine: What runs the work; ``local`` is the only engine so far.
+        engine: What runs the work: ``local``, this process; ``ray``, processes of Ray, here or of the cluster that
+            ``RAY_ADDRESS`` names.
         shard: Do one share of the work of several processes, which write to the same folder: ``I/N``, I from 0 on, or
             ``auto``, as the scheduler says. ``diffract collect`` joins them (docs/cluster.md).
         cache: Use results that are known from earlier, and keep new ones; ``DIFFRACT_CACHE_DIR`` says where.
@@ -211,7 +213,8 @@ def trajectory(
         download: Fetch models of the hub whole instead of reading byte ranges.
         method: ``auto``, or ``exact`` for LAPACK throughout.
         device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
-        engine: What runs the work; ``local`` is the only engine so far.
+        engine: What runs the work: ``local``, this process; ``ray``, processes of Ray, here or of the cluster that
+            ``RAY_ADDRESS`` names.
         shard: Do one share of the work of several processes, which write to the same folder: ``I/N``, I from 0 on, or
             ``auto``, as the scheduler says. ``diffract collect`` joins them (docs/cluster.md).
         cache: Use results that are known from earlier, and keep new ones; ``DIFFRACT_CACHE_DIR`` says where.
@@ -273,7 +276,8 @@ def heads(
         allow_unmatched: The same as ``--allow unmatched``.
         download: Fetch models of the hub whole instead of reading byte ranges.
         device: ``auto`` (CUDA where there is one), ``cpu`` or ``cuda``.
-        engine: What runs the work; ``local`` is the only engine so far.
+        engine: What runs the work: ``local``, this process; ``ray``, processes of Ray, here or of the cluster that
+            ``RAY_ADDRESS`` names.
         shard: Do one share of the work of several processes, which write to the same folder: ``I/N``, I from 0 on, or
             ``auto``, as the scheduler says. ``diffract collect`` joins them (docs/cluster.md).
         cache: Use results that are known from earlier, and keep new ones; ``DIFFRACT_CACHE_DIR`` says where.

@@ -34,6 +34,8 @@ def do_share(request: Request, text: str, output: str | Path | None, *, force: b
     from diffract.run import Run, write
 
     share = read_share(text)
+    if request.options.engine != "local":
+        raise SelectionError("--shard: a share is done by the engine local. Choose one of both, shares or Ray.")
     if output is None:
         raise SelectionError("--shard: shares meet in a folder. Name the same one for all of them with --output RUN.")
     folder, wanted = Path(output), request.written()

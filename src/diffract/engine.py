@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import Protocol, TypeVar
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 from threadpoolctl import threadpool_limits
 
-from diffract.errors import choose
+from diffract.errors import SelectionError, choose
 
-ENGINES = ("local",)
+ENGINES = ("local", "ray")
 """What can run the tasks of a verb."""
+
+RETRIES = 2
+"""How often a task is given to another worker of Ray after one has died of it."""
 
 AHEAD = 16
 """Tasks of each worker that may be done before an earlier one that takes longer."""
@@ -87,6 +92,99 @@ def _side_by_side(tasks: Sequence[T], work: Callable[[T], R]) -> Iterator[tuple[
                 yield first, future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def run_on_ray(
+    tasks: Sequence[T],
+    make: Callable[[], Callable[[T], R]],
+    *,
+    lost: Callable[[T], R],
+    device: torch.device,
+) -> Iterator[tuple[T, R]]:
+    """Yield each task with its result as ``run_tasks`` does, done by processes of Ray: local ones, or of a cluster.
+
+    ``RAY_ADDRESS`` names a running cluster; without it, processes are started here and end with the work. Only tasks
+    and results travel: every process opens for itself what it reads, and has one task at a time.
+
+    Args:
+        tasks: What is to be done; they can be pickled.
+        make: Called in each process, for what does a task there.
+        lost: What stands for the result of a task of which every worker died that tried it.
+        device: On a CUDA device every process asks for a GPU.
+
+    Raises:
+        SelectionError: Ray is not installed.
+    """
+    try:
+        import ray  # pyright: ignore[reportMissingImports] (an extra)
+    except ImportError as error:
+        raise SelectionError("engine ray needs Ray. Install it: pip install 'diffract-llm[ray]'.") from error
+    started = not ray.is_initialized()
+    if started:
+        own = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
+        ray.init(configure_logging=False, log_to_driver=False, **own)
+    try:
+        for group, threads in zip(in_turn(tasks, device), (1, torch.get_num_threads()), strict=True):
+            gpus = float(device.type == "cuda")
+            actor = ray.remote(num_cpus=threads, num_gpus=gpus)(_RayWorker)
+            hire = partial(actor.remote, make, threads, str(Path.cwd()))
+            room = int(min(ray.cluster_resources().get("CPU", 1) // threads, len(group)))
+            yield from _by_actors(group, hire, lost, most=max(1, room))
+    finally:
+        if started:
+            ray.shutdown()
+
+
+class _RayWorker:
+    """A process of Ray's that does tasks, with as many threads as the process that asks for it would take."""
+
+    def __init__(self, make: Callable[[], Callable[[Any], Any]], threads: int, folder: str) -> None:
+        with suppress(OSError):  # relative paths mean the same as where the work was asked for
+            os.chdir(folder)
+        torch.set_num_threads(threads)
+        threadpool_limits(threads)
+        self._do = make()
+
+    def do(self, task: Any) -> Any:
+        return self._do(task)
+
+
+def _by_actors(
+    tasks: Sequence[T], hire: Callable[[], Any], lost: Callable[[T], R], *, most: int
+) -> Iterator[tuple[T, R]]:
+    """Yield tasks with their results, in order; each worker has one at a time, so that it is known what it died of."""
+    import ray  # pyright: ignore[reportMissingImports] (an extra)
+    from ray.exceptions import RayActorError, RayTaskError  # pyright: ignore[reportMissingImports]
+
+    idle: list[Any] = []
+    busy: dict[Any, tuple[int, Any]] = {}  # result to come -> place of the task, worker
+    died: Counter[int] = Counter()
+    done: dict[int, R] = {}
+    waiting, first = deque(range(len(tasks))), 0
+    try:
+        while first < len(tasks):
+            while waiting and len(busy) < most and waiting[0] < first + AHEAD * most:
+                place, worker = waiting.popleft(), idle.pop() if idle else hire()
+                busy[worker.do.remote(tasks[place])] = place, worker
+            for result in ray.wait(list(busy))[0]:
+                place, worker = busy.pop(result)
+                try:
+                    done[place] = ray.get(result)
+                    idle.append(worker)
+                except RayActorError:
+                    died[place] += 1
+                    if died[place] > RETRIES:
+                        done[place] = lost(tasks[place])
+                    else:
+                        waiting.appendleft(place)
+                except RayTaskError as error:
+                    raise error.cause from None
+            while first in done:
+                yield tasks[first], done.pop(first)
+                first += 1
+    finally:
+        for worker in [*idle, *(worker for _, worker in busy.values())]:
+            ray.kill(worker)
 
 
 def choose_device(name: str) -> torch.device:

@@ -82,8 +82,8 @@ LABELS: dict[str, Any] = {
 """Columns that say which matrix a row speaks of; ``(model, name)`` is unique."""
 
 OUTCOME: dict[str, Any] = {**_of(pl.String, ["status", "method"]), "resolved": pl.Float64, "warning": pl.String}
-"""``status`` ok | zero | non_finite | unpaired; ``method`` of the spectrum, and the smallest sigma that it resolves;
-``warning``: what speaks against the fitted power law, where there is one.
+"""``status`` ok | zero | non_finite | unpaired | failed; ``method`` of the spectrum, and the smallest sigma that it
+resolves; ``warning``: what speaks against the fitted power law, where there is one.
 """
 
 SPECTRA: dict[str, Any] = {**_of(pl.String, ["model", "name", "quantity"]), "values": pl.List(pl.Float64)}

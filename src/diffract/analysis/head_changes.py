@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations, permutations
 from typing import Any
 
@@ -308,19 +309,19 @@ def analyse_heads(
     begun = time.monotonic()
     wanted = choose_projections(projections)
     choose("engine", options.engine, ENGINES)
-    device = choose_device(options.device)
     with ExitStack() as stack:
         names, opened = open_all(references, options, stack)
         layouts = pair_heads(opened, wanted, allow_unmatched=allow_unmatched)
         paired = [task for task in tensor_tasks(layouts) if task.tuned]
         tasks = [HeadTask(task.info, task.matrices, task.model, task.tuned) for task in paired]
-        cache = stack.enter_context(Cache(cache_folder(), most_bytes=MOST_BYTES)) if options.cache else None
-        worker = Worker([layout.checkpoint for layout in layouts], MetricPlan(), device, cache)
+        worker = _worker(layouts, options, stack)
         if options.share is not None:
             options.share.cut([task.cost for task in tasks])
             options.share.do(tasks, worker, options.progress)
             return options.share.tables(names, [GRAMS_VERSION])
-        parts = run_all(tasks, worker, outcomes=options.outcomes, progress=options.progress).parts
+        how = {"wanted": wanted, "allow_unmatched": allow_unmatched}
+        outcomes = options.outcomes(partial(_make_worker, references, options.elsewhere, **how))
+        parts = run_all(tasks, worker, outcomes=outcomes, progress=options.progress).parts
         slices = _slices(opened[0], layouts, {task.tensor: task.tuned for task in tasks}, parts)
         roles = ["base", *["tuned"] * (len(layouts) - 1)]
         members = [Member(*m) for m in zip(names, roles, layouts, strict=True)]
@@ -328,7 +329,7 @@ def analyse_heads(
             "projections": list(wanted),
             "engine": options.engine,
             "architecture": str(options.architecture) if options.architecture else None,
-            "device": device.type,
+            "device": worker.device.type,
         }
         notes = uncut_notes(layouts[0], wanted)
         kinship = [tell_lineage(opened[0], one) for one in opened[1:]]
@@ -336,6 +337,20 @@ def analyse_heads(
         said = {n: [text] for n, one in zip(names[1:], kinship, strict=True) if (text := related(one, named))}
         manifest = {"kind": "heads", "settings": settings, "seconds": round(time.monotonic() - begun, 3)}
         return with_lineage(_assemble(members, slices, manifest | {"notable": said}, notes), [None, *kinship])
+
+
+def _worker(layouts: Sequence[Layout], options: Options, stack: ExitStack) -> Worker:
+    cache = stack.enter_context(Cache(cache_folder(), most_bytes=MOST_BYTES)) if options.cache else None
+    return Worker([layout.checkpoint for layout in layouts], MetricPlan(), choose_device(options.device), cache)
+
+
+def _make_worker(
+    references: Sequence[Reference], options: Options, *, wanted: Sequence[str], allow_unmatched: bool
+) -> Worker:
+    """Return who does the tasks, with models that stay open as long as the process lives."""
+    stack = ExitStack()
+    _, opened = open_all(references, options, stack)
+    return _worker(pair_heads(opened, wanted, allow_unmatched=allow_unmatched), options, stack)
 
 
 def _slices(

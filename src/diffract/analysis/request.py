@@ -47,6 +47,8 @@ class Request:
             draft: The folder that is being made of the run. Vectors, which may exceed memory, go straight there; else
                 they are returned.
         """
+        if self.options.engine == "ray":  # whose processes open the models themselves
+            self.written()
         analysis = partial(ANALYSES[self.verb], self.references, self.options, **self.how)
         if not self.options.vectors or self.options.share is not None:
             return analysis(), {}
@@ -101,7 +103,7 @@ def _plain(value: Any, what: str) -> Any:
         return str(value)
     if value is not None and not isinstance(value, str | int | float):
         raise SelectionError(
-            f"{what}: a share of the work needs names that every process can read, files, folders or org/name, and "
-            f"metrics by name; got {type(value).__name__}. Leave shard out, or save it to a file."
+            f"{what}: several processes need names that each can read, files, folders or org/name, and metrics by "
+            f"name; got {type(value).__name__}. Leave shard and engine out, or save it to a file."
         )
     return value

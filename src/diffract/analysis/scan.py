@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from diffract.analysis.work import (
     Outcomes,
     Part,
     Worker,
+    on_ray,
     on_this_machine,
     run_all,
     tensor_tasks,
@@ -74,10 +76,16 @@ class Options:
     share: ShareDraft | None = None
     parts: Parts | None = None
 
+    def outcomes(self, again: Callable[[], Worker]) -> Outcomes:
+        """Return what yields the outcomes of tasks; ``again`` makes the same worker in another process."""
+        if self.parts is not None:
+            return self.parts.outcomes
+        return partial(on_ray, again=again) if self.engine == "ray" else on_this_machine
+
     @property
-    def outcomes(self) -> Outcomes:
-        """What yields the outcomes of tasks."""
-        return on_this_machine if self.parts is None else self.parts.outcomes
+    def elsewhere(self) -> Options:
+        """The options of a process that does tasks for this one."""
+        return replace(self, progress=None, share=None, parts=None)
 
     def plan(self, *, pair: bool) -> MetricPlan:
         """Return what is to be computed."""
@@ -115,6 +123,51 @@ class Options:
         return {"metrics": names, **{k: getattr(self, k) for k in kept}, "architecture": architecture}
 
 
+@dataclass(frozen=True)
+class Opened:
+    """The models of an analysis while they are open, and what there is to do.
+
+    Attributes:
+        names: What the models are called.
+        layouts: Their tensors, paired where there are several.
+        tasks: Everything that is to be done.
+        worker: Who does it.
+    """
+
+    names: list[str]
+    layouts: list[Layout]
+    tasks: list[AnyTask]
+    worker: Worker
+
+
+def open_analysis(
+    references: Sequence[Reference], options: Options, stack: ExitStack, *, allow_unmatched: bool
+) -> Opened:
+    """Open models and decide what is computed of them, from headers alone; they are closed with the stack."""
+    plan = options.plan(pair=len(references) > 1)
+    names, layouts = open_all(references, options, stack)
+    if len(layouts) > 1:
+        layouts = merge_strange_adapters(pair(layouts, allow_unmatched=allow_unmatched))
+    tasks: list[AnyTask] = [*tensor_tasks(layouts)]
+    if not tasks:
+        raise CheckpointError(f"{layouts[0].checkpoint.reference} holds no matrix that could be analysed.")
+    if options.circuits:
+        tasks += circuit_tasks(layouts)
+        layouts = [replace(one, warnings=(*one.warnings, *gains_left_out(one))) for one in layouts]
+    plan = options.with_nulls(plan, layouts[0], sum(task.cost for task in tasks))
+    plan = options.with_noise(plan, tasks)
+    # the cache keeps no vectors, so whatever is to be saved has to be computed
+    cached = options.cache and not options.vectors
+    cache = stack.enter_context(Cache(cache_folder(), most_bytes=MOST_BYTES)) if cached else None
+    checkpoints = [layout.checkpoint for layout in layouts]
+    return Opened(names, layouts, tasks, Worker(checkpoints, plan, choose_device(options.device), cache))
+
+
+def make_worker(references: Sequence[Reference], options: Options, *, allow_unmatched: bool) -> Worker:
+    """Return who does the tasks of an analysis, with models that stay open as long as the process lives."""
+    return open_analysis(references, options, ExitStack(), allow_unmatched=allow_unmatched).worker
+
+
 def analyse(
     references: Sequence[Reference],
     options: Options,
@@ -134,28 +187,10 @@ def analyse(
         DiffractError: The input is wrong; the message says what, where, and what to do.
     """
     begun = time.monotonic()
-    plan = options.plan(pair=len(references) > 1)
-    device = choose_device(options.device)
     with ExitStack() as stack:
-        names, layouts = open_all(references, options, stack)
-        if len(layouts) > 1:
-            layouts = merge_strange_adapters(pair(layouts, allow_unmatched=allow_unmatched))
-        tasks: list[AnyTask] = [*tensor_tasks(layouts)]
-        if not tasks:
-            raise CheckpointError(f"{layouts[0].checkpoint.reference} holds no matrix that could be analysed.")
-        if options.circuits:
-            tasks += circuit_tasks(layouts)
-            layouts = [replace(one, warnings=(*one.warnings, *gains_left_out(one))) for one in layouts]
-        plan = options.with_nulls(plan, layouts[0], sum(task.cost for task in tasks))
-        plan = options.with_noise(plan, tasks)
-        # the cache keeps no vectors, so whatever is to be saved has to be computed
-        cache = (
-            stack.enter_context(Cache(cache_folder(), most_bytes=MOST_BYTES))
-            if options.cache and not options.vectors
-            else None
-        )
-        worker = Worker([layout.checkpoint for layout in layouts], plan, device, cache)
-
+        opened = open_analysis(references, options, stack, allow_unmatched=allow_unmatched)
+        names, layouts, tasks, worker = opened.names, opened.layouts, opened.tasks, opened.worker
+        plan = worker.plan
         if options.share is not None:
             options.share.cut([task.cost for task in tasks])
             options.share.do(tasks, worker, options.progress)
@@ -167,7 +202,13 @@ def analyse(
                     vectors_to.add(f"{names[part.model]}/{matrix.name}.{side}", found.float().cpu().contiguous())
 
         parts, digests, correlations = run_all(
-            tasks, worker, outcomes=options.outcomes, progress=options.progress, keep=save_vectors
+            tasks,
+            worker,
+            outcomes=options.outcomes(
+                partial(make_worker, references, options.elsewhere, allow_unmatched=allow_unmatched)
+            ),
+            progress=options.progress,
+            keep=save_vectors,
         )
         roles = ["base", *["tuned"] * (len(layouts) - 1)] if len(layouts) > 1 else ["model"]
         members = [Member(*m) for m in zip(names, roles, layouts, strict=True)]
@@ -177,7 +218,7 @@ def analyse(
             vectors, read = read_vectors(members)
             digests |= read
         digests |= other_digests(layouts, digests, complete=options.select is None)
-        manifest = {"kind": kind, "settings": {**options.settings(), "device": device.type}}
+        manifest = {"kind": kind, "settings": {**options.settings(), "device": worker.device.type}}
         if plan.needs("drawn"):
             of = len(layouts[0].matrices)
             manifest["nulls"] = {"drawn": of if plan.nulls is None else len(plan.nulls), "of": of}

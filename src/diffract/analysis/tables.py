@@ -392,6 +392,7 @@ def row_warnings(metrics: pl.DataFrame) -> list[str]:
     texts = {
         "non_finite": "matrices hold NaN or Inf; they have no metrics",
         "zero": "matrices are all zero; their ratios are null",
+        "failed": "matrices could not be computed: every process that tried ended; they have no numbers",
     }
     return status_warnings(metrics, texts, "{model} {name}")
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -168,6 +169,11 @@ class Visit:
     base: Layout | None = None
     base_stop: Stop | None = None
 
+    @property
+    def stops(self) -> list[Stop]:
+        """The one that it is compared with, if any, and the checkpoint itself."""
+        return [self.stop] if self.base_stop is None else [self.base_stop, self.stop]
+
 
 def follow(
     references: Sequence[Reference],
@@ -191,7 +197,7 @@ def follow(
     """
     begun = time.monotonic()
     choose("against", against, REFERENCES)
-    plan, device = replace(options.plan(pair=True), apart=True), choose_device(options.device)
+    plan, device = _plan(options), choose_device(options.device)
     series, warnings = find_series(references, by)
     # In a folder the run may still be writing; a checkpoint that is named is meant.
     unread: dict[str, CheckpointError] | None = {} if len(references) == 1 else None
@@ -212,24 +218,31 @@ def follow(
         opened = stack.enter_context(closing(visits(series, options, against)))
         for visit in opened:
             layouts, tasks = _tasks(visit, allow_unmatched=allow_unmatched)
-            worker = _worker(layouts, options, plan, cost=costs[0], cache=cache)
+            # For the same matrices of each checkpoint, so that what the first scan costs decides.
+            worker = _worker(layouts, options, options.with_nulls(plan, layouts[-1], costs[0]), cache=cache)
             progress = _shifted(options.progress, costs, len(found), visit.stop.name)
-            parts, digests, correlations = run_all(tasks, worker, outcomes=options.outcomes, progress=progress)
-            own_digests = {(0, name): digest for (i, name), digest in digests.items() if i == len(layouts) - 1}
+            again = partial(_make_worker, visit.stops, options.elsewhere, nulls=worker.plan.nulls)
+            outcomes = options.outcomes(partial(again, allow_unmatched=allow_unmatched))
+            done = run_all(tasks, worker, outcomes=outcomes, progress=progress)
+            own_digests = {(0, name): digest for (i, name), digest in done.digests.items() if i == len(layouts) - 1}
             own_digests |= other_digests(layouts[-1:], own_digests, complete=options.select is None)
             member = Member(visit.stop.name, "checkpoint", layouts[-1])
-            own_parts = [replace(part, model=0) for part in parts]
-            tables = assemble([member], own_parts, own_digests, plan=worker.plan, manifest={"kind": "trajectory"})
-            change: dict[str, float | None] = {}
-            if found:
-                base = found[0 if against == "first" else -1].metrics
-                change = model_numbers(base, tables.metrics, changed_heads(base, tables.metrics))
+            tables = assemble(
+                [member],
+                [replace(part, model=0) for part in done.parts],
+                own_digests,
+                plan=worker.plan,
+                manifest={"kind": "trajectory"},
+            )
+            base = found[0 if against == "first" else -1].metrics if found else None
+            own = tables.metrics
+            change = {} if base is None else model_numbers(base, own, changed_heads(base, own))
             digested.append({name: digest for (_, name), digest in own_digests.items()})
             if visit.base is None:
                 kinship.append(None)
             else:
                 both = digested[0 if against == "first" else -2], digested[-1]
-                known = {name: r for (_, name), r in correlations.items()}
+                known = {name: r for (_, name), r in done.correlations.items()}
                 whole = options.select is None
                 kinship.append(tell_lineage(visit.base, visit.layout, whole=whole, known=known, digests=both))
             compared = visit.base_stop and visit.base_stop.name
@@ -244,16 +257,26 @@ def follow(
     return Tables(joined.manifest, joined.frames | {"models": joined.models.with_columns(marks)})
 
 
-def _worker(
-    layouts: Sequence[Layout], options: Options, plan: MetricPlan, *, cost: float, cache: Cache | None
-) -> Worker:
-    """Return who does the tasks of one checkpoint; nulls are drawn for the same matrices of each.
+def _plan(options: Options) -> MetricPlan:
+    return replace(options.plan(pair=True), apart=True)
 
-    So it is the cost of the first one, which is scanned alone, that decides for how many.
-    """
+
+def _worker(layouts: Sequence[Layout], options: Options, plan: MetricPlan, *, cache: Cache | None) -> Worker:
     # An adapter's factors are its change from its own base, which is not what it is compared with here.
     checkpoints = [replace(layout.checkpoint, factors={}) for layout in layouts]
-    return Worker(checkpoints, options.with_nulls(plan, layouts[-1], cost), choose_device(options.device), cache)
+    return Worker(checkpoints, plan, choose_device(options.device), cache)
+
+
+def _make_worker(
+    stops: Sequence[Stop], options: Options, *, nulls: frozenset[str] | None, allow_unmatched: bool
+) -> Worker:
+    """Return who does the tasks of a checkpoint, the last of the stops; it and its base stay open."""
+    stack = ExitStack()
+    layouts = [open_layout(stop.reference, options, stack) for stop in stops]
+    if len(layouts) > 1:
+        layouts = pair(layouts, allow_unmatched=allow_unmatched)
+    cache = stack.enter_context(Cache(cache_folder(), most_bytes=MOST_BYTES)) if options.cache else None
+    return _worker(layouts, options, replace(_plan(options), nulls=nulls), cache=cache)
 
 
 def _do_share(
@@ -273,7 +296,7 @@ def _do_share(
         opened = stack.enter_context(closing(visits(series, options, against)))
         for visit in opened:
             layouts, tasks = _tasks(visit, allow_unmatched=allow_unmatched)
-            worker = _worker(layouts, options, plan, cost=cost, cache=cache)
+            worker = _worker(layouts, options, options.with_nulls(plan, layouts[-1], cost), cache=cache)
             share.do(tasks, worker, options.progress)
             choices = worker.plan.choices
             del visit, layouts, tasks, worker

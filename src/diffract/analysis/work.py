@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple, TypeAlias
@@ -17,7 +18,7 @@ from diffract.analysis.facts import MetricPlan, StackFacts, StackPair, bundle, n
 from diffract.analysis.held import Held
 from diffract.analysis.noise import noise_facts, tells
 from diffract.checkpoints import Checkpoint, Factors, TensorInfo, as_bytes
-from diffract.engine import run_tasks
+from diffract.engine import run_on_ray, run_tasks
 from diffract.linalg import LowRank, change_grams
 from diffract.matrices import Layout, Matrix, batches, cut, is_paired, scan_cost, workspace_bytes
 from diffract.matrices.layout import KEEP_BYTES, PIECE_BYTES
@@ -146,6 +147,33 @@ class Done(NamedTuple):
 def on_this_machine(tasks: Sequence[AnyTask], worker: Worker) -> Iterator[tuple[AnyTask, Outcome]]:
     """Yield each task with its outcome, done by threads of this process."""
     return run_tasks(tasks, worker, device=worker.device)
+
+
+def on_ray(
+    tasks: Sequence[AnyTask], worker: Worker, *, again: Callable[[], Worker]
+) -> Iterator[tuple[AnyTask, Outcome]]:
+    """Yield each task with its outcome, done by processes of Ray; a task that they die of has rows that say so.
+
+    Args:
+        tasks: What there is to do.
+        worker: Who would do them here.
+        again: Makes the same worker in another process, from references to the models.
+    """
+    return run_on_ray(tasks, again, lost=partial(lost, worker=worker), device=worker.device)
+
+
+def lost(task: AnyTask, worker: Worker) -> Outcome:
+    """Return rows without numbers, status ``failed``, for a task of which every process died that tried it."""
+    if isinstance(task, HeadTask):
+        size = (1 + len(task.tuned)) ** 2
+        grams = pl.Series([[math.nan] * size] * len(task.matrices), dtype=pl.Array(pl.Float64, size))
+        return Outcome([Part(task.model, task.matrices, pl.DataFrame({GRAMS: grams}))])
+    matrices = task.circuits if isinstance(task, CircuitTask) else task.matrices
+    models = (task.model, *task.tuned)[-1:] if worker.plan.apart else (task.model, *task.tuned)
+    told = {"status": pl.String, "method": pl.String, "resolved": pl.Float64, "warning": pl.String}
+    told |= {m.name: pl.Float64 for m in worker.plan.single}
+    rows = pl.DataFrame({"status": ["failed"] * len(matrices)}, schema=told)
+    return Outcome([Part(i, matrices, rows) for i in models])
 
 
 def run_all(
