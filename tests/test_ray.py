@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,12 +27,9 @@ def two_workers() -> Iterator[None]:
     ray.shutdown()
 
 
-@dataclass(frozen=True)
-class Task:
-    """A number; the workspace decides whether it runs beside others."""
-
-    number: int
-    workspace_bytes: int = 0
+def a_task(number: int, workspace_bytes: int = 0) -> SimpleNamespace:
+    """Of a class that every process can import; the workspace decides whether it runs beside others."""
+    return SimpleNamespace(number=number, workspace_bytes=workspace_bytes)
 
 
 @pytest.mark.parametrize("verb", ["scan", "compare", "heads", "trajectory"])
@@ -61,7 +58,7 @@ def test_a_task_whose_worker_dies_is_done_by_another_and_one_that_kills_all_is_l
 
         return do
 
-    tasks = [Task(i, workspace_bytes=(1 << 30) * (i == 4)) for i in range(6)]
+    tasks = [a_task(i, workspace_bytes=(1 << 30) * (i == 4)) for i in range(6)]
     found = list(run_on_ray(tasks, make, lost=lambda task: -task.number, device=CPU))
     assert [(task.number, result) for task, result in found] == [(0, 0), (1, 10), (2, 20), (3, -3), (5, 50), (4, 40)]
     assert len(list(tmp_path.glob("1-*"))) == 2
@@ -76,7 +73,7 @@ def test_an_error_of_a_task_is_the_users(tmp_path: Path) -> None:
         return do
 
     with pytest.raises(SelectionError, match="no 7"):
-        list(run_on_ray([Task(7)], make, lost=lambda task: 0, device=CPU))
+        list(run_on_ray([a_task(7)], make, lost=lambda task: 0, device=CPU))
 
 
 def test_a_matrix_that_kills_its_workers_has_a_row_that_says_so(

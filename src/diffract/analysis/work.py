@@ -172,7 +172,7 @@ def lost(task: AnyTask, worker: Worker) -> Outcome:
     models = (task.model, *task.tuned)[-1:] if worker.plan.apart else (task.model, *task.tuned)
     told = {"status": pl.String, "method": pl.String, "resolved": pl.Float64, "warning": pl.String}
     told |= {m.name: pl.Float64 for m in worker.plan.single}
-    rows = pl.DataFrame({"status": ["failed"] * len(matrices)}, schema=told)
+    rows = pl.DataFrame([{"status": "failed"}] * len(matrices), schema=told)
     return Outcome([Part(i, matrices, rows) for i in models])
 
 
