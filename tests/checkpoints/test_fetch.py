@@ -10,7 +10,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from polars.testing import assert_frame_equal
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 from typer.testing import CliRunner
 
 import diffract
@@ -151,3 +151,22 @@ def test_evaluation_loads_a_folder_of_a_repository(hub: Any, tmp_path: Path, mon
         found = load_model("org/model/last@v1", torch.device("cpu"), "auto").state_dict()
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_an_audit_downloads(hub: Any, published: int, adapted: None, tmp_path: Path) -> None:
+    """What only a download can read, an adapter as a pickle, is audited from there."""
+    held = load(hub.repos["org/adapter"]["adapter_model.safetensors"])
+    torch.save(held, tmp_path / "adapter_model.bin")
+    hub.repos["org/adapter"]["adapter_model.bin"] = (tmp_path / "adapter_model.bin").read_bytes()
+    del hub.repos["org/adapter"]["adapter_model.safetensors"]
+    runner = CliRunner()
+    refused = runner.invoke(app, ["lora", "org/adapter", "--audit", "--json"])
+    assert refused.exit_code == 1, refused.output
+    assert "Pass --download" in refused.stderr
+    done = runner.invoke(app, ["lora", "org/adapter", "--audit", "--download", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["modules"] == 1
+    hub.requests.clear()
+    hub.refuses["/api/"] = (503, {})
+    done = runner.invoke(app, ["lora", "org/adapter", "--audit", "--json"])
+    assert done.exit_code == 0, done.output

@@ -176,37 +176,38 @@ def _open_memory(reference: Any) -> Checkpoint:
 
 
 def _open_hub(name: HubName, how: _How) -> Checkpoint:
-    from diffract.checkpoints.hub import download, find_hub_folder, wanted_files
-    from diffract.checkpoints.patience import UnreachableError
-
+    folder, reached = _hub_folder(name, download=how.download)
     try:
-        folder = find_hub_folder(*name)
-        if not how.download:
-            return _open_folder(folder, how)
-        path = download(folder, wanted_files(folder))
-    except UnreachableError as error:
-        return _open_cached(name, how, error)
-    return replace(_open_folder(LocalFolder(path), how), reference=folder.where)
-
-
-def _open_cached(name: HubName, how: _How, unreachable: CheckpointError) -> Checkpoint:
-    """Open what the cache of the hub's client holds of a model where the hub is not reached."""
-    from diffract.checkpoints.hub import cached_version
-
-    path = cached_version(*name)
-    if path is None:
-        raise unreachable
-    try:
-        found = _open_folder(LocalFolder(path), how)
+        found = _open_folder(folder, how)
     except CheckpointError as error:
+        if reached:
+            raise
         raise CheckpointError(
             f"{name}: the hub is not reached, and its client's cache holds only a part: {error} Where there is a "
             f"network, run `diffract fetch {name}`."
         ) from error
-    commit = path.parts[-1 - len(Path(name.folder).parts)]
-    note = f"The hub was not reached: {name.repo} is as its client's cache holds it."
-    reference = str(name._replace(revision=commit))
-    return replace(found, reference=reference, notes=(*found.notes, note))
+    if not isinstance(folder, LocalFolder):
+        return found
+    commit = folder.path.parts[-1 - len(Path(name.folder).parts)]
+    note = () if reached else (f"The hub was not reached: {name.repo} is as its client's cache holds it.",)
+    return replace(found, reference=str(name._replace(revision=commit)), notes=(*found.notes, *note))
+
+
+def _hub_folder(name: HubName, *, download: bool, weights: bool = True) -> tuple[Folder, bool]:
+    """Return a folder on the hub, or on disk where it is fetched or the hub is not reached; and whether it was."""
+    from diffract.checkpoints import hub
+    from diffract.checkpoints.patience import UnreachableError
+
+    try:
+        folder = hub.find_hub_folder(*name)
+        return LocalFolder(
+            hub.download(folder, hub.wanted_files(folder, weights=weights))
+        ) if download else folder, True
+    except UnreachableError:
+        path = hub.cached_version(*name)
+        if path is None:
+            raise
+        return LocalFolder(path), False
 
 
 def local_place(reference: str, *, weights: bool = True) -> str:
@@ -222,17 +223,9 @@ def local_place(reference: str, *, weights: bool = True) -> str:
     name = parse_hub_name(reference)
     if name is None:
         return reference
-    from diffract.checkpoints.hub import cached_version, download, find_hub_folder, wanted_files
-    from diffract.checkpoints.patience import UnreachableError
-
-    try:
-        folder = find_hub_folder(*name)
-        return str(download(folder, wanted_files(folder, weights=weights)))
-    except UnreachableError:
-        path = cached_version(*name)
-        if path is None:
-            raise
-        return str(path)
+    folder, _ = _hub_folder(name, download=True, weights=weights)
+    assert isinstance(folder, LocalFolder)
+    return str(folder.path)
 
 
 def _open_file(path: Path, how: _How) -> Checkpoint:
@@ -353,11 +346,12 @@ def _open_delta(folder: Folder, how: _How) -> Checkpoint:
         raise
 
 
-def open_adapter_parts(reference: str | Path) -> Adapter:
+def open_adapter_parts(reference: str | Path, *, download: bool = False) -> Adapter:
     """Open an adapter without its base, as what it holds for each module; only headers are read.
 
     Args:
         reference: Its folder, one of several as ``FOLDER#name``, or a name on the hub.
+        download: Fetch an adapter on the hub whole.
 
     Raises:
         CheckpointError: There is no adapter, or it is damaged or of a kind that is not read.
@@ -374,9 +368,7 @@ def open_adapter_parts(reference: str | Path) -> Adapter:
             refuse_several(folder)
         return _adapter_parts(folder, chosen)
     if named := parse_hub_name(text):
-        from diffract.checkpoints.hub import find_hub_folder
-
-        return _adapter_parts(find_hub_folder(*named), None)
+        return _adapter_parts(_hub_folder(named, download=download)[0], None)
     raise CheckpointError(f"no adapter at {printable(text)!r}: expected its folder, or org/name@revision on the hub.")
 
 

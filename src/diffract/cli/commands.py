@@ -273,6 +273,7 @@ def edit(
     link: bool = False,
     architecture: str | Path | None = None,
     adapter_base: Reference | None = None,
+    download: bool = False,
     allow: Sequence[str] = (),
     vocabulary: str = "common",
     progress: Progress | None = None,
@@ -288,6 +289,7 @@ def edit(
         link: Take files in which nothing changes over as hard links: writing to the model's later changes this too.
         architecture: A JSON file that describes the model (docs/architectures.md).
         adapter_base: The base of a LoRA adapter, where its config does not name one that can be opened.
+        download: Fetch models of the hub whole instead of reading byte ranges.
         allow: What is allowed though it speaks against taking weights from another model: strangers, tokenizers,
             unmatched, or a key of their configurations such as rope_theta.
         vocabulary: What becomes of tables with another number of tokens: of common ones the rows are paired and the
@@ -310,7 +312,7 @@ def edit(
     written = {name: value for name, value in written.items() if value is not None}
     further = {"architecture": architecture, "adapter_base": adapter_base}
     recipe |= {"output": written, **{name: str(value) for name, value in further.items() if value is not None}}
-    recipe |= {"allow": tuple(allow), "vocabulary": vocabulary}
+    recipe |= {"allow": tuple(allow), "vocabulary": vocabulary, "download": download}
     if ":" not in asked.get("at", ""):
         return apply(recipe, output, **how)
     from diffract.settings import decimal_row
@@ -350,7 +352,8 @@ def lora(
         energy = float(given.get("energy") or 0.99)
     except ValueError as error:
         raise RecipeError(f"--energy: expected a number, got {printable(given['energy'])!r}.") from error
-    return audited(given["model"], against=against, base=given.get("base"), energy=energy, progress=progress)
+    places = {"against": against, "base": given.get("base"), "download": given["download"]}
+    return audited(given["model"], **places, energy=energy, progress=progress)
 
 
 HERE = "diffract.cli.commands"

@@ -73,6 +73,7 @@ def audit(
     against: str | Path | None = None,
     base: Reference | None = None,
     energy: float = 0.99,
+    download: bool = False,
     progress: Progress | None = None,
 ) -> Audit:
     """Say what an adapter holds; its base is not needed.
@@ -82,6 +83,7 @@ def audit(
         against: Another adapter, to say how far both change the same directions.
         base: The base, to measure what merging into bfloat16 loses; it is read whole.
         energy: The share of a change's squared Frobenius norm that suffices.
+        download: Fetch what is on the hub whole instead of reading byte ranges.
         progress: Called with modules done, all modules, and what was just finished.
 
     Raises:
@@ -89,9 +91,9 @@ def audit(
     """
     if not 0 < energy <= 1:
         raise SelectionError(f"energy: expected a share above 0 and up to 1, got {energy}.")
-    held, other = open_adapter_parts(adapter), None
+    held, other = open_adapter_parts(adapter, download=download), None
     try:
-        other = None if against is None else open_adapter_parts(against)
+        other = None if against is None else open_adapter_parts(against, download=download)
         rows: list[Row] = []
         overlaps: list[Row] = []
         for done, low_rank in enumerate(held.low_rank.values(), 1):
@@ -119,7 +121,7 @@ def audit(
     rank = max(needed.values(), default=0)
     # The largest rank is the adapter's own; PEFT lists exceptions alone.
     pattern = {name: k for name, k in needed.items() if k < rank}
-    merging = [] if base is None else _merging(adapter, base)
+    merging = [] if base is None else _merging(adapter, base, download=download)
     return Audit(str(adapter), rows, pattern, rank, overlaps, merging, whole)
 
 
@@ -183,10 +185,13 @@ def _overlap_row(name: str, pair: tuple[_Spectrum | None, _Spectrum], energy: fl
     return {"name": name, **dict(zip(keys, values, strict=True))}
 
 
-def _merging(adapter: str | Path, base: Reference) -> list[Row]:
+def _merging(adapter: str | Path, base: Reference, *, download: bool) -> list[Row]:
     """Merge into bfloat16 block by block, and compare with the sum and with the base."""
     rows: list[Row] = []
-    with open_checkpoint(base) as origin, open_checkpoint(adapter, base=origin) as merged:
+    with (
+        open_checkpoint(base, download=download) as origin,
+        open_checkpoint(adapter, base=origin, download=download) as merged,
+    ):
         for name in merged.factors:
             missed, change, unmoved = [], [], 0
             for block in row_blocks(merged.info(name)):

@@ -135,6 +135,7 @@ class Bench:
         *,
         architecture: str | Path | None = None,
         adapter_base: Reference | None = None,
+        download: bool = False,
         allow: Collection[str] = (),
         vocabulary: Vocabulary = "common",
         record: bool = True,
@@ -145,6 +146,7 @@ class Bench:
             model: What is edited.
             architecture: A JSON file that describes it; by default its config.json's ``model_type`` decides.
             adapter_base: The base of an adapter whose config names none that can be opened.
+            download: Fetch models of the hub whole instead of reading byte ranges.
             allow: Names of what is allowed though it speaks against taking weights from another model: ``strangers``,
                 ``tokenizers``, ``unmatched``, or keys of their configurations, such as ``rope_theta``.
             vocabulary: What becomes of tables with another number of tokens: the ``common`` rows count, or ``refuse``.
@@ -154,7 +156,7 @@ class Bench:
         self.permissions = Permissions(allow)
         self._vocabulary: Vocabulary = vocabulary
         self._opened = ExitStack()
-        self._adapter_base = adapter_base
+        self._adapter_base, self._download = adapter_base, download
         self._architecture = architecture
         self._made: dict[Hashable, Any] = {}
         self._configs: list[Mapping[str, Any]] = []
@@ -307,7 +309,7 @@ class Bench:
         self.close()
 
     def _open(self, reference: Reference) -> Checkpoint:
-        checkpoint = open_checkpoint(reference, base=self._adapter_base)
+        checkpoint = open_checkpoint(reference, base=self._adapter_base, download=self._download)
         if checkpoint is not reference:
             self._opened.callback(checkpoint.close)
         self._configs.append(checkpoint.config)

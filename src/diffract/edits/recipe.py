@@ -99,6 +99,8 @@ class Recipe(BaseModel):
     """A JSON file that describes the model."""
     adapter_base: Model | None = None
     """The base of a LoRA adapter whose config names none that can be opened."""
+    download: bool = False
+    """Whether models of the hub are fetched whole, not read by byte ranges."""
     allow: Names = ()
     """What is allowed though it speaks against taking weights from another model: strangers, tokenizers, unmatched, or
     keys of config.json such as rope_theta."""

@@ -117,6 +117,7 @@ def open_bench(recipe: Recipe) -> Bench:
         recipe.model,
         architecture=recipe.architecture,
         adapter_base=recipe.adapter_base,
+        download=recipe.download,
         allow=recipe.allow,
         vocabulary=recipe.vocabulary,
     )
