@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import diffract
 from diffract.checkpoints import open_checkpoint
+from diffract.checkpoints.open import open_adapter_parts
 from diffract.errors import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's advice on tied weights and on settings of single layers
@@ -156,6 +157,24 @@ def test_a_small_change_of_bfloat16_is_whole_until_it_is_rounded(tmp_path: Path)
     assert diffract.verify(tmp_path / "wide", replay=True).faults == []
 
 
+def test_blocks_of_rows_read_the_factors_once(tmp_path: Path, reads: list[tuple[int, int]]) -> None:
+    gpt2().save_pretrained(tmp_path / "base")
+    adapted: Any = get_peft_model(gpt2(), lora("c_attn", use_dora=True, init_lora_weights=False))
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    with open_checkpoint(tmp_path / "adapter") as found:
+        name = next(name for name in found if name.endswith("c_attn.weight"))
+        whole = found.read_unrounded(name)
+        factors = [
+            i.size_bytes for n, i in open_adapter_parts(tmp_path / "adapter").weights.infos.items() if ".0." in n
+        ]
+    with open_checkpoint(tmp_path / "adapter") as found:
+        reads.clear()
+        rows = [found.read_unrounded(name, (row, row + 1)) for row in range(len(whole))]
+        torch.testing.assert_close(torch.cat(rows), whole, rtol=1e-12, atol=0)  # a product of one row sums otherwise
+        assert sum(got for _, got in reads) == sum(factors) + 2 * found.info(name).size_bytes
+
+
 def test_several_adapters_are_asked_for_by_name(tmp_path: Path) -> None:
     model = llama()
     model.save_pretrained(tmp_path / "base")
@@ -164,7 +183,9 @@ def test_several_adapters_are_asked_for_by_name(tmp_path: Path) -> None:
     for config in adapted.peft_config.values():
         config.base_model_name_or_path = str(tmp_path / "base")
     adapted.save_pretrained(str(tmp_path / "both"))
-    with pytest.raises(CheckpointError, match=r"holds several adapters: one, two. Say which by its name after #"):
+    with pytest.raises(
+        CheckpointError, match=r"holds several adapters: one, two. Say which by its folder, or its name after #"
+    ):
         open_checkpoint(tmp_path / "both")
     with open_checkpoint(f"{tmp_path / 'both'}#two") as found, open_checkpoint(tmp_path / "both" / "two") as same:
         assert set(found.factors) == {f"model.layers.{i}.self_attn.v_proj.weight" for i in range(2)}

@@ -165,7 +165,7 @@ def test_an_audit_downloads(hub: Any, published: int, adapted: None, tmp_path: P
     assert "Pass --download" in refused.stderr
     done = runner.invoke(app, ["lora", "org/adapter", "--audit", "--download", "--json"])
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["modules"] == 1
+    assert [row["name"] for row in json.loads(done.stdout)["modules"]] == ["lin"]
     hub.requests.clear()
     hub.refuses["/api/"] = (503, {})
     done = runner.invoke(app, ["lora", "org/adapter", "--audit", "--json"])

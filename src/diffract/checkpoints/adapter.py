@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from threading import local
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from diffract.checkpoints.adapter_parts import (
@@ -19,7 +20,7 @@ from diffract.checkpoints.adapter_parts import (
     read_adapter,
     read_settings,
 )
-from diffract.checkpoints.checkpoint import Checkpoint, Factors, Range
+from diffract.checkpoints.checkpoint import Checkpoint, Factors, Range, row_blocks
 from diffract.checkpoints.header import TensorInfo
 from diffract.errors import ArchitectureError, CheckpointError, printable
 
@@ -55,6 +56,16 @@ class AdaptedTensor:
     rows: tuple[list[int], str] | None = None
 
 
+@dataclass
+class _AtHand:
+    """What blocks of one adapted tensor need: its factors as they are stored, DoRA's magnitudes, norms of outputs."""
+
+    name: str
+    sides: tuple[torch.Tensor, torch.Tensor]
+    magnitude: torch.Tensor | None
+    norms: torch.Tensor | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Adapted:
     """A base's tensors with an adapter's changes: computed in float64, and rounded once to the dtype they have."""
@@ -63,6 +74,7 @@ class Adapted:
     weights: Checkpoint
     changes: Mapping[str, AdaptedTensor]
     owns_base: bool
+    kept: local = field(default_factory=local)
 
     def read(self, info: TensorInfo, rows: Range | None) -> torch.Tensor:
         """Return entries ``rows`` of the leading axis, rounded if the adapter changes the tensor."""
@@ -75,39 +87,51 @@ class Adapted:
     def unrounded(self, name: str, rows: Range | None) -> torch.Tensor:
         """Return entries of a changed tensor as they are before rounding, in float64, or as they are stored."""
         change = self.changes[name]
-        origin, stored = change.start
-        # the norms that DoRA divides by run along the leading axis of what is stored (in, out)
-        whole = rows is not None and change.transposed and change.low_rank is not None and change.low_rank.magnitude
-        span = None if whole else rows
-        found = origin.read_unrounded(stored, span)
-        if change.low_rank is not None:
-            found = self._adapted(found.double(), change, span)
+        found = self._sum(name, rows) if change.low_rank else change.start[0].read_unrounded(change.start[1], rows)
+        if change.low_rank is not None and change.low_rank.magnitude is not None:
+            found = self._scaled(name, found, rows)
         if change.shift is not None:
             shift, scale = change.shift
-            found = found.double() + scale * self.weights.read(shift, span).double()
+            found = found.double() + scale * self.weights.read(shift, rows).double()
         if change.rows is not None:
-            found = self._with_rows(found, change.rows, span)
-        return found[rows[0] : rows[1]] if whole and rows is not None else found
+            found = self._with_rows(found, change.rows, rows)
+        return found
 
-    def _adapted(self, values: torch.Tensor, change: AdaptedTensor, rows: Range | None) -> torch.Tensor:
-        """Add the product of factors to rows of a weight, and give its outputs DoRA's magnitudes."""
+    def _sum(self, name: str, rows: Range | None) -> torch.Tensor:
+        """Return rows of a weight plus those of the product of factors."""
+        change = self.changes[name]
+        left, right = self._at_hand(name).sides
+        values = change.start[0].read_unrounded(change.start[1], rows).double()
+        return values + ((left if rows is None else left[slice(*rows)]) @ right).reshape(values.shape)
+
+    def _scaled(self, name: str, values: torch.Tensor, rows: Range | None) -> torch.Tensor:
+        """Give the outputs of a sum DoRA's magnitudes."""
         import torch
 
-        low_rank = change.low_rank
-        assert low_rank is not None
-        B, A = low_rank.read(self.weights)
-        left, right = (A.mT, B.mT) if change.transposed else (B, A)
-        kept = left if rows is None else left[slice(*rows)]
-        found = values + (kept @ right).reshape(values.shape)
-        if low_rank.magnitude is None:
-            return found
-        magnitude = self.weights.read(low_rank.magnitude).double().flatten()
-        if change.transposed:
-            return found * (magnitude / torch.linalg.vector_norm(found, dim=0))
-        if rows is not None:
-            magnitude = magnitude[slice(*rows)]
-        ratio = magnitude / torch.linalg.vector_norm(found.flatten(1), dim=1)
-        return found * ratio.reshape(-1, *(1 for _ in found.shape[1:]))
+        change, held = self.changes[name], self._at_hand(name)
+        assert held.magnitude is not None
+        if not change.transposed:
+            magnitude = held.magnitude if rows is None else held.magnitude[slice(*rows)]
+            ratio = magnitude / torch.linalg.vector_norm(values.flatten(1), dim=1)
+            return values * ratio.reshape(-1, *(1 for _ in values.shape[1:]))
+        # The norms run along the leading axis of what is stored (in, out): one pass over its blocks for all of them.
+        if held.norms is None:
+            squares = [self._sum(name, block).square().sum(0) for block in row_blocks(change.info)]
+            held.norms = torch.stack(squares).sum(0).sqrt()
+        return values * (held.magnitude / held.norms)
+
+    def _at_hand(self, name: str) -> _AtHand:
+        """Return an adapted tensor's factors, kept for its next block: blocks are asked for one after another."""
+        held: _AtHand | None = getattr(self.kept, "tensor", None)
+        if held is None or held.name != name:
+            change = self.changes[name]
+            assert change.low_rank is not None
+            B, A = change.low_rank.read(self.weights)
+            magnitude = change.low_rank.magnitude
+            scale = None if magnitude is None else self.weights.read(magnitude).double().flatten()
+            held = _AtHand(name, (A.mT, B.mT) if change.transposed else (B, A), scale)
+            self.kept.tensor = held
+        return held
 
     def _with_rows(self, values: torch.Tensor, rows: tuple[list[int], str], span: Range | None) -> torch.Tensor:
         numbers, name = rows
