@@ -142,6 +142,13 @@ PICTURES = (
         "The density of ln σ at every checkpoint, of one matrix or pooled over a layer or projection.",
     ),
     Picture(
+        "lineage",
+        "related",
+        {},
+        "What was found of each pair, and the correlation of their weights; beside it the tree of the nearest pairs, "
+        "which leads away from the root that was named.",
+    ),
+    Picture(
         "rewind",
         "rewound",
         {},
@@ -185,9 +192,12 @@ def make_runs(folder: Path, series: Path) -> dict[str, Path]:
     """Write the runs that the figures are drawn from."""
     base = f"base={SAMPLES / 'base'}"
     tuned = [f"{domain}={SAMPLES / domain}" for domain in DOMAINS]
-    runs = {name: folder / name for name in ("compared", "heads", "series", "rewound", "truncated", "connected")}
+    runs = {
+        name: folder / name for name in ("compared", "heads", "related", "series", "rewound", "truncated", "connected")
+    }
     diffract.compare(base, *tuned, metrics=["all"], nulls="all", output=runs["compared"])
     diffract.heads(base, *tuned, output=runs["heads"])
+    diffract.lineage(base, *tuned, root="base", output=runs["related"])
     if series.is_dir():
         follow([str(series)], by="step", select="attn, mlp", output=runs["series"])
     else:

@@ -269,6 +269,21 @@ def connected() -> dict[str, pl.DataFrame]:
     return {"paths": pl.DataFrame(paths), "pairs": pl.DataFrame(table), "simplex": pl.DataFrame(simplex)}
 
 
+def related() -> dict[str, pl.DataFrame]:
+    """A base, two descendants of it, and a stranger of another shape."""
+    words = {"a": "descendant or sibling", "b": "descendant or sibling", "other": "stranger"}
+    pairs = [("base", "a", 0.96), ("base", "b", 0.95), ("a", "b", 0.91), ("base", "other", 0.001)]
+    pairs += [("a", "other", -0.002), ("b", "other", None)]
+    lineage = [
+        {"a": a, "b": b, "lineage": "cannot tell" if r is None else words[b], "r": r, "matrices": 6, "share": 1.0,
+         "shared": ["embed"] if b == "other" else [], "moved": []}
+        for a, b, r in pairs
+    ]  # fmt: skip
+    tree = [{"a": a, "b": b, "r": r, "rooted": True} for a, b, r in pairs[:2]]
+    models = [{"model": name, "role": "model"} for name in ("base", "a", "b", "other")]
+    return {"lineage": pl.DataFrame(lineage), "tree": pl.DataFrame(tree), "models": pl.DataFrame(models)}
+
+
 def frames_of(kind: str) -> dict[str, pl.DataFrame]:
     """What a kind of figure is drawn from."""
     if kind in ("rewind", "effects"):
@@ -277,6 +292,8 @@ def frames_of(kind: str) -> dict[str, pl.DataFrame]:
         return connected()
     if kind == "truncation":
         return truncated()
+    if kind == "lineage":
+        return related()
     return trajectory() if kind in ("evolution", "ridge") else compared()
 
 
@@ -298,4 +315,6 @@ def kind_of(frames: dict[str, pl.DataFrame]) -> str:
     """The kind of run that such frames make."""
     if "points" in frames:
         return "search rewind" if "effects" in frames else "search truncate"
+    if "tree" in frames:
+        return "lineage"
     return "connect" if "paths" in frames else "compare"

@@ -327,7 +327,8 @@ def lineage(
         refs: Two or more: a file, a folder, or ``org/name@revision`` on the hub; ``name=MODEL`` names one. In Python
             also a mapping of arrays, an ``nn.Module``, or an open checkpoint.
         root: The name of the one that the others descend from, where that is known; or ``step``, ``tokens`` or
-            ``date``: the earliest model of each tree, by its name or its trainer's note, or by the date of its files.
+            ``date``: the earliest model of each tree, by its name or its trainer's note; a date by what manifest, card
+            or metadata state, else by steps, else by the time of its files.
         architecture: A JSON file that describes the model (docs/architectures.md); by default its config.json's
             ``model_type`` decides.
         adapter_base: The base of adapters among the models, where their config does not name one that can be opened.

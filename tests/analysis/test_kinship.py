@@ -6,16 +6,20 @@ import json
 import os
 from pathlib import Path
 
+import polars as pl
 import pytest
 import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import diffract
+from diffract import report
 from diffract.analysis.kinship import tree
+from diffract.checkpoints.provenance import stated_date
 from diffract.cli.main import app
 from diffract.errors import SelectionError
 from diffract.matrices.lineage import Lineage
+from diffract.tables import Tables
 
 KIN = "descendant or sibling"
 
@@ -60,18 +64,53 @@ def test_branches_lead_away_from_the_earliest_model_of_each_tree() -> None:
     assert {(b["a"], b["b"], b["rooted"]) for b in timed} == {("w", "v", True), ("x", "y", False), ("y", "z", False)}
 
 
-def test_the_earliest_model_is_told_by_step_or_by_the_date_of_its_files(tmp_path: Path) -> None:
+def test_the_earliest_model_is_told_by_step_or_by_a_date(tmp_path: Path) -> None:
     paths = {step: tmp_path / f"step{step}.safetensors" for step in (10, 200, 3000)}
-    for place, (step, path) in enumerate(paths.items()):
+    for step, path in paths.items():
         save_file(moved(seeded(0), step), path)
-        os.utime(path, (1e9 - place, 1e9 - place))
     by_step = diffract.lineage(*paths.values(), root="step")
     assert by_step.tree["rooted"].to_list() == [True, True]
     assert by_step.tree["a"][0] == "step10"
-    by_date = diffract.lineage(*map(str, paths.values()), root="date")
-    assert by_date.tree["a"][0] == "step3000"
+    assert by_step.manifest["settings"]["root_told_by"] == "step"
     with pytest.raises(SelectionError, match=r"tells no step\. Name the root"):
         diffract.lineage(seeded(0), seeded(1), root="step")
+
+
+@pytest.mark.parametrize(
+    ("names", "stated", "told_by", "earliest"),
+    [
+        (("a", "b"), ("2026-02-01", "2025-12-31T23:00:00Z"), "dates in manifests", "b"),
+        (("step20", "step10"), ("2026-02-01", None), "steps", "step10"),  # one states no date
+        (("step20", "b"), (None, None), "modification times", "b"),  # one tells no step either
+        (("step10", "step20"), ("2026-02-01", "2026-01-01"), "dates in manifests", "step20"),
+    ],
+)
+@pytest.mark.parametrize("place", ["card", "manifest", "metadata"])
+def test_a_date_that_is_stated_comes_before_steps_and_these_before_times_of_files(
+    tmp_path: Path, place: str, names: tuple[str, ...], stated: tuple[str | None, ...], told_by: str, earliest: str
+) -> None:
+    base = seeded(0)
+    for age, (name, date) in enumerate(zip(names, stated, strict=True)):
+        (tmp_path / name).mkdir()
+        weights = tmp_path / name / "model.safetensors"
+        save_file(moved(base, age), weights, {"created": date} if date and place == "metadata" else None)
+        if date and place == "card":
+            (tmp_path / name / "README.md").write_text(f"---\nlicense: mit\ndate: {date}  # of release\n---\n# Model\n")
+        if date and place == "manifest":
+            (tmp_path / name / "manifest.json").write_text(json.dumps({"created_at": date}))
+        os.utime(weights, (1e9 - age, 1e9 - age))
+    done = CliRunner().invoke(app, ["lineage", *(str(tmp_path / name) for name in names), "--root", "date"])
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.stdout.split())
+    assert f"The earliest is told by {told_by}" in said
+    assert f"Tree, from its root: {earliest} ->" in said
+
+
+@pytest.mark.parametrize("text", ["[", "[]", '{"date": ["x"]}', '{"date": "yesterday"}', "[" * 100_000])
+def test_notes_that_state_no_date_are_passed_over(tmp_path: Path, text: str) -> None:
+    for name in ("manifest.json", "README.md"):
+        (tmp_path / name).write_text(text)
+    assert stated_date(tmp_path) is None
 
 
 def test_equal_weights_and_moved_layers_are_told_of_each_pair() -> None:
@@ -113,3 +152,23 @@ def test_one_model_alone_and_an_unknown_root_are_refused() -> None:
         diffract.lineage(seeded(0))
     with pytest.raises(SelectionError, match="nobody"):
         diffract.lineage(seeded(0), seeded(1), root="nobody")
+
+
+def test_a_page_shows_pairs_and_trees(tmp_path: Path) -> None:
+    hostile, base = "<img src=x onerror=alert(1)>", seeded(0)
+    paths = [str(tmp_path / f"{place}.safetensors") for place in range(3)]
+    for path, values in zip(paths, (base, moved(base, 1), seeded(9)), strict=True):
+        save_file(values, path)
+    run = diffract.lineage(*paths, root="0", output=tmp_path / "run")
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Who descends from whom: 3 models" in page
+    assert "Descendant or sibling: 0 and 1." in page
+    assert "Neither descends from the other" in page
+    assert page.count("<td>stranger</td>") == 2
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert data["kinship"]["data"][0]["type"] == "heatmap"
+    assert run.figure("lineage").data
+    assert all(row["digest"] for row in run.manifest["models"])
+    named = {n: run[n].with_columns(pl.col("a").replace("0", hostile)) for n in ("lineage", "tree")}
+    drawn = report.page.render(Tables(run.manifest, run.tables.frames | named))
+    assert hostile not in drawn.split("<body>")[1]

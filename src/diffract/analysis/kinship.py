@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from datetime import datetime
+from functools import partial
 from itertools import combinations
 from typing import Any, TypeAlias
 
 import polars as pl
 
 from diffract.analysis.scan import Options, open_all, split_name
-from diffract.analysis.tables import Member, describe, model_row
+from diffract.analysis.tables import Member, describe, model_digest, model_row
 from diffract.analysis.timeline import local_path, locate
 from diffract.checkpoints import Reference
+from diffract.checkpoints.provenance import stated_date
 from diffract.checkpoints.series import ALONE
 from diffract.errors import SelectionError, choose, printable
 from diffract.matrices.lineage import Lineage, tell_lineage
@@ -56,11 +59,12 @@ def relate_all(references: Sequence[Reference], options: Options, *, root: str |
         names, layouts = open_all(references, options, stack)
         if len(names) < 2:
             raise SelectionError("lineage needs two checkpoints at least.")
-        if root in names or root is None:
-            times: dict[str, Any] = {root: 0} if root else {}
-        else:
-            by = choose("root", root, [*names, *ROOTS])
-            times = {name: _time(reference, by) for name, reference in zip(names, references, strict=True)}
+        told_by, times = "", {}
+        if root in names:
+            times = {root: 0}
+        elif root is not None:
+            told_by, found_times = _times(references, choose("root", root, [*names, *ROOTS]))
+            times = dict(zip(names, found_times, strict=True))
         pairs = list(combinations(range(len(names)), 2))
         digests = [{name: layout.checkpoint.digest(name) for name in layout.entries} for layout in layouts]
         found: dict[tuple[str, str], Lineage] = {}
@@ -71,10 +75,18 @@ def relate_all(references: Sequence[Reference], options: Options, *, root: str |
                 options.progress(done, len(pairs), f"{names[i]} and {names[j]}")
         members = [Member(name, "model", layout) for name, layout in zip(names, layouts, strict=True)]
     branches = tree(names, found, times)
-    models = frame([model_row(member, len(member.layout.matrices)) for member in members], MODELS)
+    rows = [
+        model_row(member, len(member.layout.matrices), model_digest(own))
+        for member, own in zip(members, digests, strict=True)
+    ]
+    models = frame(rows, MODELS)
     nearest = pl.Series("nearest", [_nearest(name, found) for name in names], dtype=pl.String)
     middle = pl.Series("middle", [sum(name in (b["a"], b["b"]) for b in branches) > 1 for name in names])
-    settings = {"root": root, "architecture": str(options.architecture) if options.architecture else None}
+    settings = {
+        "root": root,
+        "root_told_by": told_by or None,
+        "architecture": str(options.architecture) if options.architecture else None,
+    }
     known = {"kind": "lineage", "settings": settings, "seconds": round(time.monotonic() - begun, 3)}
     manifest = describe(members, models, known, glossary=GLOSSARY, warnings=[])
     frames = {
@@ -124,21 +136,43 @@ def _lead_away(branches: list[dict[str, Any]], root: str) -> None:
                 waiting.append(other)
 
 
-def _time(reference: Reference, by: str) -> Any:
-    """When a model was made: stage and step or tokens, as its names or its trainer tell, or the date of its files."""
-    _, inner = split_name(reference)
-    if by == "date":
-        path = local_path(inner)
-        files = [path] if path and path.is_file() else [p for p in path.iterdir() if p.is_file()] if path else []
-        weights = [p.stat().st_mtime for p in files if p.name.endswith(ALONE)]
-        found = max(weights) if weights else None
-    else:
-        place = locate(reference).place
-        number = getattr(place, by)
-        found = None if number is None else (place.stage or 0, number)
-    if found is None:
-        raise SelectionError(f"{printable(str(inner))!r} tells no {by}. Name the root: --root MODEL.")
-    return found
+def _times(references: Sequence[Reference], by: str) -> tuple[str, list[Any]]:
+    """Return what tells when models were made, and when each was.
+
+    A date is one that is stated; where not all models state one, their steps tell, and last the times of files.
+    """
+    tellers: dict[str, Callable[[Reference], Any]] = {
+        "dates in manifests, cards or the metadata of weights": _stated,
+        "steps": partial(_place, what="step"),
+        "modification times of weight files, which copying changes": _modified,
+    }
+    if by != "date":
+        tellers = {by: partial(_place, what=by)}
+    found: list[Any] = []
+    for told_by, tell in tellers.items():
+        found = [tell(reference) for reference in references]
+        if None not in found:
+            return told_by, found
+    _, inner = split_name(references[found.index(None)])
+    raise SelectionError(f"{printable(str(inner))!r} tells no {by}. Name the root: --root MODEL.")
+
+
+def _stated(reference: Reference) -> datetime | None:
+    path = local_path(split_name(reference)[1])
+    return stated_date(path) if path else None
+
+
+def _place(reference: Reference, *, what: str) -> tuple[int, int] | None:
+    """Stage, and step or tokens, as names or the trainer's note tell."""
+    place = locate(reference).place
+    number = getattr(place, what)
+    return None if number is None else (place.stage or 0, number)
+
+
+def _modified(reference: Reference) -> float | None:
+    path = local_path(split_name(reference)[1])
+    files = [path] if path and path.is_file() else [p for p in path.iterdir() if p.is_file()] if path else []
+    return max((p.stat().st_mtime for p in files if p.name.endswith(ALONE)), default=None)
 
 
 def _row(pair: tuple[str, str], one: Lineage) -> dict[str, Any]:

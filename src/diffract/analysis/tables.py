@@ -327,9 +327,14 @@ def _models(
         numbers = model_numbers(base, own, heads.filter(model=member.name)) if member.role == "tuned" else {}
         digest = None  # of a model of which only a part was read nothing can be said
         if all((i, name) in digests for name in names):
-            digest = blake3.blake3("".join(f"{n}\0{digests[i, n]}\n" for n in names).encode()).hexdigest()
+            digest = model_digest({name: digests[i, name] for name in names})
         rows.append(model_row(member, len(own), digest) | numbers | tail_summaries(own))
     return tables.frame(rows, schemas.MODELS)
+
+
+def model_digest(digests: Mapping[str, str]) -> str:
+    """Return the digest of a model: that of all its tensors' names and digests, in order of the names."""
+    return blake3.blake3("".join(f"{name}\0{digests[name]}\n" for name in sorted(digests)).encode()).hexdigest()
 
 
 def model_row(member: Member, matrices: int, digest: str | None = None) -> dict[str, Any]:

@@ -1,11 +1,13 @@
-"""The manifest of an edited checkpoint: what went in, what was done, what came out; and whether that is still so."""
+"""Where a model comes from: the manifest of an edited one (what went in, what was done, what came out), and dates."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,7 +16,7 @@ import blake3
 from diffract._version import __version__
 from diffract.checkpoints.checkpoint import Checkpoint
 from diffract.checkpoints.open import open_checkpoint
-from diffract.checkpoints.sources import LocalFile, open_safetensors, real_path
+from diffract.checkpoints.sources import LocalFile, LocalFolder, open_safetensors, real_path
 from diffract.errors import CheckpointError, printable
 
 MANIFEST = "manifest.json"
@@ -157,3 +159,43 @@ def file_digest(path: Path) -> str:
     """Return the digest of a file, which is read block by block."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, blake3.blake3).hexdigest()  # pyright: ignore[reportArgumentType] (it updates and tells)
+
+
+CARD = "README.md"
+DATES = ("date", "created", "created_at", "modelspec.date")
+"""Keys under which manifests, cards and the metadata of weight files say when a model was made."""
+
+_IN_CARD = re.compile(rf"^(?:{'|'.join(map(re.escape, DATES))})\s*:\s*['\"]?([^'\"\n#]+)", re.MULTILINE)
+
+
+def stated_date(path: Path) -> datetime | None:
+    """Return when a model was made, as its manifest, its card's head or its weights' metadata say; these in order.
+
+    Args:
+        path: The model's folder, or its file. Only the first of several weight files is asked.
+    """
+    folder, told = LocalFolder(path if path.is_dir() else path.parent), []
+    if path.is_dir() and MANIFEST in folder.names:
+        try:
+            manifest = json.loads(folder.read_bytes(MANIFEST))
+        except (ValueError, RecursionError):
+            manifest = None
+        if isinstance(manifest, dict):
+            told += [manifest.get(key) for key in DATES]
+    if path.is_dir() and CARD in folder.names:
+        text = folder.read_bytes(CARD).decode(errors="replace")
+        told += _IN_CARD.findall(text.split("\n---", 1)[0]) if text.startswith("---") else []
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.suffix == ".safetensors" else []
+    for file in files[:1]:
+        checkpoint, metadata = open_safetensors(LocalFile(file))
+        checkpoint.close()
+        told += [metadata.get(key) for key in DATES]
+    return next(filter(None, map(_as_date, told)), None)
+
+
+def _as_date(value: object) -> datetime | None:
+    try:
+        found = datetime.fromisoformat(str(value).strip())
+    except ValueError:
+        return None
+    return found if found.tzinfo else found.replace(tzinfo=UTC)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,20 +31,6 @@ SHOWN_HEADS = 5
 
 APART = {"stranger": "no descendant of the base", "rearranged": "parts of the base at other places"}
 """What is said of a model whose change as a whole has no numbers."""
-
-SHOWN_PAIRS = 4
-"""Pairs of related models that are named for each word."""
-
-KINSHIP = {
-    "same": "The same weights, equal to the bit",
-    "same values": "The same values in other dtypes",
-    "descendant or sibling": "Descendant or sibling",
-    "far": "Far relatives",
-    "rearranged": "Rearranged, layers, heads or neurons at other places",
-    "stranger": "Strangers",
-    "cannot tell": "Too little of one shape to tell",
-}
-"""What the terminal says of pairs by their word, the nearest first."""
 
 
 # scan, compare, trajectory
@@ -257,49 +243,31 @@ def sum_up_run(run: Run, given: Given) -> dict[str, Any]:
 
 def show_lineage(run: Run, given: Given) -> None:
     """Print families and strangers in sentences, how near each pair is as a matrix, and the branches of the tree."""
+    from diffract.plots.lineage import near
+    from diffract.report.words import kinship
+
     warn(run.manifest["warnings"])
     names = run.models["model"].to_list()
-    for sentence in _kinship(run):
+    for _, sentence, details in kinship(run.tables):
         say(sentence)
+        for detail in details:
+            say(f"  {detail}")
     pairs = {(row["a"], row["b"]): row["r"] for row in run.lineage.iter_rows(named=True)}
     places = {name: str(place) for place, name in enumerate(names, start=1)}
     table = []
     for a in names:
-        cells = ["" if a == b else _near(pairs.get((a, b), pairs.get((b, a)))) for b in names]
+        cells = ["" if a == b else near(pairs.get((a, b), pairs.get((b, a)))) for b in names]
         table.append([f"{places[a]} {a}", *cells])
     say_table(["", *places.values()], table, title="Median correlation of the entries of the blocks' matrices:")
     for rooted, title in ((True, "Tree, from its root"), (False, "Tree, without a root")):
         rows = [row for row in run.tree.iter_rows(named=True) if bool(row["rooted"]) == rooted]
-        if branches := [f"{row['a']} {'->' if rooted else '-'} {row['b']} ({_near(row['r'])})" for row in rows]:
+        if branches := [f"{row['a']} {'->' if rooted else '-'} {row['b']} ({near(row['r'])})" for row in rows]:
             say(f"{title}: {', '.join(branches)}")
+    if told_by := run.manifest["settings"].get("root_told_by"):
+        say(f"The earliest is told by {told_by}.")
     if middles := run.models.filter("middle")["model"].to_list():
         say(f"In the middle of a path, as base of its ends or as a stage between them: {', '.join(middles)}")
-    say_place(given, "run")
-
-
-def _kinship(run: Run) -> Iterator[str]:
-    """Say of each word which pairs it holds for."""
-    for word, title in KINSHIP.items():
-        rows = run.lineage.filter(lineage=word)
-        if rows.is_empty():
-            continue
-        pairs = [f"{row['a']} and {row['b']}" for row in rows.head(SHOWN_PAIRS).iter_rows(named=True)]
-        more = f" and {len(rows) - SHOWN_PAIRS} pairs more" if len(rows) > SHOWN_PAIRS else ""
-        yield f"{title}: {'; '.join(pairs)}{more}."
-        if word == "stranger":
-            farthest = number(max(abs(r) for r in rows["r"]))
-            yield f"  Neither descends from the other; r is that of chance, at most {farthest} in size."
-            if tables := rows["shared"].explode().drop_nulls().unique().sort().to_list():
-                count = rows["shared"].list.len().gt(0).sum()
-                yield f"  To the bit {count} of these pairs share {', '.join(map(printable, tables[:SHOWN_PAIRS]))}."
-        for row in (row for row in rows.iter_rows(named=True) if row["moved"]):
-            some = [f"{part} of {row['a']}" for part in row["moved"][:SHOWN_PAIRS]]
-            yield f"  In {row['b']} {'; '.join(some)}{', ...' if len(row['moved']) > SHOWN_PAIRS else ''}."
-
-
-def _near(r: float | None) -> str:
-    """A correlation that is 1 of equal weights alone."""
-    return "-" if r is None else f"{r:.3f}" if r == 1 or abs(r) < 0.9995 else f"{r:.6f}"
+    say_place(given, "report", "report.html")
 
 
 def sum_up_lineage(run: Run, given: Given) -> dict[str, Any]:

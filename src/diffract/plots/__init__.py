@@ -17,6 +17,7 @@ from diffract.plots.heads import (
     reference_scores,
 )
 from diffract.plots.images import check_ending, save
+from diffract.plots.lineage import kinship
 from diffract.plots.searches import connectivity_matrix, model_paths, model_simplex, rewind_curves, truncation_curves
 from diffract.plots.spectra import density, density_lines, ks_lines, ks_scan, spectrum, spectrum_lines
 from diffract.plots.training import band_lines, evolution, evolution_line, ridge, ridge_lines
@@ -41,6 +42,7 @@ __all__ = [
     "head_maps",
     "heat_panels",
     "heatmap",
+    "kinship",
     "ks_lines",
     "ks_scan",
     "layer_boxes",

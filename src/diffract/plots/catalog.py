@@ -17,6 +17,7 @@ from diffract.plots.heads import (
     scores_of_run,
     violins_of_run,
 )
+from diffract.plots.lineage import lineage_of_run
 from diffract.plots.searches import connectivity_of_run, paths_of_run, rewind_of_run, simplex_of_run, truncation_of_run
 from diffract.plots.spectra import density_of_run, ks_of_run, spectrum_of_run
 from diffract.plots.training import evolution_of_run, ridge_of_run
@@ -35,6 +36,7 @@ KINDS: dict[str, FigureKind] = {
     "ridge": ridge_of_run,
     "violins": violins_of_run,
     "head_heatmap": head_heatmap_of_run,
+    "lineage": lineage_of_run,
     "rewind": rewind_of_run,
     "effects": effects_of_run,
     "truncation": truncation_of_run,

@@ -18,7 +18,7 @@ from diffract.settings import size_text
 from diffract.store import write_text
 from diffract.tables import Tables
 
-PAGES = ("scan", "compare", "trajectory", "heads")
+PAGES = ("scan", "compare", "trajectory", "heads", "lineage")
 """Kinds of run that have a page."""
 
 
@@ -55,6 +55,7 @@ def render(tables: Tables) -> str:
             (g.replace("_", " "), {k: m for k, m in glossary.items() if m.get("group", "") == g}) for g in groups
         ],
         page=data,
+        pairs=tables.lineage.to_dicts() if tables.kind == "lineage" else [],
         data=Markup(embed(data)),
         css=Markup(_resource("report.css")),
         js=Markup(_resource("report.js")),

@@ -244,13 +244,12 @@ PLAIN = ("model", "name", "part", "layer", "head", "kv_head", "expert", "rows", 
 
 def payload(tables: Tables) -> dict[str, Any]:
     """Return everything that the script needs."""
-    common = {
-        "kind": tables.manifest["kind"],
-        "tensors": tables.tensors.with_columns(
-            shape=pl.col("shape").cast(pl.List(pl.String)).list.join(" x ")
-        ).to_dicts(),
-        "domains": domain_part(tables),
-    }
+    common = {"kind": tables.kind, "tensors": [], "domains": domain_part(tables), "kinship": None}
+    if tables.kind == "lineage":
+        made = plots.kinship(tables.lineage, tables.tree)
+        return common | _without_matrices(tables) | {"kinship": _plain_figure(made)}
+    shapes = pl.col("shape").cast(pl.List(pl.String)).list.join(" x ")
+    common["tensors"] = tables.tensors.with_columns(shape=shapes).to_dicts()
     return common | (_without_matrices(tables) if tables.kind == "heads" else _of_matrices(tables))
 
 
@@ -310,7 +309,7 @@ def _of_matrices(tables: Tables) -> dict[str, Any]:
 
 
 def _without_matrices(tables: Tables) -> dict[str, Any]:
-    """A page that shows heads only."""
+    """A page that shows heads or models only."""
     return {
         "models": tables.models.select("model", "role", base=pl.lit(None, pl.String)).to_dicts(),
         "rows": {name: [] for name in PLAIN},

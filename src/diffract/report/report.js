@@ -402,6 +402,7 @@
   by("outcome").addEventListener("change", drawTensors);
   by("csv").addEventListener("click", () => download("metrics.csv", ["model", ...shown()], members().map((i) => [state.model, ...shown().map((c) => rows[c][i])])));
   by("tensors-csv").addEventListener("click", () => download("tensors.csv", TENSORS, chosenTensors().map((t) => TENSORS.map((c) => t[c]))));
+  if (data.kinship) Plotly.newPlot(by("kinship-figure"), data.kinship.data, data.kinship.layout, config);
   if (data.domains) drawDomains();
   if (data.metrics.length) { chooseModel(first.model); drawBands(); }
   drawTensors();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +30,20 @@ HEADS_BY_CHANCE = 0.05
 NAMED = 4
 """Checkpoints that a sentence names."""
 
+
+SHOWN_PAIRS = 4
+"""Pairs of related models that are named for each word."""
+
+KINSHIP = {
+    "same": "The same weights, equal to the bit",
+    "same values": "The same values in other dtypes",
+    "descendant or sibling": "Descendant or sibling",
+    "far": "Far relatives",
+    "rearranged": "Rearranged, layers, heads or neurons at other places",
+    "stranger": "Strangers",
+    "cannot tell": "Too little of one shape to tell",
+}
+"""What is said of pairs by their word, the nearest first."""
 
 OF_HEADS = "head_top10_share"
 
@@ -59,6 +74,11 @@ class Headline:
 def headlines(tables: Tables) -> list[Headline]:
     """Return the headlines of a run; of a scan, those of its only model; of a trajectory, those of the series."""
     models = tables.models
+    if tables.kind == "lineage":
+        return [
+            Headline("", str(len(rows)), " ".join([f"pairs. {sentence}", *details]))
+            for rows, sentence, details in kinship(tables)
+        ]
     if models["role"][0] == "checkpoint":
         return _of_trajectory(models, tables.metrics)
     tuned = models.filter(pl.col("role") == "tuned")
@@ -282,3 +302,25 @@ def percent(value: float) -> str:
     while digits < 4 and 0 < distance * 100 * 10**digits < 1:
         digits += 1
     return f"{value:.{digits}%}"
+
+
+def kinship(tables: Tables) -> Iterator[tuple[pl.DataFrame, str, list[str]]]:
+    """Yield for each word of a run of lineage its pairs, a sentence that names them, and further sentences."""
+    for word, title in KINSHIP.items():
+        rows = tables.lineage.filter(lineage=word)
+        if rows.is_empty():
+            continue
+        pairs = [f"{row['a']} and {row['b']}" for row in rows.head(SHOWN_PAIRS).iter_rows(named=True)]
+        more = f" and {len(rows) - SHOWN_PAIRS} pairs more" if len(rows) > SHOWN_PAIRS else ""
+        details = []
+        if word == "stranger":
+            farthest = max(abs(r) for r in rows["r"])
+            details.append(f"Neither descends from the other; r is that of chance, at most {farthest:.3g} in size.")
+            if shared := rows["shared"].explode().drop_nulls().unique().sort().to_list():
+                count = rows["shared"].list.len().gt(0).sum()
+                names = ", ".join(map(printable, shared[:SHOWN_PAIRS]))
+                details.append(f"To the bit {count} of these pairs share {names}.")
+        for row in (row for row in rows.iter_rows(named=True) if row["moved"]):
+            some = [f"{part} of {row['a']}" for part in row["moved"][:SHOWN_PAIRS]]
+            details.append(f"In {row['b']} {'; '.join(some)}{', ...' if len(row['moved']) > SHOWN_PAIRS else ''}.")
+        yield rows, f"{title}: {'; '.join(pairs)}{more}.", details
