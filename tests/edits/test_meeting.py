@@ -161,7 +161,9 @@ def test_a_permission_that_nothing_asks_for_is_said_and_one_that_never_can_is_re
     step = {"interpolate": {"with": str(tuned), "at": 0.5}}
     said = "Nothing to allow: strangers, rms_norm_eps, rope_theta."
     allow = ["strangers", "rms_norm_eps", "rope_theta"]  # rms_norm_eps is a key of one of the two alone
-    assert edited(tmp_path / "out", model, step, allow=allow).manifest["notes"][-1] == said
+    done = edited(tmp_path / "out", model, step, allow=allow)
+    assert done.manifest["notes"][-1] == said
+    assert done.manifest["kept"] == {}  # all was taken from the other: no entry says nothing
     assert preview({"model": str(model), "steps": [step], "allow": allow}).notes[-1] == said
     for name, near in (("stranger", "Did you mean 'strangers'"), ("no_such_key", "Known: strangers, tokenizers")):
         with pytest.raises(SelectionError, match=f"unknown permission '{name}'.*{near}"):

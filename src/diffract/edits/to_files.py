@@ -86,7 +86,7 @@ def apply(
             "steps": described(plans),  # what edits find out while they compute is known only now
             "inputs": {label: found.digests() for label, found in bench.inputs.items()},
             "outputs": dict(written.outputs),
-            "kept": bench.kept,
+            "kept": {label: stays for label, stays in bench.kept.items() if stays},
             "notes": [*bench.notes, *bench.permissions.unneeded()],
         }
         stored = {name: digest for part in written.outputs.values() for name, digest in part.items()}
