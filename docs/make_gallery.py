@@ -268,7 +268,8 @@ def page(series: Path) -> str:
     """Return the gallery as Markdown."""
     about = (
         "Every figure that `diffract plot` draws ([commands.md](commands.md#diffract-plot)), from the sample family in "
-        "[samples/tiny-olmo2](../samples/tiny-olmo2/README.md); those over training from "
+        "[samples/tiny-olmo2](https://github.com/diffract-llm/diffract/blob/main/samples/tiny-olmo2/README.md); "
+        "those over training from "
         f"{SERIES_SOURCE if series.is_dir() else MADE_SERIES}. `make gallery` draws them again."
     )
     lines = ["# Gallery", "", fill(about, 120)]

@@ -135,3 +135,13 @@ def test_peaks_and_nulls_are_said_with_how_many_were_drawn_for(capsys: pytest.Ca
     assert told.text.endswith("nulls were drawn for 32 of 40 matrices.")
     show_analysis(run, {"output": None})
     assert "for 32 of 40 matrices (--nulls all for every one)" in capsys.readouterr().out
+
+
+def test_nothing_changed_and_little_changed_are_said_in_plain_words() -> None:
+    weights = load_file(BASE / "model.safetensors")
+    (said,) = headlines(compared(weights, dict(weights)).tables)
+    assert (said.figure, said.text) == ("0%", "is the size of the change: none of the matrices changed.")
+    table = weights["model.embed_tokens.weight"].clone()
+    table[100] += 1
+    first = headlines(compared(weights, weights | {"model.embed_tokens.weight": table}).tables)[0]
+    assert "; 0.01% of their entries differ" in first.text  # 128 of 968 thousand

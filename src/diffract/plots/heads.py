@@ -170,6 +170,8 @@ def heat_panels(
     made = panels([label(name) for name in grids], contents, x="head", y="layer", title=title, height=height)
     known = [abs(v) for grid in grids.values() for row in grid for v in row if v is not None]
     limits = {"cmin": -max(known), "cmax": max(known)} if centred and known else {}
+    if known and not max(known):  # left to itself plotly puts a lone zero between -0.5 and 0.5
+        limits = {"cmin": -1 if centred else 0, "cmax": 1}
     bar = colour_bar(scale, **ROUNDED)
     made.update_layout(coloraxis={"colorscale": colours, "colorbar": bar, **limits}, margin={"r": 90})
     made.update_xaxes(type="category", showgrid=False, ticks="")

@@ -110,10 +110,12 @@ def concentration(models: pl.DataFrame) -> str:
 def _of_tuned(row: dict[str, Any]) -> list[Headline]:
     name = printable(row["model"], 60)
     found = []
+    if row.get("delta_relative") == 0:
+        return [Headline(name, percent(0.0), "is the size of the change: none of the matrices changed.")]
     if (relative := row.get("delta_relative")) is not None:
         text = "is the size of the change of all matrices relative to the base (Frobenius norm)"
         if (changed := row.get("changed_share")) is not None:
-            text += f"; {changed:.1%} of their entries differ"
+            text += f"; {percent(changed)} of their entries differ"
         found.append(Headline(name, percent(relative), text + rest_of_change(row) + "."))
     if is_rounding(row):  # whose size follows the entries', which noise of one variance does not
         return found
