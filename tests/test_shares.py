@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from diffract.errors import SelectionError
+from diffract.matrices import Matrix, pair_seconds, scan_seconds
 from diffract.shares import Share, cut, loads, read_share
 
 ARRAY = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_COUNT": "5"}
@@ -66,3 +69,23 @@ def test_every_task_has_one_owner_and_no_share_has_much_more_than_its_part(costs
 
 def test_equal_tasks_go_round() -> None:
     assert cut([1.0] * 6, 3) == [0, 1, 2, 0, 1, 2]
+
+
+SECONDS = {
+    "embed": ((100_352, 2048), 1, 2, 11.1, 46.6),
+    "mlp": ((8192, 2048), 1, 48, 1.80, 10.3),
+    "heads": ((128, 2048), 16, 64, 0.075, 0.31),
+}
+"""Of a model shaped like OLMo-2-1B: shape, matrices of a tensor, tensors, and seconds of one thread that a scan and a
+comparison of one took, measured."""
+
+
+@pytest.mark.parametrize(("foretell", "measured"), [(scan_seconds, 3), (pair_seconds, 4)])
+def test_eight_shares_of_a_1b_model_end_at_the_same_time(foretell: Callable[..., float], measured: int) -> None:
+    foretold, seconds = [], []
+    for name, (shape, matrices, tensors, *_) in SECONDS.items():
+        foretold += [foretell([Matrix(name, name, shape, "BF16")] * matrices)] * tensors
+        seconds += [SECONDS[name][measured]] * tensors
+    found = loads(seconds, cut(foretold, 8), 8)
+    assert max(found) <= 1.1 * sum(found) / 8
+    assert sum(foretold) == pytest.approx(sum(seconds), rel=0.1)

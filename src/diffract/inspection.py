@@ -7,11 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffract.errors import SelectionError
+
 if TYPE_CHECKING:
     from diffract.checkpoints import Reference
-
-SCAN_RATE = 1.2e10
-"""Multiplications per second and core that a scan reaches, as ``scan_cost`` counts them; measured on two cores."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +45,12 @@ class Inspection:
         kinds: The matrices, by part and shape.
         left_out: Tensors that are not analysed: outcome to number.
         multiplications: What a scan costs, about.
-        seconds_per_core: The same in seconds, about.
+        seconds_per_core: What a scan takes of one core, about.
+        compare_seconds: What a comparison with another such model takes of one core, about, without noise.
         peak_bytes: Workspace of the largest matrix, about.
         warnings: What to know.
+        scan_shares: Seconds of each share of a scan, where shares were asked for.
+        compare_shares: The same of a comparison.
     """
 
     reference: str
@@ -62,8 +64,11 @@ class Inspection:
     left_out: dict[str, int]
     multiplications: float
     seconds_per_core: float
+    compare_seconds: float
     peak_bytes: int
     warnings: tuple[str, ...]
+    scan_shares: tuple[float, ...] = ()
+    compare_shares: tuple[float, ...] = ()
 
 
 def inspect(
@@ -74,6 +79,7 @@ def inspect(
     architecture: str | Path | None = None,
     adapter_base: Reference | None = None,
     download: bool = False,
+    shards: int | None = None,
 ) -> Inspection:
     """Say what is in a checkpoint, how it is sliced, and what a scan costs, from its headers alone.
 
@@ -86,12 +92,17 @@ def inspect(
             ``model_type`` decides.
         adapter_base: The base of an adapter, where its config does not name one that can be opened.
         download: Fetch models of the hub whole instead of reading byte ranges.
+        shards: Show how evenly the work is cut into so many shares (docs/cluster.md).
 
     Raises:
         DiffractError: The checkpoint cannot be opened or contradicts its configuration.
     """
     from diffract.checkpoints import open_checkpoint
-    from diffract.matrices import lay_out, scan_cost, workspace_bytes
+    from diffract.matrices import lay_out, pair_seconds, scan_cost, scan_seconds, workspace_bytes
+    from diffract.shares import MOST_SHARES, cut, loads
+
+    if shards is not None and not 1 <= shards <= MOST_SHARES:
+        raise SelectionError(f"--shards: expected 1 to {MOST_SHARES:,} shares, got {shards}.")
 
     checkpoint = open_checkpoint(ref, base=adapter_base, download=download)
     try:
@@ -106,7 +117,8 @@ def inspect(
         for entry in analysed
         for m in entry.matrices
     )
-    work = sum(scan_cost(entry.matrices) for entry in analysed)
+    scanned, compared = ([find(entry.matrices) for entry in analysed] for find in (scan_seconds, pair_seconds))
+    shares = [tuple(loads(own, cut(own, shards), shards)) if shards else () for own in (scanned, compared)]
     return Inspection(
         reference=checkpoint.reference,
         family=layout.architecture.family,
@@ -117,8 +129,11 @@ def inspect(
         matrices=sum(len(entry.matrices) for entry in analysed),
         kinds=tuple(MatrixKind(*kind, count) for kind, count in kinds.items()),
         left_out=dict(Counter([e.outcome for e in entries if not e.matrices] + ["set_aside"] * len(aside))),
-        multiplications=work,
-        seconds_per_core=work / SCAN_RATE,
+        multiplications=sum(scan_cost(entry.matrices) for entry in analysed),
+        seconds_per_core=sum(scanned),
+        compare_seconds=sum(compared),
         peak_bytes=max((workspace_bytes(e.matrices, e.info.size_bytes) for e in analysed), default=0),
         warnings=layout.warnings,
+        scan_shares=shares[0],
+        compare_shares=shares[1],
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import diffract
 from diffract.analysis import parts, work
@@ -141,3 +142,22 @@ def test_what_cannot_be_shared_is_refused(family: Model, tmp_path: Path) -> None
     diffract.scan(family[0], output=tmp_path / "whole")
     with pytest.raises(RunError, match="is a run already"):
         diffract.scan(family[0], output=tmp_path / "whole", shard="0/2")
+
+
+def test_what_is_drawn_and_what_is_not_asked_counts_in_what_is_foretold(tmp_path: Path) -> None:
+    """The same two tensors: a share is cut by the plan, not by the tensors alone."""
+
+    def foretold(**how: Any) -> float:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        weights = {f"w{i}": torch.randn(64, 96, generator=torch.Generator().manual_seed(i)) for i in range(2)}
+        models = [folder / "base.safetensors", folder / "tuned.safetensors"]
+        folder.mkdir()
+        for scale, path in enumerate(models, start=1):
+            save_file({name: w * scale for name, w in weights.items()}, path)
+        run = diffract.compare(*models, output=folder / "run", shard="0/1", cache=False, **how)
+        return run["tasks"]["foretold_seconds"].sum()
+
+    norm, plain = foretold(metrics="frobenius_norm", noise="none"), foretold(noise="none")
+    assert norm < plain / 10
+    assert foretold(noise="all") == pytest.approx(3 * plain)  # two kinds of noise beside the change itself
+    assert foretold(noise="none", metrics="peak_count_rowcol_pvalue", nulls="all") > plain

@@ -71,6 +71,15 @@ def test_inspect_reads_headers_only(family: tuple[Path, Path], monkeypatch: pyte
     assert found["multiplications"] > 0
 
 
+def test_inspect_shows_how_evenly_the_work_is_cut(family: tuple[Path, Path]) -> None:
+    found = json.loads(run.invoke(app, ["inspect", str(family[0]), "--shards", "3", "--json"]).stdout)
+    assert len(found["scan_shares"]) == len(found["compare_shares"]) == 3
+    assert sum(found["scan_shares"]) == pytest.approx(found["seconds_per_core"])
+    assert sum(found["compare_shares"]) == pytest.approx(found["compare_seconds"])
+    assert "3 shares" in run.invoke(app, ["inspect", str(family[0]), "--shards", "3"]).stdout
+    assert "expected 1 to" in run.invoke(app, ["inspect", str(family[0]), "--shards", "0"]).output
+
+
 def test_inspect_needs_no_torch(family: tuple[Path, Path]) -> None:
     code = (
         "import sys, diffract; diffract.inspect(sys.argv[1]); print({'torch', 'polars', 'plotly'} & set(sys.modules))"

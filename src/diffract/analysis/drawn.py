@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 
 from diffract.analysis.facts import MetricPlan
-from diffract.analysis.work import PAIR_COST, AnyTask, TensorTask
-from diffract.matrices import Matrix, scan_cost
+from diffract.analysis.work import PAIR_COST, AnyTask, HeadTask, TensorTask
+from diffract.matrices import Matrix, pair_seconds, scan_cost, scan_seconds
+from diffract.matrices.layout import READ_SECONDS
 from diffract.metrics import behind
 from diffract.metrics.nulls import DRAWS, PAIR_DRAWS
 from diffract.metrics.separable import GROUPS
@@ -100,3 +101,33 @@ def choose_noise(tasks: Sequence[AnyTask]) -> frozenset[str]:
             spent += price
             counts[role] += 1
     return frozenset(chosen)
+
+
+SPECTRA = ("sigma_max", "sigmas", "resolved", "delta_sigmas", "left_cosines", "right_cosines", "diagonal")
+"""Facts for which products and eigenvalues are taken."""
+
+RATE = 2.5e10
+"""What one core does in a second of what ``scan_cost`` counts: between heads, 1.4e10, and large matrices, 7.7e10."""
+
+
+def foretold_seconds(task: AnyTask, plan: MetricPlan) -> float:
+    """Return how long one core takes for a task of a plan, about: what shares of the work are cut by.
+
+    Draws count, those of noise as further comparisons, those of nulls as ``null_cost`` foretells them.
+    """
+    if isinstance(task, HeadTask):
+        return READ_SECONDS * task.cost
+    if not isinstance(task, TensorTask):
+        return task.cost / RATE
+    spectra = plan.needs(*SPECTRA)
+    if not task.tuned:
+        seconds = scan_seconds(task.matrices, spectra=spectra)
+    else:
+        seconds = len(task.tuned) * pair_seconds(task.matrices, spectra=spectra)
+        seconds += plan.apart * scan_seconds(task.matrices, spectra=spectra)
+    noisy = [m for m in task.matrices if plan.noise is None or m.name in plan.noise]
+    seconds += len(plan.noises) * len(task.tuned) * pair_seconds(noisy, spectra=spectra)
+    nulls = plan.needs("drawn")
+    drawn = [m for m in task.matrices if nulls and (plan.nulls is None or m.name in plan.nulls)]
+    models = 1 if plan.apart else 1 + len(task.tuned)
+    return seconds + models * sum(null_cost(m, plan) for m in drawn) / RATE

@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 
 from diffract import schemas
+from diffract.analysis.drawn import foretold_seconds
 from diffract.analysis.facts import MetricPlan
 from diffract.analysis.notable import NAME_CHARACTERS, related
 from diffract.analysis.scan import Options, open_all
@@ -316,7 +317,7 @@ def analyse_heads(
         tasks = [HeadTask(task.info, task.matrices, task.model, task.tuned) for task in paired]
         worker = _worker(layouts, options, stack)
         if options.share is not None:
-            options.share.cut([task.cost for task in tasks])
+            options.share.cut([foretold_seconds(task, worker.plan) for task in tasks])
             options.share.do(tasks, worker, options.progress)
             return options.share.tables(names, [GRAMS_VERSION])
         how = {"wanted": wanted, "allow_unmatched": allow_unmatched}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffract.analysis.circuits import circuit_tasks, gains_left_out
-from diffract.analysis.drawn import choose_noise, choose_nulls
+from diffract.analysis.drawn import choose_noise, choose_nulls, foretold_seconds
 from diffract.analysis.facts import MetricPlan
 from diffract.analysis.noise import NOISES
 from diffract.analysis.notable import Pass, add_notable
@@ -192,7 +192,7 @@ def analyse(
         names, layouts, tasks, worker = opened.names, opened.layouts, opened.tasks, opened.worker
         plan = worker.plan
         if options.share is not None:
-            options.share.cut([task.cost for task in tasks])
+            options.share.cut([foretold_seconds(task, plan) for task in tasks])
             options.share.do(tasks, worker, options.progress)
             return options.share.tables(names, [plan.key, plan.choices])
 

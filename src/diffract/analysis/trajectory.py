@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from diffract.analysis.drawn import foretold_seconds
 from diffract.analysis.facts import MetricPlan
 from diffract.analysis.parts import ShareDraft
 from diffract.analysis.scan import Options, open_layout, other_digests
@@ -205,9 +206,9 @@ def follow(
     if unread:
         series = [stop for stop in series if stop.name not in unread]
         warnings += [f"{printable(n)} is left out, as it cannot be read: {error}" for n, error in unread.items()]
-    costs = [sum(of_tasks) for of_tasks in surveyed]
+    costs = [sum(task.cost for task in of_checkpoint) for of_checkpoint in surveyed]
     if options.share is not None:
-        options.share.cut([cost for of_tasks in surveyed for cost in of_tasks])
+        options.share.cut([foretold_seconds(task, plan) for of_checkpoint in surveyed for task in of_checkpoint])
         visiting = {"against": against, "allow_unmatched": allow_unmatched}
         return _do_share(options.share, series, options, plan=plan, cost=costs[0], **visiting)
     found: list[Tables] = []
@@ -382,9 +383,9 @@ def _survey(
     *,
     allow_unmatched: bool,
     unread: dict[str, CheckpointError] | None,
-) -> list[list[float]]:
-    """Return the work of each checkpoint's tasks from headers alone; what is wrong is said before hours of work."""
-    costs = []
+) -> list[list[TensorTask]]:
+    """Return the tasks of each checkpoint from headers alone; what is wrong is said before hours of work."""
+    found = []
     with closing(visits(series, options, against, check_ties=False, unread=unread)) as opened:
         for visit in opened:
             if visit.base is not None and visit.base_stop is not None:  # names of matrices must mean the same in all
@@ -398,12 +399,12 @@ def _survey(
             tasks = _tasks(visit, allow_unmatched=allow_unmatched)[1]
             if not tasks:
                 raise CheckpointError(f"{visit.layout.checkpoint.reference} holds no matrix that could be analysed.")
-            costs.append([task.cost for task in tasks])
+            found.append(tasks)
             del visit
     # Where hardly anything can be read, that is what has to be said.
-    if unread and len(costs) < 2:
+    if unread and len(found) < 2:
         raise next(iter(unread.values()))
-    return costs
+    return found
 
 
 def _tasks(visit: Visit, *, allow_unmatched: bool) -> tuple[list[Layout], list[TensorTask]]:

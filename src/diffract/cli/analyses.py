@@ -291,11 +291,19 @@ def show_inspection(found: Inspection, given: Given) -> None:
         say(f"    {kind.count:6d} x {printable(kind.part):24s} {rows} x {cols}  {kind.dtype}")
     if found.left_out:
         say(f"  left out      {', '.join(f'{count} {outcome}' for outcome, count in found.left_out.items())}")
-    work, seconds = size_text(found.multiplications, ""), found.seconds_per_core
-    minutes = f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
-    time = f"{seconds:.1f} s" if seconds < 60 else minutes
-    say(f"  cost          about {work} multiplications, {time} on one core, {peak} of workspace for the largest tensor")
+    alone, pair = (_time(seconds) for seconds in (found.seconds_per_core, found.compare_seconds))
+    say(f"  cost          about {alone} of one core, a comparison {pair}; {peak} of workspace for the largest tensor")
+    for what, shares in {"a scan": found.scan_shares, "a comparison": found.compare_shares}.items():
+        if shares:
+            mean = sum(shares) / len(shares)
+            most = max(shares) / mean if mean else 1.0
+            say(f"  {len(shares)} shares      {what}: {_time(mean)} each, the longest {most:.2f} times that")
     warn(found.warnings)
+
+
+def _time(seconds: float) -> str:
+    minutes = f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"
+    return f"{seconds:.1f} s" if seconds < 60 else minutes
 
 
 def show_metrics(found: Mapping[str, Any], given: Given) -> None:

@@ -187,6 +187,39 @@ def scan_cost(matrices: Sequence[Matrix]) -> float:
     return float(sum(entries * (short + PASSES) + EIGENSOLVER * short**3 for entries, short in shorts))
 
 
+READ_SECONDS, PRODUCT_SECONDS, VALUES_SECONDS, MATRIX_SECONDS = 4e-9, 2.4e-11, 1.05e-10, 2.6e-3
+"""What analysing a matrix takes of one core: per entry that is read, hashed, cast and summed; per multiplication of W
+with its own short side; per short side cubed in the eigensolver; and for itself, whatever its size. Measured with one
+thread at 100,352 x 2048 (11.1 s), 8192 x 2048 (1.80 s) and 16 times 128 x 2048 (0.075 s)."""
+
+PAIR_PRODUCTS, PAIR_VECTORS_SECONDS, PAIR_SECONDS = 4, 7.9e-10, 1.2e-2
+"""The same of two matrices and their alignment: such products (one of them of two different factors, which is twice as
+much), eigenvectors of both and overlaps, and the rest. Measured at 8192 x 2048 (10.3 s), 16 times 128 x 2048
+(0.31 s) and 100,352 x 2048 (46.6 s)."""
+
+
+def scan_seconds(matrices: Sequence[Matrix], *, spectra: bool = True) -> float:
+    """Return how long one core takes to read matrices and, for ``spectra``, find all singular values, about."""
+    entries = sum(m.entries for m in matrices)
+    if not spectra:
+        return READ_SECONDS * entries
+    products = sum(m.entries * min(m.shape) for m in matrices)
+    cubes = sum(min(m.shape) ** 3 for m in matrices)
+    work = PRODUCT_SECONDS * products + VALUES_SECONDS * cubes
+    return READ_SECONDS * entries + work + MATRIX_SECONDS * len(matrices)
+
+
+def pair_seconds(matrices: Sequence[Matrix], *, spectra: bool = True) -> float:
+    """Return how long one core takes to compare matrices with those of another model, about; that scans both."""
+    entries = sum(m.entries for m in matrices)
+    if not spectra:
+        return 2 * READ_SECONDS * entries
+    products = sum(m.entries * min(m.shape) for m in matrices)
+    cubes = sum(min(m.shape) ** 3 for m in matrices)
+    work = PAIR_PRODUCTS * PRODUCT_SECONDS * products + PAIR_VECTORS_SECONDS * cubes
+    return 2 * READ_SECONDS * entries + work + PAIR_SECONDS * len(matrices)
+
+
 def workspace_bytes(matrices: Sequence[Matrix], size_bytes: int, *, pair: bool = False) -> int:
     """Return the memory that analysing one tensor takes, about.
 
