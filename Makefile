@@ -5,7 +5,7 @@ BIN := .venv/bin
 TORCH_INDEX ?=
 PIP_INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: setup demo test test-slow lint check docs site wheel bench fuzz calibration gallery clean
+.PHONY: setup demo test test-slow lint check docs site wheel bench fuzz chaos calibration gallery clean
 
 setup: .venv/ready
 
@@ -53,6 +53,9 @@ bench: setup
 
 fuzz: setup
 	$(BIN)/python tests/fuzz.py # 15 minutes; damaged files of every kind, see docs/reliability.md
+
+chaos: setup
+	$(BIN)/python tests/chaos.py --kills 200 # kills at random moments; an hour of one core at most
 
 calibration: setup
 	$(BIN)/python benchmarks/calibration.py # an hour or two of one core; goes on where it was stopped

@@ -46,7 +46,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints.test_gguf import as_gguf
 from checkpoints.test_gguf import write as write_gguf
-from diffract.cli.main import main as command_line
+from diffract.__main__ import main as command_line
 from tiny_language_model import write_language_model
 from tiny_llama import llama_tensors, save_llama
 
@@ -59,9 +59,10 @@ RIGHT = (0, 1, 2)
 ROOT = Path(__file__).parents[1]
 
 SLOW_IMPORTS = (
-    "diffract.analysis", "diffract.api", "diffract.edits", "diffract.evaluate.run", "diffract.inspection",
-    "diffract.plots", "diffract.report", "diffract.studies.runner", "diffract.train.loop", "diffract.train.model",
-    "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama", "scipy.stats",
+    "diffract.analysis", "diffract.api", "diffract.cli.main", "diffract.edits", "diffract.evaluate.run",
+    "diffract.inspection", "diffract.plots", "diffract.report", "diffract.search.run", "diffract.studies.runner",
+    "diffract.train.loop", "diffract.train.model", "scipy.stats", "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama",
 )  # fmt: skip
 """Imported once, before any process is forked."""
 
@@ -136,6 +137,9 @@ KINDS = (
     Kind("training checkpoint", "trained/checkpoints", "train train.yaml -o trained"),
     Kind("training log", "trained/log.jsonl", "train train.yaml -o trained"),
     Kind("training manifest", "trained/manifest.json", "train train.yaml -o trained"),
+    Kind("training state", "begun/state", "train long.yaml -o begun"),
+    Kind("manifest of a begun training", "begun/manifest.json", "train long.yaml -o begun"),
+    Kind("log of a begun training", "begun/log.jsonl", "train long.yaml -o begun"),
     Kind("tokenizer", "language/tokenizer.json", f"eval language {EVAL} said=texts.jsonl"),
     Kind("language model's config", "language/config.json", f"eval language {EVAL} said=texts.jsonl"),
     Kind("generation settings", "language/generation_config.json", f"eval language {EVAL} said=texts.jsonl"),
@@ -168,6 +172,7 @@ def good_files(folder: Path) -> None:
     shutil.copy(spec, folder / "own.json")
     (folder / "apply.yaml").write_text(yaml.safe_dump(APPLY))
     (folder / "train.yaml").write_text(yaml.safe_dump(TRAIN))
+    (folder / "long.yaml").write_text(yaml.safe_dump(TRAIN | {"tokens": 128, "state_every": 2}))
     shutil.copy(ROOT / "studies/tiny.yaml", folder / "study.yaml")
     records = [{"text": f"{i} and {i} are {2 * i}"} for i in range(40)]
     lines = "".join(json.dumps(record) + "\n" for record in records)
@@ -192,6 +197,21 @@ def good_runs(folder: Path) -> None:
     ):
         code, said, _, _ = apart(folder, partial(command, arguments))
         assert code == 0, f"{arguments} ends with {code}:\n{said}"
+    code, said, _, _ = apart(folder, begun_training)
+    assert code == 0, said
+
+
+def begun_training() -> None:
+    """Train until the state of the second step is there, and be interrupted in the third."""
+    from diffract.train import train
+
+    def stop(done: float, total: float, what: str) -> None:
+        if done == 96:
+            raise KeyboardInterrupt
+
+    with suppress(KeyboardInterrupt):
+        train("long.yaml", "begun", progress=stop)
+    assert [path.name for path in Path("begun/state").iterdir()] == ["step000000002"]
 
 
 def command(arguments: str) -> None:
@@ -202,11 +222,17 @@ def command(arguments: str) -> None:
     command_line()
 
 
-def apart(folder: Path, work: Callable[[], None]) -> tuple[int, str, float, int]:
+def apart(
+    folder: Path,
+    work: Callable[[], None],
+    *,
+    told_to_end: tuple[int, float] | None = None,
+    most_seconds: float = SECONDS,
+) -> tuple[int, str, float, int]:
     """Work in a forked process, in a folder; return exit code, what it printed, seconds, and bytes it grew by.
 
-    Everything else stays out of the process that forks: threads, such as those of Polars, would be missing in its
-    children, which would wait for them for ever.
+    A signal may be sent to it after some seconds. Everything else stays out of the process that forks: threads, such as
+    those of Polars, would be missing in its children, which would wait for them for ever.
     """
     told = folder / ".told"
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -234,8 +260,11 @@ def apart(folder: Path, work: Callable[[], None]) -> tuple[int, str, float, int]
                 sys.stderr.flush()
             os._exit(code)
     while (ended := os.wait4(child, os.WNOHANG))[0] == 0:
-        if time.monotonic() - begun > SECONDS:
+        if time.monotonic() - begun > most_seconds:
             os.kill(child, signal.SIGKILL)
+        if told_to_end and time.monotonic() - begun >= told_to_end[1]:
+            os.kill(child, told_to_end[0])
+            told_to_end = None
         time.sleep(0.003)
     code = os.waitstatus_to_exitcode(ended[1])
     grown = max(0, ended[2].ru_maxrss - before) << 10

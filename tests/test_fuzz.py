@@ -1,4 +1,4 @@
-"""Damaged files of every kind end commands as documented; ``make fuzz`` does the same for longer."""
+"""Damaged files of every kind end commands as documented, and kills leave what an undisturbed run leaves."""
 
 from __future__ import annotations
 
@@ -54,4 +54,12 @@ def test_the_same_number_does_the_same_damage(tmp_path: Path) -> None:
 def test_two_trials_of_each_kind() -> None:
     trials = [sys.executable, HERE / "fuzz.py", "--trials", str(2 * len(fuzz.KINDS)), "--seed", "1000"]
     done = subprocess.run(trials, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_commands_end_in_the_same_bytes() -> None:
+    kills = [sys.executable, HERE / "chaos.py", "--kills", "42"]
+    done = subprocess.run(kills, capture_output=True, text=True, timeout=880, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -247,6 +247,13 @@ def test_a_configuration_is_never_huge(tmp_path: Path) -> None:
         LocalFolder(tmp_path).read_bytes("config.json")
 
 
+def test_a_configuration_that_would_fill_memory_is_refused(file: Path) -> None:
+    with (file.parent / "config.json").open("wb") as config:
+        config.write(b'{"model_type": "' + b"a" * (1 << 24) + b'"}')
+    with pytest.raises(CheckpointError, match="too many for a configuration"):
+        open_checkpoint(file.parent)
+
+
 def test_a_file_that_is_written_to_while_it_is_read_is_refused(file: Path) -> None:
     with open_checkpoint(file) as found:
         found.read("f64")

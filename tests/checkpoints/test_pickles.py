@@ -1,5 +1,7 @@
 import json
 import os
+import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,6 +143,54 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: Callable[[bytes], byt
     with pytest.raises(CheckpointError, match=message) as caught:
         open_checkpoint(path)
     assert "\n" not in str(caught.value)
+
+
+def rewritten(path: Path, change: Callable[[str, bytes], list[bytes]], compression: int = zipfile.ZIP_STORED) -> None:
+    """Write the archive of a file again, each record as what it is changed to."""
+    with zipfile.ZipFile(path) as archive:
+        records = [(name, archive.read(name)) for name in archive.namelist()]
+    with zipfile.ZipFile(path, "w", compression) as archive, warnings.catch_warnings(action="ignore"):
+        for name, raw in records:
+            for content in change(name, raw):
+                archive.writestr(name, content)
+
+
+def test_compressed_records_are_refused(tmp_path: Path) -> None:
+    """Mapped as they lie there they would be other numbers."""
+    torch.save({"w": torch.ones(200)}, tmp_path / "x.pt")
+    rewritten(tmp_path / "x.pt", lambda name, raw: [raw], zipfile.ZIP_DEFLATED)
+    with pytest.raises(CheckpointError, match="is compressed, which"):
+        open_checkpoint(tmp_path / "x.pt")
+
+
+def test_short_records_are_refused(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(200), "v": torch.ones(100)}, tmp_path / "x.pt")
+    rewritten(tmp_path / "x.pt", lambda name, raw: [raw[:100] if name.endswith("data/0") else raw])
+    with pytest.raises(CheckpointError, match="does not fit its record 0 of 100 bytes"):
+        open_checkpoint(tmp_path / "x.pt")
+
+
+def test_records_that_lie_over_each_other_are_refused(tmp_path: Path) -> None:
+    """The directory of the archive is changed so that the second tensor lies where the first does."""
+    torch.save({"w": torch.ones(64), "v": torch.zeros(64)}, tmp_path / "x.pt")
+    raw = bytearray((tmp_path / "x.pt").read_bytes())
+    with zipfile.ZipFile(tmp_path / "x.pt") as archive:
+        places = {info.filename: info.header_offset for info in archive.infolist()}
+    first, second = (next(at for name, at in places.items() if name.endswith(f"data/{i}")) for i in (0, 1))
+    at = raw.index(second.to_bytes(4, "little"), raw.index(b"PK\x01\x02"))
+    raw[at : at + 4] = first.to_bytes(4, "little")
+    (tmp_path / "x.pt").write_bytes(raw)
+    with pytest.raises(CheckpointError, match=r"x\.pt"):
+        open_checkpoint(tmp_path / "x.pt")
+
+
+def test_a_tensor_that_repeats_its_entries_to_any_size_is_refused(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(1).expand(200_000, 200_000)}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"repeats its record of 4 bytes to 160 GB"):
+        open_checkpoint(tmp_path / "x.pt")
+    torch.save({"w": torch.arange(3.0).expand(4, 3)}, tmp_path / "y.pt")
+    with open_checkpoint(tmp_path / "y.pt") as found:
+        assert torch.equal(found["w"], torch.arange(3.0).expand(4, 3))
 
 
 @pytest.mark.parametrize("held", [torch.ones(3), [torch.ones(3)], {"step": 1}, {}], ids=repr)

@@ -56,6 +56,24 @@ def test_being_asked_to_end_leaves_no_draft(tmp_path: Path, number: int) -> None
     assert list(tmp_path.iterdir()) == []
 
 
+INTERRUPTED = """
+import sys
+class Interrupts:
+    def find_spec(self, name, *rest):
+        if name == sys.argv[1]:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupts())
+from diffract.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize("name", ["typer", "diffract.cli.commands", "diffract.cli.main"])
+def test_an_interruption_while_the_command_is_imported_shows_no_traceback(name: str) -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, name], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 def test_quiet_still_tells_errors() -> None:
     done = run.invoke(app, ["scan", "/nowhere/at-all", "--quiet"])
     assert (done.exit_code, done.stdout) == (1, "")

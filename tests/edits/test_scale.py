@@ -91,6 +91,11 @@ def test_tables_of_other_kinds_say_the_same(tmp_path: Path) -> None:
             assert_bits(found, read_factors(table)[key], key)
 
 
+def test_a_table_of_factors_of_wholes_alone_is_read(tmp_path: Path) -> None:
+    as_table({"L0.mlp.up": torch.tensor(0.5)}).write_csv(tmp_path / "f.csv")
+    assert read_factors(str(tmp_path / "f.csv")) == {"L0.mlp.up": torch.tensor(0.5)}
+
+
 @pytest.mark.parametrize(
     ("factors", "message"),
     [

@@ -140,7 +140,7 @@ def test_a_line_that_was_cut_off_is_dropped(recipe: Make, tmp_path: Path) -> Non
     assert [line["step"] for line in read_log(train(recipe(), tmp_path / "out").log)] == list(range(1, 13))
 
 
-@pytest.mark.parametrize("lost", ["gone", "first line", "torn line"])
+@pytest.mark.parametrize("lost", ["gone", "first line", "torn line", "deep line"])
 def test_half_a_log_is_not_gone_on_with(lost: str, recipe: Make, tmp_path: Path) -> None:
     """The losses of a whole run would be those of its second part."""
 
@@ -155,7 +155,8 @@ def test_half_a_log_is_not_gone_on_with(lost: str, recipe: Make, tmp_path: Path)
     if lost == "gone":
         log.unlink()
     else:
-        log.write_text("".join(lines[1:] if lost == "first line" else [lines[0][:5] + "\n", *lines[1:]]))
+        first = {"first line": "", "torn line": lines[0][:5] + "\n", "deep line": "[" * 100_000 + "\n"}[lost]
+        log.write_text("".join([first, *lines[1:]]))
     with pytest.raises(RunError, match=r"log.jsonl' does not hold the \d+ steps that the run has made"):
         train(recipe(), tmp_path / "out")
     log.write_text("".join(lines))

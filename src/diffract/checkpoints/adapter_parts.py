@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
+import polars as pl
+
 from diffract.checkpoints.checkpoint import Checkpoint
 from diffract.checkpoints.header import TensorInfo
 from diffract.errors import CheckpointError, printable
@@ -114,8 +116,8 @@ class Settings:
         """PEFT's rule: a key is an expression for a module's name or its last parts, and the first that fits counts."""
         patterns = self.raw.get(key) or {}
         try:
-            return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", module)), otherwise)
-        except (TypeError, AttributeError, re.error) as error:
+            return next((v for k, v in patterns.items() if _fits(k, module)), otherwise)
+        except (TypeError, AttributeError, pl.exceptions.ComputeError) as error:
             raise CheckpointError(
                 f"{self.where}: expected numbers by expression in {key}, got {printable(patterns)}. Mend {CONFIG}."
             ) from error
@@ -232,6 +234,21 @@ _SLOTS = {
     mlx: {slot: re.compile(rf"(?P<module>.+?)\.{form}") for slot, form in forms.items()}
     for mlx, forms in ((False, _PEFT), (True, _MLX))
 }
+
+_PLAIN = re.compile(r"(\w|\\?\.)*")
+
+
+def _fits(expression: str, module: str) -> bool:
+    """Whether an expression stands for a module's name or its last parts.
+
+    Whoever publishes an adapter writes them. One like ``(a+)+`` takes Python's engine more than a lifetime; that of
+    Polars takes time in proportion to the name, but has to compile each, which plain names are spared.
+    """
+    whole = rf"^(.*\.)?({expression})$"
+    if _PLAIN.fullmatch(expression):
+        return re.match(whole, module) is not None
+    return bool(pl.Series([module]).str.contains(whole).item())
+
 
 _FACTOR = re.compile(r".+\.(lora_[AB]\.([^.]+\.)?weight|lora_embedding_[AB](\.[^.]+)?|lora_[ab])")
 

@@ -23,6 +23,7 @@ from diffract.checkpoints.header import DIMENSIONS_LIMIT, HEADER_LIMIT, ITEMSIZE
 from diffract.checkpoints.sources import ByteFile, LocalFile, LocalFolder, Shards, check_promised, join
 from diffract.checkpoints.states import Found, find_model
 from diffract.errors import CheckpointError, printable
+from diffract.settings import size_text
 
 if TYPE_CHECKING:
     import torch
@@ -92,6 +93,10 @@ class Stored:
     def place(self) -> tuple[Any, ...]:
         """Equal for tensors that share their entries."""
         return self.storage.key, self.first, self.shape, self.stride, self.dtype
+
+
+MOST_EXPANDED = 1 << 26
+"""Bytes that a tensor may have whose entries are repeated, by strides of zero; a kilobyte could claim any number."""
 
 
 @dataclass(frozen=True)
@@ -331,6 +336,12 @@ def _checked(tensor: Stored, places: Mapping[str, tuple[int, int]], where: str) 
         raise CheckpointError(
             f"{where!r}: a tensor of shape {printable(tensor.shape, 60)} does not fit its record "
             f"{printable(storage.key, 20)} of {size} bytes. The file is damaged; fetch it again."
+        )
+    claimed = prod(tensor.shape) * ITEMSIZES[dtype]
+    if claimed > max(size, MOST_EXPANDED):
+        raise CheckpointError(
+            f"{where!r}: a tensor of shape {printable(tensor.shape, 60)} repeats its record of {size} bytes to "
+            f"{size_text(claimed)}. No weight does; save it anew with .contiguous() if it is meant."
         )
     return replace(tensor, position=position)
 

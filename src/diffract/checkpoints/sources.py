@@ -445,13 +445,22 @@ def join(shards: Iterable[Checkpoint], where: str) -> Checkpoint:
     return Checkpoint(where, infos, sources, tied=tied, set_aside=set_aside)
 
 
+MOST_CONFIG_BYTES = 1 << 24
+"""A configuration is of some kilobytes, and takes thirty times as much memory as on disk."""
+
+
 def read_config(folder: Folder) -> dict[str, Any]:
     """Return a folder's config.json, empty if there is none.
 
     Raises:
-        CheckpointError: It is no JSON object.
+        CheckpointError: It is no JSON object, or too large.
     """
-    return read_object(folder, "config.json") or {}
+    if CONFIG not in folder.names:
+        return {}
+    raw, where = folder.read_bytes(CONFIG), f"{folder.where}, {CONFIG}"
+    if len(raw) > MOST_CONFIG_BYTES:
+        raise CheckpointError(f"{where} has {len(raw):,} bytes, which is too many for a configuration. Fetch it again.")
+    return parse_object(raw, where)
 
 
 def read_object(folder: Folder, name: str) -> dict[str, Any] | None:

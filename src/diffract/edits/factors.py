@@ -61,7 +61,8 @@ def read_factors(table: str | pl.DataFrame) -> dict[str, Tensor]:
     where = "the table of factors" if isinstance(table, pl.DataFrame) else printable(table)
     found = table if isinstance(table, pl.DataFrame) else read_table(table, COLUMNS)
     kinds = [found[column].dtype for column in COLUMNS]
-    if not (kinds[0] == pl.String and kinds[2].is_numeric() and (kinds[1].is_integer() or kinds[1] == pl.Null)):
+    whole = found["direction"].null_count() == len(found)  # of which .csv says that it is text
+    if not (kinds[0] == pl.String and kinds[2].is_numeric() and (kinds[1].is_integer() or whole)):
         raise SelectionError(f"{where}: expected names, whole numbers and numbers in {', '.join(COLUMNS)}.")
     factors: dict[str, Tensor] = {}
     for (name,), rows in found.select(COLUMNS).group_by("name", maintain_order=True):

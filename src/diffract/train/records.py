@@ -207,7 +207,7 @@ def cut_log(path: Path, step: int) -> None:
 def _step_of(line: str) -> int | None:
     try:
         return json.loads(line)["step"]
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None
 
 
