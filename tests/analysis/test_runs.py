@@ -417,3 +417,13 @@ def test_a_tuned_checkpoint_without_config_is_read_as_the_base(family: tuple[Pat
     assert found.metrics.equals(want)
     assert any("read as the base is" in text for text in found.manifest["warnings"])
     assert found.metrics.filter(model="tuned", projection="q")["head"].to_list() == [0, 1, 2, 3] * 2
+
+
+def test_singular_vectors_are_the_same_bytes_each_time(family: tuple[Path, Path], tmp_path: Path) -> None:
+    """Threads finish in another order each time; what is written keeps that of the matrices."""
+    written = set()
+    for number in range(4):
+        diffract.scan(family[0], vectors=True, output=tmp_path / str(number))
+        (file,) = (tmp_path / str(number) / "vectors").rglob("*.safetensors")
+        written.add(file.read_bytes())
+    assert len(written) == 1

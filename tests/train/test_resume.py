@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -235,6 +236,25 @@ def test_a_damaged_state_is_named(recipe: Make, tmp_path: Path) -> None:
     )
     with pytest.raises(RunError, match=r"progress\.json is not as it was written"):
         train(recipe(), tmp_path / "out")
+
+
+def test_a_full_disk_at_a_state_is_told_and_keeps_the_one_before(
+    recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.write_text
+
+    def full(path: Path, *given: Any, **options: Any) -> int:
+        if path.parent.name == "step000000010.tmp":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path, *given, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(RunError, match=r"cannot write .*step000000010.*No space left on device.*Make room"):
+        train(recipe(), tmp_path / "out")
+    monkeypatch.undo()
+    assert (tmp_path / "out" / "state" / "step000000005").is_dir()
+    continued, whole = train(recipe(), tmp_path / "out"), train(recipe(), tmp_path / "whole")
+    assert losses(continued.log) == losses(whole.log)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"{\n", b"3\n", b'{"step": 1}\n', b"[" * 100_000])
