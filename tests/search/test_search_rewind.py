@@ -327,6 +327,13 @@ def test_two_searches_into_one_folder_do_not_mix(tmp_path: Path) -> None:
         assert cache is not None
 
 
+def test_a_place_of_work_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    asked = SearchRequest(models={}, live="tuned", eval="math", output=tmp_path / "run")
+    (tmp_path / "run.work").write_text("in the way")
+    with pytest.raises(RunError, match=r"cannot write to .*run\.work"), working(asked):
+        pass
+
+
 def test_what_lies_beside_decides_and_without_it_that_is_said() -> None:
     fast: dict[str, Any] = {"order": "magnitude", "eval": "math=word-problems:1", "limit": 3, "fractions": "0,1"}
     bare = search_rewind(BASE, MATH, **fast)

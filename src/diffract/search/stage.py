@@ -217,7 +217,7 @@ def working(asked: SearchRequest) -> Iterator[Cache | None]:
     begins with that run's scores: they count only where weights, task and settings are the same.
 
     Raises:
-        RunError: The folder exists, or another process is searching for it.
+        RunError: The folder exists or cannot be made, or another process is searching for it.
     """
     if asked.output is None or asked.dry_run:
         yield None
@@ -225,12 +225,15 @@ def working(asked: SearchRequest) -> Iterator[Cache | None]:
     refuse_existing(asked.output, force=asked.force)
     folder, before = work_folder(asked.output), Path(asked.output) / KEPT
     # A run folder that is written anew keeps its scores: only what changed is evaluated.
-    if before.is_dir() and not folder.exists():
-        shutil.copytree(before, folder)
-    folder.mkdir(parents=True, exist_ok=True)
     # A lock, and no mark in the folder: a search that was killed leaves the folder, and must be able to go on.
     lock = folder / LOCK
-    lock.touch()
+    try:
+        if before.is_dir() and not folder.exists():
+            shutil.copytree(before, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    except OSError as error:
+        raise RunError(f"cannot write to {str(folder)!r}: {error.strerror or error}. Write elsewhere.") from error
     with held(lock) as free:
         if free is False:
             raise RunError(f"another process is searching into {str(folder)!r}. Wait for it, or write elsewhere.")
