@@ -22,7 +22,9 @@ def plain(requirement: str) -> str:
 
 DECLARED = {plain(text) for text in PROJECT["dependencies"]}
 EXTRAS = {
-    plain(text) for name in ("images", "lm-eval", "pandas", "ray", "train") for text in PROJECT["optional-dependencies"][name]
+    plain(text)
+    for name in ("images", "lm-eval", "pandas", "ray", "train")
+    for text in PROJECT["optional-dependencies"][name]
 }
 
 
