@@ -126,6 +126,21 @@ def test_an_interruption_has_its_own_code(family: tuple[Path, Path], monkeypatch
     assert "run the same command again" in done.stderr
 
 
+def test_an_error_on_the_way_of_an_interruption_is_no_fault_of_ours(
+    family: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RecursionError("of a library that is half imported")
+
+    monkeypatch.setattr("diffract.api.scan", interrupted)
+    done = run.invoke(app, ["scan", str(family[0])])
+    assert done.exit_code == 130
+    assert done.stderr == "interrupted; run the same command again to continue\n"
+
+
 def test_version_and_missing_arguments() -> None:
     assert run.invoke(app, ["--version"]).stdout == f"diffract {diffract.__version__}\n"
     assert run.invoke(app, ["compare", "only-a-base"]).exit_code == 2

@@ -50,8 +50,18 @@ def explained(*, debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug:
             raise
+        if _interrupted(error):
+            typer.echo("interrupted; run the same command again to continue", err=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
         typer.echo(f"error in diffract: {type(error).__name__}: {printable(error)}. --debug shows where.", err=True)
         raise typer.Exit(EXIT_BUG) from error
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether an error came while an interruption was on its way up: libraries that are half imported raise such."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 @contextmanager
