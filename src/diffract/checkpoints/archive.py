@@ -260,6 +260,7 @@ def read_archive(file: ByteFile, where: str) -> Any:
             f"cannot read {where!r} as a PyTorch file: {printable(error)}. Fetch it again."
         ) from error
     pickles = [name for name in records if name.rpartition("/")[2] == "data.pkl"]
+    # TorchScript archives hold code beside the pickle; several pickles are no file of torch.save.
     if len(pickles) != 1 or any(name.rpartition("/")[2] == "constants.pkl" for name in records):
         raise CheckpointError(f"cannot read {where!r} as a PyTorch file: it is no archive of torch.save. Save it so.")
     prefix = pickles[0].removesuffix("data.pkl")
@@ -276,6 +277,7 @@ def read_archive(file: ByteFile, where: str) -> Any:
 def _places(file: ByteFile, records: Any, where: str) -> dict[str, tuple[int, int]]:
     """Return where the bytes of each record lie: first and number. Records must be stored, whole and apart."""
     found: dict[str, tuple[int, int]] = {}
+    # By their place in the file, so that records that share bytes are found: a small file could stand for any size.
     end, previous = 0, ""
     for record in sorted(records, key=lambda r: r.header_offset):
         fault = "is compressed" if record.compress_type != zipfile.ZIP_STORED else ""
@@ -307,6 +309,7 @@ def _placed(held: Any, places: Mapping[str, tuple[int, int]], where: str) -> Any
             return _checked(value, places, where), 1
         if not isinstance(value, dict | list | tuple) or isinstance(value, Storage):
             return value, 1
+        # What is shared is walked once, and counted as often as it stands for.
         if id(value) not in done:
             found = [placed(inner, depth + 1) for inner in (value.values() if isinstance(value, dict) else value)]
             inner, count = [v for v, _ in found], 1 + sum(n for _, n in found)
@@ -329,6 +332,7 @@ def _checked(tensor: Stored, places: Mapping[str, tuple[int, int]], where: str) 
     known = dtype in ITEMSIZES and prod(n or 1 for n in tensor.shape) * 16 < SIZE_LIMIT if whole else False
     position, size = places.get(storage.key, (0, 0))
     needed = storage.entries * ITEMSIZES[storage.dtype or "U8"]
+    # The entry that lies farthest: with strides that need not be the last in order.
     last = (
         tensor.first + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride, strict=True)) if known else 0
     )
@@ -433,6 +437,7 @@ def _as_checkpoint(file: ByteFile, found: Found, where: str) -> Checkpoint:
             raise CheckpointError(f"{where!r}: two values are called {printable(name)!r}. Rename one of them.")
         infos[name] = TensorInfo(name, stored.shape, stored.dtype, where, offset=stored.offset)
         sources[name] = ArchivedTensor(file, stored)
+        # Empty tensors share their place with whatever begins there.
         if 0 not in stored.shape and first.setdefault(stored.place, name) != name:
             tied[name] = first[stored.place]
     if not infos:

@@ -137,6 +137,7 @@ class _Cursor:
             )
         if end > self._start + len(self._held):
             self._start = self.at
+            # A megabyte at a time: a head has thousands of entries of a few bytes each, and may lie on a server.
             self._held = self.file.fetch(self.at, min(max(length, 1 << 20), self.file.size - self.at))
         found = self._held[self.at - self._start : end - self._start]
         self.at = end
@@ -166,6 +167,7 @@ class _Cursor:
         if inner not in _SCALARS:
             raise CheckpointError(f"{self.file.name}: an array is of the unknown type {inner}. Fetch it again.")
         raw = self.take(count * struct.calcsize(f"<{_SCALARS[inner]}"))
+        # Scores and kinds of all tokens are passed over, and need no room.
         return list(struct.unpack(f"<{count}{_SCALARS[inner]}", raw)) if count <= KEPT else None
 
 
@@ -249,6 +251,7 @@ def _read_head(file: ByteFile) -> tuple[dict[str, Any], list[StoredTensor]]:
         raise CheckpointError(f"{file.name}: its alignment is {printable(alignment, 40)}. Fetch it again.")
     listed = [_read_listed(cursor) for _ in range(tensors)]
     start = -(-cursor.at // alignment) * alignment
+    # By place, so that tensors that overlap are found.
     stored = sorted((replace(one, offset=start + one.offset) for one in listed), key=lambda one: one.offset)
     end = start
     for one in stored:
@@ -294,6 +297,7 @@ def _config(settings: Mapping[str, Any], family: GgufFamily | None, stored: Iter
     shapes = {one.name: one.shape for one in stored}
     if len(shapes.get("token_embd.weight", ())) == 2:
         found["vocab_size"] = shapes["token_embd.weight"][0]
+    # The format has no word for it: a model without an output of its own takes its embedding.
     found["tie_word_embeddings"] = "output.weight" not in shapes
     return found
 
@@ -354,7 +358,9 @@ class GgufTensor:
     def read(self, info: TensorInfo, rows: Range | None) -> torch.Tensor:
         """Return entries ``rows`` of the leading axis; where rows are in another order whole heads are read."""
         first, last = rows or (0, info.shape[0])
+        # The converter interleaves the halves of each head's rows; where they make no even heads it cannot have.
         size = info.shape[0] // self.heads if self.heads and info.shape[0] % (2 * self.heads) == 0 else 1
+        # Whole heads, as their rows are in another order within.
         begin, end = first // size * size, -(-last // size) * size
         found = self._stored_rows(info, begin, end)
         if size > 1:  # pairs (0, 1), (2, 3), ... become entries of the first and of the second half

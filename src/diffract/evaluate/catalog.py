@@ -154,7 +154,9 @@ def load_tasks(
     names = [w.name for w in wanted]
     if not names or len(set(names)) < len(names):
         raise SelectionError(f"expected tasks that differ in name, got {printable(', '.join(names))!r}.")
-    return [_kind(w.word).task(w) for w in wanted]
+    kinds = {named.name: named.kind for named in TASKS} | {HARNESS: lm_eval}
+    # A name of one's own, with sources of one's own, measures text.
+    return [kinds.get(w.word, bits).task(w) for w in wanted]
 
 
 def _read(entry: str) -> dict[str, str]:
@@ -166,13 +168,6 @@ def _read(entry: str) -> dict[str, str]:
     if (word not in CATALOG and not source) or (colon and (word != "gsm" or source)) or not word:
         choose("task", entry, CATALOG, further=f"{HARNESS}NAME, NAME=SOURCE")
     return {"name": name, "word": word, "levels": levels, "source": source}
-
-
-def _kind(word: str) -> TaskKind:
-    if word == HARNESS:
-        return lm_eval
-    # A name of one's own, with sources of one's own, measures text.
-    return CATALOG[word].kind if word in CATALOG else bits
 
 
 def _sources(wanted: Wanted) -> list[str]:

@@ -182,7 +182,11 @@ def top_spectrum(
         converged = bool((error <= tolerance * S[0]).all())
         if converged or steps == 0 or Q.shape[1] == short:
             break
-        block = _orthogonal(image[:, : short - Q.shape[1]], Q)
+        block = image[:, : short - Q.shape[1]]
+        # What of it is new; once leaves a part of Q of the size of rounding over the rest, twice is enough (Parlett).
+        for _ in range(2):
+            block = torch.linalg.qr(block - Q @ (Q.mT @ block)).Q
+        block = block - Q @ (Q.mT @ block)
     long = (ritz[:, :k].mT @ B) / S[:k, None].clamp(min=TINY)
     U, Vh = (P[:, :k], long) if side == "rows" else (long.mT, P[:, :k].mT)
     return TopSpectrum(S[:k], U, Vh, residual=residual[:k], error=error, converged=converged)
@@ -197,10 +201,3 @@ def _both_products(w: Tensor, block: Tensor, side: str) -> tuple[Tensor, Tensor]
         image += product(a, part.mT)[0]
         across.append(part[0])
     return torch.cat(across, 1), image
-
-
-def _orthogonal(block: Tensor, Q: Tensor) -> Tensor:
-    """Return an orthonormal basis of what of the block is new; twice is enough (Parlett)."""
-    for _ in range(2):
-        block = torch.linalg.qr(block - Q @ (Q.mT @ block)).Q
-    return block - Q @ (Q.mT @ block)

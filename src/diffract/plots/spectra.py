@@ -137,6 +137,7 @@ def _histogram(values: Array) -> Bars | None:
     if not len(shown):
         return None
     logs = np.log(shown)
+    # Wide enough that a bin holds some values, in ln lambda, where tails and bulk are both seen.
     count = int(np.clip(2 * math.sqrt(len(logs)), FEWEST_BINS, MOST_BINS))
     edges = np.exp(np.linspace(logs.min(), max(logs.max(), logs.min() + 1e-3), count + 1))
     # The first and the last value may lie beyond the edges by a rounding.
@@ -154,9 +155,11 @@ def _bulk(values: Array, shape: tuple[int, int], row: Row, points: int) -> Curve
     a, b = ((total + sign * (max(shape) - min(shape)) / total) / 2 for sign in (1, -1))
     variance, gamma = variance * a**2 / max(shape), (b / a) ** 2
     low, high = laws.marchenko_pastur_edges(variance, gamma)
+    # Of square matrices the law begins at zero, which no logarithmic axis shows.
     low = max(low, float(min(values[values > 0], default=high)) / 2)
     # An angle makes points dense at both edges, where the curve is steep.
     x = low + (high - low) * (1 - np.cos(np.linspace(0, math.pi, points)[1:-1])) / 2
+    # The law is of the bulk, drawn over a histogram of all values.
     share = 1 - (row.get("mp_spikes") or 0) / len(values)
     return x, share * laws.marchenko_pastur(x, variance, gamma)
 
@@ -164,6 +167,7 @@ def _bulk(values: Array, shape: tuple[int, int], row: Row, points: int) -> Curve
 def _quantiles(values: Array) -> Curve | None:
     """Return the density between quantiles of a law: each step between two of n is a share of 1 / n."""
     steps = -np.diff(values)
+    # Equal neighbours would be an infinite density.
     known = (steps > 0) & (values[1:] > 0)
     if not known.any():
         return None
@@ -204,6 +208,7 @@ def ks_lines(eigenvalues: Sequence[float], distances: Sequence[float], row: Row,
         row: ``pl_xmin``, ``pl_ks``, ``pl_alpha`` and ``pl_tail_count``, if there is a fit.
         title: Made safe already.
     """
+    # Zeros have no place on a logarithmic axis.
     points = sorted((x, d) for x, d in zip(eigenvalues, distances, strict=True) if x > 0 and math.isfinite(d))
     scan = go.Scatter(
         x=[x for x, _ in points],

@@ -151,6 +151,7 @@ def banded(
     line = curve(x, y, name=name, look=look, legend=legend, hover=hover)
     if ends is None or None in ends[0]:
         return [line]
+    # There along one end and back along the other: one outline that can be filled.
     outline: dict[str, Any] = {"x": [*x, *x[::-1]], "y": [*ends[0], *ends[1][::-1]]}
     fill = {"fill": "toself", "fillcolor": look["color"], "line": {"width": 0}, "mode": "lines", "hoverinfo": "skip"}
     common: dict[str, Any] = {"legendgroup": name, "name": name}

@@ -76,6 +76,7 @@ def _plain_figure(figure: go.Figure) -> dict[str, Any]:
 def embed(value: Any) -> str:
     """Return JSON that cannot end the script element it stands in, nor break JavaScript."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    # Data in a page must neither end its script nor begin a tag, and a line separator ends a line in old scripts.
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
@@ -88,6 +89,7 @@ def short(value: float | None) -> float | None:
 
 def pack(values: npt.ArrayLike) -> str:
     """Little-endian float32 in base64."""
+    # Four bytes a number: as text a page of a large model would have hundreds of megabytes.
     return base64.b64encode(np.asarray(values, dtype="<f4").tobytes()).decode()
 
 
@@ -120,6 +122,7 @@ def density_rows(metrics: pl.DataFrame, spectra: pl.DataFrame) -> Iterator[list[
     columns = [c for c in metrics.columns if c.startswith(("mp_", *(f"{prefix}_" for prefix in TAILS)))]
     places = {name: i for i, name in enumerate(metrics["model"].unique(maintain_order=True))}
     place = pl.col("model").replace_strict(places, return_dtype=pl.Int32)
+    # The longest spectra first: of short ones a histogram says least.
     longest = metrics.sort(pl.min_horizontal("rows", "cols"), place, descending=True, maintain_order=True).head(MOST)
     for row in longest.select("model", "name", "rows", "cols", *columns).iter_rows(named=True):
         key, shape = (row["model"], row["name"]), (row["rows"], row["cols"])
@@ -261,6 +264,7 @@ def on_page(tables: Tables) -> Tables:
     count, rows = len(tables.models), len(tables.metrics)
     if tables.manifest["kind"] != "trajectory" or rows <= ROW_BUDGET:
         return tables
+    # Whole checkpoints are left out, evenly over the series, so that what is shown of one is all of it.
     kept = max(2, ROW_BUDGET * count // rows)
     names = tables.models["model"].gather(np.linspace(0, count - 1, kept).round().astype(int)).to_list()
     return Tables(

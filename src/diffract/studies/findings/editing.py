@@ -36,10 +36,13 @@ def rewind(study: Study) -> Evidence:
     rows = best.filter(pl.col("order").is_in(SAID)).sort("selection_gain", descending=True).to_dicts()
     gains = [_order_gain(row, unit, random) for row in rows]
     verdict, because = better(gains[0], "rewinding these heads raises held-out quality")
+    without_loss = chosen.filter(pl.col("which") == "without-loss")
+    furthest = without_loss.sort("fraction", descending=True).row(0, named=True)
     at = f"The best of the orders {', '.join(SAID)} on the selection items: {rows[0]['fraction']:.3g} of the heads."
     return Evidence(
         verdict,
-        f"{because} {at} {_furthest_order(chosen)} {study.tuning()}",
+        f"{because} {at} The largest fraction without loss, on the same items: "
+        f"{furthest['fraction']:.3g} (order {furthest['order']}). {study.tuning()}",
         numbers=[*gains, *_orders_without_loss(chosen), *_of_heads(run)],
         figures=[
             (
@@ -95,12 +98,6 @@ def _orders_without_loss(chosen: pl.DataFrame) -> list[Number]:
         Number(f"largest fraction without loss, order {row['order']}", row["fraction"], chance=random)
         for row in rows.filter(pl.col("order") != "random").iter_rows(named=True)
     ]
-
-
-def _furthest_order(chosen: pl.DataFrame) -> str:
-    rows = chosen.filter(pl.col("which") == "without-loss").sort("fraction", descending=True)
-    row = rows.row(0, named=True)
-    return f"The largest fraction without loss, on the same items: {row['fraction']:.3g} (order {row['order']})."
 
 
 def _of_heads(run: Run) -> list[Number]:
