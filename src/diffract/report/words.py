@@ -316,7 +316,7 @@ def kinship(tables: Tables) -> Iterator[tuple[pl.DataFrame, str, list[str]]]:
         more = f" and {len(rows) - SHOWN_PAIRS} pairs more" if len(rows) > SHOWN_PAIRS else ""
         details = []
         if word == "stranger":
-            farthest = max(abs(r) for r in rows["r"])
+            farthest = max(abs(r) for r in rows["r"].drop_nulls())
             details.append(f"Neither descends from the other; r is that of chance, at most {farthest:.3g} in size.")
             if shared := rows["shared"].explode().drop_nulls().unique().sort().to_list():
                 count = rows["shared"].list.len().gt(0).sum()
