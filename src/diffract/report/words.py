@@ -250,9 +250,10 @@ def _peaks(model: str, metrics: pl.DataFrame) -> Headline | None:
 
 def _of_scan(models: pl.DataFrame, metrics: pl.DataFrame) -> list[Headline]:
     name, metrics = printable(models["model"][0], 60), metrics.filter(~is_circuit())
-    found = [Headline(name, f"{len(metrics):,}", "matrices and attention heads were analysed.")]
+    heads = metrics.filter(pl.col("head").is_not_null() | pl.col("kv_head").is_not_null())
+    what = "matrices and attention heads" if len(heads) else "matrices"
+    found = [Headline(name, f"{len(metrics):,}", f"{what} were analysed.")]
     if "stable_rank" in metrics.columns:
-        heads = metrics.filter(pl.col("head").is_not_null() | pl.col("kv_head").is_not_null())
         rows = heads if len(heads) else metrics
         kind = "attention heads" if len(heads) else "matrices"
         middle = rows["stable_rank"].median()
