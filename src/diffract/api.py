@@ -186,6 +186,7 @@ def trajectory(
     shard: str | None = None,
     cache: bool = True,
     nulls: str = "some",
+    noise: str = "some",
     output: str | Path | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -220,6 +221,8 @@ def trajectory(
         cache: Use results that are known from earlier, and keep new ones; ``DIFFRACT_CACHE_DIR`` says where.
         nulls: For which matrices nulls that take many draws are drawn: ``some`` are at most 32, spread over roles,
             whose draws are foretold to cost no more than the rest; ``all``.
+        noise: For which matrices the numbers of a change are computed of noise with its norm too, as ``*_noise``:
+            ``some``, which costs at most a quarter more where the series takes long; ``all``; ``none``.
         output: Write a run folder here, with report.html.
         force: Replace an existing run folder.
         progress: Called with work done, all work, and what was just finished.

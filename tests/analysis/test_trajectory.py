@@ -98,10 +98,26 @@ def test_every_change_has_the_numbers_of_its_comparison(
         assert expected["delta_relative"].null_count() == expected["left_agreement_mean"].null_count() == 0
         curves, others = (columns_of(r.spectra, name).sort("quantity", "name") for r in (run, both))
         assert_frame_equal(curves, others, **close)
+        noise = [f"{name}_noise" for name in ("value_share", "delta_spectral", "left_agreement_mean")]
+        drawn = both.metrics.filter(model=name).select(noise)
+        assert_frame_equal(run.metrics.filter(model=name).select(noise), drawn, **close)
+        assert drawn.null_count().row(0) == (0, 0, 0)
         row, other = (r.models.filter(model=name).row(0, named=True) for r in (run, both))
+        assert row["value_share_excess"] == pytest.approx(other["value_share_excess"], rel=1e-9)
         assert row["against"] == f"checkpoint-{base}"
         for column in ("delta_relative", "value_share", "changed_share", "head_top10_share", "head_gini"):
             assert row[column] == pytest.approx(other[column], rel=1e-12)
+
+
+def test_a_series_of_noise_claims_nothing(series: Path) -> None:
+    """Each step is Gaussian noise: what its last change has beyond noise stands small, and where noise is not drawn not
+    at all."""
+    beyond = [one for one in headlines(diffract.trajectory(series, cache=False).tables) if "of noise" in one.text]
+    assert len(beyond) == 2
+    assert all(one.minor for one in beyond)
+    plain = diffract.trajectory(series, cache=False, noise="none")
+    assert not [name for name in plain.metrics.columns if name.endswith("_noise")]
+    assert not [one for one in headlines(plain.tables) if "of noise" in one.text]
 
 
 def test_tables_tell_the_place(series: Path) -> None:

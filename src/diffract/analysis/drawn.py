@@ -82,16 +82,17 @@ def choose_nulls(matrices: Sequence[Matrix], plan: MetricPlan, cost: float) -> f
     return frozenset(chosen)
 
 
-def choose_noise(tasks: Sequence[AnyTask]) -> frozenset[str]:
+def choose_noise(tasks: Sequence[AnyTask], *, times: int = 1) -> frozenset[str]:
     """Return the names of the matrices for which noise is drawn unless it is asked for all or for none.
 
-    All of a ``SMALL_PLAN``. Else they are chosen ``in_turns``, ``MOST_NOISE`` of each role, as long as together they
-    cost no more than ``NOISE_SHARE`` of the plan, foretold from shapes: each role has one before any has two.
+    All of a ``SMALL_PLAN``, which a series of comparisons is that asks for these tasks ``times`` times. Else they are
+    chosen ``in_turns``, ``MOST_NOISE`` of each role, as long as together they cost no more than ``NOISE_SHARE`` of the
+    plan, foretold from shapes: each role has one before any has two.
     """
     plan = sum(task.cost for task in tasks)
     paired = {m.name: len(t.tuned) for t in tasks if isinstance(t, TensorTask) for m in t.matrices if t.tuned}
     matrices = [m for t in tasks if isinstance(t, TensorTask) for m in t.matrices if t.tuned]
-    if plan <= SMALL_PLAN:
+    if times * plan <= SMALL_PLAN:
         return frozenset(paired)
     chosen, spent, counts = [], 0.0, Counter()
     for m in in_turns(matrices):

@@ -106,13 +106,19 @@ class Options:
             return plan
         return replace(plan, nulls=choose_nulls(layout.matrices, plan, cost))
 
-    def with_noise(self, plan: MetricPlan, tasks: Sequence[AnyTask]) -> MetricPlan:
-        """Return the plan with the noises that are drawn, and the matrices chosen for which they are."""
+    def with_noise(self, plan: MetricPlan, tasks: Sequence[AnyTask], *, times: int = 1) -> MetricPlan:
+        """Return the plan with the noises that are drawn, and the matrices chosen for which they are.
+
+        Args:
+            plan: What else is computed.
+            tasks: Of one comparison.
+            times: How many there are like it.
+        """
         if self.noise == "none":
             return plan
         if self.noise == "all":
             return replace(plan, noises=tuple(NOISES))
-        return replace(plan, noises=("noise",), noise=choose_noise(tasks))
+        return replace(plan, noises=("noise",), noise=choose_noise(tasks, times=times))
 
     def settings(self) -> dict[str, Any]:
         """Return the options as a manifest keeps them."""

@@ -220,9 +220,10 @@ def follow(
         for visit in opened:
             layouts, tasks = _tasks(visit, allow_unmatched=allow_unmatched)
             # For the same matrices of each checkpoint, so that what the first scan costs decides.
-            worker = _worker(layouts, options, options.with_nulls(plan, layouts[-1], costs[0]), cache=cache)
+            drawing = options.with_nulls(plan, layouts[-1], costs[0])
+            worker = _worker(layouts, options, options.with_noise(drawing, tasks, times=len(costs) - 1), cache=cache)
             progress = _shifted(options.progress, costs, len(found), visit.stop.name)
-            again = partial(_make_worker, visit.stops, options.elsewhere, nulls=worker.plan.nulls)
+            again = partial(_make_worker, visit.stops, options.elsewhere, rest=replace(worker.plan, metrics=()))
             outcomes = options.outcomes(partial(again, allow_unmatched=allow_unmatched))
             done = run_all(tasks, worker, outcomes=outcomes, progress=progress)
             own_digests = {(0, name): digest for (i, name), digest in done.digests.items() if i == len(layouts) - 1}
@@ -268,16 +269,17 @@ def _worker(layouts: Sequence[Layout], options: Options, plan: MetricPlan, *, ca
     return Worker(checkpoints, plan, choose_device(options.device), cache)
 
 
-def _make_worker(
-    stops: Sequence[Stop], options: Options, *, nulls: frozenset[str] | None, allow_unmatched: bool
-) -> Worker:
-    """Return who does the tasks of a checkpoint, the last of the stops; it and its base stay open."""
+def _make_worker(stops: Sequence[Stop], options: Options, *, rest: MetricPlan, allow_unmatched: bool) -> Worker:
+    """Return who does the tasks of a checkpoint, the last of the stops; it and its base stay open.
+
+    ``rest`` is the plan but for its metrics: functions of a user's own cannot be sent, and are found here again.
+    """
     stack = ExitStack()
     layouts = [open_layout(stop.reference, options, stack) for stop in stops]
     if len(layouts) > 1:
         layouts = pair(layouts, allow_unmatched=allow_unmatched)
     cache = stack.enter_context(Cache(cache_folder(), most_bytes=MOST_BYTES)) if options.cache else None
-    return _worker(layouts, options, replace(_plan(options), nulls=nulls), cache=cache)
+    return _worker(layouts, options, replace(rest, metrics=_plan(options).metrics), cache=cache)
 
 
 def _do_share(
@@ -297,7 +299,8 @@ def _do_share(
         opened = stack.enter_context(closing(visits(series, options, against)))
         for visit in opened:
             layouts, tasks = _tasks(visit, allow_unmatched=allow_unmatched)
-            worker = _worker(layouts, options, options.with_nulls(plan, layouts[-1], cost), cache=cache)
+            drawing = options.with_nulls(plan, layouts[-1], cost)
+            worker = _worker(layouts, options, options.with_noise(drawing, tasks, times=len(series) - 1), cache=cache)
             share.do(tasks, worker, options.progress)
             choices = worker.plan.choices
             del visit, layouts, tasks, worker

@@ -39,7 +39,8 @@ def evolution(
 ) -> go.Figure:
     """Draw the median and the quartiles of a metric over training, a panel for each projection.
 
-    Panels of one block have the same y axis. A line stands where the series breaks.
+    Panels of one block have the same y axis. A line stands where the series breaks. Where noise with the norm of
+    each change was drawn, its median is dotted.
 
     Args:
         metrics: The metrics table of a trajectory: ``order``, and ``tokens`` or ``step`` where they are known.
@@ -65,6 +66,10 @@ def evolution(
     places = places_of(known)
     bands = quartiles(known, metric, over)
     contents = [_band(bands.filter(pl.col("part") == p), over, legend=not i) for i, p in enumerate(places["part"])]
+    if (noise := f"{metric}_noise") in known.columns:
+        medians = quartiles(known.filter(pl.col(noise).is_not_null()), noise, over)
+        for i, p in enumerate(places["part"]):
+            contents[i].append(_noise(medians.filter(pl.col("part") == p), over, legend=not i))
     titles = [label(p) for p in places["part"]]
     made = panels(titles, contents, **words, height=150 if len(titles) > 4 else 220, share_y=False, legend=True)
     _share_within_blocks(made, places["block"].to_list())
@@ -141,6 +146,13 @@ def _band(rows: pl.DataFrame, over: str, *, legend: bool) -> list[go.Scatter]:
         go.Scatter(x=times, y=rows["middle"].to_list(), name=NAMES[0], legendgroup="m", **middle, **common),
         go.Scatter(**outline, name=NAMES[1], legendgroup="b", **look, **common),
     ]
+
+
+def _noise(rows: pl.DataFrame, over: str, *, legend: bool) -> go.Scatter:
+    look: dict[str, Any] = {"mode": "lines", "line": {"color": COLOURS["base"], "dash": "dot"}, "legendgroup": "n"}
+    return go.Scatter(
+        x=rows[over].to_list(), y=rows["middle"].to_list(), name="noise of equal norm", showlegend=legend, **look
+    )
 
 
 def _share_within_blocks(made: go.Figure, blocks: Sequence[str]) -> None:

@@ -119,11 +119,17 @@ def _of_tuned(row: dict[str, Any]) -> list[Headline]:
         found.append(Headline(name, percent(relative), text + rest_of_change(row) + "."))
     if is_rounding(row):  # whose size follows the entries', which noise of one variance does not
         return found
+    return found + _beyond_noise(row, name) + _of_top_heads(row)
+
+
+def _beyond_noise(row: dict[str, Any], name: str) -> list[Headline]:
+    """What a change has beyond noise of equal norm; large only where it stands out and not by chance."""
+    found = []
     for quantity, text in BEYOND.items():
         if (excess := row.get(f"{quantity}_excess")) is not None:
             clear = excess >= STANDS_OUT and row[f"{quantity}_pvalue"] <= BY_CHANCE
             found.append(Headline(name, times(excess), f"{text} {beside_noise(row, quantity)}.", minor=not clear))
-    return found + _of_top_heads(row)
+    return found
 
 
 def is_rounding(row: dict[str, Any]) -> bool:
@@ -275,6 +281,7 @@ def _of_trajectory(models: pl.DataFrame, metrics: pl.DataFrame) -> list[Headline
             start, end = printable(row["against"], 60), printable(row["model"], 60)
             text = f"is the size of the change from {start} to {end} relative to {start} (Frobenius norm)."
             found.append(Headline("", percent(row["delta_relative"]), text))
+        found += _beyond_noise(last, "")
     if "peaked_matrices" in models.columns:
         nulls = "peak_count_rowcol_pvalue" in metrics.columns
         more = ", more than the norms of their rows and columns alone give," if nulls else ""
