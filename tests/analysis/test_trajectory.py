@@ -373,7 +373,7 @@ def test_an_interrupted_run_continues_to_the_same_result(
     assert not list(tmp_path.glob("run*"))
     calls = interrupt_after(10**6, monkeypatch)
     run = diffract.trajectory(series, output=tmp_path / "run")
-    assert len(calls) == 2 * 16 - 20  # two pairs of 16 tensors
+    assert len(calls) == 2 * 2 * 16 - 20  # two pairs of 16 tensors, each once more with noise
     for name in schemas.KINDS["trajectory"]:
         assert_frame_equal(getattr(run, name), getattr(undisturbed, name), **EXACT)
 

@@ -266,7 +266,7 @@ ROW_PEAKS = _beside_peaks("row", "row norms", version=1)
 
 @built_in(
     "(1 + draws with the matrix's row and column norms whose dip is as large) / 40: small, several modes "
-    "(no evidence where rows differ 1:3)",
+    "(no evidence where rows have two sizes or few directions are large)",
     range="[0.025, 1]",
     source="Hartigan & Hartigan 1985",
     invariant=OF_THE_ORDER,
@@ -284,7 +284,7 @@ def dip_pvalue(shaped_sigmas: Sigmas, rowcol_sigmas: DrawnSigmas) -> PerMatrix:
 
 
 @built_in(
-    "mean mp_spikes_tw over 39 Gaussians with the matrix's row and column norms",
+    "mean mp_spikes_tw over 39 Gaussians with the matrix's row and column norms; an excess means little with 16 values",
     unit="count",
     range="[0, M]",
     invariant=OF_THE_ORDER,
