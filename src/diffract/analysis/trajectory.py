@@ -220,17 +220,16 @@ def follow(
         for visit in opened:
             layouts, tasks = _tasks(visit, allow_unmatched=allow_unmatched)
             # For the same matrices of each checkpoint, so that what the first scan costs decides.
-            drawing = options.with_nulls(plan, layouts[-1], costs[0])
-            worker = _worker(layouts, options, options.with_noise(drawing, tasks, times=len(costs) - 1), cache=cache)
+            drawing = options.with_noise(options.with_nulls(plan, layouts[-1], costs[0]), tasks, times=len(costs) - 1)
+            worker = _worker(layouts, options, drawing, cache=cache)
             progress = _shifted(options.progress, costs, len(found), visit.stop.name)
             again = partial(_make_worker, visit.stops, options.elsewhere, rest=replace(worker.plan, metrics=()))
             outcomes = options.outcomes(partial(again, allow_unmatched=allow_unmatched))
             done = run_all(tasks, worker, outcomes=outcomes, progress=progress)
             own_digests = {(0, name): digest for (i, name), digest in done.digests.items() if i == len(layouts) - 1}
             own_digests |= other_digests(layouts[-1:], own_digests, complete=options.select is None)
-            member = Member(visit.stop.name, "checkpoint", layouts[-1])
             tables = assemble(
-                [member],
+                [Member(visit.stop.name, "checkpoint", layouts[-1])],
                 [replace(part, model=0) for part in done.parts],
                 own_digests,
                 plan=worker.plan,
@@ -249,7 +248,7 @@ def follow(
                 kinship.append(tell_lineage(visit.base, visit.layout, whole=whole, known=known, digests=both))
             compared = visit.base_stop and visit.base_stop.name
             found.append(place(tables, len(found), visit.stop.place, against=compared, change=change))
-            del visit, layouts, tasks, worker, member  # nothing of a checkpoint may live on while the next is opened
+            del visit, layouts, tasks, worker  # nothing of a checkpoint may live on while the next is opened
     settings = {**options.settings(), "by": by, "against": against, "device": device.type}
     manifest = {"kind": "trajectory", "settings": settings, "seconds": round(time.monotonic() - begun, 3)}
     neighbours = kinship if against == "previous" else _neighbours(series, options)
