@@ -29,6 +29,9 @@ AHEAD = 16
 SIDE_BY_SIDE_BYTES = 1 << 27
 """Workspace up to which a task runs beside others."""
 
+REQUESTS = 8
+"""Tasks side by side where most of their time is waiting for a network: while some compute, others fetch."""
+
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt."""
@@ -47,7 +50,9 @@ T = TypeVar("T", bound=Workload)
 R = TypeVar("R")
 
 
-def run_tasks(tasks: Sequence[T], work: Callable[[T], R], *, device: torch.device) -> Iterator[tuple[T, R]]:
+def run_tasks(
+    tasks: Sequence[T], work: Callable[[T], R], *, device: torch.device, remote: bool = False
+) -> Iterator[tuple[T, R]]:
     """Yield each task with its result, small tasks first, otherwise in their order.
 
     Which tasks run side by side depends on their size alone, so that the same machine gives the same bits again.
@@ -56,9 +61,10 @@ def run_tasks(tasks: Sequence[T], work: Callable[[T], R], *, device: torch.devic
         tasks: What is to be done; their order within each group is kept.
         work: Does one; thread-safe.
         device: On a CUDA device tasks run one after another, as each fills it.
+        remote: Whether tasks read over a network: then more of them run side by side than there are cores.
     """
     small, large = in_turn(tasks, device)
-    yield from _side_by_side(small, work)
+    yield from _side_by_side(small, work, max(cores(), REQUESTS) if remote else cores())
     for task in large:
         yield task, work(task)
 
@@ -70,10 +76,10 @@ def in_turn(tasks: Sequence[T], device: torch.device) -> tuple[list[T], list[T]]
     return small, [task for task, large in zip(tasks, alone, strict=True) if large]
 
 
-def _side_by_side(tasks: Sequence[T], work: Callable[[T], R]) -> Iterator[tuple[T, R]]:
+def _side_by_side(tasks: Sequence[T], work: Callable[[T], R], most: int) -> Iterator[tuple[T, R]]:
     if not tasks:
         return
-    workers = min(len(tasks), cores())
+    workers = min(len(tasks), most)
     with (
         single_threaded(),
         ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,

@@ -115,6 +115,8 @@ class Hub:
         extra: Bytes sent on top of what was asked for.
         refuses: Status and headers for every path that contains this.
         lists: Sizes of files that it lists, if these are not the true ones.
+        delay: Seconds that each answer with weights takes.
+        most_at_once: How many of these it has prepared side by side.
     """
 
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -126,6 +128,10 @@ class Hub:
     extra: bytes = b""
     refuses: dict[str, tuple[int, dict[str, str]]] = field(default_factory=dict)
     lists: dict[str, int] = field(default_factory=dict)
+    delay: float = 0
+    most_at_once: int = 0
+    at_once: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
     url: str = ""
     storage: str = ""
 
@@ -193,6 +199,13 @@ class _Handler(BaseHTTPRequestHandler):
         return self.reply(200, content, headers)
 
     def weights(self, content: bytes) -> None:
+        hub = self.hub
+        with hub.lock:
+            hub.at_once += 1
+            hub.most_at_once = max(hub.most_at_once, hub.at_once)
+        threading.Event().wait(hub.delay)  # the clients' own sleep is taken from them
+        with hub.lock:
+            hub.at_once -= 1
         wanted = self.headers.get("Range", "")
         if not (wanted and self.hub.ranges):
             return self.reply(200, content)

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import constants
+from polars.testing import assert_frame_equal
 from safetensors.torch import load_file, save_file
 
+import diffract
 from diffract.checkpoints import open_checkpoint
 from diffract.checkpoints.hub import ATTEMPTS, HEAD_BYTES
 from diffract.errors import CheckpointError, DiffractWarning
@@ -98,6 +100,34 @@ def test_a_transfer_that_breaks_off_goes_on_where_it_stopped(hub: Any, large: to
     begin, end = found.info("w").offset, found.info("w").offset + 512 * 1024 - 1
     taken_up = [f"bytes={begin + 1000 * i}-{end}" for i in range(ATTEMPTS + 2)]
     assert hub.asked("/storage/") == taken_up + [f"bytes={begin + 1000 * (ATTEMPTS + 2)}-{end}"] * ATTEMPTS
+
+
+def test_a_large_range_is_asked_for_in_parts_at_once(
+    hub: Any, large: torch.Tensor, same: Same, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffract.checkpoints.hub.PART_BYTES", 100_000)
+    found = open_checkpoint(REPO)
+    hub.requests.clear()
+    hub.sent, hub.delay = 0, 0.05
+    assert same(found["w"], large)
+    assert hub.sent == large.nbytes
+    assert len(set(hub.asked("/storage/"))) == 6
+    assert hub.most_at_once > 1
+    hub.refuses["/storage/"] = (404, {})
+    with pytest.raises(CheckpointError, match="has them no longer"):
+        found["w"]
+
+
+def test_tensors_are_fetched_while_others_are_computed(
+    hub: Any, published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffract.checkpoints.hub.HEAD_BYTES", 300)
+    monkeypatch.setattr("diffract.engine.cores", lambda: 1)
+    with open_checkpoint(REPO) as found:
+        hub.delay, hub.most_at_once = 0.05, 0
+        from_hub = diffract.scan(found, cache=False)
+        assert hub.most_at_once > 1
+    assert_frame_equal(from_hub.metrics.drop("model"), diffract.scan(published, cache=False).metrics.drop("model"))
 
 
 def test_a_transfer_that_never_succeeds_is_given_up(hub: Any, large: torch.Tensor) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import polars as pl
 import torch
@@ -76,13 +75,16 @@ class Held:
         self.checkpoint, self.info, self._cache = checkpoint, checkpoint.info(self.name), cache
         self.span = self._span(matrices)
         self.whole = self.span == (0, self.info.shape[0])
+        self._kept: Tensor | None = None
+        self._digest = ""
 
-    @cached_property
+    @property
     def _tensor(self) -> Tensor | None:
         """The entries that are needed, where they are few enough to be kept."""
-        if self._part.size_bytes > KEEP_BYTES:
-            return None
-        return self.checkpoint.read(self.name, None if self.whole else self.span)
+        # No cached_property: before Python 3.12 its lock is that of all objects, and threads would read one by one.
+        if self._kept is None and self._part.size_bytes <= KEEP_BYTES:
+            self._kept = self.checkpoint.read(self.name, None if self.whole else self.span)
+        return self._kept
 
     def _span(self, matrices: Sequence[Matrix]) -> Range:
         every = (0, self.info.shape[0])
@@ -95,9 +97,14 @@ class Held:
         count = self.span[1] - self.span[0]
         return replace(self.info, shape=(count, *self.info.shape[1:]))
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """The digest of the same bytes that are analysed: the tensor's, or its part's with the place of that."""
+        if not self._digest:
+            self._digest = self._known_or_read_digest()
+        return self._digest
+
+    def _known_or_read_digest(self) -> str:
         origin = origin_of(self.checkpoint, self.name)
         if origin is None:
             return self._read_digest()

@@ -119,7 +119,7 @@ class ShareDraft:
 
         saved = TensorWriter(self._folder / tables.VECTORS) if worker.plan.vectors else nullcontext()
         with saved as writer:
-            for one, (outcome, digests, seconds) in run_tasks(own, timed, device=worker.device):
+            for one, (outcome, digests, seconds) in run_tasks(own, timed, device=worker.device, remote=worker.remote):
                 self._keep(one, outcome, digests, seconds=seconds)
                 for part in outcome.parts:
                     for side, found in part.vectors.items():

@@ -18,6 +18,7 @@ from diffract.analysis.facts import MetricPlan, StackFacts, StackPair, bundle, n
 from diffract.analysis.held import Held
 from diffract.analysis.noise import noise_facts, tells
 from diffract.checkpoints import Checkpoint, Factors, TensorInfo, as_bytes
+from diffract.checkpoints.sources import is_remote
 from diffract.engine import run_on_ray, run_tasks
 from diffract.linalg import LowRank, change_grams
 from diffract.matrices import Layout, Matrix, batches, cut, is_paired, scan_cost, workspace_bytes
@@ -146,7 +147,7 @@ class Done(NamedTuple):
 
 def on_this_machine(tasks: Sequence[AnyTask], worker: Worker) -> Iterator[tuple[AnyTask, Outcome]]:
     """Yield each task with its outcome, done by threads of this process."""
-    return run_tasks(tasks, worker, device=worker.device)
+    return run_tasks(tasks, worker, device=worker.device, remote=worker.remote)
 
 
 def on_ray(
@@ -227,6 +228,11 @@ class Worker:
     plan: MetricPlan
     device: torch.device
     cache: Cache | None
+
+    @property
+    def remote(self) -> bool:
+        """Whether weights come over a network."""
+        return any(is_remote(checkpoint) for checkpoint in self.checkpoints)
 
     def __call__(self, task: AnyTask) -> Outcome:
         """Do one task; matrices batch by batch, each kept in the cache when it is done."""

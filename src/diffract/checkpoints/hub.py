@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from glob import escape
@@ -31,11 +32,20 @@ HEAD_BYTES = 100_000
 """What the first request of a file asks for: nearly every header is smaller."""
 
 
+PART_BYTES = 1 << 23
+"""Bytes that one request asks for of a larger range."""
+
+REQUESTS = 8
+"""Requests at once for the parts of a range."""
+
+
 class HubFile(ByteFile):
     """A file on the hub, read by range requests; the shared client keeps the connections.
 
     It is opened with one request, which tells the size and brings the first bytes along.
     """
+
+    remote = True
 
     def __init__(
         self,
@@ -62,7 +72,13 @@ class HubFile(ByteFile):
         return super().fetch(offset, length)
 
     def fill(self, view: memoryview, offset: int) -> None:
-        """Fill ``view`` with the bytes from ``offset`` on; a transfer that breaks off is taken up again."""
+        """Fill ``view`` with the bytes from ``offset`` on, a large one by several requests at once."""
+        starts = range(0, len(view), PART_BYTES)
+        with ThreadPoolExecutor(min(REQUESTS, len(starts))) as pool:
+            list(pool.map(lambda start: self._fill(view[start : start + PART_BYTES], offset + start), starts))
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        """Fill ``view`` by one request; a transfer that breaks off is taken up again."""
         done, failures = 0, 0
         while done < len(view):
             got = self._request(view[done:], offset + done, len(view) - done)

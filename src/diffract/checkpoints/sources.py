@@ -31,11 +31,13 @@ class ByteFile(ABC):
         name: What to call it in messages.
         size: Its size in bytes.
         origin: What stands for its bytes without their being read, ``None`` where nothing does.
+        remote: Whether they come over a network.
     """
 
     name: str
     size: int
     origin: str | None = None
+    remote: bool = False
 
     @abstractmethod
     def fill(self, view: memoryview, offset: int) -> None:
@@ -60,6 +62,11 @@ class ByteFile(ABC):
         if length:
             self.fill(buffer.numpy().data, offset)
         return from_bytes(buffer, info, rows)
+
+
+def is_remote(checkpoint: Checkpoint) -> bool:
+    """Whether tensors of a checkpoint come over a network."""
+    return any(isinstance(source, ByteFile) and source.remote for source in checkpoint.sources.values())
 
 
 def origin_of(checkpoint: Checkpoint, name: str) -> str | None:
