@@ -27,7 +27,7 @@ def two_workers() -> Iterator[None]:
     ray.shutdown()
 
 
-def a_task(number: int, workspace_bytes: int = 0) -> SimpleNamespace:
+def a_task(number: int, workspace_bytes: int = 0) -> Any:
     """Of a class that every process can import; the workspace decides whether it runs beside others."""
     return SimpleNamespace(number=number, workspace_bytes=workspace_bytes)
 
