@@ -45,8 +45,8 @@ LIBRARIES = ("torch", "numpy", "scipy", "polars")
 """What numbers depend on to the last bit, besides the processor and the number of threads."""
 
 TOLERANCE = 1e-13
-"""Share of a matrix's largest singular value by which processors, thread counts and libraries move the others: kernels for
-AVX-512, AVX2 and SSE4.2 differ by at most 2.6e-14 at 128 x 2048, 512 x 2048 and 1024 x 700, in bfloat16."""
+"""Share of a matrix's largest singular value by which processors, thread counts and libraries move the others: kernels
+for AVX-512, AVX2 and SSE4.2 differ by at most 2.6e-14 at 128 x 2048, 512 x 2048 and 1024 x 700, in bfloat16."""
 
 
 def made_on(device: torch.device) -> dict[str, Any]:
