@@ -43,6 +43,7 @@ SAME = {
     "trajectory": "Runs of `diffract trajectory`",
     "heads": "Runs of `diffract heads`",
     "lineage": "Runs of `diffract lineage`",
+    "audit": "Runs of `diffract audit`",
     "eval": "Runs of `diffract eval`",
     "search rewind": "Runs of `diffract search rewind`",
     "search truncate": "Runs of `diffract search truncate`",

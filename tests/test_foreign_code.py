@@ -29,6 +29,7 @@ CALLS = {
     "trajectory": "base math --by given -o out --metrics change",
     "heads": "base math -o out",
     "lineage": "base math",
+    "audit": "math --base base",
     "inspect": "base",
     "rewind": "math --to base --fraction 0.1 -o out",
     "truncate": "math --base base --drop 0.5 -o out",

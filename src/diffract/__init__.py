@@ -21,7 +21,7 @@ from diffract.errors import (
 )
 
 if TYPE_CHECKING:
-    from diffract.api import compare, heads, lineage, scan, trajectory
+    from diffract.api import audit, compare, heads, lineage, scan, trajectory
     from diffract.api import evaluate as eval
     from diffract.callback import SpectralCallback
     from diffract.checkpoints import Checkpoint
@@ -43,6 +43,7 @@ _PLACES = {
     "Run": ("diffract.run", "Run"),
     "SpectralCallback": ("diffract.callback", "SpectralCallback"),
     "apply": ("diffract.edits", "apply"),
+    "audit": ("diffract.api", "audit"),
     "collect": ("diffract.cluster", "collect"),
     "compare": ("diffract.api", "compare"),
     "eval": ("diffract.api", "evaluate"),
@@ -74,6 +75,7 @@ __all__ = [
     "SpectralCallback",
     "__version__",
     "apply",
+    "audit",
     "collect",
     "compare",
     "eval",

@@ -364,6 +364,53 @@ def lineage(
     return Run(found)
 
 
+def audit(
+    ref: Reference,
+    *,
+    base: Reference | None = None,
+    architecture: str | Path | None = None,
+    adapter_base: Reference | None = None,
+    download: bool = False,
+    output: str | Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Run:
+    """Say what is in a checkpoint that nobody mentioned: its precision, dead and copied parts, unused tokens, code.
+
+    Facts, not judgements. Every tensor is read once.
+
+    Args:
+        ref: A file, a folder, or ``org/name@revision`` on the hub; ``name=MODEL`` names it. In Python also a mapping of
+            arrays, an ``nn.Module``, or an open checkpoint.
+        base: What it is said to descend from; by default the base_model of its card, where that is a folder here.
+        architecture: A JSON file that describes the model (docs/architectures.md); by default its config.json's
+            ``model_type`` decides.
+        adapter_base: The base of an adapter whose config names none that can be opened.
+        download: Fetch models of the hub whole instead of reading byte ranges.
+        output: Write a run folder here.
+        force: Replace an existing run folder.
+        progress: Called with tensors done, all tensors, and what was just finished.
+
+    Returns:
+        The run: tables ``facts`` and ``models``.
+
+    Raises:
+        DiffractError: The input is wrong; the message says what, where, and what to do.
+
+    Examples:
+        >>> import numpy as np
+        >>> audit({"w": np.zeros((2, 3))})["facts"]["fact"].to_list()
+        ['all zero']
+    """
+    from diffract.analysis import Options
+    from diffract.analysis.audit import audit as audited
+
+    options = Options(
+        heads=False, architecture=architecture, adapter_base=adapter_base, download=download, progress=progress
+    )
+    return _written(partial(audited, ref, options, base=base), output, force=force)
+
+
 def evaluate(
     ref: str | Path | Any,
     tasks: str | Sequence[str] = "math,code,text",

@@ -33,6 +33,10 @@ The lineage of several checkpoints
 ``lineage``   one row per pair: the word, and the correlation of the entries
 ``tree``      one row per branch
 
+An audit
+
+``facts``     one row per fact about a checkpoint that its numbers do not tell
+
 An evaluation
 
 ``items``     one row per task and item
@@ -196,6 +200,15 @@ which layers, heads or neurons of ``b`` were ``moved`` from where in ``a``.
 
 TREE: dict[str, Any] = {"a": pl.String, "b": pl.String, "r": pl.Float64, "rooted": pl.Boolean}
 """Columns of ``tree``: its branches, the nearest pairs first; ``a`` is nearer to the root where the tree has one."""
+
+FACTS: dict[str, Any] = {
+    **_of(pl.String, ["topic", "fact", "where"]),
+    **_of(pl.Int64, ["count", "of"]),
+    "note": pl.String,
+}
+"""Columns of ``facts``: ``topic`` precision | values | copies | tokens | files | card; the ``fact`` in words, the
+tensors or files where it is so, for ``count`` of ``of`` entries, rows, tensors or files; ``note``: what else is known.
+"""
 
 LORENZ: dict[str, Any] = {"model": pl.String, **_of(pl.Float64, ["heads_share", "change_share"])}
 """Columns of ``lorenz``: what the least changed ``heads_share`` of heads have of the sum of ||D||_F^2."""
@@ -400,6 +413,7 @@ KINDS: dict[str, Schemas] = {
     },
     "share": {"tasks": SHARE_TASKS},
     "lineage": {"lineage": LINEAGE, "tree": TREE, "models": MODELS},
+    "audit": {"facts": FACTS, "models": MODELS},
     "eval": {"items": ITEM_SCORES, "summary": SUMMARY},
     "search rewind": {
         "points": ON_CURVE | QUALITY,

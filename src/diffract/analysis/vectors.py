@@ -186,7 +186,7 @@ def token_table(members: Sequence[Member]) -> pl.DataFrame:
         texts = token_texts(member.layout.checkpoint) or token_texts(base.checkpoint)
         for name, entry in member.layout.entries.items():
             other = base.entries.get(name)
-            if other is None or not _is_table(entry, member.layout, len(texts)) or not _fit(entry.info, other.info):
+            if other is None or not is_table(entry, member.layout, len(texts)) or not _fit(entry.info, other.info):
                 continue
             rows += [
                 {"model": member.name, "tensor": name, "token": texts.get(row["row"]), **row}
@@ -195,7 +195,8 @@ def token_table(members: Sequence[Member]) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=schemas.TOKENS, orient="row")
 
 
-def _is_table(entry: Entry, layout: Layout, tokens: int) -> bool:
+def is_table(entry: Entry, layout: Layout, tokens: int) -> bool:
+    """Whether a tensor is a table of tokens: by its role, else one with as many rows as there are ``tokens``."""
     if len(entry.matrices) != 1 or not entry.matrices[0].is_whole:
         return False
     if layout.architecture.spec is not None:

@@ -276,6 +276,45 @@ def sum_up_lineage(run: Run, given: Given) -> dict[str, Any]:
     return {**kept(run.manifest), **found, "run": place(given)}
 
 
+TOPICS = {
+    "precision": "Precision",
+    "values": "Values",
+    "copies": "Copies",
+    "tokens": "Tokens",
+    "files": "Files",
+    "card": "Card and licence",
+}
+"""What the terminal calls the topics of an audit, in this order."""
+
+SHOWN_FACTS = 12
+"""Facts of a topic that are printed."""
+
+
+def show_audit(run: Run, given: Given) -> None:
+    """Print the facts about a checkpoint by topic."""
+    warn(run.manifest["warnings"])
+    for topic, title in TOPICS.items():
+        rows = run.facts.filter(topic=topic).to_dicts()
+        if not rows:
+            say(f"{title}: nothing to tell.")
+            continue
+        say(f"{title}:")
+        for row in rows[:SHOWN_FACTS]:
+            count = (
+                f" ({row['count']:,} of {row['of']:,})" if row["of"] else f" ({row['count']:,})" if row["count"] else ""
+            )
+            note = f": {printable(row['note'])}" if row["note"] else ""
+            say(f"  {printable(row['fact'])}{count}: {printable(row['where'])}{note}")
+        if len(rows) > SHOWN_FACTS:
+            say(f"  and {len(rows) - SHOWN_FACTS} more of the kind: --json or -o RUN has them.")
+    say_place(given, "run")
+
+
+def sum_up_audit(run: Run, given: Given) -> dict[str, Any]:
+    """Return all facts."""
+    return {**kept(run.manifest), "facts": run.facts.to_dicts(), "run": place(given)}
+
+
 def show_inspection(found: Inspection, given: Given) -> None:
     """Print what the headers of a checkpoint tell."""
     from diffract.settings import size_text
