@@ -404,11 +404,16 @@ def audit(
     """
     from diffract.analysis import Options
     from diffract.analysis.audit import audit as audited
+    from diffract.run import Run, write
 
     options = Options(
         heads=False, architecture=architecture, adapter_base=adapter_base, download=download, progress=progress
     )
-    return _written(partial(audited, ref, options, base=base), output, force=force)
+    with _output(output, force=force) as draft:
+        found = audited(ref, options, base=base)
+        if draft is not None:
+            write(found, draft)
+    return Run(found)
 
 
 def evaluate(
