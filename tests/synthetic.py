@@ -235,6 +235,28 @@ def truncated() -> dict[str, pl.DataFrame]:
     return {"points": pl.DataFrame(points)}
 
 
+def factored() -> dict[str, pl.DataFrame]:
+    """A search for factors: two layers of one projection, a vector, and three recipes of which one is dominated."""
+    factors = [
+        {"name": f"L{layer}.mlp.up", "layer": layer, "block": "mlp", "projection": "up", "direction": i,
+         "sigma": 2.0 / (i + 1), "factor": 1 + 0.1 * i - layer}
+        for layer in range(2)
+        for i in range(4)
+    ]  # fmt: skip
+    factors.append({"name": "norm", "factor": 0.5})
+    roles = {"target": 0.3, "kept": 0.2}
+    choice, points = [], []
+    for number, recipe in enumerate(("directions", "interpolation", "random")):
+        for role, gain in roles.items():
+            own = gain - 0.1 * number
+            ends = {"held_out_gain": own, "held_out_gain_low": own - 0.01, "held_out_gain_high": own + 0.02}
+            named = {"recipe": recipe, "at": 0.5, "role": role, "task": role}
+            choice.append({**named, "dominated_by": ["directions"] if number == 2 else [], **ends})
+            points += [{**named, "at": at, "split": "held-out", "gain": own * at} for at in (0.0, 0.5, 1.0)]
+    frames = {"factors": factors, "choice": choice, "points": points}
+    return {name: pl.DataFrame(rows, infer_schema_length=None) for name, rows in frames.items()}
+
+
 def _measured(where: dict[str, Any], state: int, gain: float) -> list[dict[str, Any]]:
     """Rows of one state in both splits and tasks."""
     return [

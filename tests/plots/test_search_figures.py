@@ -10,6 +10,7 @@ import pytest
 
 import synthetic
 from diffract import plots
+from diffract.plots.factors import factors_by_sigma, recipe_front
 
 POINTS, EFFECTS = synthetic.searched()["points"], synthetic.searched()["effects"]
 TRUNCATED = synthetic.truncated()["points"]
@@ -133,3 +134,23 @@ def test_the_simplex_has_its_models_as_corners() -> None:
     assert list(trace.marker.color) == rows["quality"].to_list()
     axes = made.layout.ternary
     assert [axes.aaxis.title.text, axes.baxis.title.text, axes.caxis.title.text] == ["math", "code", "natural"]
+
+
+def test_each_direction_is_a_mark_and_vectors_are_none() -> None:
+    factors = synthetic.factored()["factors"]
+    made = factors_by_sigma(factors)
+    assert [a.text for a in made.layout.annotations[:1]] == ["mlp.up"]
+    assert [trace.name for trace in made.data] == ["layer 0", "layer 1"]
+    for layer, trace in enumerate(made.data):
+        own = factors.filter(layer=layer)
+        assert (list(trace.x), list(trace.y)) == (own["sigma"].to_list(), own["factor"].to_list())
+
+
+def test_the_front_has_intervals_and_tells_what_is_dominated() -> None:
+    frames = synthetic.factored()
+    made = recipe_front(frames["choice"], frames["points"], target="target", kept="kept")
+    curve, *marks = made.data
+    assert list(curve.x) == pytest.approx([0.0, 0.05, 0.1])
+    assert [mark.marker.symbol for mark in marks] == ["circle", "circle", "circle-open"]
+    assert marks[0].y[0] == pytest.approx(0.3)
+    assert (marks[0].error_y.array[0], marks[0].error_y.arrayminus[0]) == pytest.approx((0.02, 0.01))

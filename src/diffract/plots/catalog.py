@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 from diffract.errors import RunError, SelectionError, choose
 from diffract.plots.agreement import agreement_of_run, profile_of_run
 from diffract.plots.choice import FigureKind, Frames, Tabled, read_frames
+from diffract.plots.factors import factors_of_run, front_of_run
 from diffract.plots.heads import (
     effects_of_run,
     head_heatmap_of_run,
@@ -40,6 +41,8 @@ KINDS: dict[str, FigureKind] = {
     "rewind": rewind_of_run,
     "effects": effects_of_run,
     "truncation": truncation_of_run,
+    "factors": factors_of_run,
+    "front": front_of_run,
     "paths": paths_of_run,
     "connectivity": connectivity_of_run,
     "simplex": simplex_of_run,
