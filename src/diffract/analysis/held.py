@@ -18,7 +18,7 @@ from diffract.matrices import Matrix, cut
 from diffract.matrices.layout import KEEP_BYTES
 from diffract.store import Cache, cache_key, remembered
 
-BLOCK_ENTRIES = 1 << 25
+READ_ENTRIES = 1 << 25
 """Entries read at once of a larger one."""
 
 
@@ -144,6 +144,6 @@ class Held:
 
     def _row_blocks(self) -> Iterator[Tensor]:
         rows, cols = self.info.shape
-        step = max(1, BLOCK_ENTRIES // cols)
+        step = max(1, READ_ENTRIES // cols)
         for start in range(0, rows, step):
             yield self.checkpoint.read(self.name, (start, min(start + step, rows)))[None]

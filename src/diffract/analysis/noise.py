@@ -47,7 +47,7 @@ FindPair: TypeAlias = Callable[[StackPair], tuple[StackFacts, StackFacts]]
 SHARED = frozenset({"shape", "epsilon", "base_epsilon", "base_squares", "delta_squares", "changed", "rounding_squares"})
 """Facts that noise of equal norm has in common with the change, or, as it is not rounded, cannot have."""
 
-BLOCK_ENTRIES = 1 << 22
+SQUARED_ENTRIES = 1 << 22
 """Entries of each matrix whose change is squared at once."""
 
 CPU = torch.device("cpu")
@@ -144,7 +144,7 @@ def _squares(pair: StackPair) -> tuple[Tensor, Tensor]:
     """Return the squared norms of the rows of D, (b, m), and of its columns, (b, n)."""
     rows, cols = [], torch.zeros(pair.base.count, pair.base.shape[1], dtype=torch.float64)
     for one, other in pair.pieces(CPU):
-        step = max(1, BLOCK_ENTRIES // (one.shape[0] * one.shape[2]))
+        step = max(1, SQUARED_ENTRIES // (one.shape[0] * one.shape[2]))
         for start in range(0, one.shape[1], step):
             block = slice(None), slice(start, start + step), slice(None)
             change = other[block].double() if isinstance(other, LowRank) else other[block].double() - one[block]

@@ -73,7 +73,7 @@ class Bars:
 
 
 @dataclass(frozen=True)
-class Parts:
+class DensityParts:
     """One spectrum beside what may describe it.
 
     Attributes:
@@ -107,7 +107,7 @@ def density_parts(
     null: Sequence[float] = (),
     norms: Sequence[float] = (),
     points: int = POINTS,
-) -> Parts:
+) -> DensityParts:
     """Return histograms of eigenvalues and the laws whose parameters are in ``row``.
 
     Args:
@@ -122,7 +122,7 @@ def density_parts(
     curves = {"mp": _bulk(values, shape, row, points), "sep": _quantiles(np.asarray(norms, float))} | {
         p: _tail(values, row, p, points) for p in laws.TAILS
     }
-    return Parts(
+    return DensityParts(
         total=len(values),
         zeros=int(np.count_nonzero(~(values > 0))),
         spectrum=_histogram(values),
@@ -320,14 +320,14 @@ def _steps(bars: Bars, floor: float, *, log_y: bool) -> tuple[list[float], list[
     return bars.edges.repeat(2).tolist(), [floor, *tops.tolist(), floor]
 
 
-def _bars(parts: Parts, *, log_y: bool) -> go.Scatter:
+def _bars(parts: DensityParts, *, log_y: bool) -> go.Scatter:
     x, y = ([], []) if parts.spectrum is None else _steps(parts.spectrum, parts.floor(log_y=log_y), log_y=log_y)
     name = "spectrum" if not parts.zeros else f"spectrum (without {parts.zeros} zeros)"
     look = {"line": {"color": COLOURS["bars"], "width": 1}, "fillcolor": "rgba(156,163,175,0.35)"}
     return go.Scatter(x=x, y=y, name=name, meta="bars", mode="lines", fill="toself", hoverinfo="skip", **look)
 
 
-def _null(parts: Parts, *, log_y: bool) -> list[go.Scatter]:
+def _null(parts: DensityParts, *, log_y: bool) -> list[go.Scatter]:
     if parts.null is None:
         return []
     x, y = _steps(parts.null, parts.floor(log_y=log_y), log_y=log_y)
