@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -181,9 +180,9 @@ class HeldCircuits:
         """Whether norms stand between the factors."""
         return bool(self._norms)
 
-    @cached_property
+    @property
     def content(self) -> list[object]:
-        """What the circuits depend on."""
+        """What the circuits depend on; digests are read once, by what is held."""
         every = (*self.task.left, *self.task.right)
         factors = [[self._held[m.tensor].digest, m.slice_key, m.kv_head] for m in every]
         gains = [self.checkpoint.digest(name) for name in dict.fromkeys(self._norms.values())]
