@@ -156,3 +156,68 @@ def test_a_tied_head_is_measured_beside_one_of_its_own(stored: bool, tmp_path: P
         assert (row["status"], row["delta_relative"]) == ("ok", pytest.approx(wanted, rel=1e-6))
         parameters = dict(run.models.select("model", "parameters").iter_rows())
         assert parameters["tuned"] - parameters["base"] == 50 * 32
+
+
+def with_tokens(
+    path: Path, rows: int, tokens: list[str] | None, *, tied: bool = False, head: int | None = None
+) -> Path:
+    """A model with an embedding, perhaps a head, the rows of which differ from the base's by 10%, and a vocabulary."""
+    embed, unembed = numbers(2, 12, 32, seed=5)
+    scale = 1 if path.name == "base" else 1.1
+    more = {"model.embed_tokens.weight": torch.cat([embed, torch.ones(9, 32)])[:rows] * scale}
+    if head:
+        more["lm_head.weight"] = torch.cat([unembed, torch.ones(9, 32)])[:head] * scale
+    found = folder(path, "model.", scale, more, CONFIG | {"model_type": "llama", "tie_word_embeddings": tied})
+    if tokens is not None:
+        (found / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    return found
+
+
+TOKENS = [f"t{i}" for i in range(14)]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_common_rows_of_a_vocabulary_that_grew_are_compared(known: bool, tmp_path: Path) -> None:
+    base = with_tokens(tmp_path / "base", 10, TOKENS[:10] if known else None, head=10)
+    tuned = with_tokens(tmp_path / "tuned", 12, TOKENS[:12] if known else None, head=12)
+    run = diffract.compare(base, tuned, cache=False)
+    rows = {row["name"]: row for row in run.metrics.filter(model="tuned").iter_rows(named=True)}
+    for name in ("embed", "unembed"):
+        assert (rows[name]["rows"], rows[name]["status"]) == (10, "ok")
+        assert rows[name]["delta_relative"] == pytest.approx(0.1, rel=1e-4)  # float32 products
+    notes = dict(run.tensors.filter(model="tuned").select("tensor", "note").iter_rows())
+    assert notes["lm_head.weight"] == "the first 10 of 12 rows, which all models have"
+    by_position = any("no tokenizer lies beside both models" in text for text in run.manifest["warnings"])
+    assert by_position is not known
+
+
+def test_rows_of_other_tokens_are_not_compared(tmp_path: Path) -> None:
+    """Of several models each is paired by what its own tokenizer says; those with other tokens are analysed alone."""
+    base = with_tokens(tmp_path / "base", 12, TOKENS[:12])
+    less = with_tokens(tmp_path / "less", 11, TOKENS[:11])
+    other = with_tokens(tmp_path / "other", 13, TOKENS[:13][::-1])
+    run = diffract.compare(base, less, other, cache=False)
+    rows = {(row["model"], row["name"]): row for row in run.metrics.iter_rows(named=True)}
+    assert (rows["base", "embed"]["rows"], rows["less", "embed"]["status"]) == (11, "ok")
+    assert (rows["other", "embed"]["rows"], rows["other", "embed"]["status"]) == (13, "unpaired")
+    outcomes = dict(run.tensors.filter(model="other").select("tensor", "outcome").iter_rows())
+    assert outcomes["model.embed_tokens.weight"] == "resized"
+
+
+def test_the_head_that_a_tied_base_shares_is_compared_in_the_common_rows(tmp_path: Path) -> None:
+    base = with_tokens(tmp_path / "base", 10, TOKENS[:10], tied=True)
+    tuned = with_tokens(tmp_path / "tuned", 12, TOKENS[:12], head=12)
+    run = diffract.compare(base, tuned, cache=False)
+    embed, unembed = (w[:10].double() for w in numbers(2, 12, 32, seed=5))
+    found = dict(run.metrics.filter(model="tuned").select("name", "delta_relative").iter_rows())
+    assert found["embed"] == pytest.approx(0.1, rel=1e-4)  # float32 products
+    expected = (1.1 * unembed - embed).norm() / embed.norm()
+    assert found["unembed"] == pytest.approx(expected.item(), rel=1e-6)  # float32 storage
+
+
+def test_a_series_pairs_common_rows_too(tmp_path: Path) -> None:
+    with_tokens(tmp_path / "base", 10, TOKENS[:10])
+    with_tokens(tmp_path / "tuned", 12, TOKENS[:12])
+    run = diffract.trajectory(tmp_path / "base", tmp_path / "tuned", by="given", cache=False)
+    found = run.metrics.filter(name="embed")
+    assert found["delta_relative"].drop_nulls().to_list() == [pytest.approx(0.1, rel=1e-4)]  # float32 products

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import polars as pl
 import torch
@@ -137,13 +138,13 @@ class Held:
             view = cut(self._tensor, batch, self.span[0])
             return Stack(count, shape, dtype, lambda: iter((view,)))
         # pieces follow the long side, and a file gives ranges of rows only: a wide matrix has to be read whole
-        if batch[0].is_whole and shape[0] > shape[1]:
-            return Stack(count, shape, dtype, self._row_blocks, streamed=True)
+        rows = replace(batch[0], rows=None)
+        if rows.is_whole and count == 1 and shape[0] > shape[1]:
+            return Stack(count, shape, dtype, partial(self._row_blocks, *self._span(batch)), streamed=True)
         first, last = self._span(batch)
         return Stack(count, shape, dtype, lambda: iter((cut(self.rows(first, last), batch, first),)))
 
-    def _row_blocks(self) -> Iterator[Tensor]:
-        rows, cols = self.info.shape
-        step = max(1, READ_ENTRIES // cols)
-        for start in range(0, rows, step):
-            yield self.checkpoint.read(self.name, (start, min(start + step, rows)))[None]
+    def _row_blocks(self, first: int, last: int) -> Iterator[Tensor]:
+        step = max(1, READ_ENTRIES // self.info.shape[1])
+        for start in range(first, last, step):
+            yield self.checkpoint.read(self.name, (start, min(start + step, last)))[None]

@@ -25,7 +25,7 @@ from diffract.checkpoints import Checkpoint, TensorInfo, row_blocks
 from diffract.checkpoints.checkpoint import read_digests, recorded
 from diffract.checkpoints.configurations import token_texts
 from diffract.matrices import Entry, Layout
-from diffract.matrices.pairing import MAY_DIFFER
+from diffract.matrices.tokens import MAY_DIFFER
 from diffract.stats import out_of_line
 
 BLOCK_BYTES = 1 << 20

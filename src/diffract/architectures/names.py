@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 from diffract.architectures.spec import Role
@@ -37,7 +38,7 @@ class Fit:
 class Templates:
     """The name templates of a family, found by their form: a name's numbers are left out of it.
 
-    A checkpoint may have hundreds of thousands of names; each costs one look-up per dot.
+    A checkpoint may have hundreds of thousands of names, which have few forms; each form costs one look-up per dot.
 
     Args:
         tensors: Role of each template.
@@ -45,20 +46,31 @@ class Templates:
 
     def __init__(self, tensors: Mapping[str, Role]) -> None:
         self._forms: dict[str, list[tuple[str, Role, list[str | int]]]] = {}
+        self._ends: dict[str, list[tuple[int, str, Role, list[str | int]]]] = {}
         for template, role in tensors.items():
             wanted = [slot or int(digits) for slot, digits in _NUMBER.findall(template)]
             self._forms.setdefault(_NUMBER.sub("#", template), []).append((template, role, wanted))
 
-    def fits(self, name: str) -> Iterable[Fit]:
-        """Yield the templates that a name ends in, from a dot on, the longest first."""
-        numbers = [int(digits) if len(digits) < 7 else -1 for _, digits in _NUMBER.findall(name)]
-        form, starts = _NUMBER.sub("#", name), [0, *(m.end() for m in re.finditer(r"\.", name))]
-        for start, at in zip(starts, [0, *(m.end() for m in re.finditer(r"\.", form))], strict=True):
-            for template, role, wanted in self._forms.get(form[at:], ()):
-                own = numbers[len(numbers) - len(wanted) :]
-                if all(isinstance(w, str) or w == n for w, n in zip(wanted, own, strict=True)) and -1 not in own:
-                    slots = {w: n for w, n in zip(wanted, own, strict=True) if isinstance(w, str)}
-                    yield Fit(name[:start], template, role, slots)
+    def fits(self, name: str) -> list[Fit]:
+        """Return the templates that a name ends in, from a dot on, the longest first."""
+        form = _form(name)
+        if form not in self._ends:
+            starts = [0, *(m.end() for m in re.finditer(r"\.", form))]
+            self._ends[form] = [(dot, *end) for dot, at in enumerate(starts) for end in self._forms.get(form[at:], ())]
+        found = []
+        for dot, template, role, wanted in self._ends[form]:
+            numbers = [int(digits) if len(digits) < 7 else -1 for _, digits in _NUMBER.findall(name)]
+            own = numbers[len(numbers) - len(wanted) :]
+            if all(isinstance(w, str) or w == n for w, n in zip(wanted, own, strict=True)) and -1 not in own:
+                slots = {w: n for w, n in zip(wanted, own, strict=True) if isinstance(w, str)}
+                prefix = "".join(f"{word}." for word in name.split(".")[:dot])
+                found.append(Fit(prefix, template, role, slots))
+        return found
+
+
+@lru_cache(1 << 17)  # each name is asked for once per family
+def _form(name: str) -> str:
+    return _NUMBER.sub("#", name)
 
 
 def unwrapped(name: str) -> str:
@@ -109,7 +121,7 @@ def fit_names(templates: Templates, names: Iterable[str]) -> tuple[str, dict[str
     Returns:
         The prefix, and the fit of each name that has one; two tensors never have one place.
     """
-    found = {name: list(templates.fits(name)) for name in names}
+    found = {name: fits for name in names if (fits := templates.fits(name))}
     every = [fit for fits in found.values() for fit in fits]
     layered = [fit for fit in every if "layer" in fit.numbers] or every
     kinds = Counter(prefix for prefix, _ in dict.fromkeys((fit.prefix, fit.template) for fit in layered))

@@ -178,11 +178,11 @@ def untied_like(other: Layout, layout: Layout) -> Layout:
     found: dict[str, Entry] = {}
     checkpoint = layout.checkpoint
     for name, entry in other.entries.items():
-        own, twin = layout.entries.get(name), layout.architecture.tied_to(name, checkpoint.names)
+        own, twin = layout.entries.get(name), layout.architecture.tied_to(name, checkpoint.infos)
         if entry.outcome == "analysed" and twin and twin != name and (own is None or own.outcome == "tied"):
             info = replace(checkpoint.info(twin), name=name)
-            if info.shape == entry.info.shape:
-                matrices = tuple(replace(m, dtype=info.dtype) for m in entry.matrices)
+            if info.shape[1:] == entry.info.shape[1:] and len(entry.matrices) == 1:
+                matrices = (replace(entry.matrices[0], dtype=info.dtype, shape=(info.shape[0], info.shape[1])),)
                 found[name] = Entry(info, matrices, "tied", f"shares its values with {twin}")
                 if own is None:
                     alias = renamed(checkpoint, {twin: name})

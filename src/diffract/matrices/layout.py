@@ -156,9 +156,8 @@ def _ties(checkpoint: Checkpoint, architecture: Architecture, *, check: bool) ->
     ties, warnings = dict(checkpoint.tied), []
     if not architecture.ties:
         return ties, warnings
-    names = checkpoint.names
-    for name in names:
-        target = architecture.tied_to(name, names)
+    for name in checkpoint.infos:
+        target = architecture.tied_to(name, checkpoint.infos)
         if not target or target == name or name in ties:
             continue
         if not check or checkpoint.digest(name) == checkpoint.digest(target):

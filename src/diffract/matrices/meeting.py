@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from diffract.architectures.dimensions import TEXT_SECTIONS
-from diffract.checkpoints.configurations import OFF_IF_SILENT, compare_configurations, vocabulary
+from diffract.checkpoints.configurations import OFF_IF_SILENT, compare_configurations
 from diffract.errors import SelectionError, printable, suggest
 from diffract.matrices.alike import counterparts, renamed_like
 from diffract.matrices.layout import Layout
 from diffract.matrices.lineage import Lineage, tell_lineage
-from diffract.matrices.pairing import MAY_DIFFER, split_at_layer, stacks, within_layers
+from diffract.matrices.pairing import split_at_layer, stacks, within_layers
+from diffract.matrices.tokens import common_tokens, grown_tables, leading_rows, token_tables
 from diffract.settings import PERMISSIONS
 
 Vocabulary = Literal["common", "refuse"]
@@ -28,11 +29,6 @@ TIE = "tie_word_embeddings"
 
 OF_SHAPES = ("vocab_size", "quantization_config", TIE)
 """Keys that are no objection: tensors themselves tell sizes and ties, and codes are read as numbers."""
-
-WORDS_OF_TABLES = ("embed", "wte", "lm_head")
-"""What tables of tokens are called where no family is known; a table of positions has one of the next words too."""
-
-OTHER_TABLES = ("pos", "type", "seg")
 
 SHOWN, NAMED = 8, 3
 """Tensors that an error lists, and a sentence."""
@@ -186,11 +182,11 @@ def meet(model: Layout, other: Layout, ties: Mapping[str, str]) -> Meeting:
         inside = {name: (layers.get(n, -1), rest) for name, (own, n, rest) in parts.items() if own == stack}
         found |= {name: known.get((stack, *place)) for name, place in inside.items()}
     shapes = {name: other.checkpoint.info(theirs).shape for name, theirs in found.items() if theirs is not None}
-    tables = frozenset(_token_tables(model))
+    tables = frozenset(token_tables(model))
     sizes = {name: (model.entries[name].info.shape, shape) for name, shape in shapes.items()}
-    grown = _grown(sizes, tables, model)
-    common, tokens, by_position = _common_tokens(model, other)
-    rows = {name: _leading(sizes[name], common) for name in grown}
+    grown = grown_tables(sizes, tables, model)
+    common, tokens, by_position = common_tokens(model, other)
+    rows = {name: leading_rows(sizes[name], common) for name in grown}
     names, apart = {}, {}
     for name, theirs in found.items():
         if theirs is None:
@@ -241,7 +237,7 @@ def _called(name: str, other: Layout, ties: Mapping[str, str]) -> str | None:
     """What another checkpoint calls a tensor; where it ties what the model does not, there is a twin."""
     if name in other.checkpoint:
         return name
-    twins = (ties.get(name), other.architecture.tied_to(name, other.checkpoint.names))
+    twins = (ties.get(name), other.architecture.tied_to(name, other.checkpoint.infos))
     return next((twin for twin in twins if twin in other.checkpoint), None)
 
 
@@ -290,56 +286,3 @@ def _of_one_level(model: Layout, other: Layout) -> list[Mapping[str, object]]:
     if (texts[0] is None) != (texts[1] is None):
         return [config if text is None else text for config, text in zip(configs, texts, strict=True)]  # type: ignore[misc]
     return configs
-
-
-def _token_tables(model: Layout) -> Iterator[str]:
-    """Yield the names of tables with a row for each token, biases of the output left out."""
-    for name, entry in model.entries.items():
-        known = model.architecture.place(name) is not None
-        last = name.lower().rpartition(".weight")[0] or name.lower()
-        called = any(w in last for w in WORDS_OF_TABLES) and not any(w in last.split(".")[-1] for w in OTHER_TABLES)
-        if (known and any(m.projection in MAY_DIFFER for m in entry.matrices)) or (not known and called):
-            yield name
-
-
-Sizes = Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
-"""Shapes of a tensor in the model and in the other."""
-
-
-def _grown(sizes: Sizes, tables: Collection[str], model: Layout) -> list[str]:
-    """Tables, and what else goes by tokens (an output of a name of its own, its bias), of another number of rows."""
-    differ = {name: (a, b) for name, (a, b) in sizes.items() if a != b and a[1:] == b[1:] and a and b}
-    counts = {(a[0], b[0]) for name, (a, b) in differ.items() if name in tables}
-    # What stands in a numbered layer does not go by tokens, whatever its size.
-    words = {name: model.architecture.bare.get(name, name).split(".") for name in differ}
-    outside = [name for name in differ if not any(word.isdigit() for word in words[name])]
-    return [name for name in outside if (differ[name][0][0], differ[name][1][0]) in counts]
-
-
-def _common_tokens(model: Layout, other: Layout) -> tuple[Collection[int] | None, str, bool]:
-    """Compare tokenizers token by token.
-
-    Returns:
-        The numbers that only one of them knows, how they contradict each other, and whether one is not known at all.
-    """
-    ours, theirs = vocabulary(model.checkpoint), vocabulary(other.checkpoint)
-    if not ours or not theirs:
-        return (), "", True
-    one, two = ({number: token for token, number in known.items()} for known in (ours, theirs))
-    other_tokens = [number for number in one if number in two and one[number] != two[number]]
-    text = ""
-    if other_tokens:
-        first = min(other_tokens)
-        text = (
-            f"the same number is another token in {len(other_tokens):,} of {len(one.keys() & two.keys()):,} cases, "
-            f"first {first}: {printable(repr(one[first]), 40)} against {printable(repr(two[first]), 40)}"
-        )
-    return one.keys() ^ two.keys(), text, False
-
-
-def _leading(shapes: tuple[tuple[int, ...], tuple[int, ...]], alone: Collection[int] | None) -> int:
-    """How many of the first rows both models have: the smaller table, without tokens at its end that only one knows."""
-    count = min(shape[0] for shape in shapes)
-    while count and alone and count - 1 in alone:
-        count -= 1
-    return count

@@ -10,15 +10,15 @@ from pathlib import Path
 from diffract.errors import CheckpointError, printable
 from diffract.matrices.alike import regrouped_like, renamed_like, untied_like
 from diffract.matrices.layout import Entry, Layout
+from diffract.matrices.tokens import MAY_DIFFER, with_common_rows
 
 FIRST_NUMBER = re.compile(r"(.*?)\.(\d+)(?:\.(.*))?$")
-
-MAY_DIFFER = ("embed", "unembed")
-"""Blocks that may be unmatched: a vocabulary grows, a head is tied."""
 
 
 def pair(layouts: Sequence[Layout], *, allow_unmatched: bool = False) -> list[Layout]:
     """Pair the tensors of a base and of the checkpoints that descend from it, by name or part of the model, and shape.
+
+    Of tables with a row for each token, the rows that all of the models have are paired where some have more.
 
     Args:
         layouts: The base first.
@@ -34,7 +34,7 @@ def pair(layouts: Sequence[Layout], *, allow_unmatched: bool = False) -> list[La
     tuned = [renamed_like(base, regrouped_like(base, other)) for other in others]
     for layout in tuned:
         base = untied_like(layout, base)
-    tuned = [untied_like(base, layout) for layout in tuned]
+    base, tuned = with_common_rows(base, [untied_like(base, layout) for layout in tuned])
     children = [replace(t, entries={n: _match(e, base.entries.get(n)) for n, e in t.entries.items()}) for t in tuned]
     for child in children:
         _check_matched(base, child, allow_unmatched=allow_unmatched)
@@ -54,13 +54,19 @@ def _match(entry: Entry, other: Entry | None) -> Entry:
         return entry
     if other is None or not other.info.is_float:
         return replace(entry, outcome="unmatched", note="the base has no such tensor")
-    if other.info.shape != entry.info.shape:
+    if other.info.shape != entry.info.shape and not (_common_rows(entry) and _common_rows(other)):
         return replace(entry, outcome="resized", note=f"the base has {list(other.info.shape)}")
     if other.outcome == "tied" and not other.matrices:
         return replace(entry, outcome="unmatched", note=f"in the base it {other.note}")
     if other.info.dtype != entry.info.dtype:
         return replace(entry, outcome="retyped", note=f"compared; the base stores {other.info.dtype}")
     return entry
+
+
+def _common_rows(entry: Entry) -> bool:
+    """Whether an entry is a table of tokens of which the rows count that all models have."""
+    # other pieces of tensors lie in rows too: heads, parts of fused projections
+    return any(m.rows is not None and m.block in (*MAY_DIFFER, "other") for m in entry.matrices)
 
 
 def _match_any(name: str, entry: Entry, children: Sequence[Layout]) -> Entry:
