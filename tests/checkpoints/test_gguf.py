@@ -75,6 +75,26 @@ def q5_k(b: bytes) -> list[float]:
     return found
 
 
+def q2_k(b: bytes) -> list[float]:
+    scale, minimum, out = half(b, 80), half(b, 82), []
+    for i in range(256):
+        run, at = i // 32, i % 32
+        code = b[16 + 32 * (run // 4) + at] >> (2 * (run % 4)) & 3
+        out.append((b[i // 16] & 15) * scale * code - (b[i // 16] >> 4) * minimum)
+    return out
+
+
+def q3_k(b: bytes) -> list[float]:
+    scale, out = half(b, 108), []
+    for i in range(256):
+        run, at, group = i // 32, i % 32, i // 16
+        code = b[32 + 32 * (run // 4) + at] >> (2 * (run % 4)) & 3
+        low = b[96 + group % 8] >> (4 * (group // 8)) & 15
+        high = b[104 + group % 4] >> (2 * (group // 4)) & 3
+        out.append((low + 16 * high - 32) * scale * (code if b[at] >> run & 1 else code - 4))
+    return out
+
+
 def q6_k(b: bytes) -> list[float]:
     found = []
     for i in range(256):
@@ -91,6 +111,8 @@ TYPES: dict[str, tuple[int, int, int, tuple[int, ...], Read]] = {
     "Q5_0": (6, 32, 22, (0,), q5_0),
     "Q5_1": (7, 32, 24, (0, 2), q5_1),
     "Q8_0": (8, 32, 34, (0,), q8_0),
+    "Q2_K": (10, 256, 84, (80, 82), q2_k),
+    "Q3_K": (11, 256, 110, (108,), q3_k),
     "Q4_K": (12, 256, 144, (0, 2), q4_k),
     "Q5_K": (13, 256, 176, (0, 2), q5_k),
     "Q6_K": (14, 256, 210, (208,), q6_k),
@@ -224,10 +246,10 @@ def test_norms_of_gemma_are_taken_down_again(tmp_path: Path) -> None:
 
 
 def test_types_that_are_not_read_are_listed(tmp_path: Path) -> None:
-    tensors: dict[str, Stored] = {"a": ([1, 256], 10, bytes(84)), "b": ([1, 2], 1, bytes(4))}
+    tensors: dict[str, Stored] = {"a": ([1, 256], 15, bytes(292)), "b": ([1, 2], 1, bytes(4))}
     run = scan(write(tmp_path / "m.gguf", tensors, {"general.architecture": "x"}), cache=False)
     listed = run["tensors"].filter(outcome="set_aside").row(0, named=True)
-    assert (listed["tensor"], listed["dtype"], listed["note"]) == ("a", "Q2_K", "type Q2_K of GGUF")
+    assert (listed["tensor"], listed["dtype"], listed["note"]) == ("a", "Q8_K", "type Q8_K of GGUF")
 
 
 W = b"w" + struct.pack("<IQQIQ", 2, 32, 2, 8, 0)

@@ -187,13 +187,15 @@ def from_ggml(kind: str, blocks: Tensor) -> Tensor:
     """Return the numbers that blocks of a type of ggml stand for, in float32.
 
     Args:
-        kind: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0: 32 entries with one scale each; Q4_K, Q5_K, Q6_K: 256 entries in groups of
-            32 or 16 whose scales are codes, too.
+        kind: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0: 32 entries with one scale each; Q2_K, Q3_K, Q4_K, Q5_K, Q6_K: 256 entries
+            in groups of 32 or 16 whose scales are codes, too.
         blocks: (blocks, bytes of one), uint8.
 
     Returns:
         Shape (blocks, entries of one).
     """
+    if kind in ("Q2_K", "Q3_K"):
+        return _from_q23_k(blocks)
     if kind == "Q6_K":
         return _from_q6_k(blocks)
     if kind in ("Q4_K", "Q5_K"):
@@ -217,6 +219,24 @@ def _halves(stored: Tensor) -> Tensor:
 
 def _nibbles(stored: Tensor) -> Tensor:
     return torch.cat((stored & 15, stored >> 4), -1).int()
+
+
+def _from_q23_k(blocks: Tensor) -> Tensor:
+    """Two halves of four runs of 32, two bits each; 16 groups, each a scale and a minimum of four bits, or, where a third
+    bit of all codes lies before the others, a scale of six bits, whose high two lie together behind the low four."""
+    three = blocks.shape[1] == 110
+    shifts = torch.tensor([0, 2, 4, 6])[:, None]
+    packed = blocks[:, 32:96] if three else blocks[:, 16:80]
+    codes = ((packed.unflatten(1, (2, 1, 32)).int() >> shifts) & 3).flatten(1)
+    if not three:
+        scales, scale, minimum = blocks[:, :16].int(), _halves(blocks[:, 80:82]), _halves(blocks[:, 82:])
+        own, least = (scales & 15) * scale, (scales >> 4) * minimum
+        return (codes.unflatten(1, (16, 16)) * own[..., None] - least[..., None]).flatten(1)
+    third = ((blocks[:, None, :32].int() >> torch.arange(8)[:, None]) & 1).flatten(1)
+    high = ((blocks[:, None, 104:108].int() >> shifts) & 3).flatten(1)
+    own = (_nibbles(blocks[:, 96:104]) | (high << 4)) - 32
+    groups = (codes + 4 * third - 4).unflatten(1, (16, 16))
+    return (groups * (own * _halves(blocks[:, 108:]))[..., None]).flatten(1)
 
 
 def _from_q45_k(blocks: Tensor) -> Tensor:

@@ -50,8 +50,12 @@ class BlockType:
 BLOCKS = {
     **{2: BlockType("Q4_0", 32, 18, True), 3: BlockType("Q4_1", 32, 20, True), 6: BlockType("Q5_0", 32, 22, True)},
     **{7: BlockType("Q5_1", 32, 24, True), 8: BlockType("Q8_0", 32, 34, True), 12: BlockType("Q4_K", 256, 144, True)},
-    **{13: BlockType("Q5_K", 256, 176, True), 14: BlockType("Q6_K", 256, 210, True), 10: BlockType("Q2_K", 256, 84)},
-    **{11: BlockType("Q3_K", 256, 110), 15: BlockType("Q8_K", 256, 292), 16: BlockType("IQ2_XXS", 256, 66)},
+    **{
+        13: BlockType("Q5_K", 256, 176, True),
+        14: BlockType("Q6_K", 256, 210, True),
+        10: BlockType("Q2_K", 256, 84, True),
+    },
+    **{11: BlockType("Q3_K", 256, 110, True), 15: BlockType("Q8_K", 256, 292), 16: BlockType("IQ2_XXS", 256, 66)},
     **{17: BlockType("IQ2_XS", 256, 74), 18: BlockType("IQ3_XXS", 256, 98), 19: BlockType("IQ1_S", 256, 50)},
     **{20: BlockType("IQ4_NL", 32, 18), 21: BlockType("IQ3_S", 256, 110), 22: BlockType("IQ2_S", 256, 82)},
     **{23: BlockType("IQ4_XS", 256, 136), 29: BlockType("IQ1_M", 256, 56), 34: BlockType("TQ1_0", 256, 54)},
