@@ -222,8 +222,11 @@ def _nibbles(stored: Tensor) -> Tensor:
 
 
 def _from_q23_k(blocks: Tensor) -> Tensor:
-    """Two halves of four runs of 32, two bits each; 16 groups, each a scale and a minimum of four bits, or, where a third
-    bit of all codes lies before the others, a scale of six bits, whose high two lie together behind the low four."""
+    """Two halves of four runs of 32, two bits each, in 16 groups with a scale and a minimum of four bits.
+
+    Where a third bit of all codes lies before the others, groups have a scale of six bits instead, whose high two lie
+    together behind the low four.
+    """
     three = blocks.shape[1] == 110
     shifts = torch.tensor([0, 2, 4, 6])[:, None]
     packed = blocks[:, 32:96] if three else blocks[:, 16:80]
