@@ -27,6 +27,10 @@ METRIC_ENTRY_POINTS = "diffract.metrics"
 PERMISSIONS = ("strangers", "tokenizers", "unmatched")
 """What ``--allow`` may name where models meet; where weights are taken from another model also a key of config.json."""
 
+# Here, as the help of edits states it and must not load what opens checkpoints.
+SHARD_BYTES = 5_000_000_000
+"""Bytes of tensors in a file, where nothing else is asked for."""
+
 MOST_IN_ROW = 1000
 """Numbers that ``FROM:TO:STEP`` may come to: more are a slip of the pen."""
 

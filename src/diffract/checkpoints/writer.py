@@ -16,13 +16,11 @@ from diffract.checkpoints.checkpoint import as_bytes
 from diffract.checkpoints.header import TensorInfo, encode_header
 from diffract.checkpoints.sources import SAFETENSORS, LocalFile
 from diffract.errors import CheckpointError, printable
+from diffract.settings import SHARD_BYTES
 
 if TYPE_CHECKING:
     import torch
 
-
-SHARD_BYTES = 5_000_000_000
-"""Bytes of tensors in a file, where nothing else is asked for."""
 
 COPY_BYTES = 1 << 24
 """Bytes copied at once."""

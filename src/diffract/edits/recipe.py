@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema, create_model, model_validator
 
-from diffract.checkpoints.writer import SHARD_BYTES
 from diffract.edits.delta import Delta
 from diffract.edits.edit import Edit, Model
 from diffract.edits.interpolate import Interpolate
@@ -21,7 +20,7 @@ from diffract.edits.scale import Scale
 from diffract.edits.svf import Svf
 from diffract.edits.truncate import Laser, Truncate
 from diffract.errors import printable
-from diffract.settings import STRICT, parse_size, read_recipe, validated
+from diffract.settings import SHARD_BYTES, STRICT, parse_size, read_recipe, validated
 
 EDITS: tuple[type[Edit], ...] = (Rewind, Truncate, Interpolate, Merge, Scale, Laser, Svf, Lora, Pissa, Delta)
 """Every edit there is; fields of recipes, the schema, and commands follow from their order here."""
