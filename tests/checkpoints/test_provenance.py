@@ -1,6 +1,7 @@
 """Manifests: what is stated is compared, and what lies about itself is refused."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,13 @@ def test_an_input_that_is_gone_is_no_fault(folder: Path) -> None:
 def test_weights_that_are_gone(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="holds no weights"):
+        verify_folder(folder)
+
+
+def test_a_pipe_is_no_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+    os.mkfifo(folder / "manifest.json")
+    with pytest.raises(CheckpointError, match=r"no readable manifest\.json"):
         verify_folder(folder)
 
 

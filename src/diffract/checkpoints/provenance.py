@@ -18,6 +18,7 @@ from diffract.checkpoints.checkpoint import Checkpoint
 from diffract.checkpoints.open import open_checkpoint
 from diffract.checkpoints.sources import LocalFile, LocalFolder, open_safetensors, real_path
 from diffract.errors import CheckpointError, printable
+from diffract.settings import read_file
 
 MANIFEST = "manifest.json"
 KIND = "diffract edit"
@@ -50,7 +51,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / MANIFEST
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_file(path).decode())
     except OSError as error:
         raise CheckpointError(
             f"{printable(folder)}: no readable {MANIFEST} ({error.strerror}). Only what diffract wrote can be verified."
