@@ -277,7 +277,7 @@ def load_state(accelerator: Accelerator, path: Path) -> dict[str, Any]:
             optimizer or random numbers would give other results without a word.
     """
     try:
-        content = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
+        content = json.loads(read_file(path / PROGRESS).decode())
         digests = content.pop(DIGESTS)
         found = {**file_digests(path), PROGRESS: cache_key(content)}
         if changed := [name for name, known in digests.items() if found.get(name) != known]:
