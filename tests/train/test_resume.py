@@ -37,6 +37,9 @@ train(json.loads(sys.argv[1]), sys.argv[2], progress=progress)
 """
 
 
+LISTED = b'{"step": 1, "tokens": [], "loss": 1, "rate": 1, "grad_norm": 1, "seconds": 1}\n'
+
+
 def losses(log: Path) -> list[tuple[int, float, float]]:
     return [(line["step"], line["loss"], line["grad_norm"]) for line in read_log(log)]
 
@@ -257,7 +260,7 @@ def test_a_full_disk_at_a_state_is_told_and_keeps_the_one_before(
     assert losses(continued.log) == losses(whole.log)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"{\n", b"3\n", b'{"step": 1}\n', b"[" * 100_000])
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"{\n", b"3\n", b'{"step": 1}\n', b"[" * 100_000, LISTED])
 def test_a_log_that_is_gone_or_damaged_is_named(content: bytes | None, recipe: Make, tmp_path: Path) -> None:
     train(recipe(), tmp_path / "run")
     log = tmp_path / "run" / "log.jsonl"

@@ -181,7 +181,10 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             f"cannot read the log {printable(path)!r}: {printable(error)}. "
             "Put it back; the checkpoints are whole without it."
         ) from error
-    if not steps or not all(isinstance(step, dict) and step.keys() >= LOGGED for step in steps):
+    whole = (
+        isinstance(step, dict) and all(isinstance(step.get(name), int | float) for name in LOGGED) for step in steps
+    )
+    if not steps or not all(whole):
         raise RunError(
             f"the log {printable(path)!r} is empty or damaged. Put it back; the checkpoints are whole without it."
         )
