@@ -34,7 +34,7 @@ def factors_by_sigma(factors: pl.DataFrame) -> go.Figure:
                 legendgroup=f"layer {layer}",
                 showlegend=len(names) == 1,
                 mode="markers",
-                marker={"size": 4, "opacity": 0.6, "color": line(int(layer or 0))["color"]},  # pyright: ignore[reportArgumentType] (Int32)
+                marker={"size": 4, "opacity": 0.6, "color": line(int(layer or 0))["color"]},
                 hovertemplate=HOVER,
             )
             for (layer,), part in rows.group_by("layer", maintain_order=True)

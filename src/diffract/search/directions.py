@@ -419,7 +419,7 @@ class DirectionsSearch(QualitySearch):
     def _dominates(self, scorer: Scorer, one: Point, other: Point) -> bool:
         """Whether one model is no worse than another in any held-out task that counts, and surely better in one."""
         tasks = [task for task in scorer.tasks["held-out"] if self.roles[task.name] != "beside"]
-        return dominates(*(scorer.score("held-out", point) for point in (one, other)), tasks)
+        return dominates(scorer.score("held-out", one), scorer.score("held-out", other), tasks)
 
     def best(self, chosen: Rows) -> Mapping[str, Any] | None:
         """Return a row of the recipe that is no control and gains most of the objective on the choose part."""
