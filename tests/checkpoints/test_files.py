@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from diffract.checkpoints import Checkpoint, open_checkpoint, row_blocks, tensor_digest
 from diffract.checkpoints.dtypes import TORCH_DTYPES
+from diffract.checkpoints.files import LocalFile, LocalFolder
 from diffract.checkpoints.header import HEADER_LIMIT, TensorInfo
-from diffract.checkpoints.sources import LocalFile, LocalFolder
 from diffract.errors import CheckpointError
 
 Same = Callable[[torch.Tensor, torch.Tensor], bool]

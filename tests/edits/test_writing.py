@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import diffract
+from diffract.checkpoints.files import LocalFile
 from diffract.checkpoints.header import HEADER_LIMIT
-from diffract.checkpoints.sources import LocalFile
 from diffract.cli.main import app
 from diffract.edits import Interpolate, Merge, Rewind, Truncate, apply
 from diffract.errors import DiffractError, RunError

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffract.checkpoints import Checkpoint, TensorInfo, as_bytes, tensor_digest
 from diffract.checkpoints.checkpoint import Range, row_blocks, start_digest
 from diffract.checkpoints.dtypes import TORCH_DTYPES
-from diffract.checkpoints.sources import origin_of
+from diffract.checkpoints.files import origin_of
 from diffract.matrices import Matrix, cut
 from diffract.matrices.layout import KEEP_BYTES
 from diffract.store import Cache, cache_key, remembered

@@ -18,7 +18,7 @@ from diffract.analysis.facts import MetricPlan, StackFacts, StackPair, bundle, n
 from diffract.analysis.held import Held
 from diffract.analysis.noise import noise_facts, tells
 from diffract.checkpoints import Checkpoint, Factors, TensorInfo, as_bytes
-from diffract.checkpoints.sources import is_remote
+from diffract.checkpoints.files import is_remote
 from diffract.engine import run_on_ray, run_tasks
 from diffract.linalg import LowRank, change_grams
 from diffract.matrices import Layout, Matrix, batches, cut, is_paired, scan_cost, workspace_bytes

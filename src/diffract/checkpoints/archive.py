@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffract.checkpoints.checkpoint import Checkpoint, Range, Source
+from diffract.checkpoints.files import ByteFile, LocalFile, LocalFolder
 from diffract.checkpoints.formats import refuse_format
 from diffract.checkpoints.header import DIMENSIONS_LIMIT, HEADER_LIMIT, ITEMSIZES, SIZE_LIMIT, SetAside, TensorInfo
-from diffract.checkpoints.sources import ByteFile, LocalFile, LocalFolder, Shards, check_promised, join
+from diffract.checkpoints.sources import Shards, check_promised, join
 from diffract.checkpoints.states import Found, find_model
 from diffract.errors import CheckpointError, printable
 from diffract.settings import size_text

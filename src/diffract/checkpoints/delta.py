@@ -28,8 +28,9 @@ from blake3 import blake3
 
 from diffract.checkpoints.checkpoint import Checkpoint, Range, as_bytes, from_bytes, row_blocks, start_digest
 from diffract.checkpoints.companions import find_companions
+from diffract.checkpoints.files import ByteFile
 from diffract.checkpoints.header import ITEMSIZES, TensorInfo, check_numbers
-from diffract.checkpoints.sources import ByteFile, Folder, read_config, read_object
+from diffract.checkpoints.sources import Folder, read_config, read_object
 from diffract.errors import CheckpointError, printable
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from diffract.checkpoints.archive import KNOWN, ArchivedTensor, Stored, read_archive, unpickle
 from diffract.checkpoints.checkpoint import Checkpoint, Range, Source
+from diffract.checkpoints.files import ByteFile, LocalFolder
 from diffract.checkpoints.header import ITEMSIZES, SetAside, TensorInfo
-from diffract.checkpoints.sources import SLICES, ByteFile, LocalFolder, is_plain_name
+from diffract.checkpoints.sources import SLICES, is_plain_name
 from diffract.checkpoints.states import find_model
 from diffract.errors import CheckpointError, printable
 

@@ -15,9 +15,10 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from diffract.checkpoints.checkpoint import Checkpoint, Range, Source
+from diffract.checkpoints.files import ByteFile
 from diffract.checkpoints.formats import refuse_format
 from diffract.checkpoints.header import HEADER_LIMIT, SIZE_LIMIT, SetAside, TensorInfo
-from diffract.checkpoints.sources import ByteFile, Folder, join
+from diffract.checkpoints.sources import Folder, join
 from diffract.errors import CheckpointError, printable
 
 if TYPE_CHECKING:

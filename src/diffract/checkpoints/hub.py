@@ -22,10 +22,11 @@ from diffract.checkpoints import delta
 from diffract.checkpoints.adapter_parts import CONFIG as ADAPTER
 from diffract.checkpoints.adapter_parts import FILES
 from diffract.checkpoints.companions import find_companions
+from diffract.checkpoints.files import ByteFile, LocalFolder, TooLargeError
 from diffract.checkpoints.header import HEADER_LIMIT
 from diffract.checkpoints.patience import ATTEMPTS, endpoint, httpx, patiently
 from diffract.checkpoints.series import refuse_without_weights
-from diffract.checkpoints.sources import CONFIG, ByteFile, LocalFolder, TooLargeError, find_weights
+from diffract.checkpoints.sources import CONFIG, find_weights
 from diffract.errors import CheckpointError, printable, some
 
 HEAD_BYTES = 100_000

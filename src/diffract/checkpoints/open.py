@@ -24,6 +24,7 @@ from diffract.checkpoints.archive import open_pickle, open_pickles
 from diffract.checkpoints.checkpoint import Checkpoint
 from diffract.checkpoints.companions import Read, find_companions, find_neighbours
 from diffract.checkpoints.distributed import INSIDE, METADATA, join_slices, open_distributed
+from diffract.checkpoints.files import LocalFile, LocalFolder
 from diffract.checkpoints.formats import refuse_format, refuse_lone_part, refuse_parts
 from diffract.checkpoints.gguf import open_gguf
 from diffract.checkpoints.quantised import dequantised
@@ -34,8 +35,6 @@ from diffract.checkpoints.sources import (
     SLICES,
     TORCH_SUFFIXES,
     Folder,
-    LocalFile,
-    LocalFolder,
     Shards,
     find_weights,
     open_safetensors,

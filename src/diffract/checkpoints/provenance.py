@@ -15,8 +15,9 @@ import blake3
 
 from diffract._version import __version__
 from diffract.checkpoints.checkpoint import Checkpoint
+from diffract.checkpoints.files import LocalFile, LocalFolder, real_path
 from diffract.checkpoints.open import open_checkpoint
-from diffract.checkpoints.sources import LocalFile, LocalFolder, open_safetensors, real_path
+from diffract.checkpoints.sources import open_safetensors
 from diffract.errors import CheckpointError, printable
 from diffract.settings import read_file
 

@@ -439,7 +439,7 @@ def _flat(weight: Weight, checkpoint: Checkpoint) -> Weight:
 
 def _raw(checkpoint: Checkpoint, info: TensorInfo) -> bytes:
     """Return the bytes of a small tensor, of a file without torch."""
-    from diffract.checkpoints.sources import ByteFile
+    from diffract.checkpoints.files import ByteFile
 
     source = checkpoint.sources[info.name]
     if isinstance(source, ByteFile):

@@ -9,8 +9,9 @@ from typing import Any, NoReturn
 
 from diffract.checkpoints import adapter
 from diffract.checkpoints.distributed import INSIDE, METADATA
+from diffract.checkpoints.files import LocalFolder, real_path
 from diffract.checkpoints.formats import refuse_format
-from diffract.checkpoints.sources import KINDS, TORCH_SUFFIXES, TRAINER, Folder, LocalFolder, read_object, real_path
+from diffract.checkpoints.sources import KINDS, TORCH_SUFFIXES, TRAINER, Folder, read_object
 from diffract.errors import CheckpointError, printable, some
 
 STATE = "trainer_state.json"

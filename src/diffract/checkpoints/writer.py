@@ -13,8 +13,9 @@ from typing import IO, TYPE_CHECKING
 from uuid import uuid4
 
 from diffract.checkpoints.checkpoint import as_bytes
+from diffract.checkpoints.files import LocalFile
 from diffract.checkpoints.header import TensorInfo, encode_header
-from diffract.checkpoints.sources import SAFETENSORS, LocalFile
+from diffract.checkpoints.sources import SAFETENSORS
 from diffract.errors import CheckpointError, printable
 from diffract.settings import SHARD_BYTES
 

@@ -18,8 +18,9 @@ import yaml
 
 from diffract._version import __version__
 from diffract.checkpoints import Checkpoint, TensorInfo
+from diffract.checkpoints.files import TooLargeError
 from diffract.checkpoints.provenance import Verdict, read_manifest, verify_folder, write_manifest
-from diffract.checkpoints.sources import CONFIG, TooLargeError
+from diffract.checkpoints.sources import CONFIG
 from diffract.edits.bench import Bench, Plans
 from diffract.edits.draft import Draft
 from diffract.edits.recipe import Output, Recipe, StepItem, load_recipe

@@ -16,7 +16,7 @@ import torch
 from diffract.checkpoints import TensorInfo, as_bytes
 from diffract.checkpoints.checkpoint import Recorder, digest_as_read, start_digest
 from diffract.checkpoints.dtypes import DTYPE_NAMES, TORCH_DTYPES
-from diffract.checkpoints.sources import LocalFile
+from diffract.checkpoints.files import LocalFile
 from diffract.checkpoints.writer import PatchingWriter, ShardedWriter, can_clone
 from diffract.edits.draft import Draft
 from diffract.edits.recipe import Output
