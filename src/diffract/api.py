@@ -5,16 +5,14 @@ Nothing heavy is imported before a function is called: commands read their optio
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import fields
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffract.errors import SelectionError, choose
 
 if TYPE_CHECKING:
-    from diffract.analysis import Options, Request
+    from diffract.analysis import Request
     from diffract.checkpoints import Reference
     from diffract.corpora import Split
     from diffract.linalg import Method
@@ -85,9 +83,10 @@ def scan(
         >>> scan({"w": np.diag([3.0, 4.0])}, cache=False)["metrics"]["spectral_norm"].to_list()
         [4.0]
     """
-    from diffract.analysis import Request
+    from diffract.analysis import Options, Request
+    from diffract.settings import filled
 
-    return _analysed(Request("scan", [ref], _options(locals())), output, shard=shard, force=force)
+    return _analysed(Request("scan", [ref], filled(Options, locals())), output, shard=shard, force=force)
 
 
 def compare(
@@ -159,9 +158,10 @@ def compare(
     Raises:
         DiffractError: The input is wrong; the message says what, where, and what to do.
     """
-    from diffract.analysis import Request
+    from diffract.analysis import Options, Request
+    from diffract.settings import filled
 
-    options = _options(locals())
+    options = filled(Options, locals())
     if not tuned:
         raise SelectionError("compare needs a base and at least one tuned checkpoint. Use scan for one alone.")
     how = {"allow_unmatched": allow_unmatched or _allows_unmatched(allow)}
@@ -239,10 +239,11 @@ def trajectory(
         >>> trajectory(*series, by="given", cache=False)["models"]["delta_relative"].to_list()
         [None, 1.0, 0.5]
     """
-    from diffract.analysis import Request
+    from diffract.analysis import Options, Request
+    from diffract.settings import filled
 
     how = {"by": by, "against": against, "allow_unmatched": allow_unmatched or _allows_unmatched(allow)}
-    return _analysed(Request("trajectory", refs, _options(locals()), how), output, shard=shard, force=force)
+    return _analysed(Request("trajectory", refs, filled(Options, locals()), how), output, shard=shard, force=force)
 
 
 def heads(
@@ -294,9 +295,10 @@ def heads(
     Raises:
         DiffractError: The input is wrong; the message says what, where, and what to do.
     """
-    from diffract.analysis import Request
+    from diffract.analysis import Options, Request
+    from diffract.settings import filled
 
-    options = _options(locals())
+    options = filled(Options, locals())
     if not tuned:
         raise SelectionError("heads needs a base and at least one tuned checkpoint.")
     how = {"projections": projections, "allow_unmatched": allow_unmatched or _allows_unmatched(allow)}
@@ -354,10 +356,11 @@ def lineage(
         ['stranger']
     """
     from diffract.analysis import Options, relate_all
-    from diffract.run import Run, write
+    from diffract.run import Run, run_folder, write
+    from diffract.settings import filled
 
-    options = Options(architecture=architecture, adapter_base=adapter_base, download=download, progress=progress)
-    with _output(output, force=force) as draft:
+    options = filled(Options, locals())
+    with run_folder(output, force=force) as draft:
         found = relate_all(refs, options, root=root)
         if draft is not None:
             write(found, draft)
@@ -404,12 +407,11 @@ def audit(
     """
     from diffract.analysis import Options
     from diffract.analysis.audit import audit as audited
-    from diffract.run import Run, write
+    from diffract.run import Run, run_folder, write
+    from diffract.settings import filled
 
-    options = Options(
-        heads=False, architecture=architecture, adapter_base=adapter_base, download=download, progress=progress
-    )
-    with _output(output, force=force) as draft:
+    options = filled(Options, locals(), heads=False)
+    with run_folder(output, force=force) as draft:
         found = audited(ref, options, base=base)
         if draft is not None:
             write(found, draft)
@@ -476,38 +478,15 @@ def evaluate(
     return found
 
 
-def _options(given: Mapping[str, Any]) -> Options:
-    """Return the settings of an analysis among a verb's arguments, which have the same names there.
-
-    Verbs write their settings out, so that editors and the command line know them; to hand each one on by name would
-    be the same list once more.
-    """
-    from diffract.analysis import Options
-
-    return Options(**{field.name: given[field.name] for field in fields(Options) if field.name in given})
-
-
 def _analysed(request: Request, output: str | Path | None, *, shard: str | None, force: bool) -> Run:
     """Do an analysis, or a share of it."""
     from diffract.cluster import do_share
-    from diffract.run import Run, load_run, write
+    from diffract.run import Run, load_run, run_folder, write
 
     if shard is not None:
         return do_share(request, shard, output, force=force)
-    with _output(output, force=force) as draft:
+    with run_folder(output, force=force) as draft:
         found, vectors = request.answered(draft)
         if draft is not None:
             write(found, draft)
     return load_run(str(output)) if output is not None and request.options.vectors else Run(found, vectors)
-
-
-@contextmanager
-def _output(folder: str | Path | None, *, force: bool) -> Iterator[Path | None]:
-    """Yield a draft of the folder, which takes its name when it is whole; nothing where nothing is to be written."""
-    from diffract.store import whole_folder
-
-    if folder is None:
-        yield None
-        return
-    with whole_folder(folder, force=force) as draft:
-        yield draft

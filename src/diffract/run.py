@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,3 +144,16 @@ def write(found: Tables, draft: Path) -> None:
     tables.write(found, draft)
     if found.kind in report.PAGES:
         report.write(found, draft / "report.html")
+
+
+@contextmanager
+def run_folder(folder: str | Path | None, *, force: bool) -> Iterator[Path | None]:
+    """Yield a draft of a run's folder, which takes its name when it is whole; ``None`` where nothing is to be written.
+
+    What is there already is refused at once, before hours of work.
+    """
+    if folder is None:
+        yield None
+        return
+    with whole_folder(folder, force=force) as draft:
+        yield draft

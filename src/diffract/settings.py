@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from diffract.errors import RecipeError, printable, suggest
 
 B = TypeVar("B", bound=BaseModel)
+R = TypeVar("R")
 
 Progress = Callable[[float, float, str], None]
 """What long work reports to: it is called with the work done, all work, and what was just finished."""
@@ -46,6 +48,21 @@ OPENING = (
     yaml.FlowSequenceStartToken,
 )
 CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
+
+
+def filled(record: type[R], given: Mapping[str, Any], **own: Any) -> R:
+    """Return a record of settings, filled with those of a verb's arguments that are called like its fields.
+
+    Verbs write their settings out, so that editors and the command line know them; to hand each one on by name would
+    be the same list once more.
+
+    Args:
+        record: The dataclass.
+        given: Arguments by name, ``locals()`` at the verb's beginning; what the record does not know is left out.
+        own: Fields that are not what the verb's argument of that name says.
+    """
+    names = [field.name for field in fields(record) if field.name in given]  # pyright: ignore[reportArgumentType]
+    return record(**{**{name: given[name] for name in names}, **own})
 
 
 def decimal_row(text: str) -> list[Decimal]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffract.errors import SelectionError, choose
 from diffract.search.plan import parse_fractions
+from diffract.settings import filled
 
 if TYPE_CHECKING:
     from diffract.checkpoints.provenance import Verdict
@@ -111,30 +112,7 @@ def search_rewind(
 
     choose("kv", kv, get_args(Shared))
     orders, at = parse_orders(order, reference=reference is not None), parse_fractions(fractions)
-    asked = SearchRequest(
-        models={"base": base, "tuned": tuned},
-        live="tuned",
-        eval=eval,
-        beside=beside,
-        keep=keep,
-        data=data,
-        limit=limit,
-        shots=shots,
-        device=device,
-        dtype=dtype,
-        tokenizer=tokenizer,
-        architecture=architecture,
-        allow=allow,
-        seeds=seeds,
-        tolerance=tolerance,
-        choose_by=choose_by,
-        budget=budget,
-        output=output,
-        write=write,
-        dry_run=dry_run,
-        force=force,
-        progress=progress,
-    )
+    asked = filled(SearchRequest, locals(), models={"base": base, "tuned": tuned}, live="tuned")
     return run_search(asked, partial(RewindSearch, orders=orders, at=at, kv=kv, reference=reference, text=text))
 
 
@@ -242,30 +220,7 @@ def search_truncate(
     from diffract.search.truncate import TruncateSearch, parse_rules
 
     wanted, at = parse_rules(rules), parse_fractions(fractions)
-    asked = SearchRequest(
-        models={"base": base, "tuned": tuned},
-        live="tuned",
-        eval=eval,
-        beside=beside,
-        keep=keep,
-        data=data,
-        limit=limit,
-        shots=shots,
-        device=device,
-        dtype=dtype,
-        tokenizer=tokenizer,
-        architecture=architecture,
-        allow=allow,
-        seeds=seeds,
-        tolerance=tolerance,
-        choose_by=choose_by,
-        budget=budget,
-        output=output,
-        write=write,
-        dry_run=dry_run,
-        force=force,
-        progress=progress,
-    )
+    asked = filled(SearchRequest, locals(), models={"base": base, "tuned": tuned}, live="tuned")
     return run_search(asked, partial(TruncateSearch, rules=wanted, at=at))
 
 
@@ -339,23 +294,7 @@ def connect(
             f"expected steps from 3, grid from 1, scale above 0, tolerance from 0; got {steps}, {grid}, {scale}, "
             f"{tolerance}."
         )
-    asked = SearchRequest(
-        models={BASE: base, **named},
-        live=BASE,
-        eval=eval,
-        splits=("held-out",),
-        data=data,
-        limit=limit,
-        shots=shots,
-        device=device,
-        dtype=dtype,
-        tokenizer=tokenizer,
-        architecture=architecture,
-        allow=allow,
-        budget=budget,
-        output=output,
-        dry_run=dry_run,
-        force=force,
-        progress=progress,
-    )
+    asked = filled(
+        SearchRequest, locals(), models={BASE: base, **named}, live=BASE, splits=("held-out",), tolerance=None
+    )  # its tolerance is of barriers, not of what counts as no loss
     return run_search(asked, partial(ConnectSearch, steps=steps, grid=grid, scale=scale, tolerance=tolerance))

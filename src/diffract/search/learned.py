@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffract.errors import SelectionError, choose, printable
+from diffract.settings import filled
 
 if TYPE_CHECKING:
     from diffract.run import Run
@@ -106,37 +107,10 @@ def search_directions(
     from diffract.search.stage import SearchRequest
 
     choose("per", per, get_args(Per))
-    wanted = Asked(
-        of="change",
-        fit=FitSettings(rate, passes, batch_tokens, seed=seed),
-        tokens=tokens,
-        rates=parse_rates(rates),
-        controls=parse_controls(controls),
-        per=per,
-        embeddings=embeddings,
-        vectors=vectors,
-        polish=polish,
-    )
-    asked = SearchRequest(
-        models={"base": base, "tuned": tuned},
-        live="tuned",
-        eval=eval,
-        beside=beside,
-        keep=keep,
-        data=data,
-        limit=limit,
-        shots=shots,
-        device=device,
-        dtype=dtype,
-        tokenizer=tokenizer,
-        architecture=architecture,
-        allow=allow,
-        output=output,
-        write=write,
-        dry_run=dry_run,
-        force=force,
-        progress=progress,
-    )
+    given = locals()
+    parsed = {"rates": parse_rates(rates), "controls": parse_controls(controls)}
+    wanted = filled(Asked, given, of="change", fit=filled(FitSettings, given), **parsed)
+    asked = filled(SearchRequest, given, models={"base": base, "tuned": tuned}, live="tuned")
     return run_search(asked, partial(DirectionsSearch, wanted=wanted))
 
 
@@ -218,34 +192,10 @@ def search_svf(
     from diffract.search.run import run_search
     from diffract.search.stage import SearchRequest
 
-    wanted = Asked(
-        of="weights",
-        fit=FitSettings(rate, passes, batch_tokens, seed=seed),
-        tokens=tokens,
-        rates=parse_rates(rates),
-        controls=parse_controls(controls),
-        polish=polish,
-    )
-    asked = SearchRequest(
-        models={"base": base, "tuned": tuned},
-        live="tuned",
-        eval=eval,
-        beside=beside,
-        keep=keep,
-        data=data,
-        limit=limit,
-        shots=shots,
-        device=device,
-        dtype=dtype,
-        tokenizer=tokenizer,
-        architecture=architecture,
-        allow=allow,
-        output=output,
-        write=write,
-        dry_run=dry_run,
-        force=force,
-        progress=progress,
-    )
+    given = locals()
+    parsed = {"rates": parse_rates(rates), "controls": parse_controls(controls)}
+    wanted = filled(Asked, given, of="weights", fit=filled(FitSettings, given), **parsed)
+    asked = filled(SearchRequest, given, models={"base": base, "tuned": tuned}, live="tuned")
     return run_search(asked, partial(DirectionsSearch, wanted=wanted))
 
 
