@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,25 @@ def test_heads_are_rewound_with_their_rows_of_biases(pair: tuple[Path, Path], tm
     live = as_module(end)
     LiveModel(live).apply(Rewind(to=as_module(start), heads=("L1.h2", "L1.h3")))
     assert_same(dict(live.state_dict()), wanted)
+
+
+def test_heads_of_torch_attention_are_rewound_with_their_rows_of_its_bias(tmp_path: Path) -> None:
+    """By rows 2 and 3 of q, k and v each, of four heads of two rows."""
+    stem, shapes = "encoder.layers.0.self_attn.", {"in_proj_weight": (24, 8), "in_proj_bias": (24,)}
+    shapes |= {"out_proj.weight": (8, 8), "out_proj.bias": (8,)}
+    shapes |= {"../linear1.weight": (12, 8), "../linear2.weight": (8, 12)}
+    names = {name: f"{stem}{name}".replace("self_attn.../", "") for name in shapes}
+    held = {names[name]: torch.arange(1.0, 1 + math.prod(shape)).view(shape) for name, shape in shapes.items()}
+    for name, scale in (("base", 1), ("tuned", 1.25)):
+        (tmp_path / name).mkdir()
+        save_file({n: scale * w for n, w in held.items()}, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text('{"nhead": 4}')
+    wanted = {name: 1.25 * w for name, w in held.items()}
+    for name, rows in ((n, slice(start + 2, start + 4)) for n in list(wanted)[:2] for start in (0, 8, 16)):
+        wanted[name][rows] = held[name][rows]
+    wanted[f"{stem}out_proj.weight"][:, 2:4] = held[f"{stem}out_proj.weight"][:, 2:4]
+    found = edit(tmp_path / "out", tmp_path / "tuned", Rewind(to=tmp_path / "base", heads=("L0.encoder.attn.h1",)))
+    assert_same(found, wanted)
 
 
 def test_entries_and_directions_of_a_convolution_are_written_in_its_shape(

@@ -130,6 +130,31 @@ def test_fused_and_split_projections_are_paired_head_by_head(fused_and_split: tu
         assert whole.metrics.filter(model=pair[1].name)["delta_relative"].null_count() == 0
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_biases_of_fused_and_split_projections_are_compared(turned: bool, tmp_path: Path) -> None:
+    """By queries, keys and values of 32, 16 and 16 rows, whose biases are moved by 0.5, 0.25 and 0."""
+    biases = dict(zip("qkv", (t.abs() for n in (32, 16, 16) for t in numbers(1, n)), strict=True))
+    moved = {"q": biases["q"] + 0.5, "k": biases["k"] + 0.25, "v": biases["v"]}
+    weights = {p: numbers(1, n, 32, seed=n)[0] for p, n in (("q", 32), ("k", 16), ("v", 16))}
+    split = {f"{p}_proj.{kind}": t for kind, own in (("weight", weights), ("bias", biases)) for p, t in own.items()}
+    joined = {"qkv_proj.weight": torch.cat([*weights.values()]), "qkv_proj.bias": torch.cat([*moved.values()])}
+    one = tmp_path / "split", CONFIG | {"model_type": "llama"}, split
+    other = tmp_path / "fused", CONFIG | {"model_type": "phi3"}, joined
+    for path, config, tensors in (one, other):
+        path.mkdir()
+        save_file({f"model.layers.0.self_attn.{n}": t for n, t in tensors.items()}, path / "model.safetensors")
+        (path / "config.json").write_text(json.dumps(config))
+    pair = (other[0], one[0]) if turned else (one[0], other[0])
+    vectors = diffract.compare(*pair, metrics="change", cache=False).tables["vectors"]
+    assert set(vectors["status"]) == {"ok"}
+    found = dict(vectors.select("tensor", "delta").iter_rows())
+    squares = {"q": 32 * 0.5**2, "k": 16 * 0.25**2, "v": 0}
+    wanted = {"qkv_proj": sum(squares.values())} if turned else {f"{p}_proj": square for p, square in squares.items()}
+    assert found == {
+        f"model.layers.0.self_attn.{name}.bias": pytest.approx(square**0.5, abs=1e-6) for name, square in wanted.items()
+    }
+
+
 def test_edits_take_weights_from_other_tensors(fused_and_split: tuple[Path, Path], tmp_path: Path) -> None:
     base, tuned = fused_and_split
     recipe = diffract.Recipe.model_validate(
@@ -140,6 +165,27 @@ def test_edits_take_weights_from_other_tensors(fused_and_split: tuple[Path, Path
     found, wanted = load_file(out / "model.safetensors"), fused(load_file(tuned / "model.safetensors"))
     for name, value in wanted.items():
         assert torch.equal(found[name], value), name
+
+
+def test_edits_take_biases_from_other_tensors(tmp_path: Path) -> None:
+    """An edit moves the rows of a fused bias with those of its weight, to what split ones hold."""
+    weights, biases = numbers(4, 32, 32), numbers(4, 32)
+    config = CONFIG | {"num_key_value_heads": 4}
+    stem = "model.layers.0.self_attn"
+    own = {"qkv_proj.weight": torch.zeros(96, 32), "qkv_proj.bias": torch.zeros(96), "o_proj.weight": weights[3]}
+    split = {f"{p}_proj.weight": w for p, w in zip("qkvo", weights, strict=True)}
+    split |= {f"{p}_proj.bias": b for p, b in zip("qkv", biases, strict=False)}
+    for name, kind, tensors in (("base", "phi3", own), ("tuned", "llama", split)):
+        (tmp_path / name).mkdir()
+        save_file({f"{stem}.{n}": t for n, t in tensors.items()}, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text(json.dumps(config | {"model_type": kind}))
+    step = {"rewind": {"to": str(tmp_path / "tuned"), "heads": ["L0.h1"]}}
+    allow = ["model_type", "strangers"]
+    recipe = {"model": str(tmp_path / "base"), "allow": allow, "steps": [step]}
+    diffract.apply(diffract.Recipe.model_validate(recipe), tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")[f"{stem}.qkv_proj.bias"].view(3, 4, 8)
+    assert torch.equal(found[:, 1], torch.stack(biases[:3]).view(3, 4, 8)[:, 1])
+    assert not found[:, [0, 2, 3]].any()
 
 
 @pytest.mark.parametrize("stored", [False, True])

@@ -98,6 +98,16 @@ def norm_names(tensor: str, projection: str | None) -> tuple[str, ...]:
     return tuple(f"{module}.{word}_{norm}" for word in _NORMED.get(projection or "", ()) for norm in _NORMS)
 
 
+def bias_name(tensor: str) -> str | None:
+    """Return what the bias beside a weight is called; ``None`` for a tensor that is not called a weight.
+
+    >>> bias_name("layers.0.self_attn.in_proj_weight")
+    'layers.0.self_attn.in_proj_bias'
+    """
+    stem = tensor.removesuffix("weight").removesuffix("kernel")
+    return f"{stem}bias" if stem != tensor else None
+
+
 def outer_prefixes(prefix: str) -> list[str]:
     """Return a prefix and every beginning of it, the longest first.
 

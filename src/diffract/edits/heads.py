@@ -14,7 +14,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from diffract.architectures.names import norm_names
+from diffract.architectures.names import bias_name, norm_names
 from diffract.checkpoints.checkpoint import Range
 from diffract.edits.bench import Bench, Other
 from diffract.edits.draft import Place, everything, overlap, place_of
@@ -189,7 +189,7 @@ def _attached(
     What all heads of a layer have in common belongs to all of them.
     """
     shape = bench.layout.entries[matrix.tensor].info.shape
-    start, stop = (matrix.cols if matrix.transposed else matrix.rows) or (0, matrix.shape[0])
+    start, stop = matrix.outputs
     extent, head_dim = shape[-1] if matrix.transposed else shape[0], matrix.shape[0]
     for name in _companions(bench, matrix):
         size = bench.checkpoint.info(name).shape
@@ -205,9 +205,9 @@ def _attached(
 
 def _companions(bench: Bench, matrix: Matrix) -> Iterator[str]:
     """Yield the names of the bias of a projection's tensor, and of the norms of what it gives, as far as there."""
-    stem, _, found = matrix.tensor.rpartition(".")
+    bias = bias_name(matrix.tensor)
     norms = (f"{n}.{kind}" for n in norm_names(matrix.tensor, matrix.projection) for kind in ("weight", "bias"))
-    return (name for name in (f"{stem}.bias", *norms) if found in ("weight", "kernel") and name in bench.checkpoint)
+    return (name for name in (bias, *norms) if name is not None and name in bench.checkpoint)
 
 
 def _matrices(bench: Bench, select: str | None) -> Units:

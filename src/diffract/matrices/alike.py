@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
+from diffract.architectures.names import bias_name
 from diffract.checkpoints import Checkpoint, TensorInfo, renamed
 from diffract.checkpoints.checkpoint import Range
 from diffract.matrices.layout import Entry, Layout
@@ -77,7 +78,7 @@ class PutTogether:
 
     Attributes:
         checkpoint: What holds the parts.
-        pieces: All matrices of the tensor.
+        pieces: All matrices of the tensor; of a bias its parts, as matrices of one column.
     """
 
     checkpoint: Checkpoint
@@ -91,6 +92,7 @@ class PutTogether:
 
         first, last = rows or (0, info.shape[0])
         made = torch.zeros(last - first, *info.shape[1:], dtype=TORCH_DTYPES[info.dtype])
+        columns = made if made.ndim > 1 else made[:, None]
         for to, of in self.pieces:
             start, stop = to.rows or (0, info.shape[-2])
             if to.index is not None:
@@ -98,7 +100,7 @@ class PutTogether:
                     target = made[to.index - first][start:stop]
                     target[:, slice(*to.cols or (None, None))] = self._stored(to, of)
             elif (begin := max(start, first)) < (end := min(stop, last)):
-                target = made[begin - first : end - first]
+                target = columns[begin - first : end - first]
                 target[:, slice(*to.cols or (None, None))] = self._stored(to, of)[begin - start : end - start]
         return made
 
@@ -110,7 +112,7 @@ class PutTogether:
         """Return a matrix in the orientation that it is to be stored in; of a stack only its own slice is read."""
         span = of.rows if of.index is None else (of.index, of.index + 1)
         read = self.checkpoint.read(of.tensor, span)
-        (matrix,) = cut(read, [of], span[0] if span else 0)
+        (matrix,) = cut(read if read.ndim > 1 else read[:, None], [of], span[0] if span else 0)
         return matrix.mT if to.transposed else matrix
 
 
@@ -123,20 +125,17 @@ def regrouped_like(base: Layout, layout: Layout) -> Layout:
     """
     known = counterparts(base, layout)
     paired = {*layout.entries, *known.values()}
-    lacking = {n: e for n, e in base.entries.items() if e.matrices and n not in paired}
-    spare = {
-        m.name: m for n, e in layout.entries.items() if n not in base.entries and n not in known for m in e.matrices
-    }
+    lacking = {n: parts for n, parts in _parts(base).items() if n not in paired}
+    own = _parts(layout)
+    spare = {m.name: m for n, parts in own.items() if n not in base.entries and n not in known for m in parts}
     made: dict[str, tuple[PairedPart, ...]] = {}
-    for name, entry in lacking.items():
-        found = [spare.get(m.name) for m in entry.matrices]
-        pieces = tuple(
-            PairedPart(m, of) for m, of in zip(entry.matrices, found, strict=True) if of and of.shape == m.shape
-        )
+    for name, parts in lacking.items():
+        found = [spare.get(m.name) for m in parts]
+        pieces = tuple(PairedPart(m, of) for m, of in zip(parts, found, strict=True) if of and of.shape == m.shape)
         if len(pieces) == len(found) and len({piece.of.dtype for piece in pieces}) == 1:
             made[name] = pieces
     # Leaving a tensor out may leave another's parts over: until nothing changes.
-    while broken := _left_over(made, layout):
+    while broken := _left_over(made, own):
         made = {n: pieces for n, pieces in made.items() if not broken.intersection(p.of.tensor for p in pieces)}
     if not made:
         return layout
@@ -146,10 +145,12 @@ def regrouped_like(base: Layout, layout: Layout) -> Layout:
     for name, pieces in made.items():
         info = replace(base.entries[name].info, dtype=pieces[0].of.dtype, file=layout.checkpoint.reference, offset=0)
         infos[name], sources[name] = info, PutTogether(layout.checkpoint, pieces)
-        matrices = tuple(replace(p.to, dtype=info.dtype) for p in pieces)
+        whole = base.entries[name]
+        matrices = tuple(replace(m, dtype=info.dtype) for m in whole.matrices)
         parts = list(dict.fromkeys(p.of.tensor for p in pieces))
         more = f" and {len(parts) - SHOWN} more" if len(parts) > SHOWN else ""
-        entries[name] = Entry(info, matrices, "analysed", f"put together from {', '.join(parts[:SHOWN])}{more}")
+        outcome = "analysed" if matrices else whole.outcome
+        entries[name] = Entry(info, matrices, outcome, f"put together from {', '.join(parts[:SHOWN])}{more}")
     checkpoint = replace(
         layout.checkpoint,
         infos={n: info for n, info in infos.items() if n not in used},
@@ -161,13 +162,28 @@ def regrouped_like(base: Layout, layout: Layout) -> Layout:
     return replace(layout, checkpoint=checkpoint, architecture=architecture, entries=entries)
 
 
-def _left_over(made: dict[str, tuple[PairedPart, ...]], layout: Layout) -> set[str]:
-    """Return the tensors of which some matrices are asked for, but not all."""
+def _parts(layout: Layout) -> dict[str, tuple[Matrix, ...]]:
+    """Return the matrices of every tensor, and the parts of every bias that go with the rows of its weight's."""
+    found = {name: entry.matrices for name, entry in layout.entries.items() if entry.matrices}
+    for name, matrices in [*found.items()]:
+        entry = layout.entries.get(bias_name(name) or "")
+        if entry is None or not entry.info.is_float:
+            continue
+        bias, dtype = entry.info.name, entry.info.dtype
+        parts = tuple(Matrix(f"{m.name}.bias", bias, (m.shape[0], 1), dtype, rows=m.outputs) for m in matrices)
+        # heads of the output share its bias, experts have one each: neither is cut so; and a selection may lack some
+        if entry.info.shape == (sum(m.shape[0] for m in parts),) and all(m.index is None for m in matrices):
+            found[bias] = parts
+    return found
+
+
+def _left_over(made: dict[str, tuple[PairedPart, ...]], parts: Mapping[str, tuple[Matrix, ...]]) -> set[str]:
+    """Return the tensors of which some parts are asked for, but not all."""
     asked: dict[str, set[str]] = defaultdict(set)
     for pieces in made.values():
         for piece in pieces:
             asked[piece.of.tensor].add(piece.of.name)
-    return {name for name, own in asked.items() if len(own) < len(layout.entries[name].matrices)}
+    return {name for name, own in asked.items() if len(own) < len(parts[name])}
 
 
 def untied_like(other: Layout, layout: Layout) -> Layout:

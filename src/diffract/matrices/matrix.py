@@ -62,6 +62,11 @@ class Matrix:
         return self.index is None and self.rows is None and self.cols is None and not self.transposed
 
     @property
+    def outputs(self) -> tuple[int, int]:
+        """Which entries of its layer's output it makes: its range along the stored axis of the output."""
+        return (self.cols if self.transposed else self.rows) or (0, self.shape[0])
+
+    @property
     def entries(self) -> int:
         """Number of entries."""
         return self.shape[0] * self.shape[1]
