@@ -148,7 +148,7 @@ def test_heads_of_torch_attention_are_rewound_with_their_rows_of_its_bias(tmp_pa
     for name, rows in ((n, slice(start + 2, start + 4)) for n in list(wanted)[:2] for start in (0, 8, 16)):
         wanted[name][rows] = held[name][rows]
     wanted[f"{stem}out_proj.weight"][:, 2:4] = held[f"{stem}out_proj.weight"][:, 2:4]
-    found = edit(tmp_path / "out", tmp_path / "tuned", Rewind(to=tmp_path / "base", heads=("L0.encoder.attn.h1",)))
+    found = edit(tmp_path / "out", tmp_path / "tuned", Rewind(to=tmp_path / "base", heads=("L0.h1",)))
     assert_same(found, wanted)
 
 
