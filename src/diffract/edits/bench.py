@@ -206,7 +206,12 @@ class Bench:
             self.remember(("other", key), lambda r=reference: self._met(r))
             for key, reference in zip(keys, references, strict=True)
         ]
-        self._refuse([(checkpoint, list(self._objections(met, asked, chosen=chosen))) for checkpoint, met in pairs])
+        objections: list[tuple[Checkpoint, list[Objection]]] = []
+        for checkpoint, met in pairs:
+            own = met.against(asked, chosen=chosen, vocabulary=self._vocabulary)
+            kept = [o for o in own if not self.permissions.allows((o.option or "").removeprefix("--allow "))]
+            objections.append((checkpoint, kept))
+        self._refuse(objections)
         names = set(asked).intersection(*(met.names for _, met in pairs))
         if asked and not names:
             where = ", ".join(printable(checkpoint.reference) for checkpoint, _ in pairs)
@@ -247,11 +252,6 @@ class Bench:
             for one in (checkpoint, unrecorded(checkpoint))
         )
         return other.checkpoint, meet(model, quiet, self.ties)
-
-    def _objections(self, met: Meeting, asked: Collection[str], *, chosen: bool) -> Iterator[Objection]:
-        for objection in met.against(asked, chosen=chosen, vocabulary=self._vocabulary):
-            if not self.permissions.allows((objection.option or "").removeprefix("--allow ")):
-                yield objection
 
     def _refuse(self, found: Sequence[tuple[Checkpoint, list[Objection]]]) -> None:
         """Raise one error with everything that speaks against others of an edit, if anything does."""

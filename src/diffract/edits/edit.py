@@ -59,14 +59,10 @@ Model = Annotated[
 """A checkpoint: what ``diffract.open`` takes; text in a recipe."""
 
 
-def _table_or_place(value: object) -> object:
-    """A path becomes text; a table in memory stays what it is."""
-    return value if hasattr(value, "write_parquet") else str(value)
-
-
 FactorTable = Annotated[
     Any,
-    BeforeValidator(_table_or_place),
+    # A table is known by what it can do: to ask for its type would load Polars for every help page.
+    BeforeValidator(lambda value: value if hasattr(value, "write_parquet") else str(value)),
     PlainSerializer(describe, when_used="json"),
     WithJsonSchema({"type": "string"}),
 ]

@@ -43,7 +43,10 @@ def load_model(ref: str, device: torch.device, dtype: str) -> torch.nn.Module:
     chosen = DTYPES.get(dtype, "auto" if device.type != "cpu" else torch.float32)
     with _explained(ref, "model"):
         place = local_place(ref)
-        model, lost = (_from_transformers if _is_whole(place) else _from_checkpoint)(place, chosen)
+        path = Path(place).expanduser()
+        # transformers loads a folder of its own; of an adapter it would load the base alone.
+        whole = (path / "config.json").is_file() and not (path / "adapter_config.json").is_file()
+        model, lost = (_from_transformers if whole else _from_checkpoint)(place, chosen)
         if lost:
             raise CheckpointError(
                 f"{printable(ref)}: {len(lost)} tensors of the model are missing or have another shape, the first is "
@@ -68,12 +71,6 @@ def load_tokenizer(ref: str) -> Any:
         found: Any = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
         refuse_far_tokens(found.get_vocab(), ref)
         return found
-
-
-def _is_whole(place: str) -> bool:
-    """Whether transformers can load what lies in a place by itself."""
-    path = Path(place).expanduser()
-    return (path / "config.json").is_file() and not (path / "adapter_config.json").is_file()
 
 
 def _from_transformers(place: str, dtype: Any) -> tuple[Any, list[str]]:

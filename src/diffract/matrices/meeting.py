@@ -175,7 +175,7 @@ def meet(model: Layout, other: Layout, ties: Mapping[str, str]) -> Meeting:
     own = {ours: theirs for theirs, ours in counterparts(model, other).items()}
     found = {name: own.get(name) or _called(name, other, ties) for name in model.entries}
     kin = tell_lineage(renamed_like(model, other), model)
-    layers = _layers_of(kin, stack := _stack_of(model))
+    stack, layers = _layers_of(kin, model)
     if layers:
         known = {split_at_layer(other, name): name for name in other.entries}
         parts = {name: split_at_layer(model, name) for name in model.entries}
@@ -218,19 +218,19 @@ def meet(model: Layout, other: Layout, ties: Mapping[str, str]) -> Meeting:
     )
 
 
-def _layers_of(kin: Lineage, stack: str) -> dict[int, int]:
-    """Which layer of the other each of the model's comes from, where whole layers of its one stack stand elsewhere."""
-    numbers = [(ours.removeprefix("layer "), theirs.removeprefix("layer ")) for ours, theirs in kin.moved.items()]
-    if not stack or not all(ours.isdigit() and theirs.isdigit() for ours, theirs in numbers):
-        return {}
-    return {int(ours): int(theirs) for ours, theirs in numbers}
+def _layers_of(kin: Lineage, model: Layout) -> tuple[str, dict[int, int]]:
+    """Return a model's one stack of layers, and of which layer of the other each is that stands elsewhere there.
 
-
-def _stack_of(model: Layout) -> str:
-    """What stands before the numbers of a model's layers; nothing where it has several stacks, or none."""
+    The stack is what its names have before their number. Of several stacks, or where less than whole layers has moved,
+    numbers tell nothing.
+    """
     layered = (name for name, entry in model.entries.items() if any(m.layer is not None for m in entry.matrices))
     found = {split_at_layer(model, name)[0] for name in layered}
-    return found.pop() if len(found) == 1 else ""
+    numbers = [(ours.removeprefix("layer "), theirs.removeprefix("layer ")) for ours, theirs in kin.moved.items()]
+    whole = all(ours.isdigit() and theirs.isdigit() for ours, theirs in numbers)
+    if len(found) != 1 or not whole or "" in found:
+        return "", {}
+    return found.pop(), {int(ours): int(theirs) for ours, theirs in numbers}
 
 
 def _called(name: str, other: Layout, ties: Mapping[str, str]) -> str | None:

@@ -103,7 +103,7 @@ def _layer_grid(
         sizes = {len(values) for side in sides for values in side if values is not None}
         if len(sizes) == 1 and all(any(values is not None for values in side) for side in sides):
             absent = np.full(sizes.pop(), np.nan)  # a layer of another kind, as hybrids have, says nothing of this role
-            a, b = (np.stack([absent if v is None else _unit(v) for v in side]) for side in sides)
+            a, b = (np.stack([absent if v is None else v for v in side]) for side in sides)
             grids.append(a @ b.T)
     if not grids:
         return np.zeros((len(one[1]), len(other[1])))
@@ -113,14 +113,11 @@ def _layer_grid(
 
 
 def _beginning(layout: Layout, name: str | None) -> NDArray[np.float64] | None:
+    """First entries of a tensor, centred and of norm one; of what does not vary or is not finite zeros."""
     if name is None:
         return None
     rows = first_rows(layout.entries[name].info, BEGINNING)
-    return layout.checkpoint.read(name, rows).double().flatten().numpy()
-
-
-def _unit(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Centred values of norm one; of what does not vary or is not finite zeros."""
+    values = layout.checkpoint.read(name, rows).double().flatten().numpy()
     centred = values - values.mean()
     norm = np.linalg.norm(centred)
     return centred / norm if np.isfinite(norm) and norm > 0 else np.zeros_like(values)

@@ -139,7 +139,9 @@ def certify(folder: str | Path, scorer: Scorer, chosen: Chosen) -> list[str]:
     if refused:
         return refused
     counting = [t for t in scorer.tasks["held-out"] if chosen.claims[t.name] != "sentinel"]
-    controls = [_control(row, scorer, chosen, counting) for row in _first_rows(chosen.controls)]
+    # Choices have a row for each task, and several may be one model; the tuned model itself is no control.
+    others = {row["state"]: row for row in chosen.controls if row["state"] != 0}
+    controls = [_control(row, scorer, chosen, counting) for row in others.values()]
     manifest = read_manifest(folder)
     content = {
         "kind": KIND,
@@ -160,11 +162,6 @@ def certify(folder: str | Path, scorer: Scorer, chosen: Chosen) -> list[str]:
         card.write("\n## Certificate\n\n" + "".join(f"- {line}\n" for line in content["lines"]))
     write_manifest(place, {key: value for key, value in manifest.items() if key != "files"})
     return []
-
-
-def _first_rows(rows: Rows) -> Rows:
-    """Return one row of each model among the controls, the tuned model itself left out."""
-    return list({row["state"]: row for row in rows if row["state"] != 0}.values())
 
 
 def _control(row: Mapping[str, Any], scorer: Scorer, chosen: Chosen, counting: Sequence[Task]) -> dict[str, Any]:

@@ -331,7 +331,12 @@ class DirectionsSearch(QualitySearch):
         for lam, factors in found.items():
             self._make(self.recipe, lam, self._step(factors))
         # The largest that still gains for sure in the target; else the smallest, which is said.
-        sure = [lam for lam in LAMBDAS if self._gains_for_sure(scorer, self.made[self.recipe, lam])]
+        sure = []
+        for lam in LAMBDAS:
+            rows = scorer.rows("selection", self.made[self.recipe, lam])
+            lows = [row["gain_low"] for row in rows if self.roles[row["task"]] == "target"]
+            if all(low is not None and low > 0 for low in lows):
+                sure.append(lam)
         self.lam = max(sure, default=min(LAMBDAS))
         if not sure:
             self.stage.notes.append(f"no lambda shows a gain in the target on the choose part: {self.lam} is the least")
@@ -369,10 +374,6 @@ class DirectionsSearch(QualitySearch):
         key = "base" if (recipe, at) == ("interpolation", 1) else (recipe, at) if steps else UNCHANGED.key
         self.made[recipe, at] = Point(key, steps, at, labels={"recipe": recipe, "at": at})
 
-    def _gains_for_sure(self, scorer: Scorer, point: Point) -> bool:
-        lows = [r["gain_low"] for r in scorer.rows("selection", point) if self.roles[r["task"]] == "target"]
-        return all(low is not None and low > 0 for low in lows)
-
     def point(self, curve: SearchCurve, at: float) -> Point:
         """Return the model that was made for a place on a curve."""
         return self.made[curve.labels["recipe"], at]
@@ -390,14 +391,22 @@ class DirectionsSearch(QualitySearch):
 
         Of the directions lambda decides, of all others the objective with that lambda.
         """
-        chosen = {curve.name: self._best(scorer, curve) for curve in curves}
+        chosen: dict[str, Point] = {}
+        for curve in curves:
+            if curve.labels["recipe"] == self.recipe:
+                chosen[curve.name] = self.made[self.recipe, self.lam]
+            else:
+                chosen[curve.name] = max(curve.points, key=lambda point: self._gain(scorer, point))
+        # What nobody optimised dominates nothing.
+        counting = [task for task in scorer.tasks["held-out"] if self.roles[task.name] != "beside"]
         for point in chosen.values():
             for split in SPLITS:
                 scorer.score(split, point, split)
         found = []
         for curve in curves:
             point = chosen[curve.name]
-            better = [name for name, other in chosen.items() if self._dominates(scorer, other, point)]
+            scores = scorer.score("held-out", point)
+            better = [n for n, other in chosen.items() if dominates(scorer.score("held-out", other), scores, counting)]
             both = zip(*(scorer.rows(split, point) for split in SPLITS), strict=True)
             for own in both:
                 row = {**point.labels, "which": "best", "control": curve.control, "state": scorer.number(point)}
@@ -407,19 +416,9 @@ class DirectionsSearch(QualitySearch):
                 found.append(row)
         return found
 
-    def _best(self, scorer: Scorer, curve: SearchCurve) -> Point:
-        if curve.labels["recipe"] == self.recipe:
-            return self.made[self.recipe, self.lam]
-        return max(curve.points, key=lambda point: self._gain(scorer, point))
-
     def _gain(self, scorer: Scorer, point: Point) -> float:
         gains = {row["task"]: row["gain"] for row in scorer.rows("selection", point)}
         return self.objective.gain(gains, self.lam)
-
-    def _dominates(self, scorer: Scorer, one: Point, other: Point) -> bool:
-        """Whether one model is no worse than another in any held-out task that counts, and surely better in one."""
-        tasks = [task for task in scorer.tasks["held-out"] if self.roles[task.name] != "beside"]
-        return dominates(scorer.score("held-out", one), scorer.score("held-out", other), tasks)
 
     def best(self, chosen: Rows) -> Mapping[str, Any] | None:
         """Return a row of the recipe that is no control and gains most of the objective on the choose part."""

@@ -34,7 +34,17 @@ def rewind(study: Study) -> Evidence:
     best = chosen.filter(pl.col("which") == "best")
     random = _median(best, "random", "held_out_gain")
     rows = best.filter(pl.col("order").is_in(SAID)).sort("selection_gain", descending=True).to_dicts()
-    gains = [_order_gain(row, unit, random) for row in rows]
+    gains = [
+        Number(
+            f"held-out gain of the best fraction, order {row['order']}",
+            row["held_out_gain"],
+            low=row["held_out_gain_low"],
+            high=row["held_out_gain_high"],
+            unit=unit,
+            chance=random,
+        )
+        for row in rows
+    ]
     verdict, because = better(gains[0], "rewinding these heads raises held-out quality")
     without_loss = chosen.filter(pl.col("which") == "without-loss")
     furthest = without_loss.sort("fraction", descending=True).row(0, named=True)
@@ -78,12 +88,6 @@ def _search_heads(study: Study) -> Run:
     )
     assert isinstance(run, Run), "only a dry run gives something else"
     return run
-
-
-def _order_gain(row: dict[str, Any], unit: str, random: float | None) -> Number:
-    name = f"held-out gain of the best fraction, order {row['order']}"
-    low, high = row["held_out_gain_low"], row["held_out_gain_high"]
-    return Number(name, row["held_out_gain"], low=low, high=high, unit=unit, chance=random)
 
 
 def _median(choice: pl.DataFrame, order: str, column: str) -> float | None:

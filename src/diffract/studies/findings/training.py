@@ -42,19 +42,20 @@ def budget(study: Study) -> Evidence:
         *(replace(study.gain(bases[t], tuned[t]), name=f"gain of tuning from {t:,} tokens") for t in tuned),
     ]
     verdict, because = better(gain, f"the model tuned from {last:,} tokens is better than that from {first:,}")
+    figures: list[tuple[str, go.Figure]] = []
+    for task in study.tasks:
+        rows = table.filter(pl.col("task") == task.name).select("name", "low", "high", x="tokens", y="quality")
+        # Budgets grow by factors, and quality with their logarithm.
+        made = curves(rows, x="pre-training tokens", y=f"{task.name}, {task.unit}", log_x=True)
+        told = f"Held-out quality in {task.name} against the pre-training budget; bands are 95% intervals over items."
+        figures.append((told, made))
     return Evidence(
         verdict,
         because,
         numbers=numbers,
-        figures=[_quality_figure(table, task.name, task.unit) for task in study.tasks],
+        figures=figures,
         tables={"quality": table, "all_domains": _all_domains(study)},
     )
-
-
-def _quality_figure(table: pl.DataFrame, task: str, unit: str) -> tuple[str, go.Figure]:
-    rows = table.filter(pl.col("task") == task).select("name", "low", "high", x="tokens", y="quality")
-    made = curves(rows, x="pre-training tokens", y=f"{task}, {unit}", log_x=True)
-    return f"Held-out quality in {task} against the pre-training budget; bands are 95% intervals over items.", made
 
 
 def _all_domains(study: Study) -> pl.DataFrame:
