@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from polars.testing import assert_frame_equal
 
 from diffract.api import evaluate
 from diffract.edits import LiveModel, Truncate
+from diffract.edits.directions import Decompositions
 from diffract.errors import SelectionError
 from diffract.evaluate import Evaluator, load_subject, load_tasks
 from diffract.run import Run
@@ -85,6 +87,18 @@ def test_the_written_checkpoint_is_said_to_be_rounded(finished: tuple[Run, Path]
     assert written["held_out"][0]["live"] == pytest.approx(alone, rel=1e-3)
     assert written["same_scores"] is False
     assert any("rounded to the stored dtype" in text for text in found.manifest["warnings"])
+
+
+def test_decompositions_that_are_kept_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {**FAST, "limit": 1, "seeds": 1, "rules": "drop,mp-edge,random-energy"}
+    filed, made = tmp_path / "filed", tmp_path / "made"
+    monkeypatch.setattr("diffract.search.run.Decompositions", partial(Decompositions, memory_bytes=1 << 20))
+    search_truncate(BASE, MATH, output=filed, **asked)
+    assert not list(tmp_path.rglob("*.npy"))
+    monkeypatch.setattr(Decompositions, "of", lambda self, way, matrices, make: make())
+    search_truncate(BASE, MATH, output=made, **asked)
+    for name in KINDS["search truncate"]:
+        assert_frame_equal(getattr(load(filed), name), getattr(load(made), name), check_exact=True)
 
 
 def test_single_rules_alone_and_dry(tmp_path: Path) -> None:

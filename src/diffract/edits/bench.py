@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffract.checkpoints import Checkpoint, Reference, open_checkpoint, row_blocks
 from diffract.checkpoints.checkpoint import Range, Recorder, read_digests, recorded, unrecorded
+from diffract.edits.directions import Decompositions
 from diffract.edits.draft import BLOCK_BYTES, Apply, Draft, Place, together
 from diffract.edits.edit import Edit, Planned
 from diffract.edits.mixing import interpolate
@@ -127,7 +128,10 @@ class Bench:
         kept: For each other checkpoint what was not taken from it or not used of it, by name, with the reason.
         notes: What a reader of the outcome should know, in sentences.
         permissions: What is allowed though it speaks against taking weights from another model.
+        decompositions: Those of matrices that edits asked for; ``None`` where none are kept, as of edits made once.
     """
+
+    decompositions: Decompositions | None = None
 
     def __init__(
         self,

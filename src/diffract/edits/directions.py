@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
 
+import blake3
+import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
+from diffract.checkpoints import as_bytes
 from diffract.edits.rule import Rule, rounded
+from diffract.errors import RunError
 from diffract.linalg import Sums, gram_vectors, lapack
 from diffract.linalg.blas import product
 from diffract.metrics.random_matrix import donoho_gavish_rank, fit_bulk
+
+MEMORY_BYTES = 1 << 30
+"""Bytes of decompositions that are kept in memory; those beyond lie in files."""
+
+Found: TypeAlias = tuple[Tensor, ...]
+"""What a decomposition comes to: values and vectors."""
+
+Way: TypeAlias = Literal["gram", "lapack", "directions"]
+"""Eigenvalues and short-side vectors of a Gram matrix, an SVD by LAPACK, or one by whichever way suffices."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +72,61 @@ class Directions:
         if not bool(B.isfinite().all() and A.isfinite().all()):
             raise ValueError(f"factor_dtype: expected one that holds the factors; they overflow {dtype}")
         return B, A
+
+
+class Decompositions:
+    """Decompositions that are made once and found again by the bytes of the matrices that they are of.
+
+    So edits of one model after another, as searches make them, decompose each matrix once. Whatever changes the
+    matrices, such as an edit before, has them decomposed anew.
+
+    Args:
+        folder: Where those are kept that find no place in memory; whoever made the folder removes it.
+        memory_bytes: How much is kept in memory.
+    """
+
+    def __init__(self, folder: Path, memory_bytes: int = MEMORY_BYTES) -> None:
+        self._folder, self._room = folder, memory_bytes
+        self._held: dict[str, Found] = {}
+        self._filed: dict[str, list[Path]] = {}
+
+    def of(self, way: Way, matrices: Sequence[Tensor], make: Callable[[], Found]) -> Found:
+        """Return what ``make`` returns for these matrices, now or before; it must not be changed.
+
+        Raises:
+            RunError: A file cannot be written or read.
+        """
+        hasher = blake3.blake3(way.encode())
+        for matrix in matrices:
+            hasher.update(f"{matrix.dtype} {tuple(matrix.shape)} {matrix.device}".encode())
+            hasher.update(as_bytes(matrix.cpu()))
+        key = hasher.hexdigest()
+        if key in self._held:
+            return self._held[key]
+        try:
+            if key in self._filed:
+                return tuple(torch.from_numpy(np.load(path)).to(matrices[0].device) for path in self._filed[key])
+            found = make()
+            size = sum(one.nbytes for one in found)
+            if size <= self._room:
+                self._room -= size
+                self._held[key] = found
+            else:
+                places = [self._folder / f"{key}-{place}.npy" for place in range(len(found))]
+                for path, one in zip(places, found, strict=True):
+                    np.save(path, one.cpu().numpy())
+                self._filed[key] = places
+        except OSError as error:
+            where = f"decompositions in {str(self._folder)!r}"
+            raise RunError(f"cannot keep {where}: {error.strerror or error}. Make room, or write elsewhere.") from error
+        return found
+
+
+def known_or_new(
+    known: Decompositions | None, way: Way, matrices: Sequence[Tensor], make: Callable[[], Found]
+) -> Found:
+    """Return a decomposition that is known, or make it; without ``known`` none is kept."""
+    return known.of(way, matrices, make) if known else make()
 
 
 def decomposed(x: Float64[Tensor, "m n"], *, gram: bool) -> Directions:

@@ -12,7 +12,8 @@ from torch import Tensor
 from diffract.checkpoints import TensorInfo
 from diffract.checkpoints.dtypes import TORCH_DTYPES
 from diffract.edits.bench import Bench
-from diffract.edits.draft import Draft, Place, everything, overlap
+from diffract.edits.directions import Decompositions
+from diffract.edits.draft import WORKING_COPIES, Draft, Place, everything, overlap
 from diffract.edits.edit import Edit
 from diffract.engine import SIDE_BY_SIDE_BYTES, one_torch_thread, single_threaded
 from diffract.errors import CheckpointError, printable
@@ -39,7 +40,12 @@ class LiveModel:
     """
 
     def __init__(
-        self, model: torch.nn.Module, *, architecture: str | Path | None = None, allow: Collection[str] = ()
+        self,
+        model: torch.nn.Module,
+        *,
+        architecture: str | Path | None = None,
+        allow: Collection[str] = (),
+        decompositions: Decompositions | None = None,
     ) -> None:
         """Look at a model; nothing of it is copied.
 
@@ -47,10 +53,12 @@ class LiveModel:
             model: Its parameters must not be replaced afterwards; training them in place is fine.
             architecture: A JSON file that describes it; by default ``model.config`` does.
             allow: What is allowed though it speaks against taking weights from another model, as in recipes.
+            decompositions: Where those of matrices are kept for the next step; by default each step makes its own.
         """
         state = model.state_dict(keep_vars=True)
         self._tensors = {name: value.data for name, value in state.items() if isinstance(value, Tensor)}
         self.bench = Bench(model, architecture=architecture, allow=allow, record=False)
+        self.bench.decompositions = decompositions
 
     @contextmanager
     def edited(self, *steps: Edit) -> Iterator[None]:
@@ -119,9 +127,14 @@ def _undo(saved: Saved) -> None:
 
 def _threads_of_files(draft: Draft, name: str) -> AbstractContextManager[None]:
     """Compute in as many threads as when files are written: sums may depend on it in their last bit."""
-    if draft.workspace_bytes(name) > SIDE_BY_SIDE_BYTES:
-        return nullcontext()
-    return single_threaded() if any(change.whole for change in draft.changes(name)) else one_torch_thread()
+    if any(change.whole for change in draft.changes(name)):
+        return threads_of_matrices(draft.checkpoint.info(name))
+    return nullcontext() if draft.workspace_bytes(name) > SIDE_BY_SIDE_BYTES else one_torch_thread()
+
+
+def threads_of_matrices(info: TensorInfo) -> AbstractContextManager[None]:
+    """Compute in as many threads as edits of a tensor's whole matrices do, so that all of them find the same bits."""
+    return nullcontext() if WORKING_COPIES * 8 * info.entries > SIDE_BY_SIDE_BYTES else single_threaded()
 
 
 def _new_values(draft: Draft, info: TensorInfo, stored: Tensor) -> Iterator[tuple[Place, Tensor]]:

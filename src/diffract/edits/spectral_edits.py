@@ -14,12 +14,14 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from diffract.edits.directions import (
+    Decompositions,
     Directions,
     decomposed,
     energy_share,
     exact,
     fewer,
     kept,
+    known_or_new,
     matmul,
     random_order,
     require_same_shape,
@@ -55,6 +57,8 @@ def truncate(
     base: Float[Tensor, "m n"],
     rule: Rule,
     generator: torch.Generator | None = None,
+    *,
+    known: Decompositions | None = None,
 ) -> Truncated:
     """Return W0 + sum over the kept i of sigma_i u_i v_i^T, the singular directions of D = W1 - W0.
 
@@ -77,6 +81,7 @@ def truncate(
         base: W0, of the same shape.
         rule: Which directions to keep.
         generator: Of side ``random``; on the CPU.
+        known: Decompositions that were made before; that of D is kept there.
 
     Returns:
         The tuned matrix to the last bit if everything is kept, or if nothing changed (then ``kept`` is 0); the base to
@@ -93,25 +98,29 @@ def truncate(
     stored = wider(tuned.dtype, base.dtype)
     if tuned.numel() == 0:
         raise ValueError(f"expected matrices with entries, got shape {tuple(tuned.shape)}")
-    change = _Change(tuned.detach(), base.detach(), work_dtype(stored))
+    change = _Change(tuned.detach(), base.detach(), work_dtype(stored), known)
     way = _by_gram if takes_gram(stored, "auto") else _by_lapack
     return way(change, _Choice(rule, generator))
 
 
-def change_sigmas(tuned: Float[Tensor, "m n"], base: Float[Tensor, "m n"]) -> Float64[Tensor, " M"]:
+def change_sigmas(
+    tuned: Float[Tensor, "m n"], base: Float[Tensor, "m n"], *, known: Decompositions | None = None
+) -> Float64[Tensor, " M"]:
     """Return the singular values of D, descending, as ``truncate`` decides by them: zero where they cannot be told.
 
     Args:
         tuned: W1, any float dtype, device and stride.
         base: W0, of the same shape.
+        known: Decompositions that were made before; that of D is kept there, for ``truncate``.
 
     Raises:
         ValueError: If the shapes differ, or a value is not finite.
     """
     require_same_shape(tuned, base)
+    change = _Change(tuned.detach(), base.detach(), known=known)
     if takes_gram(wider(tuned.dtype, base.dtype), "auto"):
-        return _told(gram_eigen(_Change(tuned.detach(), base.detach()).gram())[0][0])
-    return decomposed(exact(exact(tuned.detach()) - exact(base.detach())), gram=False).told
+        return _told(change.eigen()[0])
+    return change.directions(exact(exact(change.tuned) - exact(change.base))).told
 
 
 @dataclass(frozen=True)
@@ -143,11 +152,22 @@ class _Change:
         tuned: W1.
         base: W0.
         dtype: Of what is made of them.
+        known: Decompositions that were made before.
     """
 
     tuned: Tensor
     base: Tensor
     dtype: torch.dtype = torch.float64
+    known: Decompositions | None = None
+
+    def eigen(self) -> tuple[Float64[Tensor, " M"], Float64[Tensor, "M M"]]:
+        """Return D's singular values, descending, and its short-side vectors as columns, by the Gram matrix."""
+        S, P = known_or_new(self.known, "gram", (self.tuned, self.base), lambda: gram_eigen(self.gram())[:2])
+        return S[0], P[0]
+
+    def directions(self, delta: Float64[Tensor, "m n"]) -> Directions:
+        """Return D's singular directions by LAPACK."""
+        return _directions(self.known, (self.tuned, self.base), delta, gram=False)
 
     def gram(self) -> Float64[Tensor, "1 M M"]:
         """Return the Gram matrix of D's short side: its upper triangle."""
@@ -190,8 +210,7 @@ class _Change:
 
 
 def _by_gram(change: _Change, choose: _Choice) -> Truncated:
-    found = gram_eigen(change.gram())
-    S, P = found[0][0], found[1][0]
+    S, P = change.eigen()
     told = _told(S)
     order, chosen = choose(told, change.tuned)
     if order is not None:
@@ -205,7 +224,7 @@ def _by_gram(change: _Change, choose: _Choice) -> Truncated:
 def _by_lapack(change: _Change, choose: _Choice) -> Truncated:
     start = exact(change.base)
     delta = exact(exact(change.tuned) - start)
-    found = decomposed(delta, gram=False)
+    found = change.directions(delta)
     order, chosen = choose(found.told, change.tuned)
     if order is not None:
         found = Directions(found.U[:, order], found.S[order], found.Vh[order], found.resolved)
@@ -329,12 +348,15 @@ def pissa(w: Float[Tensor, "m n"], rank: int, *, factor_dtype: torch.dtype = tor
     return PrincipalSplit(A, B, x - matmul(B, A))
 
 
-def svf(w: Float[Tensor, "m n"], z: float | Float[Tensor, " k"]) -> Float[Tensor, "m n"]:
+def svf(
+    w: Float[Tensor, "m n"], z: float | Float[Tensor, " k"], *, known: Decompositions | None = None
+) -> Float[Tensor, "m n"]:
     """Return U diag(S z) Vh, by LAPACK in float64 whatever the dtype.
 
     Args:
         w: Any float dtype, device and stride.
         z: One factor for all, or one for each of the M = min(m, n) singular values in descending order; any sign.
+        known: Decompositions that were made before; that of W is kept there.
 
     Returns:
         In ``work_dtype`` of the input. W to rounding for z = 1, zero for z = 0 or a zero matrix. Where singular values
@@ -354,12 +376,42 @@ def svf(w: Float[Tensor, "m n"], z: float | Float[Tensor, " k"]) -> Float[Tensor
         raise ValueError(f"z: expected a number or {min(x.shape)} of them; got shape {tuple(factors.shape)}")
     if not bool(factors.isfinite().all()):
         raise ValueError("z: expected finite factors, got NaN or an infinity")
-    found = decomposed(x, gram=False)
+    found = weight_directions(w, known=known)
     return found.added(slice(None), found.S * factors).to(work_dtype(w.dtype))
 
 
+def weight_directions(w: Float[Tensor, "m n"], *, known: Decompositions | None = None) -> Directions:
+    """Return the singular directions of W, as ``svf`` counts them.
+
+    Args:
+        w: Any float dtype, device and stride.
+        known: Decompositions that were made before; that of W is kept there.
+
+    Raises:
+        ValueError: W is empty or not finite.
+    """
+    return _directions(known, (w,), exact(w), gram=False)
+
+
+def _directions(
+    known: Decompositions | None, matrices: tuple[Tensor, ...], x: Float64[Tensor, "m n"], *, gram: bool
+) -> Directions:
+    """Return the singular directions of x, which is made of some matrices."""
+
+    def make() -> tuple[Tensor, ...]:
+        found = decomposed(x, gram=gram)
+        return found.U, found.S, found.Vh, torch.tensor(found.resolved, dtype=torch.float64)
+
+    U, S, Vh, resolved = known_or_new(known, "directions" if gram else "lapack", matrices, make)
+    return Directions(U, S, Vh, float(resolved))
+
+
 def scale_change(
-    tuned: Float[Tensor, "m n"], base: Float[Tensor, "m n"], factors: Float[Tensor, " M"]
+    tuned: Float[Tensor, "m n"],
+    base: Float[Tensor, "m n"],
+    factors: Float[Tensor, " M"],
+    *,
+    known: Decompositions | None = None,
 ) -> Float[Tensor, "m n"]:
     """Return W0 + sum_i f_i sigma_i u_i v_i^T, the singular directions of D = W1 - W0 with a factor each.
 
@@ -369,6 +421,7 @@ def scale_change(
         tuned: W1, any float dtype, device and stride.
         base: W0, of the same shape.
         factors: f_i of the M = min(m, n) directions in descending order of sigma; any sign.
+        known: Decompositions that were made before; that of D is kept there.
 
     Returns:
         In ``work_dtype`` of the wider input. W1 to the last bit where all factors are 1, W0 where all are 0. Where
@@ -390,22 +443,26 @@ def scale_change(
         return widened(tuned, work_dtype(stored))
     if bool((f == 0).all()):
         return widened(base, work_dtype(stored))
-    found = change_directions(tuned, base)
+    found = change_directions(tuned, base, known=known)
     return (end + found.added(slice(None), found.S * (f - 1))).to(work_dtype(stored))
 
 
-def change_directions(tuned: Float[Tensor, "m n"], base: Float[Tensor, "m n"]) -> Directions:
+def change_directions(
+    tuned: Float[Tensor, "m n"], base: Float[Tensor, "m n"], *, known: Decompositions | None = None
+) -> Directions:
     """Return the singular directions of D = W1 - W0, as ``scale_change`` counts them.
 
     Args:
         tuned: W1, any float dtype, device and stride.
         base: W0, of the same shape.
+        known: Decompositions that were made before; that of D is kept there.
 
     Raises:
         ValueError: The shapes differ or are empty, or a value is not finite.
     """
     require_same_shape(tuned, base)
-    return decomposed(exact(exact(tuned) - exact(base)), gram=takes_gram(wider(tuned.dtype, base.dtype), "auto"))
+    gram = takes_gram(wider(tuned.dtype, base.dtype), "auto")
+    return _directions(known, (tuned, base), exact(exact(tuned) - exact(base)), gram=gram)
 
 
 def laser(w: Float[Tensor, "m n"], rho: float) -> Truncated:

@@ -56,7 +56,8 @@ class Svf(Edit):
             matrices = [m for m in matrices if m.name in factors]
 
         def edit(values: Tensor, matrix: Matrix, place: Place) -> Tensor:
-            return svf(values, factors[matrix.name] if self.z is None else self.z)
+            z = factors[matrix.name] if self.z is None else self.z
+            return svf(values, z, known=bench.decompositions)
 
         return Planned(matrix_changes(draft, matrices, edit), {"matrices": len(matrices)})
 

@@ -82,7 +82,8 @@ class Truncate(Edit):
 
         def edit(values: Tensor, matrix: Matrix, place: Place) -> Tensor:
             chance = seeded(self.seed, matrix.name) if self.side == "random" else None
-            found = truncate(values, flat(base.read(matrix.tensor, place)), rule, chance)
+            start = flat(base.read(matrix.tensor, place))
+            found = truncate(values, start, rule, chance, known=bench.decompositions)
             rows.append(_kept(matrix, found))
             return found.values
 

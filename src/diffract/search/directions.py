@@ -14,13 +14,13 @@ from torch import Tensor
 from diffract.corpora.splits import digest
 from diffract.edits import Interpolate, Scale, Svf
 from diffract.edits.bench import Bench, Other
-from diffract.edits.directions import decomposed, exact
+from diffract.edits.directions import decomposed
 from diffract.edits.draft import everything, flat, place_of
 from diffract.edits.edit import Edit
 from diffract.edits.factors import as_table
+from diffract.edits.live import threads_of_matrices
 from diffract.edits.mixing import seeded
-from diffract.edits.spectral_edits import change_directions
-from diffract.engine import single_threaded
+from diffract.edits.spectral_edits import change_directions, weight_directions
 from diffract.errors import SelectionError, printable
 from diffract.evaluate import Task
 from diffract.matrices import Matrix
@@ -142,18 +142,18 @@ def change_parts(bench: Bench, base: Other, asked: Asked) -> list[LearnedPart]:
     found: list[LearnedPart] = []
     matrices = base.shared_matrices(bench.matrices(None, heads=asked.per == "head"))
     held = {m.tensor for m in matrices}
-    with single_threaded():
-        for m in matrices:
-            place = place_of(m, bench.checkpoint.info(m.tensor).shape)
-            tuned, start = bench.checkpoint.read(m.tensor)[place], base.read(m.tensor, place)
-            if torch.equal(tuned, start) or (is_table(m) and not asked.embeddings):
-                continue
-            if asked.per == "direction" and not is_table(m):
-                with bench.draft().named(m.name):
-                    own = change_directions(flat(tuned), flat(start))
-                found.append(LearnedPart(m.name, m.tensor, place, U=own.U, S=own.told, Vh=own.Vh))
-            else:
-                found.append(LearnedPart(m.name, m.tensor, place, change=tuned.double() - start.double()))
+    for m in matrices:
+        info = bench.checkpoint.info(m.tensor)
+        place = place_of(m, info.shape)
+        tuned, start = bench.checkpoint.read(m.tensor)[place], base.read(m.tensor, place)
+        if torch.equal(tuned, start) or (is_table(m) and not asked.embeddings):
+            continue
+        if asked.per == "direction" and not is_table(m):
+            with bench.draft().named(m.name), threads_of_matrices(info):
+                own = change_directions(flat(tuned), flat(start), known=bench.decompositions)
+            found.append(LearnedPart(m.name, m.tensor, place, U=own.U, S=own.told, Vh=own.Vh))
+        else:
+            found.append(LearnedPart(m.name, m.tensor, place, change=tuned.double() - start.double()))
     for name in bench.entries() if asked.vectors else ():
         place = base.shared(name, everything(bench.checkpoint.info(name).shape))
         if name not in held and place is not None:
@@ -166,13 +166,14 @@ def change_parts(bench: Bench, base: Other, asked: Asked) -> list[LearnedPart]:
 def weight_parts(bench: Bench) -> list[LearnedPart]:
     """Return the matrices of a model's blocks with their own singular directions."""
     found = []
-    with single_threaded():
-        for m in bench.matrices(None, heads=False):
-            place = place_of(m, bench.checkpoint.info(m.tensor).shape)
-            values = flat(bench.checkpoint.read(m.tensor)[place])
-            if not is_table(m) and bool(values.any()):
-                own = decomposed(exact(values), gram=False)
-                found.append(LearnedPart(m.name, m.tensor, place, U=own.U, S=own.S, Vh=own.Vh))
+    for m in bench.matrices(None, heads=False):
+        info = bench.checkpoint.info(m.tensor)
+        place = place_of(m, info.shape)
+        values = flat(bench.checkpoint.read(m.tensor)[place])
+        if not is_table(m) and bool(values.any()):
+            with threads_of_matrices(info):
+                own = weight_directions(values, known=bench.decompositions)
+            found.append(LearnedPart(m.name, m.tensor, place, U=own.U, S=own.S, Vh=own.Vh))
     return found
 
 

@@ -13,6 +13,7 @@ import polars as pl
 import torch
 
 from diffract.checkpoints import open_checkpoint
+from diffract.edits.directions import Decompositions
 from diffract.edits.edit import Edit
 from diffract.edits.to_files import apply
 from diffract.errors import SelectionError
@@ -33,7 +34,7 @@ from diffract.search.plan import (
     parse_budget,
 )
 from diffract.search.scorer import Rows, Scorer, seconds_of
-from diffract.search.stage import Model, SearchRequest, Stage, finish, set_up, working
+from diffract.search.stage import Model, SearchRequest, Stage, finish, scratch, set_up, working
 from diffract.store import refuse_existing
 from diffract.tables import Tables, new_manifest
 
@@ -123,8 +124,8 @@ def run_search(asked: SearchRequest, open_search: Callable[[Stage], QualitySearc
     begun = time.monotonic()
     if asked.write is not None and not asked.dry_run:
         refuse_existing(asked.write, force=asked.force)
-    with working(asked) as cache:
-        stage = set_up(asked)
+    with working(asked) as cache, scratch(cache) as folder:
+        stage = set_up(asked, Decompositions(folder))
         search = open_search(stage)
         stage.notes += stage.live.bench.notes
         stage.live.bench.permissions.check(open_checkpoint(model).config for model in search.models.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from diffract.corpora import Split
+from diffract.edits.directions import Decompositions
 from diffract.edits.live import LiveModel
 from diffract.errors import CheckpointError, RunError, SelectionError, choose, printable
 from diffract.evaluate import Evaluator, Subject, Task, load_subject, load_tasks
@@ -179,8 +181,12 @@ class Stage:
         return found.model
 
 
-def set_up(asked: SearchRequest) -> Stage:
+def set_up(asked: SearchRequest, decompositions: Decompositions) -> Stage:
     """Load the model that is searched, and the tasks of all splits.
+
+    Args:
+        asked: What is asked of every search.
+        decompositions: Where those of matrices are kept from one evaluation to the next.
 
     Raises:
         DiffractError: A task or the model cannot be loaded.
@@ -198,7 +204,9 @@ def set_up(asked: SearchRequest) -> Stage:
     return Stage(
         asked=asked,
         subject=subject,
-        live=LiveModel(subject.model, architecture=asked.architecture, allow=asked.allow),
+        live=LiveModel(
+            subject.model, architecture=asked.architecture, allow=asked.allow, decompositions=decompositions
+        ),
         tasks=tasks,
         roles=dict(zip((t.name for t in tasks[asked.splits[0]]), (r for r in given for _ in given[r]), strict=True)),
         notes=notes,
@@ -207,6 +215,9 @@ def set_up(asked: SearchRequest) -> Stage:
 
 KEPT = "cache"
 """Subfolder of a finished run with the scores, for another search into the same folder."""
+
+SCRATCH = "scratch"
+"""Subfolder of an unfinished search with what it need not compute twice and memory has no room for."""
 
 
 @contextmanager
@@ -241,6 +252,29 @@ def working(asked: SearchRequest) -> Iterator[Cache | None]:
             yield cache
 
 
+@contextmanager
+def scratch(cache: Cache | None) -> Iterator[Path]:
+    """Yield an empty folder for as long as a search goes: on the disk of its run folder, where it writes one.
+
+    Raises:
+        RunError: It cannot be made.
+    """
+    if cache is None:
+        with tempfile.TemporaryDirectory(prefix="diffract-") as folder:
+            yield Path(folder)
+        return
+    folder = cache.folder / SCRATCH
+    shutil.rmtree(folder, ignore_errors=True)  # a search that was killed left it
+    try:
+        folder.mkdir()
+    except OSError as error:
+        raise RunError(f"cannot write to {str(folder)!r}: {error.strerror or error}. Write elsewhere.") from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def work_folder(output: str | Path) -> Path:
     """Return where an unfinished search is."""
     return Path(output).with_name(Path(output).name + ".work")
@@ -253,6 +287,6 @@ def finish(tables: Tables, asked: SearchRequest, cache: Cache | None) -> None:
     with whole_folder(asked.output, force=asked.force) as draft:
         write(tables, draft)
         if cache is not None:
-            shutil.copytree(cache.folder, draft / KEPT, ignore=shutil.ignore_patterns(LOCK))
+            shutil.copytree(cache.folder, draft / KEPT, ignore=shutil.ignore_patterns(LOCK, SCRATCH))
     # Last, when the run folder is whole: whoever is killed before goes on from here.
     shutil.rmtree(work_folder(asked.output), ignore_errors=True)

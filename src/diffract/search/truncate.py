@@ -15,9 +15,9 @@ from diffract.edits import Interpolate, Merge, Truncate
 from diffract.edits.bench import Bench, Other
 from diffract.edits.directions import kept, random_order
 from diffract.edits.draft import flat, place_of
+from diffract.edits.live import threads_of_matrices
 from diffract.edits.mixing import seeded
 from diffract.edits.spectral_edits import change_sigmas
-from diffract.engine import single_threaded
 from diffract.errors import SelectionError, choose
 from diffract.schemas import ITEMS, ON_TRUNCATION, QUALITY, TRUNCATION_CHOICE
 from diffract.search.plan import UNCHANGED, Point, SearchCurve
@@ -75,14 +75,14 @@ class Kept:
 def matrix_changes_of(bench: Bench, base: Other) -> list[MatrixChange]:
     """Return the change of every matrix of the model; vectors have none."""
     found = []
-    with single_threaded():
-        for m in base.shared_matrices(bench.matrices(None, heads=False)):
-            info = bench.checkpoint.info(m.tensor)
-            place = place_of(m, info.shape)
-            tuned = bench.checkpoint.read(m.tensor)[place]
-            sigmas = change_sigmas(flat(tuned), flat(base.read(m.tensor, place)))
-            shape = tuple(flat(tuned).shape)
-            found.append(MatrixChange(m.name, (shape[0], shape[1]), sigmas.cpu(), tuned.element_size()))
+    for m in base.shared_matrices(bench.matrices(None, heads=False)):
+        info = bench.checkpoint.info(m.tensor)
+        place = place_of(m, info.shape)
+        tuned = flat(bench.checkpoint.read(m.tensor)[place])
+        with threads_of_matrices(info):
+            sigmas = change_sigmas(tuned, flat(base.read(m.tensor, place)), known=bench.decompositions)
+        shape = tuple(tuned.shape)
+        found.append(MatrixChange(m.name, (shape[0], shape[1]), sigmas.cpu(), tuned.element_size()))
     return found
 
 
