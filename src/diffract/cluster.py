@@ -41,6 +41,7 @@ def do_share(request: Request, text: str, output: str | Path | None, *, force: b
     folder, wanted = Path(output), request.written()
     if (folder / "manifest.json").is_file():
         raise RunError(f"{str(folder)!r} is a run already. Choose another name, or remove it.")
+    # Found out before the work: whoever comes to join the shares comes hours later.
     for other in sorted((folder / PARTS).glob("*-of-*/manifest.json")):
         found = read_manifest(other.parent)
         if found["settings"] != wanted or other.parent.name[-5:] != share.name[-5:]:
@@ -49,6 +50,7 @@ def do_share(request: Request, text: str, output: str | Path | None, *, force: b
                 f"Choose another folder, or remove {str(folder / PARTS)!r}."
             )
     own = folder / PARTS / share.name
+    # A scheduler may start all tasks of an array again when a few were killed.
     if (own / "manifest.json").is_file() and not force:
         return Run(load(own, "share"))
     with whole_folder(own, force=True) as draft:
@@ -84,6 +86,7 @@ def collect(run: str | Path, *, cache: bool = True, progress: Progress | None = 
     request = Request.read(parts.manifest["settings"], cache=cache, progress=progress, parts=parts)
     with whole_folder(folder, force=True) as draft:
         found, _ = request.answered(draft)
+        # How shares were made is known to no single one of them, and belongs to the run.
         told = {**found.manifest, "warnings": [*parts.mixture, *found.manifest["warnings"]]}
         write(Tables(told, found.frames), draft)
     return load_run(folder)

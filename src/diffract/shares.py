@@ -87,6 +87,7 @@ SCHEDULERS = (
 def _of_environment(environ: Mapping[str, str], count: int | None) -> tuple[int, int | None]:
     """Return place and number as the first scheduler tells them that is there; a number that was given counts."""
     for place, number, first in SCHEDULERS:
+        # Where only the place is told, another scheduler may know the number too.
         if place not in environ or (number is not None and number not in environ and count is None):
             continue
         try:
@@ -108,6 +109,7 @@ def cut(costs: Sequence[float], count: int) -> list[int]:
     [1, 0, 1, 1]
     """
     loads = [(0.0, share) for share in range(count)]
+    # A heap: each of many processes cuts the whole plan, however long it is.
     heapify(loads)
     owners = [0] * len(costs)
     for task in sorted(range(len(costs)), key=lambda task: -costs[task]):

@@ -115,6 +115,7 @@ def _tensors(layout: Layout, options: Options) -> Iterator[Row]:
         yield from _of_values(name, entry.info.shape, seen)
         if seen.low == seen.high:  # of which nothing else could be told
             continue
+        # Ties are meant; a copy that nobody stated is the fact.
         if entry.outcome != "tied":
             for number, digest in enumerate(seen.slices):
                 copies[digest].append(name if len(seen.slices) == 1 else f"{name}[{number}]")
@@ -151,6 +152,7 @@ def _read(layout: Layout, name: str, *, rows: bool) -> _Seen:
             seen.slices += [blake3(as_bytes(one)).hexdigest() for one in block]
         else:
             whole.update(as_bytes(block))
+        # Few operations know dtypes of eight bits; float32 holds all of their numbers.
         values = block if block.dtype in {torch.float32, torch.float64} else block.float()
         finite = values.isfinite()
         seen.infinite += int((~finite).sum())
@@ -197,6 +199,7 @@ def _grids(values: Float[Tensor, "rows cols"]) -> dict[str, bool]:
 def _few(groups: Float[Tensor, "groups entries"], most: int) -> bool:
     ordered = groups.sort(dim=1).values
     different = (ordered[:, 1:] != ordered[:, :-1]).sum(1) + 1
+    # Groups of one value lie on every grid, and say nothing of it.
     return bool((different <= most).all()) and bool((different > 1).any())
 
 

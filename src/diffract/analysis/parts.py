@@ -103,6 +103,7 @@ class ShareDraft:
 
     def do(self, tasks: Sequence[AnyTask], worker: Worker, progress: Progress | None = None) -> None:
         """Do those of the next tasks of the plan that belong to this share."""
+        # A trajectory hands its tasks over checkpoint by checkpoint; numbers go on, so that they mean the same to all.
         places = range(self._begun, self._begun + len(tasks))
         self._begun += len(tasks)
         self._made_on = made_on(worker.device)
@@ -142,6 +143,7 @@ class ShareDraft:
         for place, part in enumerate(outcome.parts):
             keys = [(one.number, place, part.model, matrix.name) for matrix in part.matrices]
             frame = pl.DataFrame(keys, schema=KEYS, orient="row").hstack(part.rows.get_columns())
+            # Parts differ in their columns; to fill them up with nulls would change what is joined.
             self._rows.setdefault(tuple(part.rows.schema.items()), []).append(frame)
         for model in sorted(digests.keys() | outcome.correlations.keys()):
             known = {"digest": digests.get(model), "correlation": outcome.correlations.get(model)}
@@ -236,10 +238,12 @@ class Parts:
                     raise _other(self.folder, f"task {one.number} of the plan is now {printable(one.task.tensor)}")
                 known = self._read.get(one.number, [])
                 read = {row["model"]: row["digest"] for row in known}
+                # Weights that changed since would be joined to numbers of the old ones without a word.
                 for i, digest in _digests(one.task, worker).items():
                     if digest != read.get(i):
                         where = printable(worker.checkpoints[i].reference)
                         raise _other(self.folder, f"{printable(one.task.tensor)} of {where} has other weights now")
+                # Digests of a part name its place after a blank: they tell changes, and are no digest of a tensor.
                 whole = {i: digest for i, digest in read.items() if digest is not None and " " not in digest}
                 related = {row["model"]: row["correlation"] for row in known if row["correlation"] is not None}
                 yield one.task, Outcome(self._parts(one, worker), whole, related)
@@ -265,6 +269,7 @@ def _whole_shares(folder: Path) -> list[tuple[Path, tables.Tables]]:
             f"{str(folder)!r} holds no shares to join. Make them with --shard, such as "
             "`diffract compare BASE TUNED --shard 0/8 -o RUN` for each of eight."
         )
+    # Shares of 4 and of 8 cut the plan in other ways: a mixture would hold tasks twice and lack others.
     counts = sorted({int(path.name[-5:]) for path in places})
     if len(counts) > 1:
         raise RunError(

@@ -121,9 +121,11 @@ def _told_family(config: Mapping[str, Any]) -> Spec | None:
     """Return the family that a configuration names."""
     texts = [section for name in TEXT_SECTIONS if isinstance(section := config.get(name), Mapping)]
     types = {t: spec for spec in builtin_specs().values() for t in spec.model_types}
+    # The configuration itself first: a model that sees pictures too names its language model within.
     for section in (config, *texts):
         if spec := types.get(str(section.get("model_type"))):
             return spec
+    # Classes are called LlamaForCausalLM, types llama: without endings and signs they are the same word.
     by_word = {re.sub(r"\W|_", "", name).casefold(): spec for name, spec in types.items()}
     for name in config.get("architectures") or ():
         word = re.sub(r"(For[A-Z]|LMHead|Model|PreTrained).*", "", str(name)).casefold()

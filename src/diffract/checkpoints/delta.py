@@ -70,12 +70,14 @@ def encode(own: memoryview, base: memoryview | None, itemsize: int) -> tuple[str
         itemsize: Bytes per entry.
     """
     mine = np.frombuffer(own, np.uint8)
+    # Bytes of one significance side by side: signs and exponents repeat, mantissas hardly do.
     if base is None:
         return "whole", _compressed(_planes(mine, itemsize))
     changed = mine ^ np.frombuffer(base, np.uint8)
     which = changed.reshape(-1, itemsize).any(axis=1)
     if not which.any():
         return "same", b""
+    # What is shorter depends on the training: all entries moved a little, or most rounded to where they were.
     found = {"xor": _compressed(_planes(changed, itemsize))}
     if not which.all():
         some = changed.reshape(-1, itemsize)[which]
@@ -189,6 +191,7 @@ class DeltaWriter:
             if origin is not None and over is not None and _reaches(over, rows, info):
                 base = as_bytes(origin.checkpoint.read(over.name, rows))
             how, raw = encode(own, base, info.itemsize)
+            # Each block has a digest: a head is read and checked without the rest of its tensor.
             blocks.append([list(rows) if rows else None, how, self.written_bytes, len(raw), blake3(own).hexdigest()])
             self._file.write(raw)
             self.written_bytes += len(raw)
@@ -254,12 +257,14 @@ class _Stored:
             made = decode(block.how, stored, base, size=size, itemsize=info.itemsize)
         except ValueError as error:
             raise CheckpointError(f"{where}: {error}. The delta is damaged; fetch it again.") from error
+        # Over another base the bytes come to something too, which only the digest tells from the model.
         if blake3(made.data).hexdigest() != block.digest:
             raise CheckpointError(
                 f"{where}: over {printable(self.base.reference)} it does not come to what was stored. Pass "
                 "--adapter-base with the base that the delta was made of; if that is the one, the delta is damaged."
             )
         tensor = from_bytes(torch.from_numpy(made.copy()), info, block.rows)
+        # Not held while decompressing: threads that read other blocks shall not wait for it.
         with self.lock:
             self.last = (number, tensor)
         return tensor

@@ -56,12 +56,14 @@ def read_documents(source: str, split: Split, *, data: Path | None = None) -> It
         CorpusError: The source is not there, cannot be read, holds nothing, or is for evaluation only.
     """
     check_split(split)
+    # Before anything is read: what is only for evaluation shall not be streamed first.
     refuse_evaluation_only(source.removeprefix(HUB).partition(":")[0])
     if source.partition(":")[0] == WORD_PROBLEMS:
         yield from problem_documents(source.partition(":")[2], split)
     elif source.startswith(HUB):
         yield from (d for d in _hub_documents(source) if split_of(d.id) == split)
     else:
+        # A finished collection is split by rank, and so has to be known as a whole; a stream cannot be.
         found = [document(text) for text in read_texts(source, data=data) if text.strip()]
         if not found:
             raise CorpusError(f"{printable(source)} holds no text. Is this the right file?")
@@ -118,6 +120,7 @@ def read_records(path: Path) -> Iterator[Mapping[str, Any]]:
             raise CorpusError(f"cannot read {printable(path)!r}: {printable(error, 200)}. Fetch it again.") from error
         return
     text = _decoded(path)
+    # A .json file may be one list over many lines; of .jsonl each line stands alone.
     whole = path.name.removesuffix(".gz").endswith(".json")
     lines: Iterable[str] = [text] if whole else text.splitlines()
     for number, line in enumerate(lines, start=1):
@@ -163,6 +166,7 @@ def _code_files(root: Path) -> Iterator[Path]:
 def _articles(text: str) -> Iterator[str]:
     """Cut a text into its articles, or into pieces where it has none."""
     starts = [m.start() for m in ARTICLE.finditer(text)]
+    # One or two lines that look like titles may be by chance.
     if len(starts) > 2:
         yield from (text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True))
         return

@@ -48,6 +48,7 @@ def split_of(key: str) -> Split:
     >>> split_of("00" * 16), split_of("ff" * 16)
     ('held-out', 'train')
     """
+    # A threshold on the digest: a stream without end can be split so, and new documents move no old one.
     place = int(key[:16], 16) / 2**64
     return "held-out" if place < SHARE else "selection" if place < 2 * SHARE else "train"
 
@@ -64,6 +65,7 @@ def split_documents(documents: Iterable[Document], split: Split) -> list[Documen
     unique = list({d.id: d for d in documents}.values())
     if len(unique) < len(get_args(Split)):
         raise CorpusError(f"{len(unique)} documents cannot be split into {', '.join(get_args(Split))}. Give more text.")
+    # By rank and not by threshold: a small collection would else often have nothing held out.
     ranked = sorted(d.id for d in unique)
     few = max(1, round(SHARE * len(ranked)))
     parts: dict[str, Sequence[str]] = {
@@ -159,6 +161,7 @@ def record_text(record: Record, where: str) -> str:
     Raises:
         CorpusError: The record is of no known kind, or a field is no text.
     """
+    # A record may have fields of several kinds: the kinds that say most of a text come first.
     make = next((make for fields, make in KINDS.items() if all(field in record for field in fields)), None)
     if make is None:
         known = "; ".join(" + ".join(fields) for fields in KINDS)
@@ -196,6 +199,7 @@ def refuse_evaluation_only(name: str, questions: Iterable[str] = ()) -> None:
     if any(fnmatchcase(bare, pattern) for pattern in NAMES):
         raise CorpusError(f"{printable(name)} is for evaluation only: do not train on it. Choose other text.")
     for number, question in enumerate(questions, start=1):
+        # Copies are wrapped in other ways and called by other names; only the words tell.
         if question and digest(" ".join(question.split()))[:DIGITS] in _gsm8k_test():
             raise CorpusError(f"{printable(name)}, record {number} is a question of GSM8K's test: do not train on it.")
 

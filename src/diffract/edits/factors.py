@@ -67,6 +67,7 @@ def read_factors(table: str | pl.DataFrame) -> dict[str, Tensor]:
     factors: dict[str, Tensor] = {}
     for (name,), rows in found.select(COLUMNS).group_by("name", maintain_order=True):
         own = rows.sort("direction")
+        # A null is no number either, and is told in the same way.
         values = own["factor"].cast(pl.Float64).fill_null(float("nan")).to_torch()
         alone = own["direction"].to_list() == [None]
         if not bool(values.isfinite().all()) or (not alone and own["direction"].to_list() != list(range(len(own)))):
@@ -124,6 +125,7 @@ def find_scaled(factors: Mapping[str, Tensor], bench: Bench) -> list[Scaled]:
         shape = bench.checkpoint.info(tensor).shape
         place = everything(shape) if matrix is None else place_of(matrix, shape)
         one = Scaled(name, tensor, place, factors=own, matrix=matrix)
+        # Where two overlap it would matter which comes first.
         if twin := next((other for other in by_tensor[tensor] if _meet(other.place, place)), None):
             raise SelectionError(
                 f"factors: {printable(twin.name)!r} and {printable(name)!r} are parts of one tensor that overlap. "

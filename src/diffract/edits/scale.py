@@ -53,6 +53,7 @@ class Scale(Edit):
 
         rows: list[Row] = []
         for one in found:
+            # What the base lacks, such as rows of added tokens, has no change that could be scaled.
             place = base.shared(one.tensor, one.place)
             if place is None:
                 continue
@@ -64,6 +65,7 @@ class Scale(Edit):
             told = {"least": min(own), "most": max(own), "mean": sum(own) / len(own)}
             rows.append({"name": one.name, "factors": len(own), **told})
         summary = {"base": describe(self.base), "factors": sum(row["factors"] for row in rows), "parts": len(rows)}
+        # Singular directions are of the whole matrix: a block of it has others.
         spectral = {one.tensor for one in found if one.factors.ndim}
         changes = {name: Change(tuple(own), whole=name in spectral) for name, own in parts.items()}
         return Planned(changes, summary, rows)

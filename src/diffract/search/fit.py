@@ -86,6 +86,7 @@ class FitSettings:
         """Yield for each step the rows of each text; in every pass each row is dealt once, in another order."""
         count = self.steps(texts)
         for turn in range(self.passes):
+            # A generator of its own for each pass: what a search did before does not move it.
             order = random.Random(f"{self.seed} {turn}")
             shuffled = [order.sample(text.rows, len(text.rows)) for text in texts]
             for step in range(count):
@@ -191,6 +192,7 @@ def learn_factors(
             for part, value in by_tensor[tensor]:
                 slope = part.slope(weight.grad[part.place].to(value.dtype))
                 value.grad = slope if value.grad is None else value.grad + slope
+            # At once: gradients of all weights together would take as much memory as the model.
             weight.grad = None
 
         return take
@@ -205,6 +207,7 @@ def learn_factors(
             optimizer.zero_grad()
             for name, found in by_tensor.items():
                 for part, value in found:
+                    # From the start each time: added to step by step, half precision would swallow small steps.
                     start = starts[name][part.place]
                     weights[name][part.place] = start + part.moved(value).reshape(start.shape)
 
@@ -229,6 +232,7 @@ def fine_tune(model: torch.nn.Module, texts: Sequence[FitText], settings: FitSet
         optimizer = torch.optim.AdamW(weights, lr=settings.rate, weight_decay=0.0)
 
         def taken() -> None:
+            # Clipped, as fine-tuning usually is: a control that diverges would flatter the factors.
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             optimizer.zero_grad()

@@ -37,6 +37,7 @@ def vectors(study: Study) -> Evidence:
     study.say(f"base against {len(tuned)} domains and noise")
     models = [f"{name}={ref}" for name, ref in {**tuned, NOISE: study.noise(study.recipe.target)}.items()]
     run = compare(study.base, *models, metrics=METRICS, cache=False, noise="none")
+    # A share of no change is no number; and of tables of tokens only those rows change whose tokens are read.
     changed = run.metrics.filter(pl.col("delta_frobenius") > 0, pl.col("block").is_in(["attn", "mlp"]))
     of = {name: changed.filter(pl.col("model") == name) for name in [*tuned, NOISE]}
     moved, along = (
@@ -44,6 +45,7 @@ def vectors(study: Study) -> Evidence:
         for metric in ("spectral_shift_share_free", "value_share_free")
     )
     target = study.recipe.target
+    # Matrix by matrix, as they differ more from each other than any from its noise.
     pairs = of[target].join(of[NOISE], on="name", suffix="_noise")
     less = median(
         "share of the change that moving singular values alone would take, noise's less its own, median over matrices",
@@ -132,6 +134,7 @@ def _norms(table: pl.DataFrame, name: str) -> np.ndarray:
 
 def _top_share(name: str, norms: np.ndarray) -> Number:
     """Return what the top tenth of heads holds of the squared change, with a bootstrap interval over heads."""
+    # Squares of norms add up, as norms do not.
     squares = norms**2
     low, high = stats.bootstrap(stats.top_share, squares, resamples=RESAMPLES)
     title = f"share of the squared change in the top tenth of heads, {name}"

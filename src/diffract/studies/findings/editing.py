@@ -33,6 +33,7 @@ def rewind(study: Study) -> Evidence:
     chosen = run.choice.filter(FORWARD)
     best = chosen.filter(pl.col("which") == "best")
     random = _median(best, "random", "held_out_gain")
+    # By the gain on the selection items: the largest held-out gain of several would be so by luck too.
     rows = best.filter(pl.col("order").is_in(SAID)).sort("selection_gain", descending=True).to_dicts()
     gains = [
         Number(
@@ -74,6 +75,7 @@ def rewind(study: Study) -> Evidence:
 def _search_heads(study: Study) -> Run:
     asked = study.recipe.search
     study.say(f"rewinding heads of {study.recipe.target}: {', '.join(asked.orders)}")
+    # The search replaces its folder but not its scores, so that a study that was stopped goes on here too.
     run = search_rewind(
         study.base,
         study.tuned[study.recipe.target],

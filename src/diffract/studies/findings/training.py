@@ -164,6 +164,7 @@ def tracking(study: Study) -> Evidence:
     beyond = {name: _beyond(name, table[name].to_numpy(), losses, tokens) for name in TRACKED}
     known = {name: number.value for name, number in beyond.items() if number.value is not None}
     count = int((tokens > 0).sum())
+    # Each power of the logarithm that is taken out costs a checkpoint; Holm, as one metric of many follows by chance.
     adjusted = holm([spearman_pvalue(value, count - DEGREE) for value in known.values()])
     strong = [name for name, p in zip(known, adjusted, strict=True) if p < LEVEL]
     verdict, because = _judge(len(losses), raw, strong, control)
@@ -197,6 +198,7 @@ def _beyond(name: str, metric: np.ndarray, loss: np.ndarray, tokens: np.ndarray)
     seen = tokens > 0
     if seen.sum() < FEWEST + DEGREE:
         return Number(name, None, chance=0.0)
+    # Both fall with training whatever the metric is: only what the budget does not foretell counts for it.
     time = np.log(tokens[seen])
     rests = [values[seen] - np.polyval(np.polyfit(time, values[seen], DEGREE), time) for values in (metric, loss)]
     return rank_correlation(name, *rests, given=DEGREE)
@@ -208,6 +210,7 @@ def _judge(count: int, raw: dict[str, Number], strong: list[str], control: Numbe
         f"Over {count} checkpoints {best.name} follows the loss best, rank correlation {shown(best)}; "
         f"the token count alone has {shown(control)}."
     )
+    # Nothing can be refuted by few checkpoints either: the verdict is neither.
     if count < FEWEST + DEGREE + 1:
         return "cannot tell", f"{said} With so few checkpoints nothing beyond the token count can be told."
     if strong:
