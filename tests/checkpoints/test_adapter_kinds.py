@@ -125,6 +125,71 @@ def test_equals_what_peft_makes_of_it(kind: str, tmp_path: Path) -> None:
                 torch.testing.assert_close(rows, found.read_unrounded(name)[1:3], rtol=1e-13, atol=1e-13)
 
 
+MOE = {**SIZES, **HEADS, "num_hidden_layers": 2, "num_local_experts": 3}
+NUMBERED = {**SIZES, **HEADS, "num_experts": 3, "num_experts_per_tok": 2}
+PARAMETERS: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "apart in files": (tf.MixtralConfig(**MOE), "mlp.experts", {}),
+    "apart, named alike": (
+        tf.Qwen3MoeConfig(**NUMBERED, moe_intermediate_size=12),
+        "mlp.experts",
+        {"use_rslora": True},
+    ),
+    "stored (in, out)": (tf.GptOssConfig(**MOE, head_dim=8), "mlp.experts", {}),
+    "stored (in, out), square": (tf.GptOssConfig(**{**MOE, "intermediate_size": 16}, head_dim=8), "mlp.experts", {}),
+    "taken for (out, in)": (
+        tf.Llama4TextConfig(**MOE, intermediate_size_mlp=24, head_dim=8, pad_token_id=0, eos_token_id=2),
+        "feed_forward.experts",
+        {},
+    ),
+}
+"""Models with stacked experts, and where in a layer these are."""
+
+
+@pytest.mark.parametrize("kind", PARAMETERS)
+def test_factors_over_stacked_experts_equal_what_peft_makes_of_them(kind: str, tmp_path: Path) -> None:
+    """Both parameters of a module, and a weight by its name, in files that keep experts apart or together."""
+    config, experts, options = PARAMETERS[kind]
+    torch.manual_seed(0)
+    targets = [f"{experts}.gate_up_proj", f"{experts}.down_proj", "v_proj.weight"]
+    model = tf.AutoModelForCausalLM.from_config(config)
+    adapted = tuned(tmp_path, model, lora("q_proj", target_parameters=targets, **options))
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    expected, base = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "base"))
+    with open_checkpoint(tmp_path / "adapter") as found:
+        assert set(found) == set(expected)
+        assert set(found.unrounded) == {name for name in base if not torch.equal(base[name], expected[name])}
+        for name in found:
+            torch.testing.assert_close(found[name], expected[name], **CLOSE)
+            torch.testing.assert_close(found.read(name, (1, 2)), expected[name][1:2], **CLOSE)
+
+
+def test_parameters_that_nothing_tells_apart_are_refused(tmp_path: Path) -> None:
+    """Parameters of one shape, square ones alone, ranks that divide nothing, and such that the base does not have."""
+    down, up = "mlp.experts.down_proj", "mlp.experts.up_proj"
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": "../base"}
+    for at, (shapes, changes, message) in enumerate(
+        (
+            ({down: (3, 4, 6)}, {"r": 4}, "6 rows for the experts of a parameter, and adapter_config.json says rank 4"),
+            ({down: (3, 4, 6)}, {"rank_pattern": {"up_proj": 3}}, "says several ranks, so that their number"),
+            ({down: (3, 4, 6)}, {"alpha_pattern": {"up_proj": 3}}, "different scales, and the file does not tell"),
+            ({down: (3, 4, 6), up: (3, 4, 6)}, {}, r"does not tell what changes what\. Merge it"),
+            ({down: (3, 4, 5)}, {}, r"make \(3, 4, 6\)\. Of such .* holds layers.0.mlp.experts.down_proj \(3, 4, 5\)"),
+            ({}, {}, "holds none, which does not tell"),
+        )
+    ):
+        for part in ("base", "adapter"):
+            (tmp_path / str(at) / part).mkdir(parents=True)
+        tensors = {f"layers.0.{name}": torch.zeros(shape) for name, shape in shapes.items()}
+        save_file({"x": torch.zeros(2), **tensors}, tmp_path / str(at) / "base" / "model.safetensors")
+        factors = {"A": torch.zeros(6, 6), "B": torch.zeros(4, 6)}
+        prefix, folder = "base_model.model.layers.0.mlp.experts", tmp_path / str(at) / "adapter"
+        save_file({f"{prefix}.lora_{s}.weight": t for s, t in factors.items()}, folder / "adapter_model.safetensors")
+        config = {**settings, "target_parameters": [down, up], **changes}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(folder)
+
+
 def test_what_is_not_bound_any_more_is_said(tmp_path: Path) -> None:
     tuned(tmp_path, llama(tied=True), lora("lm_head"))
     with open_checkpoint(tmp_path / "adapter") as found:

@@ -10,6 +10,7 @@ from functools import partial
 from threading import local
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from diffract.checkpoints.adapter_parameters import Parameters
 from diffract.checkpoints.adapter_parts import (
     CONFIG,
     MERGE,
@@ -101,6 +102,8 @@ class Adapted:
         """Return rows of a weight plus those of the product of factors."""
         change = self.changes[name]
         left, right = self._at_hand(name).sides
+        if right.ndim == 3 and rows is not None:
+            right = right[slice(*rows)]
         values = change.start[0].read_unrounded(change.start[1], rows).double()
         return values + ((left if rows is None else left[slice(*rows)]) @ right).reshape(values.shape)
 
@@ -249,11 +252,13 @@ class _Fitted:
         for name in self.base:
             self.bare.setdefault(self.architecture.bare.get(name, name), []).append(name)
         self.places = self._places()
+        parameters = Parameters(self.base, self.architecture, self.places)
+        self.adapter = replace(self.adapter, low_rank=parameters.settle(self.adapter.low_rank, self.where))
         for name, stored in self.adapter.whole.items():
             self._replace(name, stored)
         flag = self._flag()
-        for module, low_rank in self.adapter.low_rank.items():
-            self._add(module, low_rank, flag)
+        for low_rank in self.adapter.low_rank.values():
+            self._add(low_rank, flag)
         for module, stored in self.adapter.biases.items():
             self._shift(module, stored)
         self._untie()
@@ -268,7 +273,8 @@ class _Fitted:
         """
         from diffract.architectures.names import outer_prefixes
 
-        names = [*self.adapter.whole, *(f"{m}.weight" for m in (*self.adapter.low_rank, *self.adapter.tokens))]
+        names = [*self.adapter.whole, *(f"{module}.weight" for module in self.adapter.tokens)]
+        names += [name for parts in self.adapter.low_rank.values() for name in parts.parameters or (parts.weight,)]
         names += [f"{module}.bias" for module in self.adapter.biases]
         found, lost = {}, {}
         for name in names:
@@ -359,22 +365,24 @@ class _Fitted:
         PEFT keeps that of the last module. Where oblong matrices of the adapter deny it, nothing is known.
         """
         flag = bool(self.adapter.settings.raw.get("fan_in_fan_out"))
-        for module, low_rank in self.adapter.low_rank.items():
-            own, shape = self.places.get(f"{module}.weight"), low_rank.shape
-            if own is not None and not low_rank.embedding and len(shape) == len(set(shape)) == 2:
+        for low_rank in self.adapter.low_rank.values():
+            own, shape = self.places.get(low_rank.weight), low_rank.shape
+            known = low_rank.embedding or low_rank.parameters
+            if own is not None and not known and len(shape) == len(set(shape)) == 2:
                 stored = self.base.info(own).shape
                 if (stored == shape[::-1]) != flag and stored in (shape, shape[::-1]):
                     return None
         return flag
 
-    def _add(self, module: str, low_rank: LoraParts, flag: bool | None) -> None:
+    def _add(self, low_rank: LoraParts, flag: bool | None) -> None:
         """Add the product of factors to a weight."""
-        name = f"{module}.weight"
+        name = low_rank.weight
         own, start = self._start(name)
         if start.low_rank is not None:
             self._refuse_two(own)
         shape, product = start.info.shape, low_rank.shape
-        fits, fits_turned = shape == product, len(product) == 2 and shape == product[::-1]
+        turnable = len(product) == 2 and not low_rank.parameters  # shapes have told how a parameter lies
+        fits, fits_turned = shape == product, turnable and shape == product[::-1]
         if not (fits or fits_turned) or (low_rank.embedding and not fits_turned):
             raise CheckpointError(
                 f"{self.where}: the factors of {printable(name)!r} make {product}, the base holds {shape}. {ANOTHER}"

@@ -30,7 +30,7 @@ FILES = (WEIGHTS, TORCH_WEIGHTS, MLX_WEIGHTS)
 
 OTHER_SUMS = (
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "monteclora_config"),
-    *("target_parameters", "use_bdlora", "use_qalora", "velora_config"),
+    *("use_bdlora", "use_qalora", "velora_config"),
 )
 """Settings of PEFT under which a weight is another function of the factors, or of other tensors."""
 
@@ -103,6 +103,12 @@ class Settings:
             )
         return found
 
+    def parameters(self, module: str) -> tuple[str, ...]:
+        """Return the names of what was adapted instead of a module: parameters, of which it has one or more."""
+        named = self.raw.get("target_parameters")
+        split = [n.rpartition(".") for n in (named if isinstance(named, list) else ()) if isinstance(n, str)]
+        return tuple(f"{module}.{last}" for stem, _, last in split if stem and f".{module}".endswith(f".{stem}"))
+
     def saved_whole(self, module: str) -> bool:
         """Whether a module is among those that were trained as they are."""
         names = self.raw.get("modules_to_save") or ()
@@ -164,6 +170,11 @@ class LoraParts:
         turned: They are stored (in, r) and (r, out), as mlx-lm does, not (r, in) and (out, r).
         embedding: The module is an embedding, whose weight is always stored (in, out).
         magnitude: Name of DoRA's magnitudes, (out,).
+        parameters: Names of what it may be added to, where that is a parameter and not the module's weight; the base
+            tells which, and then it is one.
+        experts: Matrices in that parameter: A is (experts r, in), B is (out, r experts) with the expert innermost.
+        swapped: That parameter is stored (experts, in, out).
+        cut: Of all experts this one, and of its output these rows, from and to: a tensor of its own in the base.
     """
 
     module: str
@@ -173,23 +184,47 @@ class LoraParts:
     turned: bool = False
     embedding: bool = False
     magnitude: str | None = None
+    parameters: tuple[str, ...] = ()
+    experts: int = 1
+    swapped: bool = False
+    cut: tuple[int, int, int] | None = None
+
+    @property
+    def weight(self) -> str:
+        """What the adapter calls the tensor that it changes."""
+        return self.parameters[0] if len(self.parameters) == 1 else f"{self.module}.weight"
 
     @property
     def rank(self) -> int:
-        """Columns of B."""
+        """Columns of B, of one expert."""
+        if self.parameters:
+            return self.A.shape[0] // self.experts
         return self.A.shape[1 if self.turned and len(self.A.shape) == 2 else -2 if self.turned else 0]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the product: (out, in), with a leading axis of experts, or with axes of a convolution behind."""
         a, b = self.A.shape, self.B.shape
+        if self.cut:
+            return (self.cut[2] - self.cut[1], a[1])
+        if self.experts > 1:
+            return (self.experts, a[1], b[0]) if self.swapped else (self.experts, b[0], a[1])
         if self.turned:
             return (b[1], a[0]) if len(a) == 2 else (a[0], b[1], a[2])
         return (b[0], *a[1:])
 
     def read(self, weights: Checkpoint) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return B, (out, r), the scale included, and A, (r, in), in float64; of experts a stack of each."""
+        """Return B, (out, r), the scale included, and A, (r, in), in float64; of experts a stack of each.
+
+        The names are those of a product that lies as it is stored: where that is (in, out), B is the factor of inputs.
+        """
         A, B = weights.read(self.A.name).double(), weights.read(self.B.name).double() * self.scale
+        if self.experts > 1:
+            A, B = A.unflatten(0, (self.experts, -1)), B.unflatten(1, (-1, self.experts)).permute(2, 0, 1)
+            if self.cut:
+                expert, first, last = self.cut
+                return B[expert, first:last], A[expert]
+            return (A.mT, B.mT) if self.swapped else (B, A)
         if self.turned and A.ndim == 2:
             return B.mT, A.mT
         return (B, A) if self.turned else (B.flatten(1), A.flatten(1))
@@ -318,7 +353,10 @@ def _of_one(weights: Checkpoint, settings: Settings, name: str | None) -> dict[s
         slot, match = next(((slot, m) for slot, m in matches if m), ("whole", None))
         own = match.groupdict().get("name") if match else (m := _SAVED.search(plain)) and m["name"]
         module = match["module"] if match else _SAVED.sub("", plain)
-        sorted_[stored] = slot, module_name(f"{module}.").removesuffix("."), own or ""
+        bare = module.replace(".base_layer", "")
+        if match is None or not settings.parameters(bare):
+            module = module_name(f"{module}.").removesuffix(".")
+        sorted_[stored] = slot, module, own or ""
     names = sorted({own for _, _, own in sorted_.values()} - {""})
     if name is None and len(names) > 1:
         raise CheckpointError(
@@ -360,6 +398,8 @@ def _low_rank(module: str, parts: Mapping[str, str], adapter: Adapter) -> LoraPa
             f"{where}: the factors of {printable(module)!r} are {b.shape} and {a.shape}, which have no product. "
             "The adapter is damaged; fetch it again."
         )
+    if parameters := settings.parameters(module.replace(".base_layer", "")):
+        return _of_parameter(replace(found, parameters=parameters), adapter)
     if (told := settings.rank(module)) not in (None, found.rank):
         raise CheckpointError(
             f"{where}: the factors of {printable(module)!r} have rank {found.rank}, and {CONFIG} says {told}, so that "
@@ -371,3 +411,23 @@ def _low_rank(module: str, parts: Mapping[str, str], adapter: Adapter) -> LoraPa
         shape = weights.info(found.magnitude).shape
         raise CheckpointError(f"{where}: {printable(module)!r} has {outputs} outputs, and magnitudes of shape {shape}.")
     return replace(found, scale=settings.scale(module, found.rank))
+
+
+def _of_parameter(parts: LoraParts, adapter: Adapter) -> LoraParts:
+    """Return factors over one of some parameters, with experts and scale, which must be the same for all of them."""
+    settings, rows = adapter.settings, parts.A.shape[0]
+    ranks = {settings.rank(name) for name in parts.parameters}
+    rank = ranks.pop()
+    if ranks or rank is None or rows % rank:
+        told = "several ranks" if ranks else f"rank {rank}"
+        raise CheckpointError(
+            f"{settings.where}: the factors of {printable(parts.module)!r} have {rows} rows for the experts of a "
+            f"parameter, and {CONFIG} says {told}, so that their number cannot be known. {MERGE}"
+        )
+    scales = {settings.scale(name, rank) for name in parts.parameters}
+    if len(scales) > 1:
+        raise CheckpointError(
+            f"{settings.where}: alpha_pattern gives the parameters of {printable(parts.module)!r} different scales, "
+            f"and the file does not tell them apart. {MERGE}"
+        )
+    return replace(parts, experts=rows // rank, scale=scales.pop())

@@ -288,7 +288,9 @@ def wanted_files(folder: HubFolder, *, weights: bool = True, companions: bool = 
         if not found.files and not factors:
             refuse_without_weights(folder)
         read += [*found.files, found.index, factors]
-    return sorted({name for name in read if name in folder.files} | set(find_companions(folder) if companions else ()))
+    return sorted(
+        {name for name in read if name and name in folder.files} | set(find_companions(folder) if companions else ())
+    )
 
 
 def download(folder: HubFolder, files: Sequence[str]) -> Path:
