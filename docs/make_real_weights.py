@@ -88,7 +88,8 @@ with the same norms of rows and columns reaches as many in at most 5% of draws i
 ({more / len(found):.1%}).
 
 rxnfp is read as BERT by its names, one of the three without the prefix of the others. sceptr and anarcii use torch's
-own attention and state no number of heads: their projections are compared whole.
+own attention and state no number of heads: their projections are compared whole, and as heads with an architecture file
+that states it ([architectures](architectures.md)).
 """
     Path(__file__).with_name("real-weights.md").write_text(HEAD + "\n".join(rows) + "\n" + text, encoding="utf-8")
 

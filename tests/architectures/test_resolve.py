@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,27 @@ def test_torch_attention_is_cut_where_the_configuration_states_heads() -> None:
     assert found["L0.decoder.cross_attn.o.h3"].cols == (24, 32)
     whole = [m.name for m in matrices({}, shapes)]
     assert whole[:4] == ["L0.encoder.attn.q", "L0.encoder.attn.k", "L0.encoder.attn.v", "L0.encoder.attn.o"]
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_the_line_that_an_error_gives_states_the_number_of_heads(known: bool, tmp_path: Path) -> None:
+    """By the line itself, run by a shell: for attention that no family describes, and for names of one."""
+    torch_attention = {"decoder.layers.0.multihead_attn.in_proj_weight": (96, 32), "linear1.weight": (64, 32)}
+    torch_attention |= {"decoder.layers.0.multihead_attn.out_proj.weight": (32, 32), "linear2.weight": (32, 64)}
+    bert = {
+        f"encoder.layer.0.attention.{n}.weight": (32, 32)
+        for n in ("self.query", "self.key", "self.value", "output.dense")
+    }
+    shapes = bert if known else torch_attention
+    note = resolve({}, shapes).note
+    line = note[note.index("echo ") :].replace("HEADS", "4").replace("WIDTH", "32")
+    subprocess.run(["sh", "-c", line], cwd=tmp_path, check=True)
+    found = resolve({}, shapes, spec_file=tmp_path / "own.json")
+    assert (found.dimensions.heads, found.dimensions.head_dim) == (4, 8)
+    assert labels(found.config, shapes) == labels({"num_attention_heads": 4, "hidden_size": 32}, shapes)
+    assert "echo" not in found.note
+    # what the configuration states counts
+    assert resolve({"num_attention_heads": 2, "hidden_size": 32}, shapes, spec_file=tmp_path / "own.json") != found
 
 
 def test_gated_queries_and_differential_heads() -> None:

@@ -18,7 +18,7 @@ from diffract.architectures.dimensions import (
 )
 from diffract.architectures.names import Fit, Templates, fit_names, outer_prefixes, unwrapped
 from diffract.architectures.spec import Spec, builtin_specs, load_spec
-from diffract.architectures.structure import Reading, Shapes, read_structure
+from diffract.architectures.structure import HEAD_KEYS, NO_COUNT, Reading, Shapes, read_structure
 from diffract.errors import ArchitectureError, printable
 
 ENOUGH = 0.5
@@ -80,7 +80,8 @@ def resolve(
     Args:
         config: The model's config.json, empty if it has none.
         shapes: Shape of every tensor, by name.
-        spec_file: A user's own architecture file; it wins, and what it leaves out is left out.
+        spec_file: A user's own architecture file; it wins, and what it leaves out is left out. One that has defaults
+            alone states what the configuration does not, such as the number of heads.
 
     Returns:
         The architecture; the generic one (every 2-D tensor is one matrix) if nothing describes the model.
@@ -93,6 +94,8 @@ def resolve(
     plain = {name: unwrapped(name) for name in shapes}
     if spec_file is not None:
         own = load_spec(spec_file)
+        if own.defaults and not own.tensors:
+            return resolve({**own.defaults, **config}, shapes)
         prefix, fits = fit_names(Templates(own.tensors), plain.values())
         if shapes and not fits:
             raise ArchitectureError(
@@ -187,8 +190,18 @@ def _without_heads(known: Architecture) -> Architecture:
     # what is fused cannot be taken apart without it
     alone = {name: place for name, place in known.places.items() if len(place.role.part) == 1 or place.role.stacked}
     whole = {n: replace(p, role=p.role.model_copy(update={"whole": True})) for n, p in alone.items()}
+    assert known.spec is not None
+    keys = known.spec.config
     note = f"Names are those of {known.family}; nothing states a number of heads, so that projections stay whole."
+    note += f" {_how_to_state({str(keys.heads[0]): 'HEADS', str(keys.width[0]): 'WIDTH'})}"
     return replace(known, places=whole, note=note)
+
+
+def _how_to_state(values: Mapping[str, str]) -> str:
+    """Say by a line to copy how a user states what a configuration does not."""
+    text = ", ".join(f'"{key}": {value}' for key, value in values.items())
+    line = f"""echo '{{"family": "own", "defaults": {{{text}}}}}' > own.json"""
+    return f"Pass --architecture own.json, made by this line with your {' and '.join(values.values())}: {line}"
 
 
 def _with_structure(known: Architecture, reading: Reading, config: Mapping[str, Any]) -> Architecture:
@@ -197,10 +210,12 @@ def _with_structure(known: Architecture, reading: Reading, config: Mapping[str, 
     notes = [known.note] if known.note else []
     if reading.whole:
         path, reason = next(iter(reading.whole.items()))
-        notes.append(
-            f"{len(reading.whole)} attention modules are not cut into heads, first {printable(path)}: {reason}. "
+        notes += [
+            f"{len(reading.whole)} attention modules are not cut into heads, first {printable(path)}: {reason}.",
             "Pass --architecture FILE to describe them."
-        )
+            if reason != NO_COUNT
+            else _how_to_state({HEAD_KEYS[0]: "HEADS"}),
+        ]
     if known.spec is not None:
         return replace(known, places=places, note=" ".join(notes))
     if reading.dimensions.heads:

@@ -86,7 +86,7 @@ class Spec(_Strict):
         family: Name of the family.
         model_types: Values of config.json's ``model_type`` that this file describes.
         config: Where the dimensions stand.
-        defaults: Values that count when config.json does not state them.
+        defaults: Values that count when config.json does not state them; a file that has nothing else adds them to it.
         prefix: What a model with an output head calls its body. Names are read behind any prefix; this one is written
             into adapters over files that lack it.
         tensors: Role of each tensor name template; ``{layer}``, ``{expert}`` and ``{head}`` stand for numbers.
@@ -101,7 +101,7 @@ class Spec(_Strict):
     config: ConfigKeys = Field(default_factory=ConfigKeys)
     defaults: dict[str, Any] = Field(default_factory=dict)
     prefix: str = ""
-    tensors: dict[str, Role]
+    tensors: dict[str, Role] = Field(default_factory=dict)
     tied: dict[str, str] = Field(default_factory=dict)
     qk_norm: Literal["", "rms", "rms_one_plus", "layer"] = ""
     note: str = ""

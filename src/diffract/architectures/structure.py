@@ -39,6 +39,8 @@ _role = cache(Role)  # which is checked when it is made: once for all layers tha
 _SLOTS = {name: slot for slot, names in USUAL_NAMES.items() for name in names.split()}
 
 HEAD_KEYS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads", "nhead", "num_query_heads")
+NO_COUNT = "the configuration states no number of heads"
+
 SIDED_KEYS = ("{}_attention_heads", "num_{}_attention_heads", "num_{}_heads")
 """Where configurations of encoder-decoders keep the heads of one side."""
 
@@ -247,8 +249,7 @@ def _equations(module: Attention, shapes: Shapes, claims: Claims) -> tuple[Dimen
     if strange:
         return f"it holds {printable(strange[0])}, too"
     if heads is None or counted not in (None, heads):
-        told = f"{heads} heads, an axis of q counts {counted}" if heads else "no number of heads"
-        return f"the configuration states {told}"
+        return f"the configuration states {heads} heads, an axis of q counts {counted}" if heads else NO_COUNT
     sizes = {slot: _out_and_in(slot, name, shapes[name]) for slot, name in module.tensors.items()}
     q, k, v = (sizes["qkv"][0] // 3,) * 3 if "qkv" in sizes else (sizes[slot][0] for slot in "qkv")
     width, columns = next(iter(sizes.values()))[1], sizes["o"][1]
