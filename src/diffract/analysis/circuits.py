@@ -133,7 +133,8 @@ def _circuits_of(layout: Layout, model: int) -> Iterator[CircuitTask]:
             fit = kind != "qk" or {m.shape[0] for m in lefts} == {m.shape[0] for m in rights}
             if lefts and rights and shared and fit:
                 labels = tuple(_label(kind, m, rights[0]) for m in lefts)
-                yield CircuitTask(model, labels, tuple(lefts), tuple(rights), spec.qk_norm if spec else "")
+                norm = spec.qk_norm if spec else ""
+                yield CircuitTask(model, labels, left=tuple(lefts), right=tuple(rights), qk_norm=norm)
 
 
 def _label(kind: str, left: Matrix, right: Matrix) -> Matrix:

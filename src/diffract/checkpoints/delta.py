@@ -315,7 +315,7 @@ def open_delta(folder: Folder, base: Checkpoint, *, owns_base: bool) -> Checkpoi
             info, blocks = _described(name, entry, file)
             _check_base(info, entry["base"], blocks, base)
             infos[name] = info
-            sources[name] = _Stored(blocks, file, base, entry["base"], owns_base)
+            sources[name] = _Stored(blocks, file, base, base_name=entry["base"], owns_base=owns_base)
     except BaseException:
         file.close()
         raise

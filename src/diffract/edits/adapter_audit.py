@@ -122,7 +122,7 @@ def audit(
     # The largest rank is the adapter's own; PEFT lists exceptions alone.
     pattern = {name: k for name, k in needed.items() if k < rank}
     merging = [] if base is None else _merging(adapter, base, download=download)
-    return Audit(str(adapter), rows, pattern, rank, overlaps, merging, whole)
+    return Audit(str(adapter), rows, pattern, rank=rank, overlap=overlaps, merging=merging, whole=whole)
 
 
 def _spectra(adapter: Adapter, low_rank: LoraParts) -> list[tuple[str, _Spectrum | None]]:
