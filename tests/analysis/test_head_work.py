@@ -16,7 +16,7 @@ import diffract
 from diffract.analysis import head_changes, work
 from diffract.analysis import held as stack
 from diffract.checkpoints import Checkpoint, TensorInfo
-from diffract.checkpoints.adapter import Adapted
+from diffract.checkpoints.adapted import Adapted
 from diffract.matrices.lineage import Lineage
 from tiny_llama import llama_tensors
 

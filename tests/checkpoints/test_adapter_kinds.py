@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 import diffract
 from diffract.checkpoints import open_checkpoint
 from diffract.checkpoints.open import open_adapter_parts
-from diffract.errors import CheckpointError
+from diffract.edits.adapter_audit import audit
+from diffract.errors import CheckpointError, SelectionError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's advice on tied weights and on settings of single layers
 
@@ -87,6 +88,10 @@ KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "DoRA": (llama(), lora("q_proj", "up_proj", use_dora=True), {}),
     "DoRA, an embedding": (llama(), lora("embed_tokens", use_dora=True, use_rslora=True), {}),
     "DoRA, stored (in, out)": (gpt2(), lora("c_attn", "c_proj", use_dora=True), {}),
+    "PiSSA, not converted": (llama(), lora("q_proj", "up_proj", "down_proj", init_lora_weights="pissa"), {}),
+    "PiSSA, stored (in, out)": (gpt2(), lora("c_attn", init_lora_weights="pissa", use_rslora=True), {}),
+    "PiSSA and DoRA": (llama(), lora("q_proj", "up_proj", init_lora_weights="pissa", use_dora=True), {}),
+    "OLoRA, not converted": (llama(), lora("q_proj", "up_proj", "down_proj", init_lora_weights="olora"), {}),
     "biases of LoRA": (gpt2(), lora("c_attn", "c_fc", lora_bias=True), {}),
     "all biases": (gpt2(), lora("c_attn", bias="all"), {}),
     "own biases": (gpt2(), lora("c_attn", bias="lora_only"), {}),
@@ -188,6 +193,22 @@ def test_parameters_that_nothing_tells_apart_are_refused(tmp_path: Path) -> None
         (folder / "adapter_config.json").write_text(json.dumps(config))
         with pytest.raises(CheckpointError, match=message):
             open_checkpoint(folder)
+
+
+def test_factors_that_hold_a_part_of_the_base_are_no_change(tmp_path: Path) -> None:
+    """A comparison sees what training did; an audit, which knows no base, says that it cannot."""
+    torch.manual_seed(0)
+    model = llama()
+    model.save_pretrained(tmp_path / "base")
+    adapted: Any = get_peft_model(model, lora("q_proj", init_lora_weights="pissa"))
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    with open_checkpoint(tmp_path / "adapter") as found, open_checkpoint(tmp_path / "base") as base:
+        for name in found.factors:
+            torch.testing.assert_close(found[name], base[name], rtol=0, atol=1e-6)  # factors of float32
+            assert found.factors[name]().B.shape == (16, 6)
+    with pytest.raises(SelectionError, match="'pissa' took out of the base too, so that they alone do not tell"):
+        audit(tmp_path / "adapter")
 
 
 def test_what_is_not_bound_any_more_is_said(tmp_path: Path) -> None:

@@ -34,8 +34,11 @@ OTHER_SUMS = (
 )
 """Settings of PEFT under which a weight is another function of the factors, or of other tensors."""
 
-MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations (``init_lora_weights``) that change the base too, so that the factors do not add to it."""
+TAKEN = ("pissa", "olora")
+"""Initialisations (``init_lora_weights``) that take what factors begin with out of the base, which tells it again."""
+
+MOVES_BASE = ("pissa_niter", "corda", "loftq", "lora_ga")
+"""Initialisations that change the base too, by draws or by data that nobody has kept."""
 
 TOKENS = "TRAINABLE_TOKENS"
 """PEFT's method that trains rows of an embedding and nothing else."""
@@ -69,6 +72,12 @@ class Settings:
     def dora(self) -> bool:
         """Whether there must be magnitudes."""
         return self.raw.get("fine_tune_type") == "dora" if self.mlx else bool(self.raw.get("use_dora"))
+
+    @property
+    def taken(self) -> str:
+        """How factors were taken out of the base's weights before training, of `TAKEN`; empty where none were."""
+        told = str(self.raw.get("init_lora_weights")).lower()
+        return told if told in TAKEN and not self.mlx else ""
 
     @property
     def base(self) -> object:
@@ -416,6 +425,11 @@ def _low_rank(module: str, parts: Mapping[str, str], adapter: Adapter) -> LoraPa
 def _of_parameter(parts: LoraParts, adapter: Adapter) -> LoraParts:
     """Return factors over one of some parameters, with experts and scale, which must be the same for all of them."""
     settings, rows = adapter.settings, parts.A.shape[0]
+    if settings.taken:
+        raise CheckpointError(
+            f"{settings.where}: {printable(parts.module)!r} has factors of a parameter, which PEFT does not take out "
+            f"of the base as init_lora_weights {settings.taken!r} says. {MERGE}"
+        )
     ranks = {settings.rank(name) for name in parts.parameters}
     rank = ranks.pop()
     if ranks or rank is None or rows % rank:

@@ -94,6 +94,13 @@ def audit(
     held, other = open_adapter_parts(adapter, download=download), None
     try:
         other = None if against is None else open_adapter_parts(against, download=download)
+        for opened in (held, other):
+            if opened is not None and opened.settings.taken:
+                raise SelectionError(
+                    f"{opened.settings.where}: its factors hold what init_lora_weights {opened.settings.taken!r} took "
+                    "out of the base too, so that they alone do not tell the change. Convert it with PEFT "
+                    "(path_initial_model_for_weight_conversion), or compare it with its base: diffract compare."
+                )
         rows: list[Row] = []
         overlaps: list[Row] = []
         for done, low_rank in enumerate(held.low_rank.values(), 1):
