@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,31 @@ def test_edits_take_weights_from_other_tensors(fused_and_split: tuple[Path, Path
     found, wanted = load_file(out / "model.safetensors"), fused(load_file(tuned / "model.safetensors"))
     for name, value in wanted.items():
         assert torch.equal(found[name], value), name
+
+
+def test_attention_of_three_storages_is_one_attention(tmp_path: Path) -> None:
+    """By q, k, v one after another stored (in, out), head by head, and alone: all matrices and biases are equal."""
+    w, b = (dict(zip("qkvo", numbers(4, *shape), strict=True)) for shape in ((32, 32), (32,)))
+    joined = {"weight": torch.cat([w[p] for p in "qkv"]).T, "bias": torch.cat([b[p] for p in "qkv"])}
+    by_head = {n: torch.stack([t[p].unflatten(0, (4, 8)) for p in "qkv"], 1) for n, t in (("weight", w), ("bias", b))}
+    alone = zip("qkvo", ("q_proj", "k_proj", "v_proj", "out_proj"), strict=True)
+    models = {
+        "gpt2": {f"h.0.attn.c_attn.{n}": t for n, t in joined.items()}
+        | {"h.0.attn.c_proj.weight": w["o"].T, "h.0.attn.c_proj.bias": b["o"]},
+        "gpt_neox": {f"layers.0.attention.query_key_value.{n}": t.flatten(0, 2) for n, t in by_head.items()}
+        | {"layers.0.attention.dense.weight": w["o"], "layers.0.attention.dense.bias": b["o"]},
+        "opt": {f"decoder.layers.0.self_attn.{n}.{k}": t[p] for p, n in alone for k, t in (("weight", w), ("bias", b))},
+    }
+    config = CONFIG | {"n_head": 4, "n_embd": 32, "num_key_value_heads": 4}
+    for kind, tensors in models.items():
+        (tmp_path / kind).mkdir()
+        save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / kind / "model.safetensors")
+        (tmp_path / kind / "config.json").write_text(json.dumps(config | {"model_type": kind}))
+    for base, tuned in permutations(models, 2):
+        run = diffract.compare(tmp_path / base, tmp_path / tuned, metrics="change", cache=False)
+        assert run.metrics.filter(model=tuned)["delta_relative"].to_list() == [0.0] * 16, (base, tuned)
+        assert set(run.tables["vectors"]["delta"]) == {0.0}, (base, tuned)
+        assert set(run.tables["vectors"]["tensor"]) == {n for n in models[base] if n.endswith("bias")}
 
 
 def test_edits_take_biases_from_other_tensors(tmp_path: Path) -> None:

@@ -30,8 +30,8 @@ SHOWN = 3
 def counterparts(base: Layout, other: Layout) -> dict[str, str]:
     """Return what a base calls those tensors that another checkpoint has under another name.
 
-    Two names mean one tensor where both are the same part of the model, or, for what nothing describes (norms, biases),
-    where they are equal without prefix and words of wrappers.
+    Two names mean one tensor where both are the same part of the model, stored the same way round, or, for what nothing
+    describes (norms, biases), where they are equal without prefix and words of wrappers.
     """
     known = {_part(base, name): name for name in base.entries}
     found = ((name, known.get(_part(other, name))) for name in other.entries if name not in base.entries)
@@ -42,7 +42,7 @@ def _part(layout: Layout, name: str) -> tuple[object, ...]:
     place = layout.architecture.place(name)
     if place is None:
         return (layout.architecture.bare.get(name, name),)
-    return (place.role.part, place.role.stacked, place.layer, place.expert, place.head)
+    return (place.role.part, place.role.stacked, place.role.transposed, place.layer, place.expert, place.head)
 
 
 def renamed_like(base: Layout, layout: Layout) -> Layout:
@@ -170,8 +170,12 @@ def _parts(layout: Layout) -> dict[str, tuple[Matrix, ...]]:
         if entry is None or not entry.info.is_float:
             continue
         bias, dtype = entry.info.name, entry.info.dtype
-        parts = tuple(Matrix(f"{m.name}.bias", bias, (m.shape[0], 1), dtype, rows=m.outputs) for m in matrices)
-        # heads of the output share its bias, experts have one each: neither is cut so; and a selection may lack some
+        # heads of the output have their columns for themselves, and all of its rows in common: the first has its bias
+        spans = {m.outputs: m for m in reversed(matrices)}
+        parts = tuple(
+            Matrix(f"{m.name}.bias", bias, (m.shape[0], 1), dtype, rows=rows) for rows, m in sorted(spans.items())
+        )
+        # experts have a row of a bias each, and a selection may lack some parts: neither is put together
         if entry.info.shape == (sum(m.shape[0] for m in parts),) and all(m.index is None for m in matrices):
             found[bias] = parts
     return found
