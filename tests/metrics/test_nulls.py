@@ -1,6 +1,7 @@
 """What row and column norms alone make of a spectrum, by draws; and Hartigan's dip, against linear programming."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +10,10 @@ import torch
 from scipy.optimize import linprog
 
 import diffract
-from diffract.analysis.drawn import choose_nulls, null_cost
+from diffract.analysis.drawn import NULLS_SHARE, choose_nulls, foretold_seconds, null_seconds
 from diffract.analysis.facts import MetricPlan
-from diffract.matrices import lay_out
+from diffract.analysis.work import TensorTask, tensor_tasks
+from diffract.matrices import Matrix, lay_out
 from diffract.metrics import choose_metrics
 from diffract.metrics.nulls import dip, dips, reached, rowcol_sigmas
 
@@ -251,15 +253,43 @@ def test_nulls_are_drawn_for_some_matrices_of_every_role() -> None:
     assert every.metrics.filter(drawn)["peak_count_rowcol"].equals(some.metrics.filter(drawn)["peak_count_rowcol"])
 
 
-def test_nulls_cost_no_more_than_the_rest() -> None:
-    with diffract.open({f"w{i}": np.zeros((512, 512), np.float32) for i in range(8)}) as checkpoint:
-        matrices = lay_out(checkpoint).matrices
+def planned(*shape: int, count: int = 8) -> tuple[list[Matrix], list[TensorTask]]:
+    with diffract.open({f"w{i}": np.zeros(shape, np.float32) for i in range(count)}) as checkpoint:
+        layout = lay_out(checkpoint)
+    return layout.matrices, tensor_tasks([layout])
+
+
+@pytest.mark.parametrize("metrics", ["all", "heavy_tails", "random_matrix", "spectral_shape"])
+@pytest.mark.parametrize("shape", [(64, 256), (128, 2048), (512, 512)])
+def test_nulls_take_no_more_than_the_rest(metrics: str, shape: tuple[int, int]) -> None:
+    matrices, tasks = planned(*shape, count=128)
+    plan = MetricPlan(tuple(choose_metrics(metrics, pair=False)))
+    chosen = choose_nulls(matrices, plan, tasks)
+    rest, drawn = (
+        sum(foretold_seconds(task, replace(plan, nulls=names)) for task in tasks) for names in (frozenset(), chosen)
+    )
+    assert 0 < len(chosen) <= 32
+    assert rest < drawn <= (1 + NULLS_SHARE) * rest
+    # one more would be too much
+    assert len(chosen) == 32 or drawn + null_seconds(matrices[0], plan) > (1 + NULLS_SHARE) * rest
+
+
+def test_what_nulls_of_a_comparison_take_is_foretold_of_every_model() -> None:
+    matrices, tasks = planned(512, 512)
     plan = MetricPlan(tuple(choose_metrics("all", pair=False)))
-    assert 0 < len(choose_nulls(matrices, plan, 0.0)) < len(choose_nulls(matrices, plan, 1e12)) == 8
-    # the bootstrap of the exponent alone costs less than the draws
-    alone = MetricPlan(tuple(choose_metrics("pl_alpha_stderr", pair=False)))
-    assert null_cost(matrices[0], alone) < null_cost(matrices[0], plan) / 10
-    assert len(choose_nulls(matrices, alone, 0.0)) == 8
+    own, compared = (
+        [foretold_seconds(replace(tasks[0], tuned=tuned), replace(plan, nulls=names)) for tuned in ((), (1, 2))]
+        for names in (frozenset(), None)
+    )
+    drawn = [b - a for a, b in zip(own, compared, strict=True)]
+    assert drawn == pytest.approx([null_seconds(matrices[0], plan), 3 * null_seconds(matrices[0], plan)])
+
+
+def test_a_bootstrap_takes_less_than_draws() -> None:
+    matrices, tasks = planned(512, 512)
+    every, alone = (MetricPlan(tuple(choose_metrics(one, pair=False))) for one in ("all", "pl_alpha_stderr"))
+    assert 0 < null_seconds(matrices[0], alone) < null_seconds(matrices[0], every) / 10
+    assert len(choose_nulls(matrices, alone, tasks)) == 8
 
 
 def test_the_weights_stay_as_they_are() -> None:

@@ -7,14 +7,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from diffract.analysis.facts import MetricPlan
 from diffract.analysis.work import PAIR_COST, AnyTask, HeadTask, TensorTask
 from diffract.matrices import Matrix, pair_seconds, scan_cost, scan_seconds
-from diffract.matrices.layout import READ_SECONDS
+from diffract.matrices.layout import (
+    PAIR_PRODUCTS,
+    PAIR_VECTORS_SECONDS,
+    PRODUCT_SECONDS,
+    READ_SECONDS,
+    VALUES_SECONDS,
+)
 from diffract.metrics import behind
+from diffract.metrics.facts import TAIL_LAWS
 from diffract.metrics.nulls import DRAWS, PAIR_DRAWS
 from diffract.metrics.separable import GROUPS
 
@@ -30,12 +38,37 @@ SMALL_PLAN = 1.2e11
 MOST_NULLS = 32
 """Matrices for which nulls are drawn unless all are asked for."""
 
-FREE_COST = 1.2e10
-"""What drawing nulls may cost in any case, as ``scan_cost`` counts: a second of one core."""
+NULLS_SHARE = 0.8
+"""What nulls may take of the rest: both take at most twice the rest, though what is foretold errs by a tenth."""
 
-SCAN_SHARE, METRICS_COST = 1 / 3, 1.5e8
-"""What the other metrics of a matrix take beside which nulls are drawn: so much of what is foretold, and so much more
-whatever its size (measured at 16 x 128 to 1024 x 1024)."""
+FREE_SECONDS = 0.25
+"""What drawing nulls may take of one core in any case: a fraction of what starting Python and torch takes."""
+
+DRAW_VALUE_SECONDS, DRAW_ENTRY_SECONDS = 2.5e-6, 9e-9
+"""What a Gaussian with a matrix's norms takes beside product and eigensolver: for each of its singular values, and per
+entry that is drawn, scaled and cast. Measured, like all prices here, with one thread at 16 x 64 to 1024 x 1024."""
+
+PAIR_OF_DRAWS_SECONDS = 2e-3
+"""What two of them take for themselves, whose vectors are compared."""
+
+LAW_SECONDS = 3e-4
+"""What the law of row and column norms takes for each row and column that it tells apart."""
+
+PRICES = {
+    **dict.fromkeys([f"{law}_candidates" for law in TAIL_LAWS], (5e-4, 1e-5)),
+    "bulk": (5e-4, 0.0),
+    "peaks": (2e-3, 1e-5),
+}
+"""What deriving a fact takes of one core: for each matrix, and for each of its singular values."""
+
+NULL_PRICES = {
+    **dict.fromkeys(("rowcol_peaks", "row_peaks"), (1.5e-3, 1e-5)),
+    "dip_pvalue": (8e-3, 1.5e-5),
+    "mp_spikes_tw_rowcol": (6e-4, 2e-6),
+    "rowcol_alphas": (1e-3, 5e-5),
+    "pl_alpha_stderr": (1e-3, 5e-5),
+}
+"""The same of what is found of all draws, or resamples, of a matrix: facts, and metrics that find it themselves."""
 
 
 def in_turns(matrices: Sequence[Matrix]) -> list[Matrix]:
@@ -52,34 +85,59 @@ def in_turns(matrices: Sequence[Matrix]) -> list[Matrix]:
     return [m for *_, m in sorted(turns, key=lambda one: one[:3])]
 
 
-def null_cost(matrix: Matrix, plan: MetricPlan) -> float:
-    """Return what the nulls of a matrix cost, as ``scan_cost`` counts, from its shape; measured like ``SCAN_SHARE``."""
+def null_seconds(matrix: Matrix, plan: MetricPlan) -> float:
+    """Return how long one core takes for the nulls of a matrix, about, from its shape."""
+    wanted = behind(fact for metric in plan.metrics for fact in metric.facts) | {m.name for m in plan.metrics}
+    entries, short = matrix.entries, min(matrix.shape)
+    values = DRAW_VALUE_SECONDS * short + VALUES_SECONDS * short**3
+    draw = (DRAW_ENTRY_SECONDS + PRODUCT_SECONDS * short) * entries + values
+    vectors = PAIR_PRODUCTS * PRODUCT_SECONDS * short * entries + PAIR_VECTORS_SECONDS * short**3
+    pair = PAIR_OF_DRAWS_SECONDS + 2 * DRAW_ENTRY_SECONDS * entries + vectors
+    prices = {
+        **dict.fromkeys(("rowcol_sigmas", "row_sigmas"), DRAWS * draw),
+        "rowcol_agreement": PAIR_DRAWS * pair,
+        "separable": LAW_SECONDS * sum(min(side, GROUPS) for side in matrix.shape),
+        **{name: each + per_value * short for name, (each, per_value) in NULL_PRICES.items()},
+    }
+    return sum(price for name, price in prices.items() if name in wanted)
+
+
+def _own_seconds(matrix: Matrix, plan: MetricPlan) -> float:
+    """Return how long one core takes for the metrics of a matrix without nulls, once its spectrum is known, about."""
     wanted = behind(fact for metric in plan.metrics for fact in metric.facts)
-    draws = DRAWS * (scan_cost([matrix]) / 8 + 6e6)  # sigmas of a Gram matrix alone, and counts of peaks, dips, spikes
-    pairs = PAIR_DRAWS * (scan_cost([matrix]) + 4e7)  # vectors of both, and all of their overlaps
-    law = 4e6 * sum(min(side, GROUPS) for side in matrix.shape)
-    resamples = 5e7 + 1.2e6 * min(matrix.shape)  # the whole fit, in the bootstrap of its exponent
-    prices = {"rowcol_sigmas": draws, "row_sigmas": draws, "rowcol_agreement": pairs, "separable": law}
-    return sum(price for fact, price in {**prices, "power_law": resamples}.items() if fact in wanted)
+    short = min(matrix.shape)
+    permuted = PRODUCT_SECONDS * matrix.entries * short + VALUES_SECONDS * short**3
+    prices = {name: each + per_value * short for name, (each, per_value) in PRICES.items()}
+    prices["null_sigmas"] = permuted
+    return sum(price for name, price in prices.items() if name in wanted)
 
 
-def choose_nulls(matrices: Sequence[Matrix], plan: MetricPlan, cost: float) -> frozenset[str]:
+def choose_nulls(matrices: Sequence[Matrix], plan: MetricPlan, tasks: Sequence[AnyTask]) -> frozenset[str]:
     """Return the names of the matrices for which nulls are drawn unless all are asked for.
 
-    They are chosen ``in_turns`` until there are ``MOST_NULLS``, or what they cost equals what else the metrics of all
-    matrices take, ``FREE_COST`` at least. All is foretold from shapes.
+    They are chosen ``in_turns`` until there are ``MOST_NULLS``, or what they take is ``NULLS_SHARE`` of what the tasks
+    take without them, or ``FREE_SECONDS``. All is foretold from shapes.
 
     Args:
         matrices: Those of one model.
         plan: What is computed.
-        cost: Of the rest of the plan, as tasks tell it.
+        tasks: Everything that is computed of these, of one model or of models that are compared.
     """
-    chosen, left = [], max(SCAN_SHARE * cost + METRICS_COST * len(matrices), FREE_COST)
+    without = replace(plan, nulls=frozenset())
+    rest = sum(foretold_seconds(task, without) for task in tasks)
+    chosen, left = [], max(NULLS_SHARE * rest, FREE_SECONDS)
+    models = max(_models(task, plan) for task in tasks if isinstance(task, TensorTask))
     for m in in_turns(matrices):
-        if len(chosen) < MOST_NULLS and null_cost(m, plan) <= left:
+        seconds = models * null_seconds(m, plan)
+        if len(chosen) < MOST_NULLS and seconds <= left:
             chosen.append(m.name)
-            left -= null_cost(m, plan)
+            left -= seconds
     return frozenset(chosen)
+
+
+def _models(task: TensorTask, plan: MetricPlan) -> int:
+    """Return of how many models a task finds the numbers of a single matrix."""
+    return 1 if plan.apart else 1 + len(task.tuned)
 
 
 def choose_noise(tasks: Sequence[AnyTask], *, times: int = 1) -> frozenset[str]:
@@ -114,7 +172,7 @@ RATE = 2.5e10
 def foretold_seconds(task: AnyTask, plan: MetricPlan) -> float:
     """Return how long one core takes for a task of a plan, about: what shares of the work are cut by.
 
-    Draws count, those of noise as further comparisons, those of nulls as ``null_cost`` foretells them.
+    Draws count, those of noise as further comparisons, those of nulls as ``null_seconds`` foretells them.
     """
     if isinstance(task, HeadTask):
         return READ_SECONDS * task.cost
@@ -130,5 +188,5 @@ def foretold_seconds(task: AnyTask, plan: MetricPlan) -> float:
     seconds += len(plan.noises) * len(task.tuned) * pair_seconds(noisy, spectra=spectra)
     nulls = plan.needs("drawn")
     drawn = [m for m in task.matrices if nulls and (plan.nulls is None or m.name in plan.nulls)]
-    models = 1 if plan.apart else 1 + len(task.tuned)
-    return seconds + models * sum(null_cost(m, plan) for m in drawn) / RATE
+    of_each = sum(_own_seconds(m, plan) for m in task.matrices) + sum(null_seconds(m, plan) for m in drawn)
+    return seconds + _models(task, plan) * of_each

@@ -100,11 +100,11 @@ class Options:
             metrics = [CATALOG["frobenius_norm"], *metrics]
         return MetricPlan(tuple(metrics), self.method, self.vectors)
 
-    def with_nulls(self, plan: MetricPlan, layout: Layout, cost: float) -> MetricPlan:
-        """Return the plan with the matrices chosen for which nulls are drawn; the rest of it has a ``cost``."""
+    def with_nulls(self, plan: MetricPlan, layout: Layout, tasks: Sequence[AnyTask]) -> MetricPlan:
+        """Return the plan with the matrices of a layout chosen for which nulls are drawn, beside what tasks take."""
         if self.nulls == "all" or not plan.needs("drawn"):
             return plan
-        return replace(plan, nulls=choose_nulls(layout.matrices, plan, cost))
+        return replace(plan, nulls=choose_nulls(layout.matrices, plan, tasks))
 
     def with_noise(self, plan: MetricPlan, tasks: Sequence[AnyTask], *, times: int = 1) -> MetricPlan:
         """Return the plan with the noises that are drawn, and the matrices chosen for which they are.
@@ -160,7 +160,7 @@ def open_analysis(
     if options.circuits:
         tasks += circuit_tasks(layouts)
         layouts = [replace(one, warnings=(*one.warnings, *gains_left_out(one))) for one in layouts]
-    plan = options.with_nulls(plan, layouts[0], sum(task.cost for task in tasks))
+    plan = options.with_nulls(plan, layouts[0], tasks)
     plan = options.with_noise(plan, tasks)
     # the cache keeps no vectors, so whatever is to be saved has to be computed
     cached = options.cache and not options.vectors

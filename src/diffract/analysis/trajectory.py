@@ -210,7 +210,7 @@ def follow(
     if options.share is not None:
         options.share.cut([foretold_seconds(task, plan) for of_checkpoint in surveyed for task in of_checkpoint])
         visiting = {"against": against, "allow_unmatched": allow_unmatched}
-        return _do_share(options.share, series, options, plan=plan, cost=costs[0], **visiting)
+        return _do_share(options.share, series, options, plan=plan, first=surveyed[0], **visiting)
     found: list[Tables] = []
     kinship: list[Lineage | None] = []
     digested: list[dict[str, str]] = []
@@ -219,9 +219,9 @@ def follow(
         opened = stack.enter_context(closing(visits(series, options, against)))
         for visit in opened:
             layouts, tasks = _tasks(visit, allow_unmatched=allow_unmatched)
-            # For the same matrices of each checkpoint, so that what the first scan costs decides.
-            drawing = options.with_noise(options.with_nulls(plan, layouts[-1], costs[0]), tasks, times=len(costs) - 1)
-            worker = _worker(layouts, options, drawing, cache=cache)
+            # For the same matrices of each checkpoint, so that what the first scan takes decides.
+            drawing = options.with_nulls(plan, layouts[-1], surveyed[0])
+            worker = _worker(layouts, options, options.with_noise(drawing, tasks, times=len(costs) - 1), cache=cache)
             progress = _shifted(options.progress, costs, len(found), visit.stop.name)
             again = partial(_make_worker, visit.stops, options.elsewhere, rest=replace(worker.plan, metrics=()))
             outcomes = options.outcomes(partial(again, allow_unmatched=allow_unmatched))
@@ -287,7 +287,7 @@ def _do_share(
     options: Options,
     *,
     plan: MetricPlan,
-    cost: float,
+    first: Sequence[TensorTask],
     against: str,
     allow_unmatched: bool,
 ) -> Tables:
@@ -298,7 +298,7 @@ def _do_share(
         opened = stack.enter_context(closing(visits(series, options, against)))
         for visit in opened:
             layouts, tasks = _tasks(visit, allow_unmatched=allow_unmatched)
-            drawing = options.with_nulls(plan, layouts[-1], cost)
+            drawing = options.with_nulls(plan, layouts[-1], first)
             worker = _worker(layouts, options, options.with_noise(drawing, tasks, times=len(series) - 1), cache=cache)
             share.do(tasks, worker, options.progress)
             choices = worker.plan.choices

@@ -56,6 +56,9 @@ TINY = float(torch.finfo(torch.float32).tiny)
 PIECE_ENTRIES = 1 << 22
 """Entries drawn at once."""
 
+CACHED_ENTRIES = 1 << 18
+"""Of these, entries scaled at once."""
+
 
 Scale = Callable[[Tensor], Tensor]
 """What gives Gaussians the norms of a matrix, in place."""
@@ -136,17 +139,21 @@ def _to_norms(row_squares: Float64[Tensor, "m"], col_squares: Float64[Tensor, "n
     """Return what scales Gaussians to shares of the whole that rows, and columns where these are given, have."""
     # Shares of the whole, as float32 holds them whatever the unit of the entries.
     total = row_squares.sum()
-    rows = (row_squares / total).sqrt().float()
-    cols = None if col_squares is None else (col_squares / total).sqrt().float()
+    rows = (row_squares / total).float()
+    cols = None if col_squares is None else (col_squares / total).float()
 
     def scale(w: Float[Tensor, "d m n"]) -> Float[Tensor, "d m n"]:
-        w = w.to(rows.device).mul_(rows[:, None])
+        w = w.to(rows.device)
         if cols is None:
-            return w.mul_((rows / w.norm(dim=2).clamp(min=TINY))[:, :, None])
-        w.mul_(cols)
-        for _ in range(ROUNDS):
-            w.mul_((cols / w.norm(dim=1).clamp(min=TINY))[:, None, :])
-            w.mul_((rows / w.norm(dim=2).clamp(min=TINY))[:, :, None])
+            return w.mul_((rows.sqrt() / w.norm(dim=2).clamp(min=TINY))[:, :, None])
+        # As many draws at once as stay in the cache. What each row and column is multiplied with is found from squares,
+        # so that the draws themselves are touched once and not in every round.
+        for part in w.split(max(1, CACHED_ENTRIES // (w.shape[1] * w.shape[2]))):
+            squares, by_row, by_col = part.square(), rows.expand(len(part), -1), cols
+            for _ in range(ROUNDS):
+                by_col = cols / torch.bmm(by_row[:, None], squares)[:, 0].clamp(min=TINY)
+                by_row = rows / torch.bmm(squares, by_col[:, :, None])[:, :, 0].clamp(min=TINY)
+            part.mul_(by_row.sqrt()[:, :, None]).mul_(by_col.sqrt()[:, None, :])
         return w
 
     return scale
@@ -257,10 +264,10 @@ def _beside_peaks(null: str, norms: str, *, version: int) -> tuple[Metric, Metri
     return mean(partial(torch.nanmean, dim=-1)), share(lambda peaks, draws: reached(peaks.count, draws))
 
 
-ROWCOL_PEAKS = _beside_peaks("rowcol", "row and column norms", version=2)
+ROWCOL_PEAKS = _beside_peaks("rowcol", "row and column norms", version=3)
 """What draws with all norms say of ``peak_count``; NaN where nothing was drawn."""
 
-ROW_PEAKS = _beside_peaks("row", "row norms", version=1)
+ROW_PEAKS = _beside_peaks("row", "row norms", version=2)
 """Likewise with the norms of the rows alone."""
 
 
@@ -270,7 +277,7 @@ ROW_PEAKS = _beside_peaks("row", "row norms", version=1)
     range="[0.025, 1]",
     source="Hartigan & Hartigan 1985",
     invariant=OF_THE_ORDER,
-    version=2,
+    version=3,
 )
 def dip_pvalue(shaped_sigmas: Sigmas, rowcol_sigmas: DrawnSigmas) -> PerMatrix:
     """Share of the draws whose dip, of ln sigma, is at least the matrix's own.
@@ -288,7 +295,7 @@ def dip_pvalue(shaped_sigmas: Sigmas, rowcol_sigmas: DrawnSigmas) -> PerMatrix:
     unit="count",
     range="[0, M]",
     invariant=OF_THE_ORDER,
-    version=2,
+    version=3,
 )
 def mp_spikes_tw_rowcol(rowcol_sigmas: DrawnSigmas, shape: tuple[int, int]) -> PerMatrix:
     """Spikes that row and column norms alone give; draws without an edge do not count. NaN where nothing was drawn."""
@@ -306,6 +313,7 @@ def drawn_alphas(sigmas: DrawnSigmas, shape: tuple[int, int]) -> PerDraw:
     "mean pl_alpha over 39 Gaussians with the matrix's row and column norms",
     range="(1, inf)",
     invariant=OF_THE_ORDER,
+    version=2,
 )
 def pl_alpha_rowcol(rowcol_alphas: PerDraw) -> PerMatrix:
     """Exponent that noise of the matrix's norms and shape reads; NaN where nothing was drawn."""
@@ -316,6 +324,7 @@ def pl_alpha_rowcol(rowcol_alphas: PerDraw) -> PerMatrix:
     "(1 + draws of pl_alpha_rowcol whose exponent is as small) / 40: large, noise has as heavy a tail",
     range="[0.025, 1]",
     invariant=OF_THE_ORDER,
+    version=2,
 )
 def pl_alpha_rowcol_pvalue(power_law: heavy_tails.PowerLaw, rowcol_alphas: PerDraw) -> PerMatrix:
     """Share of the draws that have at most the matrix's exponent: an exponent says something only beside it."""
@@ -337,6 +346,7 @@ AGREEMENT_LEVELS = tuple(
         name=f"{m.name.removesuffix('_mean')}_rowcol",
         facts=("rowcol_agreement",),
         invariant=OF_THE_ORDER,
+        version=2,
     )(itemgetter(m.name))
     for m in MEASURES
 )
