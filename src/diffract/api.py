@@ -6,6 +6,7 @@ Nothing heavy is imported before a function is called: commands read their optio
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ def scan(
     nulls: str = "some",
     output: str | Path | None = None,
     force: bool = False,
+    timing: bool = False,
     progress: Progress | None = None,
 ) -> Run:
     """Compute spectra and metrics of every matrix and attention head of a checkpoint.
@@ -70,6 +72,8 @@ def scan(
             whose draws are foretold to cost no more than the rest; ``all``.
         output: Write a run folder here, with report.html.
         force: Replace an existing run folder.
+        timing: Say where the time goes: seconds of all threads together in reading (and hashing), casting, products,
+            eigensolvers, tables, and the rest of the work; the manifest keeps them.
         progress: Called with work done, all work, and what was just finished.
 
     Returns:
@@ -86,7 +90,7 @@ def scan(
     from diffract.analysis import Options, Request
     from diffract.settings import filled
 
-    return _analysed(Request("scan", [ref], filled(Options, locals())), output, shard=shard, force=force)
+    return _analysed(Request("scan", [ref], filled(Options, locals())), output, shard=shard, force=force, timing=timing)
 
 
 def compare(
@@ -111,6 +115,7 @@ def compare(
     noise: str = "some",
     output: str | Path | None = None,
     force: bool = False,
+    timing: bool = False,
     progress: Progress | None = None,
 ) -> Run:
     """Compare a base with checkpoints that descend from it: both spectra, their alignment, and the change.
@@ -150,6 +155,8 @@ def compare(
             ``all``, also with the change's row and column norms, as ``*_noise_rowcol``; ``none``.
         output: Write a run folder here, with report.html.
         force: Replace an existing run folder.
+        timing: Say where the time goes: seconds of all threads together in reading (and hashing), casting, products,
+            eigensolvers, tables, and the rest of the work; the manifest keeps them.
         progress: Called with work done, all work, and what was just finished.
 
     Returns:
@@ -165,7 +172,7 @@ def compare(
     if not tuned:
         raise SelectionError("compare needs a base and at least one tuned checkpoint. Use scan for one alone.")
     how = {"allow_unmatched": allow_unmatched or _allows_unmatched(allow)}
-    return _analysed(Request("compare", [base, *tuned], options, how), output, shard=shard, force=force)
+    return _analysed(Request("compare", [base, *tuned], options, how), output, shard=shard, force=force, timing=timing)
 
 
 def trajectory(
@@ -189,6 +196,7 @@ def trajectory(
     noise: str = "some",
     output: str | Path | None = None,
     force: bool = False,
+    timing: bool = False,
     progress: Progress | None = None,
 ) -> Run:
     """Follow a training run: scan every checkpoint, and compare each with the one before. Two are open at a time.
@@ -225,6 +233,8 @@ def trajectory(
             ``some``, which costs at most a quarter more where the series takes long; ``all``; ``none``.
         output: Write a run folder here, with report.html.
         force: Replace an existing run folder.
+        timing: Say where the time goes: seconds of all threads together in reading (and hashing), casting, products,
+            eigensolvers, tables, and the rest of the work; the manifest keeps them.
         progress: Called with work done, all work, and what was just finished.
 
     Returns:
@@ -243,7 +253,9 @@ def trajectory(
     from diffract.settings import filled
 
     how = {"by": by, "against": against, "allow_unmatched": allow_unmatched or _allows_unmatched(allow)}
-    return _analysed(Request("trajectory", refs, filled(Options, locals()), how), output, shard=shard, force=force)
+    return _analysed(
+        Request("trajectory", refs, filled(Options, locals()), how), output, shard=shard, force=force, timing=timing
+    )
 
 
 def heads(
@@ -261,6 +273,7 @@ def heads(
     cache: bool = True,
     output: str | Path | None = None,
     force: bool = False,
+    timing: bool = False,
     progress: Progress | None = None,
 ) -> Run:
     """Find out which attention heads change, in one domain or in all.
@@ -287,6 +300,8 @@ def heads(
         cache: Use results that are known from earlier, and keep new ones; ``DIFFRACT_CACHE_DIR`` says where.
         output: Write a run folder here.
         force: Replace an existing run folder.
+        timing: Say where the time goes: seconds of all threads together in reading (and hashing), casting, products,
+            eigensolvers, tables, and the rest of the work; the manifest keeps them.
         progress: Called with work done, all work, and what was just finished.
 
     Returns:
@@ -302,7 +317,7 @@ def heads(
     if not tuned:
         raise SelectionError("heads needs a base and at least one tuned checkpoint.")
     how = {"projections": projections, "allow_unmatched": allow_unmatched or _allows_unmatched(allow)}
-    return _analysed(Request("heads", [base, *tuned], options, how), output, shard=shard, force=force)
+    return _analysed(Request("heads", [base, *tuned], options, how), output, shard=shard, force=force, timing=timing)
 
 
 def _allows_unmatched(allow: Sequence[str]) -> bool:
@@ -478,15 +493,30 @@ def evaluate(
     return found
 
 
-def _analysed(request: Request, output: str | Path | None, *, shard: str | None, force: bool) -> Run:
-    """Do an analysis, or a share of it."""
+def _analysed(
+    request: Request, output: str | Path | None, *, shard: str | None, force: bool, timing: bool = False
+) -> Run:
+    """Do an analysis, or a share of it.
+
+    Raises:
+        SelectionError: Time is asked for that other processes spend.
+    """
     from diffract.cluster import do_share
     from diffract.run import Run, load_run, run_folder, write
+    from diffract.timing import stopwatch
 
+    if timing and (shard is not None or request.options.engine != "local"):
+        raise SelectionError(
+            "timing is of one process: leave shard and engine out. The seconds of each task of a share are in its "
+            "tasks.parquet."
+        )
     if shard is not None:
         return do_share(request, shard, output, force=force)
     with run_folder(output, force=force) as draft:
-        found, vectors = request.answered(draft)
+        with stopwatch() if timing else nullcontext() as watch:
+            found, vectors = request.answered(draft)
+        if watch is not None:
+            found.manifest["timing"] = {piece: round(seconds, 3) for piece, seconds in watch.seconds.items()}
         if draft is not None:
             write(found, draft)
     return load_run(str(output)) if output is not None and request.options.vectors else Run(found, vectors)

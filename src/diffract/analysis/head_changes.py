@@ -45,6 +45,7 @@ from diffract.schemas import MODELS
 from diffract.stats import reference_score, spearman
 from diffract.store import MOST_BYTES, Cache, cache_folder
 from diffract.tables import Tables, frame
+from diffract.timing import timed
 
 
 @dataclass(frozen=True)
@@ -382,6 +383,7 @@ def _labels(matrices: Sequence[Matrix]) -> pl.DataFrame:
     return pl.DataFrame(rows, schema={**schema, "entries": pl.Int64}, orient="row")
 
 
+@timed("tables")
 def _assemble(members: Sequence[Member], slices: Slices, manifest: dict[str, Any], notes: Sequence[str]) -> Tables:
     names = [member.name for member in members[1:]]
     places, heads, single = slices.heads, head_grams(slices), slice_grams(slices)

@@ -18,6 +18,7 @@ from diffract.checkpoints.files import origin_of
 from diffract.matrices import Matrix, cut
 from diffract.matrices.layout import KEEP_BYTES
 from diffract.store import Cache, cache_key, remembered
+from diffract.timing import timed
 
 READ_ENTRIES = 1 << 25
 """Entries read at once of a larger one."""
@@ -116,6 +117,7 @@ class Held:
         )
         return known["digest"][0]
 
+    @timed("read")
     def _read_digest(self) -> str:
         if self.whole:
             return self.checkpoint.digest(self.name) if self._tensor is None else tensor_digest(self.info, self._tensor)

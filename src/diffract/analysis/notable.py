@@ -15,6 +15,7 @@ from diffract.attention import is_circuit
 from diffract.checkpoints.configurations import compare_settings
 from diffract.errors import printable
 from diffract.matrices.lineage import Lineage, tell_lineage
+from diffract.timing import timed
 
 NAMED = 3
 """Vectors, rows or keys that a sentence names."""
@@ -50,6 +51,7 @@ class Pass:
         return found
 
 
+@timed("tables")
 def add_notable(run: tables.Tables, done: Pass, vectors: Sequence[Mapping[str, Any]] | None) -> tables.Tables:
     """Return a comparison with the tables ``vectors``, ``tokens`` and ``configuration``, and what has to be said first.
 

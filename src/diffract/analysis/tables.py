@@ -29,6 +29,7 @@ from diffract.matrices import Layout
 from diffract.matrices.lineage import Lineage
 from diffract.metrics.catalog import GROUPS
 from diffract.metrics.peaks import peak_count
+from diffract.timing import timed
 
 POOLED = "pooled_peak_count"
 
@@ -197,6 +198,7 @@ class Member:
     layout: Layout
 
 
+@timed("tables")
 def assemble(
     members: Sequence[Member],
     parts: Sequence[Part],

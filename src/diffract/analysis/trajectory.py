@@ -35,6 +35,7 @@ from diffract.settings import Progress
 from diffract.stats import out_of_line
 from diffract.store import MOST_BYTES, Cache, cache_folder
 from diffract.tables import Tables
+from diffract.timing import timed
 
 PEAKS = "peak_count"
 """The metric whose rise above one is followed."""
@@ -77,6 +78,7 @@ def place(tables: Tables, order: int, at: Milestone, *, against: str | None, cha
     return Tables(manifest, tables.frames | {"metrics": tables.metrics.with_columns(*columns), "models": models})
 
 
+@timed("tables")
 def join(found: Sequence[Tables], manifest: dict[str, Any], warnings: Sequence[str]) -> Tables:
     """Return the tables of several checkpoints as those of their series.
 

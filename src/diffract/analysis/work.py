@@ -26,6 +26,7 @@ from diffract.matrices.layout import KEEP_BYTES, PIECE_BYTES
 from diffract.matrices.lineage import EntrySums
 from diffract.settings import Progress
 from diffract.store import Cache, cache_key, remembered
+from diffract.timing import timed
 
 PAIR_COST = 4
 """Work of comparing two matrices, in scans of one."""
@@ -234,6 +235,7 @@ class Worker:
         """Whether weights come over a network."""
         return any(is_remote(checkpoint) for checkpoint in self.checkpoints)
 
+    @timed("other")
     def __call__(self, task: AnyTask) -> Outcome:
         """Do one task; matrices batch by batch, each kept in the cache when it is done."""
         match task:

@@ -12,6 +12,7 @@ import blake3
 
 from diffract.checkpoints.header import SetAside, TensorInfo
 from diffract.errors import CheckpointError, printable, suggest
+from diffract.timing import timed
 
 if TYPE_CHECKING:
     import torch
@@ -106,6 +107,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             known = suggest(name, self.infos)
             raise MissingTensorError(f"{self.reference}: no tensor {printable(name)!r}.{known}") from None
 
+    @timed("read")
     def read(self, name: str, rows: Range | None = None, cols: Range | None = None) -> torch.Tensor:
         """Return a tensor, or a part of it, in its stored dtype on the CPU.
 
@@ -131,6 +133,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         made = self.unrounded.get(name)
         return self.read(name, rows) if made is None else _in_shape(self.info(name), rows, lambda _, own: made(own))
 
+    @timed("read")
     def digest(self, name: str) -> str:
         """Return the BLAKE3 digest of a tensor's dtype, shape and bytes; 64 hex digits."""
         info = self.info(name)

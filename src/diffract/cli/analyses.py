@@ -45,6 +45,7 @@ def show_analysis(run: Run, given: Given) -> None:
     nulls = run.manifest.get("nulls", {"drawn": 0, "of": 0})
     if nulls["drawn"] < nulls["of"]:
         say(f"nulls of many draws: for {nulls['drawn']} of {nulls['of']} matrices (--nulls all for every one)")
+    _say_timing(run)
     say_place(given, "report", "report.html")
 
 
@@ -53,6 +54,13 @@ def _say_notable(run: Run) -> None:
     for name, sentences in run.manifest.get("notable", {}).items():
         for sentence in sentences:
             say(f"{printable(name)}: {sentence}")
+
+
+def _say_timing(run: Run) -> None:
+    """Print where the time went, where that was asked for."""
+    if seconds := run.manifest.get("timing"):
+        told = ", ".join(f"{piece} {_time(own)}" for piece, own in seconds.items())
+        say(f"time, threads together: {told}; from start to end {_time(run.manifest['seconds'])}")
 
 
 def sum_up_analysis(run: Run, given: Given) -> dict[str, Any]:
@@ -97,6 +105,7 @@ def show_trajectory(run: Run, given: Given) -> None:
     say_table(headers, [[name, *own] for name, own in zip(marked, cells, strict=True)])
     if known := [" ".join(EVOLVING[name]) for name in shown if name in EVOLVING]:
         say("; ".join(known).format(against=f"the {run.manifest['settings']['against']} checkpoint"))
+    _say_timing(run)
     say_place(given, "report", "report.html")
 
 
@@ -127,6 +136,7 @@ def show_heads(run: Run, given: Given) -> None:
         say_table(["", *domains["model"]], _agreement(run), title=title)
         agnostic = percent(domains["agnostic_share"][0])
         say(f"Domain-agnostic part of the attention's change, all domains together: {agnostic} (chance 0%)")
+    _say_timing(run)
     say_place(given, "run")
 
 

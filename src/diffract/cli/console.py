@@ -215,7 +215,7 @@ def everything(found: Any, given: Given) -> Any:
 
 def kept(manifest: Mapping[str, Any], further: Sequence[str] = ()) -> dict[str, Any]:
     """Return what every summary takes from a manifest, and what else there is of it."""
-    names = ("kind", "seconds", "settings", *further, "warnings")
+    names = ("kind", "seconds", "timing", "settings", *further, "warnings")
     return {name: manifest[name] for name in names if name in manifest}
 
 

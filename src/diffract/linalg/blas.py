@@ -20,6 +20,8 @@ from jaxtyping import Float64
 from scipy.linalg import cython_blas  # pyright: ignore[reportAttributeAccessIssue] (compiled)
 from torch import Tensor
 
+from diffract.timing import timed
+
 ONE = ctypes.byref(ctypes.c_double(1.0))
 
 
@@ -120,6 +122,7 @@ class Buffer:
             self._memory = torch.empty(size, dtype=torch.float64, device=self._memory.device)
         return self._memory[:size].view(shape)
 
+    @timed("cast")
     def fill(self, piece: Tensor) -> Tensor:
         """Return a piece as contiguous float64."""
         return self.like(tuple(piece.shape)).copy_(piece)
@@ -182,6 +185,7 @@ PIECE_BYTES = {"cpu": 1 << 25, "cuda": 1 << 29}
 """Float64 bytes cast at once, by device. On the CPU one matrix at a time, so that it stays in the cache."""
 
 
+@timed("product")
 def add_grams(total: Float64[Tensor, "b m m"], x: Float64[Tensor, "b m n"]) -> None:
     """Add x x^T to the upper triangles of ``total``; ``exact.mirrored`` makes them whole."""
     if x.device.type != "cpu":
@@ -191,6 +195,7 @@ def add_grams(total: Float64[Tensor, "b m m"], x: Float64[Tensor, "b m n"]) -> N
         add_gram(one, matrix)
 
 
+@timed("product")
 def add_products(total: Float64[Tensor, "b m m"], x: Float64[Tensor, "b m n"], y: Float64[Tensor, "b m n"]) -> None:
     """Add x y^T to ``total``."""
     if x.device.type != "cpu":
@@ -200,6 +205,7 @@ def add_products(total: Float64[Tensor, "b m m"], x: Float64[Tensor, "b m n"], y
         add_product(one, first, second)
 
 
+@timed("product")
 def product(
     x: Float64[Tensor, "b m k"], y: Float64[Tensor, "b k n"], *, out: Float64[Tensor, "b m n"] | None = None
 ) -> Float64[Tensor, "b m n"]:

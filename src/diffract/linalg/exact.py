@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from diffract.timing import timed
+
 EPSILON = float(torch.finfo(torch.float64).eps)
 
 
@@ -31,6 +33,7 @@ class Spectrum:
     Vh: Tensor | None = None
 
 
+@timed("eigensolver")
 def lapack(stack: Float[Tensor, "b m n"], *, vectors: bool) -> Spectrum:
     """Return the decomposition by LAPACK in float64 (on CUDA by its most accurate driver)."""
     x = stack.double()
@@ -46,6 +49,7 @@ def lapack(stack: Float[Tensor, "b m n"], *, vectors: bool) -> Spectrum:
 Symmetric = Float64[Tensor, "b M M"]
 
 
+@timed("eigensolver")
 def eigenvalues(a: Symmetric) -> Float64[Tensor, "b M"]:
     """Return all eigenvalues, ascending."""
     if a.device.type != "cpu":
@@ -53,6 +57,7 @@ def eigenvalues(a: Symmetric) -> Float64[Tensor, "b M"]:
     return torch.from_numpy(np.linalg.eigvalsh(a.numpy(), UPLO="U"))
 
 
+@timed("eigensolver")
 def eigenvectors(a: Symmetric) -> tuple[Float64[Tensor, "b M"], Symmetric]:
     """Return all eigenvalues, ascending, and orthonormal eigenvectors as columns."""
     if a.device.type != "cpu":
