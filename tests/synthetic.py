@@ -316,6 +316,8 @@ def frames_of(kind: str) -> dict[str, pl.DataFrame]:
         return truncated()
     if kind == "lineage":
         return related()
+    if kind in ("factors", "front"):
+        return factored()
     return trajectory() if kind in ("evolution", "ridge") else compared()
 
 
@@ -335,6 +337,8 @@ def write(frames: dict[str, pl.DataFrame], folder: Path) -> Path:
 
 def kind_of(frames: dict[str, pl.DataFrame]) -> str:
     """The kind of run that such frames make."""
+    if "factors" in frames:
+        return "search directions"
     if "points" in frames:
         return "search rewind" if "effects" in frames else "search truncate"
     if "tree" in frames:

@@ -50,7 +50,7 @@ CALLS = {
     "search svf": f"base math --dry-run {TEXTS}",
     "train": "train.yaml --dry-run -o out",
 }
-WITHOUT_MODELS = ("fetch", "report", "plot", "metrics", "cache", "demo", "verify", "study run")
+WITHOUT_MODELS = ("collect", "fetch", "report", "plot", "metrics", "cache", "demo", "verify", "study run")
 
 
 @pytest.fixture

@@ -8,20 +8,28 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from diffract.errors import RecipeError, printable, suggest
 
-B = TypeVar("B", bound=BaseModel)
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ConfigDict, ValidationError
+
+B = TypeVar("B", bound="BaseModel")
 R = TypeVar("R")
 
 Progress = Callable[[float, float, str], None]
 """What long work reports to: it is called with the work done, all work, and what was just finished."""
 
-STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, populate_by_name=True)
+# A plain dictionary, since what opens checkpoints reads files by this module and must not load pydantic.
+STRICT: ConfigDict = {
+    "extra": "forbid",
+    "frozen": True,
+    "use_attribute_docstrings": True,
+    "populate_by_name": True,
+}
 
 METRIC_ENTRY_POINTS = "diffract.metrics"
 """Entry point group in which packages name metrics of their own."""
@@ -141,6 +149,8 @@ def validated(kind: type[B], values: Mapping[str, Any], where: str) -> B:
     Raises:
         RecipeError: What is wrong, where, and what was expected.
     """
+    from pydantic import ValidationError
+
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -149,6 +159,8 @@ def validated(kind: type[B], values: Mapping[str, Any], where: str) -> B:
 
 def _explained(kind: type[BaseModel], error: ValidationError) -> str:
     """Say what the first error is, with the path to it."""
+    from pydantic import BaseModel
+
     first = error.errors()[0]
     path = ".".join(map(str, first["loc"]))
     at = f", {printable(path)}" if path else ""

@@ -12,10 +12,11 @@ import torch
 import diffract
 from diffract.analysis import held as stack
 from diffract.metrics import CATALOG, GROUPS
+from diffract.metrics.catalog import LEFT_OUT
 from diffract.metrics.peaks import peak_count
 from diffract.schemas import LABELS, OUTCOME
 
-QUICK = [m.name for group, rows in GROUPS.items() if group != "p_values" for m in rows]
+QUICK = [m.name for group, rows in GROUPS.items() if group not in LEFT_OUT for m in rows]
 
 
 def gaussian(seed: int) -> torch.Tensor:

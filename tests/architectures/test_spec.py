@@ -93,11 +93,17 @@ def test_a_shape_that_contradicts_the_config_is_refused() -> None:
 def test_generic_mode_says_so() -> None:
     layout = lay_out(
         diffract.open(
-            {"a": np.ones((3, 4)), "experts": np.ones((2, 3, 4)), "axes": np.ones((2, 3, 4)), "c": np.ones(5)}
+            {
+                "a": np.ones((3, 4)),
+                "experts": np.ones((2, 3, 4)),
+                "conv": np.ones((2, 3, 4)),
+                "what": np.ones((2, 3, 4)),
+                "c": np.ones(5),
+            }
         )
     )
-    assert [m.name for m in layout.matrices] == ["a", "experts[0]", "experts[1]"]
-    assert layout.entries["axes"].outcome == "not_matrix"
+    assert [m.name for m in layout.matrices] == ["a", "experts[0]", "experts[1]", "conv"]
+    assert layout.entries["what"].outcome == "not_matrix"
     assert layout.architecture.family == "generic"
     assert "Generic mode" in layout.warnings[0]
     assert layout.entries["c"].outcome == "vector"

@@ -80,7 +80,7 @@ def test_put_back_to_the_byte(
     assert all(same(before[name], after[name]) for name in before)
     for name in ("config.json", "notes.txt"):
         assert (tmp_path / "again" / name).read_bytes() == (tuned / name).read_bytes()
-    how = {n: {b[1] for b in e["blocks"]} for n, e in json.loads((made / delta.INDEX).read_text())["tensors"].items()}
+    how = {n: {b[1] for b in e["blocks"]} for n, e in json.loads((made / delta.DELTA).read_text())["tensors"].items()}
     assert how["model.layers.0.input_layernorm.weight"] == {"same"}
     assert how["score.weight"] == how["steps"] == {"whole"}
 
@@ -98,7 +98,7 @@ def test_blocks_of_rows(family: tuple[Path, Path], tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(delta, "BLOCK_BYTES", 640)  # ten rows of 32 numbers
     base, tuned = family
     diffract.apply(diffract.Recipe(model=tuned, export=Delta(base=base)), tmp_path / "delta")
-    blocks = json.loads((tmp_path / "delta" / delta.INDEX).read_text())["tensors"]["model.embed_tokens.weight"][
+    blocks = json.loads((tmp_path / "delta" / delta.DELTA).read_text())["tensors"]["model.embed_tokens.weight"][
         "blocks"
     ]
     assert [how == "whole" for _, how, *_ in blocks] == [False] * 5 + [True]
@@ -144,9 +144,9 @@ def test_other_bases_are_refused(family: tuple[Path, Path], made: Path, tmp_path
     ],
 )
 def test_damaged_descriptions(made: Path, change: Callable[[dict], object], message: str) -> None:
-    found = json.loads((made / delta.INDEX).read_text())
+    found = json.loads((made / delta.DELTA).read_text())
     change(found)
-    (made / delta.INDEX).write_text(json.dumps(found))
+    (made / delta.DELTA).write_text(json.dumps(found))
     with pytest.raises(CheckpointError, match=message), diffract.open(made) as opened:
         opened.read("lm_head.weight")
 
@@ -161,11 +161,11 @@ def test_damaged_bytes(made: Path) -> None:
 
 def test_a_bomb_is_not_unpacked(made: Path) -> None:
     """A few bytes that claim to become a gigabyte become no more than the tensor may have."""
-    found = json.loads((made / delta.INDEX).read_text())
+    found = json.loads((made / delta.DELTA).read_text())
     bomb = delta._compressed(np.zeros(1 << 27, np.uint8))
     found["tensors"]["score.weight"]["blocks"][0][2:4] = 0, len(bomb)
     (made / delta.BLOCKS).write_bytes(bomb + (made / delta.BLOCKS).read_bytes())
-    (made / delta.INDEX).write_text(json.dumps(found))
+    (made / delta.DELTA).write_text(json.dumps(found))
     with pytest.raises(CheckpointError, match="come to 384 bytes"), diffract.open(made) as opened:
         opened.read("score.weight")
 

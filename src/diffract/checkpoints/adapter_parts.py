@@ -14,8 +14,6 @@ from dataclasses import dataclass, field, replace
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
-import polars as pl
-
 from diffract.checkpoints.checkpoint import Checkpoint
 from diffract.checkpoints.header import TensorInfo
 from diffract.errors import CheckpointError, printable
@@ -132,7 +130,7 @@ class Settings:
         patterns = self.raw.get(key) or {}
         try:
             return next((v for k, v in patterns.items() if _fits(k, module)), otherwise)
-        except (TypeError, AttributeError, pl.exceptions.ComputeError) as error:
+        except (TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(
                 f"{self.where}: expected numbers by expression in {key}, got {printable(patterns)}. Mend {CONFIG}."
             ) from error
@@ -291,7 +289,12 @@ def _fits(expression: str, module: str) -> bool:
     whole = rf"^(.*\.)?({expression})$"
     if _PLAIN.fullmatch(expression):
         return re.match(whole, module) is not None
-    return bool(pl.Series([module]).str.contains(whole).item())
+    import polars as pl  # here, since headers are read without it
+
+    try:
+        return bool(pl.Series([module]).str.contains(whole).item())
+    except pl.exceptions.ComputeError as error:
+        raise ValueError(f"{printable(expression)!r} is no expression") from error
 
 
 _FACTOR = re.compile(r".+\.(lora_[AB]\.([^.]+\.)?weight|lora_embedding_[AB](\.[^.]+)?|lora_[ab])")

@@ -30,14 +30,14 @@ from diffract.checkpoints.checkpoint import Checkpoint, Range, as_bytes, from_by
 from diffract.checkpoints.companions import find_companions
 from diffract.checkpoints.files import ByteFile
 from diffract.checkpoints.header import ITEMSIZES, TensorInfo, check_numbers
-from diffract.checkpoints.sources import Folder, read_config, read_object
+from diffract.checkpoints.sources import DELTA, Folder, read_config, read_object
 from diffract.errors import CheckpointError, printable
 
 if TYPE_CHECKING:
     import torch
 
-INDEX, BLOCKS, FILES = "delta.json", "delta.bin", "files"
-"""The description, the bytes, and the folder with what lies beside the model's weights."""
+BLOCKS, FILES = "delta.bin", "files"
+"""The bytes, beside their description, and the folder with what lies beside the model's weights."""
 
 FORMAT = 1
 
@@ -207,7 +207,7 @@ class DeltaWriter:
         self._file.close()
         if kind is None:
             found = {"format": FORMAT, "base": self._base, "tensors": self._tensors}
-            (self._folder / INDEX).write_text(json.dumps(found), encoding="utf-8")
+            (self._folder / DELTA).write_text(json.dumps(found), encoding="utf-8")
 
 
 @dataclass
@@ -282,14 +282,14 @@ def delta_base(folder: Folder) -> str:
     Raises:
         CheckpointError: It names none, or is of another version.
     """
-    found = read_object(folder, INDEX) or {}
+    found = read_object(folder, DELTA) or {}
     if found.get("format") != FORMAT:
         raise CheckpointError(
-            f"{folder.where}: {INDEX} is of format {printable(found.get('format'))}, this version reads {FORMAT}. "
+            f"{folder.where}: {DELTA} is of format {printable(found.get('format'))}, this version reads {FORMAT}. "
             "Update diffract."
         )
     if not isinstance(found.get("base"), str):
-        raise CheckpointError(f"{folder.where}: {INDEX} names no base. Pass --adapter-base MODEL.")
+        raise CheckpointError(f"{folder.where}: {DELTA} names no base. Pass --adapter-base MODEL.")
     return found["base"]
 
 
@@ -304,10 +304,10 @@ def open_delta(folder: Folder, base: Checkpoint, *, owns_base: bool) -> Checkpoi
     Raises:
         CheckpointError: The description is damaged, or the base lacks a tensor, or has it in another shape.
     """
-    found = read_object(folder, INDEX) or {}
+    found = read_object(folder, DELTA) or {}
     tensors = found.get("tensors")
     if not isinstance(tensors, dict):
-        raise CheckpointError(f"{folder.where}: {INDEX} lists no tensors. The delta is damaged; fetch it again.")
+        raise CheckpointError(f"{folder.where}: {DELTA} lists no tensors. The delta is damaged; fetch it again.")
     file = folder.open(BLOCKS)
     try:
         infos, sources = {}, {}

@@ -26,7 +26,7 @@ from diffract.checkpoints.files import ByteFile, LocalFolder, TooLargeError
 from diffract.checkpoints.header import HEADER_LIMIT
 from diffract.checkpoints.patience import ATTEMPTS, endpoint, httpx, patiently
 from diffract.checkpoints.series import refuse_without_weights
-from diffract.checkpoints.sources import CONFIG, find_weights
+from diffract.checkpoints.sources import CONFIG, DELTA, find_weights
 from diffract.errors import CheckpointError, printable, some
 
 HEAD_BYTES = 100_000
@@ -279,8 +279,8 @@ def wanted_files(folder: HubFolder, *, weights: bool = True, companions: bool = 
     Raises:
         CheckpointError: Weights are wanted, and it holds none, or not all of them.
     """
-    read: list[str | None] = [CONFIG, ADAPTER, delta.INDEX]
-    if weights and delta.INDEX in folder.names:
+    read: list[str | None] = [CONFIG, ADAPTER, DELTA]
+    if weights and DELTA in folder.names:
         read += [delta.BLOCKS, *(name for name in folder.nested if name.startswith(f"{delta.FILES}/"))]
     elif weights:
         found = find_weights(folder)

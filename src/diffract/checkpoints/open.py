@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from diffract.checkpoints import adapter, delta
+from diffract.checkpoints import adapter
 from diffract.checkpoints.adapter_parts import (
     MLX_WEIGHTS,
     TORCH_WEIGHTS,
@@ -31,6 +31,7 @@ from diffract.checkpoints.quantised import dequantised
 from diffract.checkpoints.series import nested_adapters, refuse_several, refuse_without_weights
 from diffract.checkpoints.sources import (
     CONFIG,
+    DELTA,
     GGUF,
     SLICES,
     TORCH_SUFFIXES,
@@ -273,7 +274,7 @@ def _with_neighbours(
 
 
 def _open_folder(folder: Folder, how: _How) -> Checkpoint:
-    if delta.INDEX in folder.names:
+    if DELTA in folder.names:
         return _open_delta(folder, how)
     nested = nested_adapters(folder)
     if how.part in nested:
@@ -335,6 +336,8 @@ def _open_adapter(folder: Folder, how: _How) -> Checkpoint:
 
 
 def _open_delta(folder: Folder, how: _How) -> Checkpoint:
+    from diffract.checkpoints import delta  # here: it loads NumPy, which looking at other models does not need
+
     found = delta.delta_base(folder) if how.base is None else how.base
     base = _open_base(found, _How(None, how.download, how.above + 1), folder.where)
     try:
@@ -424,8 +427,10 @@ def base_of(reference: str | Path) -> str | Path | None:
 
 def base_within(folder: Folder) -> str | Path | None:
     """Return what an adapter or a delta in a folder names as its base, ``None`` without one."""
-    if delta.INDEX in folder.names:
-        return delta.delta_base(folder)
+    if DELTA in folder.names:
+        from diffract.checkpoints.delta import delta_base
+
+        return delta_base(folder)
     config = read_object(folder, adapter.CONFIG)
     if config is None or not Settings(config, folder.where).base:
         return None

@@ -16,6 +16,7 @@ from diffract.errors import CheckpointError, printable
 
 CONFIG = "config.json"
 SAFETENSORS = "model.safetensors"
+DELTA = "delta.json"
 TORCH = "pytorch_model.bin"
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 GGUF = ".gguf"

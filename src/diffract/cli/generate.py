@@ -385,7 +385,8 @@ def _require_output(command: Command, given: Given) -> None:
     where = command.metavars.get("output", METAVARS["output"])
     if "output" not in given or given["output"] is not None or given.get("audit"):
         return
-    if given.get("vectors"):
+    # searches, which know --dry-run, have vectors too: norms and biases that get a factor
+    if given.get("vectors") and "dry_run" not in given:
         raise RunError(f"--vectors needs a place for them. Pass -o {where}.")
     if given.get("dry_run") is False:
         raise RunError(f"where to? Pass -o {where}, or --dry-run to see what would be done.")

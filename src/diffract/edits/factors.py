@@ -34,7 +34,7 @@ def read_table(path: str, columns: Sequence[str]) -> pl.DataFrame:
     """
     reader = READERS.get(Path(path).suffix)
     if reader is None:
-        raise SelectionError(f"{printable(path)}: expected a {', '.join(READERS)} table.")
+        raise SelectionError(f"{printable(path)}: expected a .parquet, .csv or .json table.")
     try:
         table = reader(path)
     except (OSError, pl.exceptions.PolarsError) as error:
