@@ -6,14 +6,12 @@ Nothing heavy is imported before a function is called: commands read their optio
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffract.errors import SelectionError, choose
 
 if TYPE_CHECKING:
-    from diffract.analysis import Request
     from diffract.checkpoints import Reference
     from diffract.corpora import Split
     from diffract.linalg import Method
@@ -88,9 +86,10 @@ def scan(
         [4.0]
     """
     from diffract.analysis import Options, Request
+    from diffract.cluster import answer
     from diffract.settings import filled
 
-    return _analysed(Request("scan", [ref], filled(Options, locals())), output, shard=shard, force=force, timing=timing)
+    return answer(Request("scan", [ref], filled(Options, locals())), output, shard=shard, force=force, timing=timing)
 
 
 def compare(
@@ -166,13 +165,14 @@ def compare(
         DiffractError: The input is wrong; the message says what, where, and what to do.
     """
     from diffract.analysis import Options, Request
+    from diffract.cluster import answer
     from diffract.settings import filled
 
     options = filled(Options, locals())
     if not tuned:
         raise SelectionError("compare needs a base and at least one tuned checkpoint. Use scan for one alone.")
     how = {"allow_unmatched": allow_unmatched or _allows_unmatched(allow)}
-    return _analysed(Request("compare", [base, *tuned], options, how), output, shard=shard, force=force, timing=timing)
+    return answer(Request("compare", [base, *tuned], options, how), output, shard=shard, force=force, timing=timing)
 
 
 def trajectory(
@@ -250,10 +250,11 @@ def trajectory(
         [None, 1.0, 0.5]
     """
     from diffract.analysis import Options, Request
+    from diffract.cluster import answer
     from diffract.settings import filled
 
     how = {"by": by, "against": against, "allow_unmatched": allow_unmatched or _allows_unmatched(allow)}
-    return _analysed(
+    return answer(
         Request("trajectory", refs, filled(Options, locals()), how), output, shard=shard, force=force, timing=timing
     )
 
@@ -311,13 +312,14 @@ def heads(
         DiffractError: The input is wrong; the message says what, where, and what to do.
     """
     from diffract.analysis import Options, Request
+    from diffract.cluster import answer
     from diffract.settings import filled
 
     options = filled(Options, locals())
     if not tuned:
         raise SelectionError("heads needs a base and at least one tuned checkpoint.")
     how = {"projections": projections, "allow_unmatched": allow_unmatched or _allows_unmatched(allow)}
-    return _analysed(Request("heads", [base, *tuned], options, how), output, shard=shard, force=force, timing=timing)
+    return answer(Request("heads", [base, *tuned], options, how), output, shard=shard, force=force, timing=timing)
 
 
 def _allows_unmatched(allow: Sequence[str]) -> bool:
@@ -491,32 +493,3 @@ def evaluate(
     if output is not None and place().rank == 0:
         found.save(output, force=force)
     return found
-
-
-def _analysed(
-    request: Request, output: str | Path | None, *, shard: str | None, force: bool, timing: bool = False
-) -> Run:
-    """Do an analysis, or a share of it.
-
-    Raises:
-        SelectionError: Time is asked for that other processes spend.
-    """
-    from diffract.cluster import do_share
-    from diffract.run import Run, load_run, run_folder, write
-    from diffract.timing import stopwatch
-
-    if timing and (shard is not None or request.options.engine != "local"):
-        raise SelectionError(
-            "timing is of one process: leave shard and engine out. The seconds of each task of a share are in its "
-            "tasks.parquet."
-        )
-    if shard is not None:
-        return do_share(request, shard, output, force=force)
-    with run_folder(output, force=force) as draft:
-        with stopwatch() if timing else nullcontext() as watch:
-            found, vectors = request.answered(draft)
-        if watch is not None:
-            found.manifest["timing"] = {piece: round(seconds, 3) for piece, seconds in watch.seconds.items()}
-        if draft is not None:
-            write(found, draft)
-    return load_run(str(output)) if output is not None and request.options.vectors else Run(found, vectors)

@@ -1,7 +1,8 @@
-"""One analysis by several processes: each does a share of it, and whoever comes last joins the shares."""
+"""One analysis by one process or several: each does a share of it, and whoever comes last joins the shares."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,39 @@ if TYPE_CHECKING:
     from diffract.analysis import Request
     from diffract.run import Run
     from diffract.settings import Progress
+
+
+def answer(request: Request, output: str | Path | None, *, shard: str | None, force: bool, timing: bool = False) -> Run:
+    """Do an analysis, or a share of it.
+
+    Args:
+        request: The analysis.
+        output: The run's folder, if one is to be written.
+        shard: Which share is done; all of it for ``None``.
+        force: Replace what is there.
+        timing: Note in the manifest where the time goes.
+
+    Raises:
+        SelectionError: Time is asked for that other processes spend.
+    """
+    from diffract.run import Run, load_run, run_folder, write
+    from diffract.timing import stopwatch
+
+    if timing and (shard is not None or request.options.engine != "local"):
+        raise SelectionError(
+            "timing is of one process: leave shard and engine out. The seconds of each task of a share are in its "
+            "tasks.parquet."
+        )
+    if shard is not None:
+        return do_share(request, shard, output, force=force)
+    with run_folder(output, force=force) as draft:
+        with stopwatch() if timing else nullcontext() as watch:
+            found, vectors = request.answered(draft)
+        if watch is not None:
+            found.manifest["timing"] = {piece: round(seconds, 3) for piece, seconds in watch.seconds.items()}
+        if draft is not None:
+            write(found, draft)
+    return load_run(str(output)) if output is not None and request.options.vectors else Run(found, vectors)
 
 
 def do_share(request: Request, text: str, output: str | Path | None, *, force: bool = False) -> Run:
