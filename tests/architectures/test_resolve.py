@@ -179,7 +179,7 @@ def test_the_line_that_an_error_gives_states_the_number_of_heads(known: bool, tm
     subprocess.run(["sh", "-c", line], cwd=tmp_path, check=True)
     found = resolve({}, shapes, spec_file=tmp_path / "own.json")
     assert (found.dimensions.heads, found.dimensions.head_dim) == (4, 8)
-    assert labels(found.config, shapes) == labels({"num_attention_heads": 4, "hidden_size": 32}, shapes)
+    assert labels(dict(found.config), shapes) == labels({"num_attention_heads": 4, "hidden_size": 32}, shapes)
     assert "echo" not in found.note
     # what the configuration states counts
     assert resolve({"num_attention_heads": 2, "hidden_size": 32}, shapes, spec_file=tmp_path / "own.json") != found
