@@ -13,7 +13,9 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+import torch
 from polars.testing import assert_frame_equal
+from safetensors.torch import save_file
 
 from diffract.errors import DiffractWarning
 from diffract.store import Cache, cache_key, entries, prune
@@ -246,3 +248,13 @@ def test_eight_processes_share_a_folder_for_five_minutes(tmp_path: Path) -> None
     print(counts)
     assert min(counts.values()) > 50
     assert sum(entry.size_bytes for entry in entries(tmp_path / "cache")) < 30_000_000
+
+
+def test_a_home_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
+    """Without a folder for the cache, as in many containers, work goes on, and a line says so."""
+    save_file({"w": torch.ones(4, 4)}, tmp_path / "m.safetensors")
+    environment = {k: v for k, v in os.environ.items() if k not in ("DIFFRACT_CACHE_DIR", "XDG_CACHE_HOME")}
+    code = [sys.executable, "-m", "diffract", "scan", str(tmp_path / "m.safetensors")]
+    environment |= {"HOME": "/proc/nowhere"}
+    done = subprocess.run(code, env=environment, check=True, capture_output=True, text=True)
+    assert "the cache at '/proc/nowhere/.cache/diffract' cannot be used" in done.stderr

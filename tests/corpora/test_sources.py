@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from diffract.corpora import read_documents, read_texts, record_text
+from diffract.corpora import read_documents, read_texts, record_text, sources
 from diffract.errors import CorpusError
 
 
@@ -115,3 +115,12 @@ def test_a_pipe_is_no_text(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "t.txt")
     with pytest.raises(CorpusError, match="it is no file"):
         texts("t.txt", tmp_path)
+
+
+def test_a_few_bytes_do_not_become_gigabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "UNPACKED_BYTES", 10_000)
+    (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(b"0" * 1_000_000))
+    with pytest.raises(CorpusError, match="more than 100 times its size"):
+        list(sources.read_texts(str(tmp_path / "bomb.jsonl.gz")))
+    (tmp_path / "dull.txt.gz").write_bytes(gzip.compress(b"the same again. " * 500))  # a hundredth, and small
+    assert list(sources.read_texts(str(tmp_path / "dull.txt.gz"))) == ["the same again. " * 500]

@@ -28,6 +28,10 @@ STANDARD_LIBRARY = "stdlib"
 WORD_PROBLEMS = "word-problems"
 HUB = "datasets:"
 
+UNPACKED_BYTES, UNPACKED_TIMES = 100_000_000, 100
+"""What a packed file may come to whatever its size, and as a multiple of it: text packs to a third or a tenth, and a
+file of a megabyte that comes to gigabytes is made to fill the memory."""
+
 PIECE_CHARACTERS = 20_000
 """A text file without articles of its own is cut into pieces of about so many characters, at blank lines."""
 
@@ -153,7 +157,16 @@ def _decoded(path: Path) -> str:
     if not path.is_file():  # to read a pipe or a device may never end
         raise CorpusError(f"cannot read {printable(path)!r}: it is no file. Fetch it again.")
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
+        if not path.name.endswith(".gz"):
+            return path.read_bytes().decode("utf-8")
+        most = max(UNPACKED_BYTES, UNPACKED_TIMES * path.stat().st_size)
+        with gzip.open(path) as file:
+            raw = file.read(most + 1)
+        if len(raw) > most:
+            raise CorpusError(
+                f"{printable(path)!r}: unpacks to more than {UNPACKED_TIMES} times its size, as no text does. If it is "
+                "one all the same, unpack it first."
+            )
         return raw.decode("utf-8")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise CorpusError(f"cannot read {printable(path)!r}: {printable(error)}. Fetch it again.") from error
