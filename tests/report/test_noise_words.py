@@ -127,14 +127,16 @@ def test_peaks_and_nulls_are_said_with_how_many_were_drawn_for(capsys: pytest.Ca
     for i in range(20):  # rows of two sizes: two peaks by their norms alone
         arrays[f"w{i}"][:24] *= 6
     run = diffract.scan(arrays, metrics="peak_count,peak_count_rowcol_pvalue")
-    assert run.manifest["nulls"] == {"drawn": 32, "of": 40}
+    drawn = run.manifest["nulls"]["drawn"]
+    assert 20 < drawn <= 32
+    assert run.manifest["nulls"]["of"] == 40
     (told,) = (h for h in headlines(run.tables) if "spectral peaks" in h.text)
     beyond, of = map(int, told.figure.split(" of "))
-    assert of == 32
+    assert of == drawn
     assert beyond <= 5  # 32 draws of a chance of at most 1 in 20 give more in 1 of 80 runs
-    assert told.text.endswith("nulls were drawn for 32 of 40 matrices.")
+    assert told.text.endswith(f"nulls were drawn for {drawn} of 40 matrices.")
     show_analysis(run, {"output": None})
-    assert "for 32 of 40 matrices (--nulls all for every one)" in capsys.readouterr().out
+    assert f"for {drawn} of 40 matrices (--nulls all for every one)" in capsys.readouterr().out
 
 
 def test_nothing_changed_and_little_changed_are_said_in_plain_words() -> None:
