@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,10 +231,12 @@ def test_tables_that_do_not_fit(kind: str, trio: Trio, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["scores.txt", "missing.parquet", "damaged.parquet", "damaged.json"])
+@pytest.mark.parametrize("name", ["scores.txt", "missing.parquet", "damaged.parquet", "damaged.json", "pipe.csv"])
 def test_files_that_cannot_be_read(name: str, trio: Trio, tmp_path: Path) -> None:
     base, tuned, _ = trio
-    if name != "missing.parquet":
+    if name == "pipe.csv":  # to open one waits until somebody writes to it
+        os.mkfifo(tmp_path / name)
+    elif name != "missing.parquet":
         (tmp_path / name).write_bytes(b"{\x00")
     with pytest.raises(SelectionError, match=r"expected a \.parquet, \.csv or \.json|cannot read"):
         done(tmp_path / "out", tuned, to=base, fraction=0.5, order="greedy", scores=str(tmp_path / name))

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -29,7 +30,7 @@ from diffract.checkpoints import TensorWriter, open_checkpoint
 from diffract.engine import in_turn, run_tasks
 from diffract.errors import RunError, printable
 from diffract.schemas import SHARE_TASKS
-from diffract.settings import Progress
+from diffract.settings import Progress, read_file
 from diffract.shares import Share, cut
 from diffract.store import PARTS
 
@@ -314,7 +315,7 @@ def _other(folder: Path, why: str) -> RunError:
 
 def _table(path: Path) -> pl.DataFrame:
     try:
-        return pl.read_parquet(path)
+        return pl.read_parquet(BytesIO(read_file(path)))
     except (OSError, ValueError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise RunError(
             f"the share {str(path.parent)!r} is damaged: {printable(error)}. Remove it and run its command again."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 
 import polars as pl
@@ -15,6 +16,7 @@ from diffract.edits.bench import Bench
 from diffract.edits.draft import Place, everything, place_of
 from diffract.errors import SelectionError, printable, suggest
 from diffract.matrices import Matrix
+from diffract.settings import read_file
 
 COLUMNS = ("name", "direction", "factor")
 """What a table of factors has at least."""
@@ -36,7 +38,7 @@ def read_table(path: str, columns: Sequence[str]) -> pl.DataFrame:
     if reader is None:
         raise SelectionError(f"{printable(path)}: expected a .parquet, .csv or .json table.")
     try:
-        table = reader(path)
+        table = reader(BytesIO(read_file(Path(path))))
     except (OSError, pl.exceptions.PolarsError) as error:
         raise SelectionError(f"cannot read {printable(path)}: {printable(error)}. Check the file.") from error
     if missing := [name for name in columns if name not in table.columns]:
