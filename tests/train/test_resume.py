@@ -239,6 +239,10 @@ def test_a_damaged_state_is_named(recipe: Make, tmp_path: Path) -> None:
     )
     with pytest.raises(RunError, match=r"progress\.json is not as it was written"):
         train(recipe(), tmp_path / "out")
+    for other in ("1.5", '"text"', "{}", '{"digests": 2.5}'):
+        (state / "progress.json").write_text(other)
+        with pytest.raises(RunError, match="step000000005' cannot be taken up"):
+            train(recipe(), tmp_path / "out")
 
 
 def test_a_full_disk_at_a_state_is_told_and_keeps_the_one_before(

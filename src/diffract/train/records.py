@@ -281,7 +281,9 @@ def load_state(accelerator: Accelerator, path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(read_file(path / PROGRESS).decode())
-        digests = content.pop(DIGESTS)
+        digests = content.pop(DIGESTS) if isinstance(content, dict) else None
+        if not isinstance(digests, dict):
+            raise ValueError(f"{PROGRESS} is damaged")
         found = {**file_digests(path), PROGRESS: cache_key(content)}
         if changed := [name for name, known in digests.items() if found.get(name) != known]:
             raise ValueError(f"{changed[0]} is not as it was written")
