@@ -125,3 +125,9 @@ def test_a_users_architecture_reads_separate_matrices_per_head() -> None:
         assert heads[0].shape == (16, 64)
         assert [m.head for m in layout.matrices if m.layer == 1 and m.projection == "o"] == [0, 1, 2, 3]
         assert not [e.info.name for e in layout.entries.values() if e.matrices and e.matrices[0].block == "other"]
+
+
+def test_half_a_character_is_no_name(tmp_path: Path) -> None:
+    (tmp_path / "own.json").write_text('{"family": "own\\ud800", "tensors": {}}')
+    with pytest.raises(diffract.ArchitectureError, match="no JSON in UTF-8"):
+        load_spec(tmp_path / "own.json")

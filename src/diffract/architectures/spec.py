@@ -114,7 +114,10 @@ def load_spec(path: str | Path) -> Spec:
         ArchitectureError: The file cannot be read, is no JSON, or holds an unknown or wrong key (named with its path).
     """
     try:
-        return Spec.model_validate(json.loads(read_file(Path(path)).decode()))
+        found = json.loads(read_file(Path(path)).decode())
+        # JSON can name half a character ("\\ud800"), which no table and no terminal takes
+        json.dumps(found, ensure_ascii=False).encode()
+        return Spec.model_validate(found)
     except OSError as error:
         raise ArchitectureError(f"cannot read architecture file {str(path)!r}: {error.strerror}.") from error
     except ValidationError as error:
