@@ -373,15 +373,11 @@ def lineage(
         ['stranger']
     """
     from diffract.analysis import Options, relate_all
-    from diffract.run import Run, run_folder, write
+    from diffract.run import written
     from diffract.settings import filled
 
     options = filled(Options, locals())
-    with run_folder(output, force=force) as draft:
-        found = relate_all(refs, options, root=root)
-        if draft is not None:
-            write(found, draft)
-    return Run(found)
+    return written(lambda: relate_all(refs, options, root=root), output, force=force)
 
 
 def audit(
@@ -424,15 +420,11 @@ def audit(
     """
     from diffract.analysis import Options
     from diffract.analysis.audit import audit as audited
-    from diffract.run import Run, run_folder, write
+    from diffract.run import written
     from diffract.settings import filled
 
     options = filled(Options, locals(), heads=False)
-    with run_folder(output, force=force) as draft:
-        found = audited(ref, options, base=base)
-        if draft is not None:
-            write(found, draft)
-    return Run(found)
+    return written(lambda: audited(ref, options, base=base), output, force=force)
 
 
 def evaluate(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -135,6 +135,15 @@ def load_run(folder: str | Path) -> Run:
     from diffract.checkpoints import open_checkpoint
 
     return Run(found, open_checkpoint(saved))
+
+
+def written(make: Callable[[], Tables], output: str | Path | None, *, force: bool) -> Run:
+    """Return the run of the tables that are made, in a folder where one is asked for."""
+    with run_folder(output, force=force) as draft:
+        found = make()
+        if draft is not None:
+            write(found, draft)
+    return Run(found)
 
 
 def write(found: Tables, draft: Path) -> None:

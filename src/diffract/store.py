@@ -27,7 +27,7 @@ import blake3
 import platformdirs
 import polars as pl
 
-from diffract.errors import DiffractWarning, RunError
+from diffract.errors import DiffractWarning, RunError, printable
 from diffract.settings import read_file, size_text
 
 FORMAT = 1
@@ -311,6 +311,34 @@ def held(path: Path) -> Iterator[bool | None]:
         yield free
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def claimed(folder: Path, doing: str) -> Iterator[None]:
+    """Make a folder that one run after the other works in, and keep other runs out of it.
+
+    A lock, and no mark in the folder: a run that was killed leaves the folder, and must be able to go on.
+
+    Args:
+        folder: The folder.
+        doing: What another process does that is in it, such as ``trains into``.
+
+    Raises:
+        RunError: Another run is in the folder, or it cannot be made.
+    """
+    lock = folder / LOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    except OSError as error:
+        raise RunError(
+            f"cannot write to {printable(folder)!r}: {error.strerror or error}. Choose another folder."
+        ) from error
+    with held(lock) as free:
+        if free is False:
+            raise RunError(f"another process {doing} {printable(folder)!r}. Wait for it, or choose another folder.")
+        yield
+        lock.unlink(missing_ok=True)  # the folder itself may have found another place
 
 
 def _clear_away(path: Path, *, folders: bool) -> None:

@@ -44,6 +44,9 @@ FORMAT = 1
 BLOCK_BYTES = 1 << 24
 """Bytes of a tensor that are compressed at once: more than Zstandard looks back, and few beside a matrix in float64."""
 
+KEPT_BLOCKS = 8
+"""Blocks that stay decompressed, of all tensors together: as many as threads read at once, and no more memory."""
+
 LEVEL = 3
 """Zstandard's own default: of bits that differ at random a higher level finds no more."""
 
@@ -211,16 +214,35 @@ class DeltaWriter:
 
 
 @dataclass
+class _Recent:
+    """The blocks of a delta that were read last: heads are read row by row, and several threads read side by side."""
+
+    lock: Lock = field(default_factory=Lock)
+    blocks: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
+
+    def get(self, key: tuple[str, int]) -> torch.Tensor | None:
+        """Return a block that is still there."""
+        with self.lock:
+            return self.blocks.get(key)
+
+    def keep(self, key: tuple[str, int], block: torch.Tensor) -> None:
+        """Keep a block, in place of the one that came first of ``KEPT_BLOCKS``."""
+        with self.lock:
+            self.blocks[key] = block
+            if len(self.blocks) > KEPT_BLOCKS:
+                del self.blocks[next(iter(self.blocks))]
+
+
+@dataclass(frozen=True)
 class _Stored:
-    """The source of a delta's tensor. The block that was read last is kept: heads are read row by row."""
+    """The source of a delta's tensor."""
 
     blocks: list[Block]
     file: ByteFile
     base: Checkpoint
     base_name: str | None
     owns_base: bool
-    lock: Lock = field(default_factory=Lock)
-    last: tuple[int, Any] = (-1, None)
+    recent: _Recent
 
     def read(self, info: TensorInfo, rows: Range | None) -> torch.Tensor:
         """Return entries ``rows`` of the leading axis."""
@@ -240,9 +262,8 @@ class _Stored:
     def _block(self, number: int, info: TensorInfo) -> torch.Tensor:
         import torch
 
-        with self.lock:
-            if self.last[0] == number:
-                return self.last[1]
+        if (known := self.recent.get((info.name, number))) is not None:
+            return known
         block = self.blocks[number]
         alone = block.how == "whole" or self.base_name is None
         base = None if alone else as_bytes(self.base.read(str(self.base_name), block.rows))
@@ -264,9 +285,7 @@ class _Stored:
                 "--adapter-base with the base that the delta was made of; if that is the one, the delta is damaged."
             )
         tensor = from_bytes(torch.from_numpy(made.copy()), info, block.rows)
-        # Not held while decompressing: threads that read other blocks shall not wait for it.
-        with self.lock:
-            self.last = (number, tensor)
+        self.recent.keep((info.name, number), tensor)
         return tensor
 
     def close(self) -> None:
@@ -310,12 +329,12 @@ def open_delta(folder: Folder, base: Checkpoint, *, owns_base: bool) -> Checkpoi
         raise CheckpointError(f"{folder.where}: {DELTA} lists no tensors. The delta is damaged; fetch it again.")
     file = folder.open(BLOCKS)
     try:
-        infos, sources = {}, {}
+        infos, sources, recent = {}, {}, _Recent()
         for name, entry in tensors.items():
             info, blocks = _described(name, entry, file)
             _check_base(info, entry["base"], blocks, base)
             infos[name] = info
-            sources[name] = _Stored(blocks, file, base, base_name=entry["base"], owns_base=owns_base)
+            sources[name] = _Stored(blocks, file, base, base_name=entry["base"], owns_base=owns_base, recent=recent)
     except BaseException:
         file.close()
         raise

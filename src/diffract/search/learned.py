@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from diffract.errors import SelectionError, choose, printable
 from diffract.settings import filled
@@ -99,19 +99,7 @@ def search_directions(
     Raises:
         DiffractError: The input is wrong; the message says what, where, and what to do.
     """
-    from typing import get_args
-
-    from diffract.search.directions import Asked, DirectionsSearch, Per
-    from diffract.search.fit import FitSettings
-    from diffract.search.run import run_search
-    from diffract.search.stage import SearchRequest
-
-    choose("per", per, get_args(Per))
-    given = locals()
-    parsed = {"rates": parse_rates(rates), "controls": parse_controls(controls)}
-    wanted = filled(Asked, given, of="change", fit=filled(FitSettings, given), **parsed)
-    asked = filled(SearchRequest, given, models={"base": base, "tuned": tuned}, live="tuned")
-    return run_search(asked, partial(DirectionsSearch, wanted=wanted))
+    return _learned("change", locals())
 
 
 def search_svf(
@@ -187,15 +175,25 @@ def search_svf(
     Raises:
         DiffractError: The input is wrong; the message says what, where, and what to do.
     """
-    from diffract.search.directions import Asked, DirectionsSearch
+    return _learned("weights", locals())
+
+
+def _learned(of: Literal["change", "weights"], given: Mapping[str, Any]) -> Run | Estimate:
+    """Learn the factors that a verb asks for.
+
+    Args:
+        of: What has singular directions with a factor each: the change, or the tuned weights themselves.
+        given: The verb's arguments by name.
+    """
+    from diffract.search.directions import Asked, DirectionsSearch, Per
     from diffract.search.fit import FitSettings
     from diffract.search.run import run_search
     from diffract.search.stage import SearchRequest
 
-    given = locals()
-    parsed = {"rates": parse_rates(rates), "controls": parse_controls(controls)}
-    wanted = filled(Asked, given, of="weights", fit=filled(FitSettings, given), **parsed)
-    asked = filled(SearchRequest, given, models={"base": base, "tuned": tuned}, live="tuned")
+    choose("per", given.get("per", "direction"), get_args(Per))
+    parsed = {"rates": parse_rates(given["rates"]), "controls": parse_controls(given["controls"])}
+    wanted = filled(Asked, given, of=of, fit=filled(FitSettings, given), **parsed)
+    asked = filled(SearchRequest, given, models={"base": given["base"], "tuned": given["tuned"]}, live="tuned")
     return run_search(asked, partial(DirectionsSearch, wanted=wanted))
 
 
@@ -223,8 +221,6 @@ def parse_controls(given: str | Sequence[str]) -> tuple[Control, ...]:
     Raises:
         SelectionError: One is unknown.
     """
-    from typing import get_args
-
     from diffract.search.directions import Control
 
     words = [word.strip() for word in (given.split(",") if isinstance(given, str) else given) if word.strip()]

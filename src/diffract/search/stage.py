@@ -21,7 +21,7 @@ from diffract.matrices.meeting import TOKENIZERS
 from diffract.search.plan import SPLITS, Which, parse_budget
 from diffract.search.scorer import Scorer
 from diffract.settings import Progress
-from diffract.store import LOCK, Cache, held, refuse_existing, whole_folder
+from diffract.store import LOCK, Cache, claimed, refuse_existing, whole_folder
 from diffract.tables import Tables, write
 
 Model = str | Path | torch.nn.Module
@@ -236,20 +236,13 @@ def working(asked: SearchRequest) -> Iterator[Cache | None]:
     refuse_existing(asked.output, force=asked.force)
     folder, before = work_folder(asked.output), Path(asked.output) / KEPT
     # A run folder that is written anew keeps its scores: only what changed is evaluated.
-    # A lock, and no mark in the folder: a search that was killed leaves the folder, and must be able to go on.
-    lock = folder / LOCK
     try:
         if before.is_dir() and not folder.exists():
             shutil.copytree(before, folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.touch()
     except OSError as error:
         raise RunError(f"cannot write to {str(folder)!r}: {error.strerror or error}. Write elsewhere.") from error
-    with held(lock) as free:
-        if free is False:
-            raise RunError(f"another process is searching into {str(folder)!r}. Wait for it, or write elsewhere.")
-        with Cache(folder) as cache:
-            yield cache
+    with claimed(folder, "is searching into"), Cache(folder) as cache:
+        yield cache
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from diffract.errors import RecipeError, printable
 from diffract.settings import Progress
-from diffract.store import whole_folder
+from diffract.store import claimed, whole_folder
 from diffract.train.data import Mixture, make_mixture, make_tokenizer, token_streams
 from diffract.train.model import count_parameters, make_config, make_model, saved_dtype, write_model
 from diffract.train.recipe import TrainRecipe, load_train_recipe, rate_factor, require_extra
@@ -31,7 +31,6 @@ from diffract.train.records import (
     begun,
     checkpoint_folder,
     checkpoint_name,
-    claimed,
     file_digests,
     finished_run,
     last_state,
@@ -116,7 +115,7 @@ def train(
     with accelerated(recipe, folder) as accelerator, settled(recipe, accelerator.device):
         # The first process is about to change the folder, so all others must have read the manifest by now.
         accelerator.wait_for_everyone()
-        with claimed(folder) if accelerator.is_main_process else nullcontext():
+        with claimed(folder, "trains into") if accelerator.is_main_process else nullcontext():
             session = _prepared(accelerator, recipe, folder)
             _refuse_other_text(session, manifest)
             if accelerator.is_main_process and not manifest:

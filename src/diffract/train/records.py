@@ -10,7 +10,6 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -23,7 +22,7 @@ from diffract._version import __version__
 from diffract.checkpoints.provenance import file_digest
 from diffract.errors import DiffractError, RecipeError, RunError, printable
 from diffract.settings import Progress, read_file
-from diffract.store import DRAFT, LOCK, cache_key, held, sync, sync_tree, whole_file, write_text
+from diffract.store import DRAFT, LOCK, cache_key, sync, sync_tree, whole_file, write_text
 from diffract.train.recipe import TrainRecipe
 
 if TYPE_CHECKING:
@@ -121,26 +120,6 @@ def checkpoint_name(recipe: TrainRecipe, step: int) -> str:
 def checkpoint_folder(folder: Path, recipe: TrainRecipe, step: int) -> Path:
     """Return where the checkpoint after a step goes in the folder of a run."""
     return folder / CHECKPOINTS / checkpoint_name(recipe, step)
-
-
-@contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Make the folder of a run, and keep other runs out of it.
-
-    Raises:
-        RunError: Another run is in the folder, or it cannot be made.
-    """
-    lock = folder / LOCK
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.touch()
-    except OSError as error:
-        raise RunError(f"cannot write to {printable(folder)!r}: {error.strerror}. Choose another folder.") from error
-    with held(lock) as free:
-        if free is False:
-            raise RunError(f"another process trains into {printable(folder)!r}. Wait for it, or choose another folder.")
-        yield
-        lock.unlink()
 
 
 def file_digests(folder: Path) -> dict[str, str]:
