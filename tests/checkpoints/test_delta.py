@@ -108,6 +108,13 @@ def test_blocks_of_rows(family: tuple[Path, Path], tmp_path: Path, monkeypatch: 
         assert torch.equal(part, model.read("model.embed_tokens.weight", (7, 23)))
 
 
+def test_a_whole_model_is_read_in_the_memory_of_a_few_blocks(made: Path) -> None:
+    with diffract.open(made) as stored:
+        assert len([stored.read(name) for name in stored]) > delta.KEPT_BLOCKS
+        (kept,) = {id(source.recent): source.recent for source in stored.sources.values()}.values()
+        assert len(kept.blocks) == delta.KEPT_BLOCKS
+
+
 def test_other_bases_are_refused(family: tuple[Path, Path], made: Path, tmp_path: Path) -> None:
     base, _ = family
     with pytest.raises(CheckpointError, match="strangers"):

@@ -201,7 +201,7 @@ def parse_rates(given: str | Sequence[float]) -> tuple[float, ...]:
     """Read rates of fine-tuning, ascending.
 
     Raises:
-        SelectionError: One is no number above zero, or there are none.
+        SelectionError: One is no number between 0 and 1, or there are none.
 
     >>> parse_rates("0.001,0.0001")
     (0.0001, 0.001)
@@ -211,7 +211,7 @@ def parse_rates(given: str | Sequence[float]) -> tuple[float, ...]:
     except (TypeError, ValueError):
         found = []
     if not found or not all(0 < v < 1 for v in found):
-        raise SelectionError(f"rates: expected numbers above 0, such as 0.0001,0.001; got {printable(given)!r}.")
+        raise SelectionError(f"rates: expected numbers between 0 and 1, as 0.0001,0.001; got {printable(given)!r}.")
     return tuple(found)
 
 
